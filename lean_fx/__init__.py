@@ -1,0 +1,34 @@
+"""lean_fx: LEAN reductions as a torch.fx pass.
+
+Example:
+    >>> import torch, lean_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+    >>> lean_fx.leanify(model)(torch.rand(5, 8)).shape
+    torch.Size([5, 2])
+"""
+
+from lean_fx.errors import LeanError, LeanWarning
+from lean_fx.export import export_onnx
+from lean_fx.passes import Consumer, Site
+from lean_fx.planning import LeftAlone, Plan
+from lean_fx.reduction import LeanReduction, lean_reduction
+from lean_fx.registry import reductions, register_reduction
+from lean_fx.transform import leanify, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Consumer",
+    "LeanError",
+    "LeanReduction",
+    "LeanWarning",
+    "LeftAlone",
+    "Plan",
+    "Site",
+    "export_onnx",
+    "lean_reduction",
+    "leanify",
+    "plan",
+    "reductions",
+    "register_reduction",
+]

@@ -1,0 +1,82 @@
+"""The one tree of exceptions. Every message is one line: subject, value, rule, remedy."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class LeanError(Exception):
+    """Any error that lean_fx raises on purpose."""
+
+
+class ArgumentError(LeanError, ValueError):
+    """An argument has a wrong type or lies outside its range."""
+
+
+class CaptureError(LeanError):
+    """A model cannot be captured as a torch.fx graph."""
+
+
+class PassError(LeanError):
+    """A pass was given, or has made, a graph that breaks what it requires or ensures."""
+
+
+class PlanError(LeanError, ValueError):
+    """A plan cannot be read, written or applied to this model."""
+
+
+class DataError(LeanError):
+    """A data file is missing, damaged, or not what it should be."""
+
+
+class WriteError(LeanError, OSError):
+    """A path cannot be written; whatever was there before is still whole."""
+
+
+class MissingDependencyError(LeanError, ImportError):
+    """An optional package is not installed."""
+
+
+class ExportError(LeanError):
+    """A model cannot be exported to ONNX."""
+
+
+class LeanWarning(UserWarning):
+    """Something that the user should know, though the result is right."""
+
+
+def require(module: str, *, extra: str = "", purpose: str) -> ModuleType:
+    """Import an optional package, or say in one line what to install.
+
+    Args:
+        module: the module's dotted name, such as ``"onnx"``.
+        extra: the extra of lean_fx that brings it; empty for a package that a plain
+            ``pip install lean_fx`` brings.
+        purpose: what it is needed for, in a few words.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+
+    Example:
+        >>> require("json", purpose="reading plans").__name__
+        'json'
+        >>> require("no_such_thing", extra="examples", purpose="training")
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.MissingDependencyError: no_such_thing is not installed and training needs \
+it; run: pip install "lean_fx[examples]"
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        wanted = f'"lean_fx[{extra}]"' if extra else package
+        raise MissingDependencyError(
+            f"{package} is not installed and {purpose} needs it; run: pip install {wanted}"
+        ) from error

@@ -1,0 +1,113 @@
+"""From a module to an ONNX file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lean_fx.errors import ArgumentError, ExportError, require
+from lean_fx.files import replacing
+from lean_fx.transform import as_inputs
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    opset: int | None = None,
+) -> None:
+    """Write a model to an ONNX file with a dynamic batch, in eval mode.
+
+    Inputs are named ``input`` (or ``input_0``, ``input_1``, ...), likewise outputs; the first axis
+    of each input is the batch. The model's own mode is restored. A file at ``path`` is replaced
+    only when the new one is whole.
+
+    Args:
+        model: a module, such as leanify's result.
+        path: where to write; its folder must exist.
+        example_inputs: a tensor, or a tuple of the positional inputs, batch first. A batch of 1
+            is doubled, since torch's exporter would freeze it.
+        opset: the ONNX opset, or None for the exporter's own.
+
+    Raises:
+        ArgumentError: the inputs are neither a tensor nor a tuple, or one is no batch.
+        ExportError: torch cannot export the model; says why.
+        MissingDependencyError: onnx or onnxscript is not installed.
+        WriteError: the path cannot be written.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "net.onnx"
+        >>> export_onnx(nn.Linear(4, 2), path, torch.rand(2, 4))
+        >>> path.exists()
+        True
+    """
+    require("onnx", purpose="export")
+    require("onnxscript", purpose="export")
+    inputs = tuple(_batch(value) for value in as_inputs(example_inputs))
+    batch = torch.export.Dim("batch", min=1)
+    with replacing(path) as part, _evaluating(model), _quiet():
+        try:
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                opset_version=opset,
+                input_names=_names("input", len(inputs)),
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                verbose=False,
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ExportError(
+                f"export_onnx: {type(model).__name__} cannot be exported "
+                f"({type(error).__name__}: {reason}); try it with torch.onnx.export first"
+            ) from error
+        assert program is not None
+        program.save(part)
+
+
+def _batch(value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        raise ArgumentError(
+            "example_inputs: an input is no tensor with a batch axis; give tensors, batch first"
+        )
+    return torch.cat([value, value]) if value.shape[0] == 1 else value
+
+
+def _names(stem: str, count: int) -> list[str]:
+    return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on its own insides off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,88 @@
+"""Writing files so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lean_fx.errors import WriteError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; rename it to ``path`` once the block succeeds.
+
+    Should the block raise, or the process be killed, an existing file at ``path`` stays whole.
+
+    Args:
+        path: the file to make; its folder must exist.
+
+    Raises:
+        WriteError: the folder is missing or read-only, or ``path`` is a folder.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replacing(folder / "a.txt") as part:
+        ...     _ = part.write_text("whole")
+        >>> [file.name for file in folder.iterdir()]
+        ['a.txt']
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise WriteError(f"{target}: is a folder; give the name of a file")
+    try:
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
+        )
+    except OSError as error:
+        raise WriteError(
+            f"{target}: cannot be written ({error.strerror}); give a path in a folder that exists "
+            "and that you may write to"
+        ) from error
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        os.chmod(part, 0o666 & ~_umask())
+        part.replace(target)
+    except OSError as error:
+        if isinstance(error, WriteError):
+            raise
+        raise WriteError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all, in UTF-8.
+
+    Raises:
+        WriteError: as in :func:`replacing`.
+    """
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder and those above it, if they are not there yet.
+
+    Raises:
+        WriteError: it cannot be made, or a file is in the way.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(
+            f"{folder}: cannot be made ({error.strerror}); give a folder that you may write to"
+        ) from error
+    return folder

@@ -1,0 +1,1 @@
+"""What a model costs: parameters, MACs, latency, energy; and the report that shows it."""

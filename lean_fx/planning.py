@@ -1,0 +1,345 @@
+"""The plan: what is reduced, where, to how many channels; and why the rest is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from lean_fx.capture import capture
+from lean_fx.errors import PlanError
+from lean_fx.passes import Consumer, InsertReductions, Read, Site, facts
+from lean_fx.policy import (
+    ChannelsPolicy,
+    check_names,
+    nearest_divisor,
+    skipped_by,
+    wanted_channels,
+)
+from lean_fx.rebuild import REBUILDERS
+from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
+
+_FORMAT = "lean_fx.plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A layer that stays as it is, and why.
+
+    Attributes:
+        layer: its qualified name.
+        kind: its type, such as ``"Conv2d"``.
+        reason: one line.
+    """
+
+    layer: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a leanify would do; ``print(plan)`` is a table.
+
+    Attributes:
+        model: the name of the model's class.
+        sites: the values to reduce, each with the layers that share its reduction.
+        left_alone: every other layer with weights, and the reason.
+        reduction: a registered name, or a factory.
+        parameters: of the model, before.
+
+    Example:
+        >>> import lean_fx
+        >>> model = nn.Sequential(nn.Conv2d(3, 50, 3), nn.ReLU(), nn.Conv2d(50, 20, 3))
+        >>> plan = lean_fx.plan(model, channels=10)
+        >>> print(plan)
+        Plan for Sequential: 1 reduction (lean) before 1 of 2 layers
+        their weights: 9,000 -> 1,800, of 10,420 parameters in all
+        value  layer  type    channels  weights         note
+        _1     2      Conv2d  50 -> 10  9,000 -> 1,800
+        left alone
+        0  Conv2d  in_channels=3 is below min_channels=16
+        >>> Plan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    model: str
+    sites: tuple[Site, ...]
+    left_alone: tuple[LeftAlone, ...] = ()
+    reduction: str | ReductionFactory = "lean"
+    parameters: int = 0
+
+    def apply(self, model: nn.Module) -> GraphModule:
+        """Make the reduced model.
+
+        Args:
+            model: the model that the plan was made from, or another instance of it; it is copied.
+
+        Returns:
+            An ordinary module (a GraphModule) with the plan in its ``meta["lean_fx.plan"]``.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
+        return self.apply_to_graph(capture(model))
+
+    def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
+        """As :meth:`apply`, in place, to a model that has been captured already."""
+        InsertReductions(self.sites, self.reduction)(graph_module)
+        graph_module.meta["lean_fx.plan"] = self
+        return graph_module
+
+    def to_json(self) -> str:
+        """The plan as JSON.
+
+        Raises:
+            PlanError: the reduction is a class without a registered name.
+        """
+        name = reduction_name(self.reduction)
+        if name not in reductions():
+            raise PlanError(
+                f"plan: the reduction {name} has no registered name; give it one with "
+                f"lean_fx.register_reduction({name!r}, {name})"
+            )
+        content = {"format": _FORMAT, "version": _VERSION}
+        content |= dataclasses.asdict(dataclasses.replace(self, reduction=name))
+        return json.dumps(content, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: the text is no plan, or of an unknown version.
+        """
+        try:
+            content: dict[str, Any] = json.loads(text)
+            form, version = content.pop("format"), content.pop("version")
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise PlanError(
+                f"plan: the text is no plan in JSON ({error}); give Plan.to_json()"
+            ) from error
+        if (form, version) != (_FORMAT, _VERSION):
+            raise PlanError(
+                f"plan: format {form!r} version {version!r} is not {_FORMAT!r} version {_VERSION}; "
+                "make the plan anew"
+            )
+        try:
+            sites = [_site_from(entry) for entry in content.pop("sites")]
+            left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
+            plan = Plan(sites=tuple(sites), left_alone=tuple(left), **content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise PlanError(
+                f"plan: a part is missing or unknown ({error}); make it anew"
+            ) from error
+        reduction_factory(plan.reduction)
+        return plan
+
+    def __str__(self) -> str:
+        """The plan as a table of plain text."""
+        count = sum(len(site.consumers) for site in self.sites)
+        plural = "" if len(self.sites) == 1 else "s"
+        head = (
+            f"Plan for {self.model}: {len(self.sites)} reduction{plural} "
+            f"({reduction_name(self.reduction)}) before {count} of {count + len(self.left_alone)} "
+            "layers"
+        )
+        lines = [head]
+        if self.sites:
+            before = sum(consumer.weights for site in self.sites for consumer in site.consumers)
+            after = sum(_after(c, site) for site in self.sites for c in site.consumers)
+            lines.append(
+                f"their weights: {before:,} -> {after:,}, of {self.parameters:,} parameters in all"
+            )
+        if self.sites:
+            header = ("value", "layer", "type", "channels", "weights", "note")
+            lines += _aligned([header, *(row for site in self.sites for row in _rows(site))])
+        if self.left_alone:
+            lines.append("left alone")
+            lines += _aligned([(each.layer, each.kind, each.reason) for each in self.left_alone])
+        return "\n".join(lines)
+
+
+def _rows(site: Site) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for consumer in site.consumers:
+        rows.append(
+            (
+                "" if rows else site.value,
+                consumer.layer,
+                consumer.kind,
+                f"{site.in_channels} -> {site.out_channels}",
+                f"{consumer.weights:,} -> {_after(consumer, site):,}",
+                "" if rows else site.note,
+            )
+        )
+    return rows
+
+
+def _after(consumer: Consumer, site: Site) -> int:
+    return consumer.weights * (site.out_channels or 0) // site.in_channels
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _site_from(entry: dict[str, Any]) -> Site:
+    consumers = [
+        Consumer(**{**each, "path": tuple(each["path"])}) for each in entry.pop("consumers")
+    ]
+    return Site(consumers=tuple(consumers), **entry)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for; see :func:`lean_fx.leanify`."""
+
+    channels: ChannelsPolicy = "sqrt"
+    align: int | None = None
+    reduction: str | ReductionFactory = "lean"
+    min_channels: int = 16
+    skip: tuple[str | type[nn.Module], ...] = ()
+    filter: Callable[[nn.Module, str], bool] | None = None
+    reduce_inputs: bool = False
+
+
+def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> Plan:
+    """Decide over the facts that the analyses have written.
+
+    Args:
+        graph_module: ``model``, captured and analysed.
+        model: the model itself, for the layers that its forward never calls.
+        options: what the user asked for.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ArgumentError: an option does not fit this model.
+    """
+    modules = dict(graph_module.named_modules())
+    left: list[LeftAlone] = []
+    candidates: list[tuple[Read, Consumer]] = []
+    for node in graph_module.graph.nodes:
+        known = facts(node)
+        if known.refusal and node.op != "call_module":
+            left.append(LeftAlone(node.name, getattr(node.target, "__name__", ""), known.refusal))
+        elif known.refusal or known.read:
+            name, layer = str(node.target), modules[str(node.target)]
+            reason = known.refusal or _unwanted(known.read, name, layer, options)
+            if reason:
+                left.append(LeftAlone(name, type(layer).__name__, reason))
+            elif known.read:
+                candidates.append((known.read, _consumer(node.name, name, layer, known.read)))
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    left += _never_called(model, called)
+
+    names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
+    check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
+    if isinstance(options.channels, dict):
+        check_names("channels", options.channels, names)
+    sites, refused = _decide(candidates, options)
+    return Plan(
+        model=type(model).__name__,
+        sites=tuple(sites),
+        left_alone=tuple(dict.fromkeys(left + refused)),
+        reduction=options.reduction,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _unwanted(read: Read | None, name: str, layer: nn.Module, options: Options) -> str:
+    """Why the user does not want this layer to be reduced, or an empty string."""
+    assert read is not None
+    reason = skipped_by(options.skip, name, layer)
+    if reason:
+        return reason
+    if options.filter is not None and not options.filter(layer, name):
+        return "filter(module, name) is false"
+    if read.in_channels < options.min_channels:
+        return f"in_channels={read.in_channels} is below min_channels={options.min_channels}"
+    if not read.intermediate and not options.reduce_inputs:
+        return "reads the model's input, no intermediate value; reduce_inputs=True reduces it too"
+    return ""
+
+
+def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
+    weights = layer.get_parameter("weight").numel()
+    return Consumer(name, type(layer).__name__, node, read.spread, read.path, weights)
+
+
+def _never_called(model: nn.Module, called: set[str]) -> list[LeftAlone]:
+    def within_called(name: str) -> bool:
+        return any(name == each or name.startswith(f"{each}.") for each in called)
+
+    return [
+        LeftAlone(name, type(layer).__name__, "not called in forward")
+        for name, layer in model.named_modules()
+        if type(layer) in REBUILDERS and name and not within_called(name)
+    ]
+
+
+def _decide(
+    candidates: Iterable[tuple[Read, Consumer]], options: Options
+) -> tuple[list[Site], list[LeftAlone]]:
+    """Group the layers by value, and settle the channels of each group."""
+    groups: dict[tuple[str, int, int], list[Consumer]] = {}
+    for read, consumer in candidates:
+        groups.setdefault((read.value, read.dim, read.in_channels), []).append(consumer)
+    sites: list[Site] = []
+    refused: list[LeftAlone] = []
+    for (value, dim, in_channels), consumers in groups.items():
+        site = Site(value, dim, in_channels, tuple(consumers))
+        by_channels: dict[int, list[Consumer]] = {}
+        notes: dict[int, str] = {}
+        for consumer in consumers:
+            settled, text = _settle(site, consumer.layer, options)
+            if settled is None:
+                refused.append(LeftAlone(consumer.layer, consumer.kind, text))
+            else:
+                by_channels.setdefault(settled, []).append(consumer)
+                notes[settled] = text
+        for settled, members in by_channels.items():
+            decided = dataclasses.replace(
+                site,
+                consumers=tuple(members),
+                out_channels=settled,
+                name=_free_name(value, sites),
+                note=notes[settled],
+            )
+            sites.append(decided)
+    return sites, refused
+
+
+def _settle(site: Site, layer: str, options: Options) -> tuple[int | None, str]:
+    """The channels for one layer and a note on them, or None and the reason."""
+    wanted = wanted_channels(options.channels, site, layer)
+    if wanted is None:
+        return None, "not named in channels"
+    found = nearest_divisor(site.in_channels, wanted, options.align)
+    if found is None:
+        return None, f"in_channels={site.in_channels} is prime: only 1 and itself divide it"
+    if found == site.in_channels:
+        return None, f"channels={found} equals in_channels: nothing to reduce"
+    exact = float(wanted).is_integer()
+    if exact and found != wanted:
+        why = f", a multiple of {options.align}" if options.align else ""
+        return found, f"{wanted:g} wanted, {found} is the nearest divisor{why}"
+    return found, ""
+
+
+def _free_name(value: str, sites: Iterable[Site]) -> str:
+    taken = {site.name for site in sites}
+    names = (value, *(f"{value}_{count}" for count in range(1, len(taken) + 1)))
+    return next(name for name in names if name not in taken)

@@ -1,0 +1,113 @@
+"""A layer made anew for fewer input channels, on the same device, in the same dtype and mode.
+
+One function per kind of layer. Everything but the number of input channels stays; the parameters
+are initialised anew by torch's own rule for the layer, since the net is trained from scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lean_fx.errors import PassError
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+def _conv(layer: _Conv, in_channels: int) -> nn.Module:
+    return type(layer)(
+        in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        padding_mode=layer.padding_mode,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )
+
+
+def _conv_transpose(layer: _ConvTranspose, in_channels: int) -> nn.Module:
+    return type(layer)(
+        in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        output_padding=layer.output_padding,  # type: ignore[arg-type]
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        padding_mode=layer.padding_mode,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )
+
+
+def _linear(layer: nn.Linear, in_channels: int) -> nn.Module:
+    return nn.Linear(
+        in_channels,
+        layer.out_features,
+        bias=layer.bias is not None,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )
+
+
+#: The layers that can be rebuilt, by exact type: a subclass may override what forward means.
+REBUILDERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.ConvTranspose1d: _conv_transpose,
+    nn.ConvTranspose2d: _conv_transpose,
+    nn.ConvTranspose3d: _conv_transpose,
+    nn.Linear: _linear,
+}
+
+
+def input_channels(layer: nn.Module) -> int:
+    """The input channels of a conv, or the input features of a linear layer.
+
+    Example:
+        >>> input_channels(nn.Conv2d(3, 50, 3)), input_channels(nn.Linear(20, 10))
+        (3, 20)
+    """
+    value = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return int(value)  # type: ignore[arg-type]
+
+
+def rebuild(layer: nn.Module, in_channels: int) -> nn.Module:
+    """Make ``layer`` anew for ``in_channels`` input channels (or features).
+
+    Args:
+        layer: a Conv, ConvTranspose or Linear, of exactly that type; it is not changed.
+        in_channels: 1 or more, a multiple of the layer's groups.
+
+    Returns:
+        A layer of the same type and settings, its parameters initialised anew; parameters that
+        do not require a gradient still do not.
+
+    Raises:
+        PassError: the type is none of these.
+
+    Example:
+        >>> rebuild(nn.Conv2d(50, 100, 3, padding=1), 10)
+        Conv2d(10, 100, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        >>> rebuild(nn.Linear(21600, 10, bias=False), 1440)
+        Linear(in_features=1440, out_features=10, bias=False)
+    """
+    make = REBUILDERS.get(type(layer))
+    if make is None:
+        raise PassError(f"rebuild: {type(layer).__name__} is not a layer that can be rebuilt")
+    with torch.no_grad():
+        made = make(layer, in_channels)
+    for name, parameter in layer.named_parameters():
+        made.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return made.train(layer.training)

@@ -1,0 +1,118 @@
+"""Reductions by name, so that a plan can be written down and an ablation changes one word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lean_fx import controls
+from lean_fx.errors import ArgumentError
+from lean_fx.reduction import LeanReduction
+
+#: Called as ``factory(in_channels, out_channels, dim=dim)``; a module class or a functools.partial.
+ReductionFactory = Callable[..., nn.Module]
+
+_FACTORIES: dict[str, ReductionFactory] = {
+    "lean": LeanReduction,
+    "slice": controls.SliceReduction,
+    "mean": controls.MeanReduction,
+    "max": controls.MaxReduction,
+    "grouped_sum": controls.GroupedSumReduction,
+    "projection": controls.ProjectionReduction,
+    "random_projection": controls.RandomProjectionReduction,
+}
+
+
+def reductions() -> tuple[str, ...]:
+    """The registered names.
+
+    Example:
+        >>> reductions()
+        ('lean', 'slice', 'mean', 'max', 'grouped_sum', 'projection', 'random_projection')
+    """
+    return tuple(_FACTORIES)
+
+
+def register_reduction(name: str, factory: ReductionFactory) -> None:
+    """Give a reduction a name, for ``leanify(reduction=name)`` and for plans in JSON.
+
+    Args:
+        name: a name that is not taken yet, unless by the same factory.
+        factory: a module class, or anything that is called as
+            ``factory(in_channels, out_channels, dim=dim)`` and returns a module.
+
+    Raises:
+        ArgumentError: the name is taken, or the factory cannot be called.
+
+    Example:
+        >>> from functools import partial
+        >>> from lean_fx.controls import MaxReduction
+        >>> register_reduction("max_again", MaxReduction)
+        >>> reduction_factory("max_again") is MaxReduction
+        True
+        >>> unregister_reduction("max_again")
+    """
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"register_reduction: name={name!r} is not a name; give a string")
+    if not callable(factory):
+        raise ArgumentError(f"register_reduction: {name}: {factory!r} cannot be called")
+    if _FACTORIES.get(name, factory) is not factory:
+        raise ArgumentError(f"register_reduction: {name!r} is taken; choose another name")
+    _FACTORIES[name] = factory
+
+
+def unregister_reduction(name: str) -> None:
+    """Take a name back. Unknown names are no error."""
+    _FACTORIES.pop(name, None)
+
+
+def reduction_factory(reduction: str | ReductionFactory) -> ReductionFactory:
+    """The factory behind a name; a factory is returned as it is.
+
+    Raises:
+        ArgumentError: the name is unknown, or the value is neither a name nor callable.
+
+    Example:
+        >>> reduction_factory("lean").__name__
+        'LeanReduction'
+        >>> reduction_factory("leen")
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: reduction='leen' is not known; use lean, slice, mean, max, \
+grouped_sum, projection, random_projection or a module class
+    """
+    if isinstance(reduction, str):
+        if reduction not in _FACTORIES:
+            raise ArgumentError(
+                f"reduction={reduction!r} is not known; use {', '.join(_FACTORIES)} or a "
+                "module class"
+            )
+        return _FACTORIES[reduction]
+    if isinstance(reduction, nn.Module) or not callable(reduction):
+        kind = type(reduction).__name__
+        raise ArgumentError(
+            f"reduction={kind} object is neither a name nor a module class; give the class, "
+            "which is made anew for each site"
+        )
+    return reduction
+
+
+def reduction_name(reduction: str | ReductionFactory) -> str:
+    """The name to show for a reduction: its registered name, else its own.
+
+    Example:
+        >>> reduction_name(LeanReduction), reduction_name("slice")
+        ('lean', 'slice')
+    """
+    if isinstance(reduction, str):
+        return reduction
+    known = next((name for name, factory in _FACTORIES.items() if factory is reduction), None)
+    return known or str(getattr(reduction, "__name__", reduction))
+
+
+def is_reduction(module: Any) -> bool:
+    """Whether a module is a reduction: made by a registered class, or counting its work as one."""
+    classes = tuple(factory for factory in _FACTORIES.values() if isinstance(factory, type))
+    return isinstance(module, classes) or hasattr(module, "macs_per_position")

@@ -1,0 +1,180 @@
+"""leanify() and plan(): capture, analyses, plan, application."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from lean_fx.capture import capture
+from lean_fx.errors import ArgumentError, LeanWarning
+from lean_fx.passes import FindConsumers, Pass, Pipeline, PropagateShapes, TrackChannels
+from lean_fx.planning import Options, Plan, make_plan
+from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
+from lean_fx.registry import ReductionFactory, reduction_factory
+
+
+def leanify(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    channels: ChannelsPolicy = "sqrt",
+    align: int | None = None,
+    reduction: str | ReductionFactory = "lean",
+    min_channels: int = 16,
+    skip: Skip = (),
+    filter: Callable[[nn.Module, str], bool] | None = None,
+    reduce_inputs: bool = False,
+) -> GraphModule:
+    """Insert LEAN reductions before the conv and linear layers of a model, and shrink them.
+
+    The result is to be trained from scratch: the layers behind a reduction have fewer input
+    channels and new weights. ``model`` itself is not touched.
+
+    Args:
+        model: a module that torch.fx can trace.
+        example_inputs: a tensor, or a tuple of the positional inputs; optional. With them the
+            shapes of all values are known and checked.
+        channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a part of
+            C_in), ``"sqrt"`` (the divisor of C_in nearest to its root), ``"tenth"``, a function of
+            the :class:`~lean_fx.Site` that returns one of these, or a mapping of layer names or
+            glob patterns to them. Where C' must divide C_in and the wanted number does not, the
+            nearest divisor is taken and the plan says so.
+        align: prefer C' that are multiples of this number, such as 8; 1 or more.
+        reduction: a registered name (:func:`lean_fx.reductions`) or a module class with the
+            arguments ``(in_channels, out_channels, dim)``.
+        min_channels: leave layers alone that read fewer channels; 1 or more.
+        skip: names, glob patterns or types of layers to leave alone.
+        filter: called as ``filter(module, name)``; layers for which it is false are left alone.
+        reduce_inputs: reduce the model's own inputs too, not only intermediate values.
+
+    Returns:
+        A torch.fx.GraphModule. Its plan is in ``meta["lean_fx.plan"]``. If no layer can be
+        reduced it equals ``model``, and a LeanWarning says why.
+
+    Raises:
+        ArgumentError: an option is out of its range, or the example inputs do not fit.
+        CaptureError: the model cannot be traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 50, 3), nn.ReLU(), nn.Conv2d(50, 100, 3))
+        >>> lean = leanify(model, torch.rand(2, 3, 16, 16), channels=10)
+        >>> lean
+        Sequential(
+          (0): Conv2d(3, 50, kernel_size=(3, 3), stride=(1, 1))
+          (1): ReLU()
+          (2): Conv2d(10, 100, kernel_size=(3, 3), stride=(1, 1))
+          (reductions): Module(
+            (_1): LeanReduction(50, 10, dim=1)
+          )
+        )
+
+    References:
+        Huang, Shah, Evans, Yoo: Less-Energy-Usage Network with Batch Power Iteration, ICML 2023
+        workshop on Neural Compression.
+    """
+    options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
+    captured = _analysed(model, example_inputs)
+    made = make_plan(captured, model, options)
+    if not made.sites:
+        reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
+        more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
+        warnings.warn(
+            f"leanify: {made.model} has no layer to reduce ({reasons or 'no layers'}{more}); "
+            "print(lean_fx.plan(model)) tells why for each",
+            LeanWarning,
+            stacklevel=2,
+        )
+    return made.apply_to_graph(captured)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    channels: ChannelsPolicy = "sqrt",
+    align: int | None = None,
+    reduction: str | ReductionFactory = "lean",
+    min_channels: int = 16,
+    skip: Skip = (),
+    filter: Callable[[nn.Module, str], bool] | None = None,
+    reduce_inputs: bool = False,
+) -> Plan:
+    """What :func:`leanify` would do with the same arguments, and why not more.
+
+    Returns:
+        The plan: ``print`` it, ``apply`` it, keep it as JSON.
+
+    Raises:
+        ArgumentError: an option is out of its range, or the example inputs do not fit.
+        CaptureError: the model cannot be traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> print(plan(model))
+        Plan for Sequential: 1 reduction (lean) before 1 of 2 layers
+        their weights: 640 -> 80, of 1,226 parameters in all
+        value  layer  type    channels  weights    note
+        _1     2      Linear  64 -> 8   640 -> 80
+        left alone
+        0  Linear  in_channels=8 is below min_channels=16
+    """
+    options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
+    return make_plan(_analysed(model, example_inputs), model, options)
+
+
+def _analysed(model: nn.Module, example_inputs: Any) -> GraphModule:
+    captured = capture(model)
+    passes: list[Pass] = [TrackChannels(), FindConsumers()]
+    if example_inputs is not None:
+        passes.insert(0, PropagateShapes(as_inputs(example_inputs)))
+    Pipeline(passes)(captured)
+    return captured
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as the tuple of a model's positional inputs.
+
+    Raises:
+        ArgumentError: they are neither a tensor nor a tuple or list.
+
+    Example:
+        >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
+        [torch.Size([2, 3])]
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs)
+    raise ArgumentError(
+        f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a tuple; "
+        "give one tensor, or a tuple of the positional inputs"
+    )
+
+
+def _options(
+    channels: ChannelsPolicy,
+    align: int | None,
+    reduction: str | ReductionFactory,
+    min_channels: int,
+    skip: Skip,
+    filter: Callable[[nn.Module, str], bool] | None,
+    reduce_inputs: bool,
+) -> Options:
+    check_channels_policy(channels)
+    reduction_factory(reduction)
+    for name, value in (("align", align), ("min_channels", min_channels)):
+        allowed = value is None and name == "align"
+        if not allowed and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ArgumentError(f"{name}={value!r} is not an int of 1 or more")
+    if filter is not None and not callable(filter):
+        raise ArgumentError(f"filter={filter!r} cannot be called; give filter(module, name)")
+    if isinstance(channels, Mapping):
+        channels = dict(channels)
+    return Options(
+        channels, align, reduction, min_channels, check_skip(skip), filter, reduce_inputs
+    )

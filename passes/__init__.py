@@ -1,0 +1,30 @@
+"""The passes of lean_fx: analyses that write facts into ``node.meta``, and transformations.
+
+Import it as ``lean_fx.passes``.
+"""
+
+if __name__ != "lean_fx.passes":
+    raise ImportError(f"import this package as lean_fx.passes, not as {__name__}")
+
+from lean_fx.passes.base import Facts, Pass, Pipeline, facts
+from lean_fx.passes.find_consumers import FindConsumers, Read
+from lean_fx.passes.insert_reductions import Consumer, InsertReductions, Site
+from lean_fx.passes.modularize_calls import ModularizeCalls
+from lean_fx.passes.propagate_shapes import PropagateShapes
+from lean_fx.passes.track_channels import Channels, TrackChannels
+
+__all__ = [
+    "Channels",
+    "Consumer",
+    "Facts",
+    "FindConsumers",
+    "InsertReductions",
+    "ModularizeCalls",
+    "Pass",
+    "Pipeline",
+    "PropagateShapes",
+    "Read",
+    "Site",
+    "TrackChannels",
+    "facts",
+]

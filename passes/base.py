@@ -1,0 +1,129 @@
+"""What a pass is, and how passes are chained.
+
+An **analysis** learns about a graph and writes what it learns into :func:`facts` of its nodes; it
+leaves the graph as it is. A **transformation** rewrites the graph and reads such facts; it never
+writes them. After every pass the graph lints and runs: a rewrite that inserts and one that rebuilds
+are one pass if only both together make a graph that runs.
+
+Four laws hold for every pass, and one test checks them all:
+
+1. a graph in which nothing matches comes back unchanged, textually;
+2. ``modified`` is true exactly when the graph's text or its modules changed;
+3. a second run changes nothing;
+4. the numbers that the module computes are what the pass says they should be.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from lean_fx.errors import LeanError, PassError
+
+if TYPE_CHECKING:
+    from lean_fx.passes.find_consumers import Read
+    from lean_fx.passes.track_channels import Channels
+
+_KEY = "lean_fx"
+
+
+@dataclass
+class Facts:
+    """What the analyses know of one node; None where they know nothing.
+
+    Attributes:
+        shape: of the node's value, if that is one tensor (``PropagateShapes``).
+        channels: where the channels of the value are (``TrackChannels``).
+        read: what the layer called here reads, if it can be reduced (``FindConsumers``).
+        refusal: why the layer called here is left alone, if it is (``FindConsumers``).
+    """
+
+    shape: tuple[int, ...] | None = None
+    channels: Channels | None = None
+    read: Read | None = None
+    refusal: str = ""
+
+
+def facts(node: Node) -> Facts:
+    """The facts known of ``node``, empty ones if there are none yet."""
+    known = node.meta.setdefault(_KEY, Facts())
+    assert isinstance(known, Facts)
+    return known
+
+
+def forget_facts(graph_module: GraphModule) -> None:
+    """Drop all facts: they speak of the graph before a transformation."""
+    for node in graph_module.graph.nodes:
+        node.meta.pop(_KEY, None)
+
+
+class Pass(abc.ABC):
+    """One step over a graph. Call it; write :meth:`run`.
+
+    Unlike torch's ``PassBase``, ``ensures`` is checked on the result.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name of the pass, for messages."""
+        return type(self).__name__
+
+    @abc.abstractmethod
+    def run(self, graph_module: GraphModule) -> bool:
+        """Analyse or rewrite ``graph_module`` in place; return whether it was modified."""
+
+    def requires(self, graph_module: GraphModule) -> None:  # noqa: B027 (optional)
+        """Raise a LeanError unless the pass may run on ``graph_module``."""
+
+    def ensures(self, graph_module: GraphModule) -> None:  # noqa: B027 (optional)
+        """Raise a LeanError unless the result is what the pass promises."""
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """Run the pass between its two checks.
+
+        Raises:
+            LeanError: of the check that fails.
+        """
+        self.requires(graph_module)
+        modified = self.run(graph_module)
+        if modified:
+            graph_module.graph.lint()
+            graph_module.recompile()
+        self.ensures(graph_module)
+        return PassResult(graph_module, modified)
+
+
+class Pipeline(Pass):
+    """Passes in a row, as one pass.
+
+    Args:
+        passes: at least one.
+
+    Raises:
+        PassError: a pass fails with anything but a LeanError; the message names it and those
+            that had run before it.
+    """
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        self.passes = tuple(passes)
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Run all; modified if any of them modified."""
+        modified = False
+        for index, each in enumerate(self.passes):
+            try:
+                modified |= each(graph_module).modified
+            except LeanError:
+                raise
+            except Exception as error:
+                before = ", ".join(done.name for done in self.passes[:index]) or "none"
+                raise PassError(
+                    f"{each.name} failed ({type(error).__name__}: {error}); passes before it: "
+                    f"{before}"
+                ) from error
+        return modified

@@ -1,0 +1,228 @@
+"""Transformation: put a reduction before the layers of each site, and rebuild them narrower.
+
+Before, with C channels in ``pool``, which the layers ``conv_a`` and ``conv_b`` and a residual
+sum read::
+
+    pool -> conv_a(C -> A)
+    pool -> conv_b(C -> B)
+    pool -> add
+
+After, with C' channels: one reduction for both, the sum untouched::
+
+    pool -> reductions.pool(C -> C') -> conv_a(C' -> A)
+                                     -> conv_b(C' -> B)
+    pool -> add
+
+Where a linear layer reads through a flatten, the reduction stands before it, and the layer shrinks
+from C*k to C'*k features (k = H*W)::
+
+    pool -> flatten -> dropout -> linear(C*k -> B)
+    pool -> reductions.pool(C -> C') -> flatten -> dropout -> linear(C'*k -> B)
+
+Rules:
+
+1. The reduction is called right before the first layer of the site: were it put right after the
+   value, an in-place operation between the two would be missed.
+2. What stands between the value and the layer moves with it if nobody else reads it; else the
+   layer gets a copy.
+3. A ``view`` or ``reshape`` on that way may hold the old number of features: it becomes a
+   ``reshape`` that holds the new one, or -1.
+4. A site whose reduction is there already is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lean_fx.errors import PlanError
+from lean_fx.passes.base import Pass, forget_facts
+from lean_fx.passes.find_consumers import layer_input
+from lean_fx.rebuild import REBUILDERS, input_channels, rebuild
+from lean_fx.registry import ReductionFactory, reduction_factory
+
+_FOLDER = "reductions"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that reads the value of a site.
+
+    Attributes:
+        layer: its qualified name.
+        kind: its type, such as ``"Conv2d"``.
+        node: the node that calls it.
+        spread: the features it reads of each channel: 1, or H*W behind a flatten.
+        path: the nodes between the value and the layer, in order.
+        weights: the number of its weights that are multiplied with the input, before.
+    """
+
+    layer: str
+    kind: str
+    node: str
+    spread: int = 1
+    path: tuple[str, ...] = ()
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value, and the layers that share one reduction of it.
+
+    Attributes:
+        value: the node that gives the value.
+        dim: the axis of its channels.
+        in_channels: C_in.
+        consumers: the layers, in the order in which they are called.
+        out_channels: C', or None while it is not decided.
+        name: of the reduction: ``reductions.<name>`` in the result.
+        note: what the user should know, such as the nearest divisor that was taken.
+    """
+
+    value: str
+    dim: int
+    in_channels: int
+    consumers: tuple[Consumer, ...]
+    out_channels: int | None = None
+    name: str = ""
+    note: str = ""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The qualified names of the layers."""
+        return tuple(consumer.layer for consumer in self.consumers)
+
+
+class InsertReductions(Pass):
+    """Apply decided sites to a graph.
+
+    Args:
+        sites: what to reduce; each has its ``out_channels`` and a ``name`` of its own.
+        reduction: a registered name or a factory; it makes one module for each site.
+
+    Raises:
+        PlanError: a site does not fit the graph; the graph is then still as it was.
+    """
+
+    def __init__(self, sites: Iterable[Site], reduction: str | ReductionFactory = "lean") -> None:
+        self.sites = tuple(sites)
+        self.factory = reduction_factory(reduction)
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """Every site that is not there yet must fit the graph."""
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        modules = dict(graph_module.named_modules())
+        for site in self._open(graph_module):
+            for name in (site.value, *(step for each in site.consumers for step in each.path)):
+                if name not in nodes:
+                    raise PlanError(
+                        f"plan: the value {name!r} is not in this model's graph; "
+                        "make the plan anew from this model"
+                    )
+            for consumer in site.consumers:
+                _check(consumer, site, nodes.get(consumer.node), modules.get(consumer.layer))
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Insert the reductions and rebuild the layers, site by site."""
+        todo = self._open(graph_module)
+        for site in todo:
+            _insert(graph_module, site, self.factory)
+        if todo:
+            forget_facts(graph_module)
+        return bool(todo)
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        """Every layer of every site now reads C' channels."""
+        for site in self.sites:
+            for consumer in site.consumers:
+                found = input_channels(graph_module.get_submodule(consumer.layer))
+                if found != (site.out_channels or 0) * consumer.spread:
+                    raise PlanError(f"plan: {consumer.layer} reads {found} channels after the pass")
+
+    def _open(self, graph_module: GraphModule) -> list[Site]:
+        there = dict(graph_module.named_modules())
+        return [site for site in self.sites if f"{_FOLDER}.{site.name}" not in there]
+
+
+def _check(consumer: Consumer, site: Site, node: Node | None, layer: nn.Module | None) -> None:
+    subject = f"plan: layer {consumer.layer!r}"
+    remedy = "make the plan anew from this model"
+    if layer is None or node is None or node.target != consumer.layer:
+        raise PlanError(f"{subject} is not called by {consumer.node!r} in this model; {remedy}")
+    if type(layer) not in REBUILDERS or type(layer).__name__ != consumer.kind:
+        raise PlanError(
+            f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
+        )
+    planned = site.in_channels * consumer.spread
+    if input_channels(layer) != planned:
+        raise PlanError(
+            f"{subject} reads {input_channels(layer)} channels, but the plan says {planned}; "
+            f"{remedy}"
+        )
+
+
+def _insert(graph_module: GraphModule, site: Site, factory: ReductionFactory) -> None:
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    calls = [nodes[consumer.node] for consumer in site.consumers]
+    assert site.out_channels is not None
+
+    module = factory(site.in_channels, site.out_channels, dim=site.dim)
+    weight = next(graph_module.get_submodule(site.layers[0]).parameters())
+    target = f"{_FOLDER}.{site.name}"
+    module.to(device=weight.device, dtype=weight.dtype).train(graph_module.training)
+    graph_module.add_submodule(target, module)
+    with graph.inserting_before(calls[0]):
+        reduced = graph.call_module(target, (nodes[site.value],))
+
+    ours = set(calls) | {nodes[step] for each in site.consumers for step in each.path}
+    private = {step.name for step in ours if set(step.users) <= ours}
+    carried: dict[str, Node] = {}
+    for consumer, call in zip(site.consumers, calls, strict=True):
+        source = reduced
+        for step in consumer.path:
+            if step not in carried:
+                features = site.out_channels * consumer.spread
+                carried[step] = _carry(
+                    nodes[step], source, calls[0], features=features, move=step in private
+                )
+            source = carried[step]
+        before = layer_input(call)
+        assert before is not None
+        call.replace_input_with(before, source)
+        _erase_unused(before)
+        layer = graph_module.get_submodule(consumer.layer)
+        made = rebuild(layer, site.out_channels * consumer.spread)
+        graph_module.set_submodule(consumer.layer, made)
+
+
+def _carry(step: Node, source: Node, first: Node, *, features: int, move: bool) -> Node:
+    """Make ``step``, or one in its place, read ``source`` right before ``first``."""
+    graph = step.graph
+    if step.target in ("view", "reshape", torch.reshape):
+        sizes = step.args[1:]
+        rows = sizes[0][0] if isinstance(sizes[0], tuple | list) else sizes[0]
+        with graph.inserting_before(first):
+            shape = (rows, features if rows == -1 else -1)
+            return graph.call_function(torch.reshape, (source, shape))
+    old = step.all_input_nodes[0]
+    if move:
+        first.prepend(step)
+        step.replace_input_with(old, source)
+        return step
+    with graph.inserting_before(first):
+        return graph.node_copy(step, lambda node: source if node is old else node)
+
+
+def _erase_unused(node: Node) -> None:
+    """Erase what only fed a replaced view: the view, and the sizes computed for it."""
+    if node.users or node.op in ("placeholder", "output", "call_module", "get_attr"):
+        return
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        _erase_unused(source)

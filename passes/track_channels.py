@@ -1,0 +1,258 @@
+"""Analysis: along which axis the channels of a value lie, and how many they are.
+
+No example inputs are needed: layers say how many channels they give, and the rules below carry
+that through what follows. The fact that matters most is what stands before a flatten::
+
+    conv -> relu -> pool -> flatten -> dropout -> linear
+            (1, C)  (1, C)  (1, C) flattened ... flattened
+
+so that a reduction can be put where the C channels are still whole, and the linear layer shrinks
+from C*H*W to C'*H*W features.
+
+Rules:
+
+1. Conv and ConvTranspose give ``out_channels`` on axis 1; Linear gives ``out_features`` on axis -1;
+   an input of the model that is known to have three axes or more has its channels on axis 1.
+2. Elementwise layers, dropout and pooling keep what their input has; batch, instance, group and
+   layer norms too.
+3. Sums and products of values keep what those whose channels are known agree on.
+4. ``cat`` along the channel axis adds up.
+5. A permutation or transposition moves the axis.
+6. Flattening all axes but the first (``nn.Flatten``, ``flatten(x, 1)``, ``x.view(n, features)``,
+   either of the two -1) marks the value as flattened and remembers where it was whole;
+   elementwise layers and dropout keep that mark.
+7. Where the shape is known and contradicts the rules, nothing is said.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lean_fx.passes.base import Pass, facts
+
+_CONVS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+_ELEMENTWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
+    *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid),
+    *(nn.Hardswish, nn.Softsign, nn.Identity),
+    *_DROPOUTS,
+)
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm),
+)
+# These act along the axes behind the channels, so they keep axis 1 but not the last one.
+_SPATIAL = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.LPPool1d, nn.LPPool2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+)
+_ELEMENTWISE_CALLS = {
+    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus),
+    *(F.hardtanh, F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh, F.softsign, F.logsigmoid),
+    *(torch.relu, torch.sigmoid, torch.tanh, torch.abs, torch.clamp, torch.square, torch.sqrt),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
+}
+_ELEMENTWISE_METHODS = {
+    *("relu", "relu_", "sigmoid", "tanh", "abs", "clamp", "square", "sqrt"),
+    *("contiguous", "clone", "detach", "float"),
+}
+_SPATIAL_CALLS = {
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+    F.interpolate,
+}
+_JOINS = {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv}
+_JOINS |= {torch.add, torch.mul, torch.sub, torch.div}
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Where the channels of a value are.
+
+    Attributes:
+        axis: 0 or more from the front, or -1 for the last.
+        count: how many.
+        whole: if the value was flattened, the node where its channels were last whole;
+            axis and count speak of that one.
+    """
+
+    axis: int
+    count: int
+    whole: str | None = None
+
+
+class TrackChannels(Pass):
+    """Write ``facts(node).channels`` where the rules in the module docstring know it."""
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Go through the graph once, from the inputs on."""
+        modules = dict(graph_module.named_modules())
+        for node in graph_module.graph.nodes:
+            found = _channels_of(node, modules)
+            facts(node).channels = found if _agrees(found, facts(node).shape) else None
+        return False
+
+
+def is_dropout(node: Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node drops out: identity in eval, so it may stay behind a reduction."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) in (*_DROPOUTS, nn.Identity)
+    return node.op == "call_function" and node.target in {F.dropout, F.alpha_dropout}
+
+
+def is_flatten(node: Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node flattens all axes but the first (rule 6)."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target in (torch.flatten, "flatten"):
+        return _axes_of_flatten(node) == (1, -1)
+    if node.target in (torch.reshape, "reshape", "view"):
+        sizes = node.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+            sizes = tuple(sizes[0])
+        return len(sizes) == 2 and _keeps_first_axis(node, sizes)
+    return False
+
+
+def _axes_of_flatten(node: Node) -> tuple[Any, Any]:
+    start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+    end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
+    return start, end
+
+
+def _keeps_first_axis(node: Node, sizes: tuple[Any, ...]) -> bool:
+    """Whether ``view(n, features)`` keeps the first axis: by shape, else by its usual meaning."""
+    source = node.args[0]
+    before = facts(source).shape if isinstance(source, Node) else None
+    after = facts(node).shape
+    if before is not None and after is not None:
+        return before[0] == after[0]
+    return isinstance(sizes[0], Node) or isinstance(sizes[1], int)
+
+
+def _channels_of(node: Node, modules: dict[str, nn.Module]) -> Channels | None:
+    if node.op == "placeholder":
+        shape = facts(node).shape
+        return Channels(1, shape[1]) if shape is not None and len(shape) > 2 else None
+    if is_flatten(node, modules):
+        return _flattened(node)
+    if node.op == "call_module":
+        return _of_module(node, modules[str(node.target)])
+    if node.op in ("call_function", "call_method"):
+        return _of_call(node)
+    return None
+
+
+def _flattened(node: Node) -> Channels | None:
+    source = node.args[0]
+    before = _input(node)
+    if before is None or not isinstance(source, Node) or before.whole:
+        return before
+    if before.axis == 0:  # no batch: flattening leaves this axis alone
+        return None
+    return replace(before, whole=source.name)
+
+
+def _of_module(node: Node, module: nn.Module) -> Channels | None:
+    if isinstance(module, _CONVS):
+        shape = facts(node).shape
+        unbatched = shape is not None and len(shape) == len(module.kernel_size) + 1
+        return Channels(0 if unbatched else 1, module.out_channels)
+    if isinstance(module, nn.Linear):
+        return Channels(-1, module.out_features)
+    if isinstance(module, _ELEMENTWISE + _NORMS):
+        return _input(node)
+    if isinstance(module, _SPATIAL):
+        return _only_front(_input(node))
+    return None
+
+
+def _of_call(node: Node) -> Channels | None:
+    if node.target in _ELEMENTWISE_CALLS or node.target in _ELEMENTWISE_METHODS:
+        return _input(node)
+    if node.target in _SPATIAL_CALLS:
+        return _only_front(_input(node))
+    if node.target in _JOINS:
+        known = {facts(each).channels for each in node.all_input_nodes}
+        known.discard(None)
+        return known.pop() if len(known) == 1 else None
+    if node.target in (torch.cat, torch.concat):
+        return _concatenated(node)
+    if node.target in (torch.permute, "permute", torch.transpose, "transpose"):
+        return _moved(node)
+    return None
+
+
+def _input(node: Node) -> Channels | None:
+    source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    return facts(source).channels if isinstance(source, Node) else None
+
+
+def _only_front(channels: Channels | None) -> Channels | None:
+    return channels if channels and channels.axis >= 0 and not channels.whole else None
+
+
+def _concatenated(node: Node) -> Channels | None:
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    parts = [facts(each).channels for each in node.all_input_nodes]
+    listed = node.args[0] if node.args else node.kwargs.get("tensors")
+    if not isinstance(listed, tuple | list) or len(listed) != len(parts) or None in parts:
+        return None
+    known = [part for part in parts if part is not None]
+    if any(part.axis != axis or part.whole for part in known):
+        return None
+    return Channels(known[0].axis, sum(part.count for part in known))
+
+
+def _moved(node: Node) -> Channels | None:
+    before = _input(node)
+    order = node.args[1:]
+    if len(order) == 1 and isinstance(order[0], tuple | list):
+        order = tuple(order[0])
+    given = [axis for axis in order if isinstance(axis, int)]
+    if before is None or before.whole or len(given) < len(order):
+        return None
+    source = node.args[0]
+    shape = facts(source).shape if isinstance(source, Node) else None
+    permuting = node.target in (torch.permute, "permute")
+    rank = len(given) if permuting else len(shape) if shape is not None else None
+    if rank is None:
+        return None
+    axes = [axis % rank for axis in given]
+    if not permuting:
+        swapped = list(range(rank))
+        swapped[axes[0]], swapped[axes[1]] = swapped[axes[1]], swapped[axes[0]]
+        axes = swapped
+    axis = axes.index(before.axis % rank)
+    return replace(before, axis=-1 if axis == rank - 1 else axis)
+
+
+def _agrees(channels: Channels | None, shape: tuple[int, ...] | None) -> bool:
+    if channels is None or shape is None or channels.whole:
+        return True
+    return -len(shape) <= channels.axis < len(shape) and shape[channels.axis] == channels.count

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from lean_fx import controls
+from lean_fx.controls import (
+    GroupedSumReduction,
+    MaxReduction,
+    MeanReduction,
+    ProjectionReduction,
+    RandomProjectionReduction,
+    SliceReduction,
+)
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction import LeanReduction
 
@@ -16,12 +23,12 @@ ReductionFactory = Callable[..., nn.Module]
 
 _FACTORIES: dict[str, ReductionFactory] = {
     "lean": LeanReduction,
-    "slice": controls.SliceReduction,
-    "mean": controls.MeanReduction,
-    "max": controls.MaxReduction,
-    "grouped_sum": controls.GroupedSumReduction,
-    "projection": controls.ProjectionReduction,
-    "random_projection": controls.RandomProjectionReduction,
+    "slice": SliceReduction,
+    "mean": MeanReduction,
+    "max": MaxReduction,
+    "grouped_sum": GroupedSumReduction,
+    "projection": ProjectionReduction,
+    "random_projection": RandomProjectionReduction,
 }
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -60,6 +61,12 @@ def forget_facts(graph_module: GraphModule) -> None:
     """Drop all facts: they speak of the graph before a transformation."""
     for node in graph_module.graph.nodes:
         node.meta.pop(_KEY, None)
+
+
+def add_module(graph_module: GraphModule, target: str, module: nn.Module) -> None:
+    """Add ``module`` as ``target``, it and its folder in the mode of ``graph_module``."""
+    graph_module.add_submodule(target, module)
+    graph_module.get_submodule(target.partition(".")[0]).train(graph_module.training)
 
 
 class Pass(abc.ABC):

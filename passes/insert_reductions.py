@@ -40,7 +40,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PlanError
-from lean_fx.passes.base import Pass, forget_facts
+from lean_fx.passes.base import Pass, add_module, forget_facts
 from lean_fx.passes.find_consumers import layer_input
 from lean_fx.rebuild import REBUILDERS, input_channels, rebuild
 from lean_fx.registry import ReductionFactory, reduction_factory
@@ -174,8 +174,7 @@ def _insert(graph_module: GraphModule, site: Site, factory: ReductionFactory) ->
     module = factory(site.in_channels, site.out_channels, dim=site.dim)
     weight = next(graph_module.get_submodule(site.layers[0]).parameters())
     target = f"{_FOLDER}.{site.name}"
-    module.to(device=weight.device, dtype=weight.dtype).train(graph_module.training)
-    graph_module.add_submodule(target, module)
+    add_module(graph_module, target, module.to(device=weight.device, dtype=weight.dtype))
     with graph.inserting_before(calls[0]):
         reduced = graph.call_module(target, (nodes[site.value],))
 
@@ -194,10 +193,12 @@ def _insert(graph_module: GraphModule, site: Site, factory: ReductionFactory) ->
         before = layer_input(call)
         assert before is not None
         call.replace_input_with(before, source)
-        _erase_unused(before)
         layer = graph_module.get_submodule(consumer.layer)
         made = rebuild(layer, site.out_channels * consumer.spread)
         graph_module.set_submodule(consumer.layer, made)
+    for step in reversed(carried):
+        if carried[step] is not nodes[step]:
+            _erase_unused(nodes[step])
 
 
 def _carry(step: Node, source: Node, first: Node, *, features: int, move: bool) -> Node:

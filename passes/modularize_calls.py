@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import Pass
+from lean_fx.passes.base import Pass, add_module
 
 _FOLDER = "calls"
 _MODULES: dict[Any, type[nn.Module]] = {
@@ -49,7 +49,7 @@ class ModularizeCalls(Pass):
             arguments = _arguments(node)
             module = _MODULES[node.target](p=arguments["p"], inplace=arguments["inplace"])
             target = f"{_FOLDER}.{node.name}"
-            graph_module.add_submodule(target, module.train(graph_module.training))
+            add_module(graph_module, target, module)
             with graph_module.graph.inserting_before(node):
                 call = graph_module.graph.call_module(target, (arguments["input"],))
             node.replace_all_uses_with(call)

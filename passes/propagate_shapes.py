@@ -60,6 +60,7 @@ class _ShapeWriter(Interpreter):
 
     def __init__(self, graph_module: GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # it would grow the message by many lines
         self._mode = mode
         self._fake_state: dict[torch.Tensor, torch.Tensor] = {}
 

@@ -1,0 +1,212 @@
+"""Small models that the tests share, one for each thing that a graph can hold."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+
+def graph_text(graph_module: GraphModule) -> str:
+    """A graph as text: one line a node, with what is called and on what."""
+    lines = []
+    for node in graph_module.graph.nodes:
+        arguments = [*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]
+        called = f"{_target(node)}({', '.join(arguments)})"
+        module = graph_module.get_submodule(node.target) if node.op == "call_module" else None
+        lines.append(f"{node.name} = {called}" + (f"  # {module}" if module else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _target(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+class Residual(nn.Module):
+    """One value that two convs and a sum read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.left = nn.Conv2d(32, 32, 3, padding=1)
+        self.right = nn.Conv2d(32, 32, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = x + self.left(x) * torch.sigmoid(self.right(x))
+        return self.head(y.mean((2, 3)))
+
+
+class Flattened(nn.Module):
+    """A linear layer behind pooling, flatten and dropout, in the given spelling of flatten."""
+
+    def __init__(self, spelling: str = "flatten") -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.conv = nn.Conv2d(1, 16, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.drop = nn.Dropout(0.5)
+        self.flat = nn.Flatten()
+        self.head = nn.Linear(16 * 9, 5)
+
+    def flatten(self, x: Tensor) -> Tensor:
+        match self.spelling:
+            case "flatten":
+                return torch.flatten(x, 1)
+            case "method":
+                return x.flatten(start_dim=1)
+            case "module":
+                return self.flat(x)
+            case "view":
+                return x.view(x.size(0), -1)
+            case "view with features":
+                return x.view(-1, 144)
+            case "view with both":
+                return x.view(x.shape[0], 144)
+            case "reshape":
+                return torch.reshape(x, (x.size(0), -1))
+            case "view of sizes":
+                return x.view(x.size(0), x.size(1) * x.size(2) * x.size(3))
+        raise AssertionError(self.spelling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.flatten(self.pool(F.relu(self.conv(x))))))
+
+
+SPELLINGS = (
+    *("flatten", "method", "module", "view", "view with features", "view with both"),
+    *("reshape", "view of sizes"),
+)
+
+
+class SharedFlatten(nn.Module):
+    """The flattened value is read by a linear layer and by the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3, padding=1)
+        self.head = nn.Linear(16 * 36, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = torch.flatten(F.relu(self.conv(x)), 1)
+        return self.head(flat), flat
+
+
+class InPlace(nn.Module):
+    """Two convs read one value, which an in-place ReLU has changed before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.left = nn.Conv2d(16, 4, 1)
+        self.right = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.relu(x)
+        return self.left(x) + self.right(y)
+
+
+class Tokens(nn.Module):
+    """Channels last: patches become tokens, which linear layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 4, stride=4)
+        self.norm = nn.LayerNorm(32)
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+        self.head = nn.Linear(32 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head(x.flatten(1))
+
+
+class FunctionalDropout(nn.Module):
+    """Dropout as a function, following the mode, and once always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 32)
+        self.outer = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.relu(self.inner(x)), p=0.25, training=self.training)
+        return self.outer(F.dropout(x, 1e-9, training=True))
+
+
+class Tied(nn.Module):
+    """A layer called twice, two layers with one weight, and a layer with a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 32)
+        self.twice = nn.Linear(32, 32)
+        self.one = nn.Linear(32, 32, bias=False)
+        self.other = nn.Linear(32, 32, bias=False)
+        self.other.weight = self.one.weight
+        self.hooked = nn.Linear(32, 32)
+        self.hooked.register_forward_hook(lambda module, args, output: output)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.first(x)))
+        return self.normed(self.hooked(self.other(self.one(x))))
+
+
+class MyConv(nn.Conv2d):
+    """A subclass, which may mean anything."""
+
+
+def one_dimensional() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(1, 16, 3), nn.ReLU(), nn.Conv1d(16, 8, 3, stride=2))
+
+
+def three_dimensional() -> nn.Module:
+    return nn.Sequential(nn.Conv3d(1, 16, 3), nn.ReLU(), nn.Conv3d(16, 8, (1, 2, 3)))
+
+
+def transposed() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1, output_padding=1, bias=False),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 3, 3),
+    )
+
+
+def fully_connected() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)
+    )
+
+
+#: Models that leanify changes, each with a batch of inputs.
+CHANGED = {
+    "residual": (Residual, (2, 3, 8, 8)),
+    **{spelling: (lambda s=spelling: Flattened(s), (2, 1, 6, 6)) for spelling in SPELLINGS},
+    "shared flatten": (SharedFlatten, (2, 1, 6, 6)),
+    "in place": (InPlace, (2, 3, 5, 5)),
+    "tokens": (Tokens, (2, 3, 8, 8)),
+    "functional dropout": (FunctionalDropout, (3, 8)),
+    "conv1d": (one_dimensional, (2, 1, 16)),
+    "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
+    "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "linear": (fully_connected, (2, 20)),
+}
+
+#: Models in which there is nothing to reduce.
+UNCHANGED = {
+    "tied": (Tied, (2, 8)),
+    "narrow": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), (2, 3, 8, 8)),
+    "subclass": (lambda: nn.Sequential(nn.Conv2d(3, 16, 1), MyConv(16, 4, 1)), (2, 3, 8, 8)),
+    "grouped": (
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=16)),
+        (2, 3, 8, 8),
+    ),
+    "inputs": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), (2, 1, 8, 8)),
+}

@@ -1,0 +1,40 @@
+import os
+import stat
+
+import pytest
+
+from lean_fx.errors import WriteError
+from lean_fx.files import make_folder, replacing, write_text
+
+
+def test_an_existing_file_stays_whole_when_writing_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_the_system_is_told_as_ours(tmp_path):
+    with (
+        pytest.raises(WriteError, match="cannot be written .No space left"),
+        replacing(tmp_path / "a"),
+    ):
+        raise OSError(28, "No space left on device")
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    write_text(tmp_path / "a.txt", "text")
+    (tmp_path / "b.txt").write_text("text")
+    modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("a.txt", "b.txt")]
+    assert modes[0] == modes[1]
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(WriteError, match="a: cannot be made .File exists.; give a folder that you"):
+        make_folder(tmp_path / "a")
+    with pytest.raises(WriteError, match="b: cannot be written .Not a directory.; give a path in"):
+        write_text(tmp_path / "a" / "b", "text")

@@ -1,0 +1,98 @@
+"""Who may import whom, and what importing lean_fx brings along."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "lean_fx").glob("*.py")) + sorted(ROOT.glob("passes/*.py"))
+FILES += sorted(ROOT.glob("lean_fx/measure/*.py")) + sorted(ROOT.glob("lean_fx/experiment/*.py"))
+
+# From the bottom up; a module may import modules of its own layer and of those below it.
+LAYERS = (
+    {"lean_fx.errors", "lean_fx.files"},
+    {"lean_fx.reduction", "lean_fx.controls", "lean_fx.registry", "lean_fx.rebuild"},
+    {"lean_fx.passes"},
+    {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.transform"}
+    | {"lean_fx.export", "lean_fx"},
+    {"lean_fx.measure"},
+    {"lean_fx.experiment"},
+)
+OPTIONAL = {
+    "onnx": {"lean_fx.export", "lean_fx.measure"},
+    "onnxscript": {"lean_fx.export"},
+    "onnxruntime": {"lean_fx.export", "lean_fx.measure"},
+    "codecarbon": {"lean_fx.measure"},
+    "rich": {"lean_fx.measure", "lean_fx.experiment"},
+    "matplotlib": {"lean_fx.measure", "lean_fx.experiment"},
+    "numpy": {"lean_fx.measure", "lean_fx.experiment"},
+    "sklearn": {"lean_fx.experiment"},
+    "lightning": {"lean_fx.experiment"},
+}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("lean_fx", *parts) if parts[0] == "passes" else parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def layer_of(module):
+    names = [module.rsplit(".", cut)[0] if cut else module for cut in range(module.count(".") + 1)]
+    return next(i for name in names for i, layer in enumerate(LAYERS) if name in layer)
+
+
+def imports(path):
+    """Every module that a file imports, functions and type checking included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module
+            yield node.module
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "require"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield node.args[0].value
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_downwards(path):
+    module = module_name(path)
+    for imported in imports(path):
+        package = imported.partition(".")[0]
+        if package == "lean_fx":
+            assert layer_of(imported) <= layer_of(module), f"{module} imports {imported}"
+        elif package not in sys.stdlib_module_names | {"torch"}:
+            home = next(
+                (name for name in OPTIONAL.get(package, ()) if module.startswith(name)), None
+            )
+            assert home, f"{module} imports {imported}"
+
+
+def test_every_module_has_a_layer():
+    assert len({layer_of(module_name(path)) for path in FILES}) == len(LAYERS)
+
+
+def test_import_needs_torch_alone():
+    code = (
+        "import torch, sys; before = set(sys.modules)\n"
+        "import lean_fx\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        f"print(sorted(new & {set(OPTIONAL)!r}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_passes_has_one_import_name():
+    code = "import passes"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "import this package as lean_fx.passes, not as passes" in run.stderr

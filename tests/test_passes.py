@@ -1,0 +1,340 @@
+"""The four laws of a pass, for every pass, and graphs as text."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from graphs import (
+    CHANGED,
+    UNCHANGED,
+    Flattened,
+    InPlace,
+    Residual,
+    SharedFlatten,
+    Tokens,
+    graph_text,
+)
+from torch import nn
+from torch.fx import symbolic_trace
+
+import lean_fx
+from lean_fx.capture import capture
+from lean_fx.errors import ArgumentError, PassError, PlanError
+from lean_fx.passes import (
+    FindConsumers,
+    InsertReductions,
+    ModularizeCalls,
+    Pass,
+    Pipeline,
+    PropagateShapes,
+    TrackChannels,
+    facts,
+)
+
+MODELS = CHANGED | UNCHANGED
+
+
+def passes_for(model, inputs):
+    sites = lean_fx.plan(model, inputs).sites
+    return {
+        "PropagateShapes": PropagateShapes((inputs,)),
+        "TrackChannels": TrackChannels(),
+        "FindConsumers": FindConsumers(),
+        "ModularizeCalls": ModularizeCalls(),
+        "InsertReductions": InsertReductions(sites),
+    }
+
+
+def description(graph_module):
+    """All of a module that a pass may change: its graph, and its modules with their sizes."""
+    return graph_text(graph_module) + str(graph_module)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", passes_for(nn.Linear(1, 1), torch.rand(1, 1)))
+def test_laws(name, model):
+    make, shape = MODELS[model]
+    inputs = torch.rand(shape)
+    original = make()
+    graph_module = capture(original)
+    Pipeline([PropagateShapes((inputs,)), TrackChannels(), FindConsumers()])(graph_module)
+    the_pass = passes_for(original, inputs)[name]
+
+    before = description(graph_module)
+    result = the_pass(graph_module)
+    after = description(result.graph_module)
+    assert result.graph_module is graph_module
+    assert result.modified == (before != after)  # laws 1 and 2
+    graph_module(inputs)
+    again = the_pass(graph_module)  # law 3
+    assert not again.modified
+    assert description(graph_module) == after
+    if not result.modified:
+        graph_module.eval()
+        torch.testing.assert_close(graph_module(inputs), original.eval()(inputs))  # law 4
+
+
+def test_the_laws_are_not_vacuous():
+    for model, changed in [(m, True) for m in CHANGED] + [(m, False) for m in UNCHANGED]:
+        make, shape = MODELS[model]
+        assert bool(lean_fx.plan(make(), torch.rand(shape)).sites) == changed, model
+
+
+@pytest.mark.parametrize("model", CHANGED)
+def test_numbers(model):
+    """Law 4 of InsertReductions: each layer reads the reduction of what it read before."""
+    make, shape = CHANGED[model]
+    original, inputs = make().eval(), torch.rand(shape)
+    plan = lean_fx.plan(original, inputs)
+    lean = plan.apply(original).eval()
+    seen = {}
+    for site in plan.sites:
+        module = lean.get_submodule(f"reductions.{site.name}")
+        module.register_forward_hook(lambda m, a, out, s=site: seen.update({s.name: (a[0], out)}))
+        for layer in site.layers:
+            lean.get_submodule(layer).register_forward_pre_hook(
+                lambda m, a, name=layer: seen.update({name: a[0]})
+            )
+    lean(inputs)
+    for site in plan.sites:
+        given, reduced = seen[site.name]
+        assert given.shape[site.dim] == site.in_channels
+        assert reduced.shape[site.dim] == site.out_channels
+        expected = lean_fx.lean_reduction(
+            given, lean.get_submodule(f"reductions.{site.name}").seed, site.dim
+        )
+        torch.testing.assert_close(reduced, expected)
+        for consumer in site.consumers:
+            read = reduced.flatten(1) if consumer.path else reduced
+            torch.testing.assert_close(seen[consumer.layer], read, rtol=0, atol=0)
+
+
+def lean_text(model):
+    lean = lean_fx.leanify(model)
+    return graph_text(lean)
+
+
+def test_shared_reduction_and_untouched_residual():
+    assert_expected_inline(
+        lean_text(Residual()),
+        """\
+x = x()
+stem = stem(x)  # Conv2d(3, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+relu = relu(stem, inplace=False)
+reductions_relu = reductions.relu(relu)  # LeanReduction(32, 4, dim=1)
+left = left(reductions_relu)  # Conv2d(4, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+right = right(reductions_relu)  # Conv2d(4, 32, kernel_size=(1, 1), stride=(1, 1))
+sigmoid = sigmoid(right)
+mul = mul(left, sigmoid)
+add = add(relu, mul)
+mean = mean(add, (2, 3))
+reductions_mean = reductions.mean(mean)  # LeanReduction(32, 4, dim=-1)
+head = head(reductions_mean)  # Linear(in_features=4, out_features=5, bias=True)
+output = output(head)
+""",
+    )
+
+
+def test_reduction_before_flatten():
+    assert_expected_inline(
+        lean_text(Flattened()),
+        """\
+x = x()
+conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+relu = relu(conv, inplace=False)
+pool = pool(relu)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1)
+flatten = flatten(reductions_pool, 1)
+drop = drop(flatten)  # Dropout(p=0.5, inplace=False)
+head = head(drop)  # Linear(in_features=36, out_features=5, bias=True)
+output = output(head)
+""",
+    )
+
+
+def test_view_becomes_reshape():
+    assert_expected_inline(
+        lean_text(Flattened("view with features")),
+        """\
+x = x()
+conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+relu = relu(conv, inplace=False)
+pool = pool(relu)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1)
+reshape = reshape(reductions_pool, (-1, 36))
+drop = drop(reshape)  # Dropout(p=0.5, inplace=False)
+head = head(drop)  # Linear(in_features=36, out_features=5, bias=True)
+output = output(head)
+""",
+    )
+
+
+def test_sizes_of_a_replaced_view_go():
+    assert_expected_inline(
+        lean_text(Flattened("view of sizes")),
+        """\
+x = x()
+conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+relu = relu(conv, inplace=False)
+pool = pool(relu)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+size = size(pool, 0)
+reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1)
+reshape = reshape(reductions_pool, (size, -1))
+drop = drop(reshape)  # Dropout(p=0.5, inplace=False)
+head = head(drop)  # Linear(in_features=36, out_features=5, bias=True)
+output = output(head)
+""",
+    )
+
+
+def test_flatten_that_others_read_is_copied():
+    assert_expected_inline(
+        lean_text(SharedFlatten()),
+        """\
+x = x()
+conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+relu = relu(conv, inplace=False)
+flatten = flatten(relu, 1)
+reductions_relu = reductions.relu(relu)  # LeanReduction(16, 4, dim=1)
+flatten_1 = flatten(reductions_relu, 1)
+head = head(flatten_1)  # Linear(in_features=144, out_features=5, bias=True)
+output = output((head, flatten))
+""",
+    )
+
+
+def test_reduction_stands_behind_the_in_place_call():
+    assert_expected_inline(
+        lean_text(InPlace()),
+        """\
+x = x()
+stem = stem(x)  # Conv2d(3, 16, kernel_size=(1, 1), stride=(1, 1))
+relu = relu(stem)  # ReLU(inplace=True)
+reductions_stem = reductions.stem(stem)  # LeanReduction(16, 4, dim=1)
+left = left(reductions_stem)  # Conv2d(4, 4, kernel_size=(1, 1), stride=(1, 1))
+reductions_relu = reductions.relu(relu)  # LeanReduction(16, 4, dim=1)
+right = right(reductions_relu)  # Conv2d(4, 4, kernel_size=(1, 1), stride=(1, 1))
+add = add(left, right)
+output = output(add)
+""",
+    )
+
+
+def test_channels_last():
+    assert_expected_inline(
+        lean_text(Tokens()),
+        """\
+x = x()
+patch = patch(x)  # Conv2d(3, 32, kernel_size=(4, 4), stride=(4, 4))
+flatten = flatten(patch, 2)
+transpose = transpose(flatten, 1, 2)
+norm = norm(transpose)  # LayerNorm((32,), eps=1e-05, elementwise_affine=True, bias=True)
+reductions_norm = reductions.norm(norm)  # LeanReduction(32, 4, dim=-1)
+up = up(reductions_norm)  # Linear(in_features=4, out_features=64, bias=True)
+gelu = gelu(up)
+reductions_gelu = reductions.gelu(gelu)  # LeanReduction(64, 8, dim=-1)
+down = down(reductions_gelu)  # Linear(in_features=8, out_features=32, bias=True)
+add = add(transpose, down)
+reductions_add = reductions.add(add)  # LeanReduction(32, 4, dim=-1)
+flatten_1 = flatten(reductions_add, 1)
+head = head(flatten_1)  # Linear(in_features=16, out_features=5, bias=True)
+output = output(head)
+""",
+    )
+
+
+def test_functional_dropout_follows_the_mode():
+    make, shape = CHANGED["functional dropout"]
+    assert_expected_inline(
+        graph_text(capture(make())),
+        """\
+x = x()
+inner = inner(x)  # Linear(in_features=8, out_features=32, bias=True)
+relu = relu(inner, inplace=False)
+calls_dropout = calls.dropout(relu)  # Dropout(p=0.25, inplace=False)
+dropout_1 = dropout(calls_dropout, p=1e-09, training=True, inplace=False)
+outer = outer(dropout_1)  # Linear(in_features=32, out_features=4, bias=True)
+output = output(outer)
+""",
+    )
+    inputs = torch.rand(shape)
+    for captured in (capture(make().train()), capture(make().eval())):
+        captured.eval()
+        torch.testing.assert_close(captured(inputs), captured(inputs))
+        captured.train()
+        assert not torch.equal(captured(inputs), captured(inputs))
+
+
+def test_shapes_are_written_and_buffers_stay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    captured = capture(model)
+    before = {name: value.clone() for name, value in captured.state_dict().items()}
+    PropagateShapes((torch.rand(2, 3, 9, 9),))(captured)
+    shapes = {node.name: facts(node).shape for node in captured.graph.nodes}
+    assert shapes["_0"] == shapes["_1"] == (2, 4, 7, 7)
+    for name, value in captured.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_channels_are_tracked_without_shapes():
+    captured = capture(Tokens())
+    TrackChannels()(captured)
+    found = {node.name: facts(node).channels for node in captured.graph.nodes}
+    assert (found["patch"].axis, found["patch"].count) == (1, 32)
+    assert (found["down"].axis, found["down"].count) == (-1, 32)
+    assert found["flatten"] is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            (torch.rand(2, 4, 8, 8),),
+            "example_inputs: the model cannot run on them: stem([2, 4, 8, 8],) failed (",
+        ),
+        (
+            (torch.rand(2, 3, 8, 8), torch.rand(1)),
+            "example_inputs: 2 given, but the model takes 1 (x); give one tensor, or a tuple of them",
+        ),
+        ((), "example_inputs: 0 given, but the model takes 1 (x)"),
+    ],
+)
+def test_example_inputs_that_do_not_fit(inputs, message):
+    with pytest.raises(ArgumentError) as caught:
+        PropagateShapes(inputs)(capture(Residual()))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_pass_is_named_with_those_before_it():
+    class Breaks(Pass):
+        def run(self, graph_module):
+            raise ZeroDivisionError("no")
+
+    pipeline = Pipeline([TrackChannels(), FindConsumers(), Breaks()])
+    with pytest.raises(PassError) as caught:
+        pipeline(symbolic_trace(Residual()))
+    assert str(caught.value) == (
+        "Breaks failed (ZeroDivisionError: no); passes before it: TrackChannels, FindConsumers"
+    )
+
+
+def test_sites_that_do_not_fit_leave_the_graph_whole():
+    plan = lean_fx.plan(Residual())
+    other = capture(nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)))
+    before = description(other)
+    with pytest.raises(PlanError, match="^plan: the value 'relu' is not in this model's graph; "):
+        InsertReductions(plan.sites)(other)
+    assert description(other) == before
+
+    wider = Residual()
+    wider.left = nn.Conv2d(32, 32, 3, groups=2)
+    wider.right = nn.Conv2d(64, 32, 1)
+    with pytest.raises(PlanError) as caught:
+        plan.apply(wider)
+    assert str(caught.value) == (
+        "plan: layer 'right' reads 64 channels, but the plan says 32; make the plan anew from this "
+        "model"
+    )
+    wider.left = nn.ConvTranspose2d(32, 32, 3)
+    with pytest.raises(PlanError, match="'left' is a ConvTranspose2d, but the plan says Conv2d"):
+        plan.apply(wider)

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import torch
+from graphs import CHANGED, UNCHANGED, Flattened, Residual, graph_text
+from torch import nn
+
+import lean_fx
+from lean_fx.errors import ArgumentError, PlanError
+
+
+@pytest.mark.parametrize("model", CHANGED | UNCHANGED)
+def test_json_round_trip(model):
+    make, shape = (CHANGED | UNCHANGED)[model]
+    plan = lean_fx.plan(make(), torch.rand(shape))
+    again = lean_fx.Plan.from_json(plan.to_json())
+    assert again == plan
+    assert str(again) == str(plan)
+
+
+def test_a_plan_and_a_state_are_enough_to_rebuild_a_model():
+    lean = lean_fx.leanify(Residual(), channels=8)
+    text, state = lean.meta["lean_fx.plan"].to_json(), lean.state_dict()
+    again = lean_fx.Plan.from_json(text).apply(Residual())
+    again.load_state_dict(state)
+    inputs = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(again(inputs), lean(inputs), rtol=0, atol=0)
+    assert graph_text(again) == graph_text(lean)
+
+
+def test_apply_leaves_the_model_and_the_plan_as_they_were():
+    model = Residual()
+    plan = lean_fx.plan(model)
+    text, graph = plan.to_json(), str(model)
+    plan.apply(model)
+    assert (plan.to_json(), str(model)) == (text, graph)
+
+
+def test_a_reduction_without_a_name_has_no_json():
+    class Own(nn.Identity):
+        pass
+
+    plan = lean_fx.plan(Flattened(), reduction=Own)
+    with pytest.raises(PlanError) as caught:
+        plan.to_json()
+    assert str(caught.value) == (
+        "plan: the reduction Own has no registered name; give it one with "
+        "lean_fx.register_reduction('Own', Own)"
+    )
+
+
+def edited(change):
+    content = json.loads(lean_fx.plan(Residual()).to_json())
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "plan: the text is no plan in JSON ("),
+        ("[1]", "plan: the text is no plan in JSON ("),
+        ("{}", "plan: the text is no plan in JSON ('format'); give Plan.to_json()"),
+        (edited(lambda c: c.update(version=99)), "plan: format 'lean_fx.plan' version 99 is not"),
+        (edited(lambda c: c.pop("sites")), "plan: a part is missing or unknown ('sites')"),
+        (edited(lambda c: c.update(more=1)), "plan: a part is missing or unknown ("),
+        (edited(lambda c: c["sites"][0].pop("dim")), "plan: a part is missing or unknown ("),
+    ],
+)
+def test_texts_that_are_no_plan(text, message):
+    with pytest.raises(PlanError) as caught:
+        lean_fx.Plan.from_json(text)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_with_an_unknown_reduction():
+    with pytest.raises(ArgumentError, match="^reduction='other' is not known; use lean, "):
+        lean_fx.Plan.from_json(edited(lambda c: c.update(reduction="other")))

@@ -1,0 +1,24 @@
+"""ruff and mypy, as the tests' own machine runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ruff format --check lean_fx tests examples",
+        "ruff check lean_fx tests examples",
+        "mypy lean_fx",
+    ],
+)
+def test_style(command):
+    run = subprocess.run(
+        [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

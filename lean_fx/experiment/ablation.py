@@ -1,0 +1,268 @@
+"""A grid of reductions, channels and seeds: one row each, kept in a CSV file, drawn."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lean_fx.errors import ArgumentError, DataError, require
+from lean_fx.experiment.comparison import (
+    baseline_net,
+    export_and_time,
+    lean_net,
+    narrow_net,
+)
+from lean_fx.experiment.datasets import Dataset
+from lean_fx.files import make_folder, replacing, write_text
+from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.pictures import colour, new_figure
+from lean_fx.registry import reductions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What one row is trained with.
+
+    Attributes:
+        reduction: ``"baseline"``, ``"narrow"``, or the name of a reduction.
+        channels: C' of every reduction; 0 for the baseline.
+        seed: of the weights and of the order of the pictures.
+        epochs: of training.
+    """
+
+    reduction: str
+    channels: int
+    seed: int
+    epochs: int
+
+    def __str__(self) -> str:
+        """A name for files and progress bars."""
+        channels = f"-{self.channels}" if self.channels else ""
+        return f"{self.reduction}{channels}-seed{self.seed}-epochs{self.epochs}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one setting.
+
+    Attributes:
+        reduction: as in :class:`Setting`, like the next three.
+        channels: C' that was asked for.
+        seed: of this run.
+        epochs: of this run.
+        accuracy: on the test split after the last epoch, in [0, 1].
+        parameters: of the net.
+        macs: multiply-adds of one picture.
+        latency_ms: median of one picture in ONNX Runtime, 1 thread.
+        latency_q1_ms: lower quartile.
+        latency_q3_ms: upper quartile.
+        latency_ratio: to the baseline, timed in turn with it; below 1 is faster.
+    """
+
+    reduction: str
+    channels: int
+    seed: int
+    epochs: int
+    accuracy: float
+    parameters: int
+    macs: int
+    latency_ms: float
+    latency_q1_ms: float
+    latency_q3_ms: float
+    latency_ratio: float
+
+    @property
+    def setting(self) -> Setting:
+        """The setting that the row came of."""
+        return Setting(self.reduction, self.channels, self.seed, self.epochs)
+
+
+def grid(channels: str, controls: str, seeds: str, epochs: int) -> list[Setting]:
+    """The settings of an ablation: the baseline, LEAN and the controls, for each seed.
+
+    Args:
+        channels: numbers of 1 or more, separated by commas.
+        controls: names of reductions, or ``narrow``, separated by commas; may be empty.
+        seeds: numbers of 0 or more, separated by commas.
+        epochs: 1 or more.
+
+    Raises:
+        ArgumentError: a number or a name is none.
+
+    Example:
+        >>> [str(setting) for setting in grid("4", "slice", "0", epochs=2)]
+        ['baseline-seed0-epochs2', 'lean-4-seed0-epochs2', 'slice-4-seed0-epochs2']
+    """
+    names = ["lean", *(name.strip() for name in controls.split(",") if name.strip())]
+    known = (*reductions(), "narrow")
+    for name in names:
+        if name not in known:
+            raise ArgumentError(f"control={name!r} is not known; use {', '.join(known[1:])}")
+    kept = [_number("channels", text, 1) for text in channels.split(",")]
+    settings = []
+    for seed in (_number("seeds", text, 0) for text in seeds.split(",")):
+        settings.append(Setting("baseline", 0, seed, epochs))
+        settings += [Setting(name, c, seed, epochs) for name in dict.fromkeys(names) for c in kept]
+    return list(dict.fromkeys(settings))
+
+
+def _number(subject: str, text: str, least: int) -> int:
+    if not text.strip().isdecimal() or int(text) < least:
+        raise ArgumentError(f"{subject}: {text!r} is not a whole number of {least} or more")
+    return int(text)
+
+
+def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[Row]:
+    """Train, export and time every setting that is not in ``folder/ablation.csv`` yet.
+
+    A row is written as soon as it is known; training that was interrupted goes on from its
+    checkpoint.
+
+    Returns:
+        The rows of the settings, in their order.
+
+    Raises:
+        DataError: the CSV file there is not one of these.
+        LeanError: a setting cannot be trained or exported.
+    """
+    file = make_folder(folder) / "ablation.csv"
+    rows = {row.setting: row for row in read_rows(file)} if file.exists() else {}
+    wanted = list(settings)
+    missing = [setting for setting in wanted if setting not in rows]
+    for number, setting in enumerate(missing, start=1):
+        print(f"{number}/{len(missing)} {setting}", file=sys.stderr, flush=True)
+        rows[setting] = _measured(setting, data, folder)
+        write_rows(file, rows.values())
+    return [rows[setting] for setting in wanted]
+
+
+def _measured(setting: Setting, data: Dataset, folder: Path) -> Row:
+    from lean_fx.experiment.training import Settings, train
+
+    torch.manual_seed(setting.seed)
+    model = _net(setting, data)
+    training = Settings(epochs=setting.epochs, seed=setting.seed)
+    history = train(model, data, training, folder / str(setting), name=str(setting))
+    latency = export_and_time({"baseline": baseline_net(data), str(setting): model}, data, folder)
+    own, baseline = latency[str(setting)], latency["baseline"]
+    return Row(
+        **dataclasses.asdict(setting),
+        accuracy=history[-1].test_accuracy,
+        parameters=count_parameters(model),
+        macs=count_macs(model, data.normalised(data.test_x[:1])),
+        latency_ms=own.median_ms,
+        latency_q1_ms=own.q1_ms,
+        latency_q3_ms=own.q3_ms,
+        latency_ratio=own.median_ms / baseline.median_ms,
+    )
+
+
+def _net(setting: Setting, data: Dataset) -> nn.Module:
+    if setting.reduction == "baseline":
+        return baseline_net(data)
+    if setting.reduction == "narrow":
+        return narrow_net(data, count_parameters(lean_net(data, setting.channels)))
+    return lean_net(data, setting.channels, setting.reduction)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Read what :func:`write_rows` wrote.
+
+    Raises:
+        DataError: the file is not such a table.
+    """
+    kinds = {"str": str, "int": int, "float": float}
+    fields = {field.name: kinds[str(field.type)] for field in dataclasses.fields(Row)}
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            table = list(reader)
+        if reader.fieldnames != list(fields):
+            raise ValueError(f"its columns are {reader.fieldnames}")
+        return [Row(**{name: kind(line[name]) for name, kind in fields.items()}) for line in table]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(
+            f"{file}: is not a table of this ablation ({error}); move it away to begin anew"
+        ) from error
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Write rows as CSV, whole or not at all.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)])
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    write_text(file, text.getvalue())
+
+
+def show_rows(rows: Sequence[Row], folder: Path) -> None:
+    """Print the rows as a table, draw ``ablation.png``, and say where both are.
+
+    Raises:
+        WriteError: the picture cannot be written.
+    """
+    require("rich.console", extra="examples", purpose="the table").Console().print(_table(rows))
+    figure = _picture(rows)
+    with replacing(folder / "ablation.png") as part:
+        figure.savefig(part, format="png", dpi=150)
+    print(f"ablation.csv and ablation.png are in {folder}/")
+
+
+def _table(rows: Iterable[Row]) -> Table:
+    table: Table = require("rich.table", extra="examples", purpose="the table").Table(
+        box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD
+    )
+    for header in ("reduction", "C'", "seed", "accuracy %", "parameters", "MACs", "ms", "ratio"):
+        table.add_column(header, justify="left" if header == "reduction" else "right")
+    for row in rows:
+        table.add_row(
+            row.reduction,
+            str(row.channels or ""),
+            str(row.seed),
+            f"{100 * row.accuracy:.1f}",
+            f"{row.parameters:,}",
+            f"{row.macs:,}",
+            f"{row.latency_ms:.4f}",
+            f"{row.latency_ratio:.2f}",
+        )
+    return table
+
+
+def _picture(rows: Sequence[Row]) -> Any:
+    """Accuracy over parameters and over latency: a line a reduction, means over the seeds."""
+    figure, axes = new_figure(10, 4.6, 1, 2)
+    panels = (("parameters", "parameters"), ("latency_ratio", "latency, baseline = 1"))
+    for ax, (field, label) in zip(axes, panels, strict=True):
+        for index, name in enumerate(dict.fromkeys(row.reduction for row in rows)):
+            points = []
+            for channels in sorted({row.channels for row in rows if row.reduction == name}):
+                same = [r for r in rows if (r.reduction, r.channels) == (name, channels)]
+                accuracies = [100 * row.accuracy for row in same]
+                across = statistics.median(getattr(row, field) for row in same)
+                ax.vlines(across, min(accuracies), max(accuracies), colour(index), linewidth=1)
+                points.append((across, statistics.mean(accuracies)))
+            ax.plot(*zip(*points, strict=True), "o-", color=colour(index), label=name, markersize=4)
+        ax.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
+    seeds = len({row.seed for row in rows})
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
+    )
+    figure.suptitle(f"mean and range of {seeds} seed{'s' if seeds > 1 else ''}", fontsize=10)
+    return figure

@@ -1,0 +1,182 @@
+"""One job for any data set: train some models alike, export, time and meter them, report."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lean_fx.experiment.datasets import Dataset
+from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths
+from lean_fx.export import export_onnx
+from lean_fx.files import make_folder
+from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.energy import EnergyMeter
+from lean_fx.measure.report import Arm, Epoch, Report
+from lean_fx.measure.timing import Latency, machine, time_onnx
+from lean_fx.policy import ChannelsPolicy
+from lean_fx.registry import ReductionFactory, reduction_name
+from lean_fx.transform import leanify
+
+if TYPE_CHECKING:
+    from lean_fx.experiment.training import Settings
+
+
+def baseline_net(data: Dataset) -> PaperNet:
+    """The paper's net for the pictures of a data set, its weights drawn anew."""
+    _, channels, size, _ = data.train_x.shape
+    return PaperNet(PAPER_WIDTHS, channels, size, data.classes)
+
+
+def lean_net(
+    data: Dataset, channels: ChannelsPolicy, reduction: str | ReductionFactory = "lean"
+) -> nn.Module:
+    """The paper's net, leanified."""
+    return leanify(
+        baseline_net(data), data.train_x[:2].float(), channels=channels, reduction=reduction
+    )
+
+
+def narrow_net(data: Dataset, parameters: int) -> PaperNet:
+    """The control of equal budget: the paper's net made narrower, with as many parameters."""
+    _, channels, size, _ = data.train_x.shape
+    shape = {"in_channels": channels, "image_size": size, "classes": data.classes}
+    widths = narrow_widths(parameters, widths=PAPER_WIDTHS, **shape)
+    return PaperNet(widths, channels, size, data.classes)
+
+
+def paper_arms(
+    data: Dataset, channels: ChannelsPolicy = 10, reduction: str = "lean", seed: int = 0
+) -> dict[str, nn.Module]:
+    """The three models of the paper's experiment: baseline, LEAN, and a narrower net.
+
+    Args:
+        data: gives the size of the pictures and the number of classes.
+        channels: see :func:`lean_fx.leanify`.
+        reduction: see :func:`lean_fx.leanify`.
+        seed: of the first weights of each.
+
+    Returns:
+        The models by name, the baseline first.
+    """
+    torch.manual_seed(seed)
+    baseline = baseline_net(data)
+    torch.manual_seed(seed)
+    lean = lean_net(data, channels, reduction)
+    torch.manual_seed(seed)
+    narrow = narrow_net(data, count_parameters(lean))
+    names = ("baseline", reduction_name(reduction), f"narrow {'/'.join(map(str, narrow.widths))}")
+    return dict(zip(names, (baseline, lean, narrow), strict=True))
+
+
+def run(
+    arms: Mapping[str, nn.Module],
+    data: Dataset,
+    settings: Settings,
+    folder: str | Path,
+    *,
+    title: str,
+    command: str,
+    country: str = "USA",
+    batch: int = 1,
+    threads: int = 1,
+) -> Report:
+    """Train the models, export them, time and meter them, and save the report.
+
+    Training that is done already, or begun, goes on from its checkpoint in ``folder``.
+
+    Args:
+        arms: models by name, with their first weights; the first is what the ratios refer to.
+            They end trained.
+        data: what to train and test on.
+        settings: of the training, the same for all.
+        folder: for the checkpoints, the ONNX files and the report; made if it is missing.
+        title: of the report.
+        command: that a reader can run to make it again.
+        country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
+        batch: of the timed calls, 1 or more.
+        threads: of ONNX Runtime, 1 or more.
+
+    Returns:
+        The report; it is saved as ``report.json``, ``report.md``, ``curves.png`` and
+        ``figure3.png``.
+
+    Raises:
+        LeanError: see :func:`~lean_fx.experiment.training.train`,
+            :func:`~lean_fx.export_onnx` and :func:`~lean_fx.measure.timing.time_onnx`.
+    """
+    from lean_fx.experiment.training import measure_test_energy, train
+
+    target = make_folder(folder)
+    histories: dict[str, tuple[Epoch, ...]] = {}
+    energies = {}
+    for number, (name, model) in enumerate(arms.items(), start=1):
+        _say(f"{number}/{len(arms)} {name}: {count_parameters(model):,} parameters")
+        with EnergyMeter(country) as meter:
+            histories[name] = train(
+                model, data, settings, target / _slug(name), meter=meter, name=name
+            )
+        energies[name] = measure_test_energy(model, data, country=country)
+    _say("exporting to ONNX, timing in ONNX Runtime")
+    latencies = export_and_time(arms, data, target, batch=batch, threads=threads)
+    report = Report(
+        title=title,
+        command=command,
+        arms=tuple(
+            Arm(
+                name=name,
+                parameters=count_parameters(model),
+                macs=count_macs(model, data.normalised(data.test_x[:1])),
+                onnx_bytes=(target / f"{_slug(name)}.onnx").stat().st_size,
+                epochs=histories[name],
+                latency=latencies[name],
+                test_energy=energies[name],
+                plan=str(getattr(model, "meta", {}).get("lean_fx.plan", "")),
+            )
+            for name, model in arms.items()
+        ),
+        machine=machine(),
+        seed=settings.seed,
+    )
+    report.save(target)
+    return report
+
+
+def export_and_time(
+    models: Mapping[str, nn.Module],
+    data: Dataset,
+    folder: Path,
+    *,
+    batch: int = 1,
+    threads: int = 1,
+) -> dict[str, Latency]:
+    """Export models to ``folder`` and time them in one run, in turn.
+
+    Args:
+        models: by name.
+        data: whose test pictures are the inputs.
+        folder: gets a file for each model.
+        batch: pictures a call, 1 or more.
+        threads: of ONNX Runtime, 1 or more.
+
+    Returns:
+        The latency of each.
+    """
+    inputs = data.normalised(data.test_x[:batch])
+    files = {name: folder / f"{_slug(name)}.onnx" for name in models}
+    for name, model in models.items():
+        export_onnx(copy.deepcopy(model).cpu(), files[name], data.normalised(data.test_x[:2]))
+    return time_onnx(files, inputs.numpy(), threads=threads)
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "-")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

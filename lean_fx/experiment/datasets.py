@@ -1,0 +1,145 @@
+"""A data set as tensors in memory, and scikit-learn's small digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lean_fx.errors import ArgumentError, require
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Pictures and labels in memory, split into train and test.
+
+    Pictures are float32 in [0, 1], or uint8 in [0, 255], which takes a quarter of the memory and
+    is converted batch by batch in :meth:`normalised`.
+
+    Args:
+        name: what tables and messages call it.
+        train_x: pictures to train on.
+        train_y: their labels, 0 to ``classes - 1``.
+        test_x: pictures to test on.
+        test_y: their labels.
+        classes: number of classes.
+        mean: per channel over the train split, of pictures in [0, 1].
+        std: standard deviation, likewise.
+
+    Shape:
+        - train_x, test_x: ``[N, C, H, W]``, float32 or uint8
+        - train_y, test_y: ``[N]``, int64
+        - mean, std: ``[C]``, float32
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+        classes: int,
+    ) -> Dataset:
+        """Make a data set of (pictures, labels) pairs; mean and std come from ``train`` alone.
+
+        Example:
+            >>> x, y = torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([0, 1])
+            >>> data = Dataset.of("two", (x.view(2, 1, 1, 1), y), (x.view(2, 1, 1, 1), y), 2)
+            >>> data.mean, data.std
+            (tensor([0.5000]), tensor([0.5000]))
+        """
+        mean, std = channel_statistics(train[0])
+        return cls(name, *train, *test, classes, mean, std)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return pictures as float32 of mean 0 and standard deviation 1 over the train split.
+
+        Shape:
+            - images: ``[N, C, H, W]``, as in ``train_x``, on any device
+            - output: the same, float32, on the same device
+
+        Example:
+            >>> data = digits()
+            >>> abs(float(data.normalised(data.train_x).mean())) < 1e-6
+            True
+        """
+        mean = self.mean.to(images.device).view(-1, 1, 1)
+        std = self.std.to(images.device).view(-1, 1, 1)
+        return (_in_unit_range(images) - mean) / std
+
+
+def digits(seed: int = 0, test_fraction: float = 0.2) -> Dataset:
+    """Load scikit-learn's handwritten digits: 1797 grey pictures of 8x8 pixels.
+
+    The split is stratified, each class having the same share of both parts, and the same for the
+    same seed.
+
+    Args:
+        seed: of the split, 0 to 2**32 - 1.
+        test_fraction: share of the test split, in [0.01, 0.99].
+
+    Raises:
+        ArgumentError: an argument lies out of its range.
+        MissingDependencyError: scikit-learn is not installed.
+
+    Example:
+        >>> data = digits()
+        >>> data.train_x.shape, data.test_x.shape
+        (torch.Size([1437, 1, 8, 8]), torch.Size([360, 1, 8, 8]))
+
+    References:
+        E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+        Repository, 1998 (the test part of it).
+    """
+    if not 0.01 <= test_fraction <= 0.99:
+        raise ArgumentError(
+            f"digits: test_fraction={test_fraction} lies outside [0.01, 0.99]; use 0.2"
+        )
+    if not 0 <= seed < 2**32:
+        raise ArgumentError(f"digits: seed={seed} lies outside 0 to 2**32 - 1; use 0")
+    purpose = "the digits data set"
+    loader = require("sklearn.datasets", extra="examples", purpose=purpose)
+    splitter = require("sklearn.model_selection", extra="examples", purpose=purpose)
+    raw = loader.load_digits()
+    images = torch.as_tensor(raw.images / 16, dtype=torch.float32).unsqueeze(1)
+    labels = torch.as_tensor(raw.target, dtype=torch.int64)
+    train, test = splitter.train_test_split(
+        range(len(labels)), test_size=test_fraction, random_state=seed, stratify=labels
+    )
+    return Dataset.of(
+        "digits", (images[train], labels[train]), (images[test], labels[test]), classes=10
+    )
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel, of pictures taken to [0, 1].
+
+    Summed in float64 and in slices, so that no float copy of all pictures is made. A channel that
+    never changes gets a standard deviation of 1, as it is divided by.
+
+    Shape:
+        - images: ``[N, C, H, W]``, float32 in [0, 1] or uint8
+        - output: two of ``[C]``, float32
+    """
+    places = images.numel() // images.shape[1]
+    slices = torch.split(images, 256)
+    sums = [_in_unit_range(part).double().sum((0, 2, 3)) for part in slices]
+    mean = torch.stack(sums).sum(0) / places
+    centre = mean.view(-1, 1, 1)
+    squares = [(_in_unit_range(part) - centre).square().sum((0, 2, 3)) for part in slices]
+    std = (torch.stack(squares).sum(0) / places).sqrt()
+    return mean.float(), torch.where(std == 0, 1.0, std).float()
+
+
+def _in_unit_range(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images

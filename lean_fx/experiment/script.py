@@ -1,0 +1,64 @@
+"""What the example scripts have in common: how they end, and how they show a report."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lean_fx.errors import LeanError, require
+from lean_fx.measure.report import Report
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main function; an error of ours ends it with one line and status 1."""
+    try:
+        main()
+    except LeanError as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; run the same again to go on") from None
+
+
+def command_line() -> str:
+    """The command that started this program, as a reader can type it."""
+    script = Path(sys.argv[0])
+    shown = script.resolve()
+    if shown.is_relative_to(Path.cwd()):
+        shown = shown.relative_to(Path.cwd())
+    return shlex.join(["python", str(shown), *sys.argv[1:]])
+
+
+def show(report: Report, folder: str | Path) -> None:
+    """Print a report's table, and where its files are."""
+    console = require("rich.console", extra="examples", purpose="the table").Console()
+    console.print(report.table())
+    print(f"report.md, report.json, curves.png, figure3.png and the nets are in {folder}/")
+
+
+@contextlib.contextmanager
+def download_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield a function that draws a progress bar from bytes there and bytes in all."""
+    progress = require("rich.progress", extra="examples", purpose="the progress bar")
+    console = require("rich.console", extra="examples", purpose="the progress bar")
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    bar = progress.Progress(*columns, console=console.Console(stderr=True))
+    task = bar.add_task(what, total=None)
+
+    def update(done: int, total: int | None) -> None:
+        bar.start()  # at the first piece, so that nothing is drawn where nothing is fetched
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -1,0 +1,266 @@
+"""Energy and CO2 of a stretch of code, by CodeCarbon, without the network."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from lean_fx.errors import ArgumentError, LeanError, require
+
+_JOULES_PER_KWH = 3.6e6
+_ESTIMATES = frozenset({"cpu_load", "constant"})
+# CodeCarbon's names of how a piece of hardware is read, in a reader's words.
+_METERS = {"intel_rapl": "rapl", "intel_power_gadget": "power_gadget"}
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What a stretch of code consumed.
+
+    Args:
+        energy_j: joules of processor, memory and, where there are any, GPUs.
+        co2_g: grams of CO2 equivalent of these joules, by the country's mix of electricity.
+        seconds: how long it took.
+        meter: how processor and GPUs were read, parts joined by ``+``: ``"rapl"`` and ``"nvml"``
+            are hardware counters; ``"cpu_load"`` and ``"constant"`` are estimates.
+
+    Example:
+        >>> first = Energy(energy_j=30.0, co2_g=0.5, seconds=1.0, meter="rapl")
+        >>> (first + first).scaled(0.25)
+        Energy(energy_j=15.0, co2_g=0.25, seconds=0.5, meter='rapl')
+    """
+
+    energy_j: float
+    co2_g: float
+    seconds: float
+    meter: str
+
+    def __add__(self, other: Energy) -> Energy:
+        return Energy(
+            self.energy_j + other.energy_j,
+            self.co2_g + other.co2_g,
+            self.seconds + other.seconds,
+            _join([*self.meter.split("+"), *other.meter.split("+")]),
+        )
+
+    def scaled(self, factor: float) -> Energy:
+        """Multiply everything by ``factor``, such as one over a number of epochs."""
+        return Energy(
+            self.energy_j * factor, self.co2_g * factor, self.seconds * factor, self.meter
+        )
+
+    @property
+    def is_estimate(self) -> bool:
+        """True when any part was not read from a hardware counter but guessed by a model."""
+        return not set(self.meter.split("+")).isdisjoint(_ESTIMATES)
+
+
+class EnergyMeter:
+    """Measure the energy of a block, and of laps within it, by CodeCarbon's offline tracker.
+
+    How sure the joules are depends on the machine, and :attr:`Energy.meter` says it. With RAPL
+    (Linux on bare metal, readable by the user) and NVML they come from hardware counters. Without,
+    as on nearly all virtual machines, the meter is ``cpu_load``: the processor's power is taken
+    to be TDP x (0.1 + 0.9 load^3), with the load of the whole machine in ]0, 1] and the TDP looked
+    up by the processor's name (a generic 85 W where unknown); ``constant`` is half the TDP. The
+    power of the memory is a constant of the machine with every meter. So with an estimate the
+    energy of two programs at equal load differs exactly as their times do: it is no evidence
+    beyond the time. Where the TDP is known, set CODECARBON_FORCE_CPU_POWER (watts).
+
+    It meters the machine, not the process: whatever else runs is counted too. CO2 is the energy
+    times the country's average intensity, from the table that comes with CodeCarbon; nothing is
+    looked up on the network.
+
+    Entering the block detects the hardware, which takes a second or two the first time in a
+    process and milliseconds afterwards; that time is outside the measured seconds.
+
+    Args:
+        country: three-letter ISO code in capitals of the country whose electricity is used.
+        interval_s: seconds between two readings, above 0. The load is sampled every second.
+
+    Raises:
+        ArgumentError: CodeCarbon does not know the country, or interval_s is not above 0.
+        MissingDependencyError: codecarbon is not installed.
+
+    Example::
+
+        with EnergyMeter("DEU") as meter:
+            for epoch in range(50):
+                train(epoch)
+                print(meter.lap().energy_j)
+        print(meter.energy)
+
+    References:
+        CodeCarbon 3, https://docs.codecarbon.io/latest/explanation/methodology
+    """
+
+    def __init__(self, country: str = "USA", interval_s: float = 1.0) -> None:
+        if not interval_s > 0:
+            raise ArgumentError(f"EnergyMeter: interval_s={interval_s} is not above 0; use 1.0")
+        _check_country(country)
+        self.country = country
+        self.interval_s = interval_s
+        self._tracker: Any = None
+        self._totals: _Totals | None = None
+        self._start = self._lap_start = Energy(0.0, 0.0, 0.0, "")
+
+    def __enter__(self) -> EnergyMeter:
+        if self._tracker is not None:
+            raise LeanError("EnergyMeter: is running already; make another one for an inner block")
+        self._totals = _Totals()
+        self._tracker = _make_tracker(self.country, self.interval_s, self._totals)
+        self._tracker.start()
+        try:
+            # The first reading loads CodeCarbon's tables between its joules and its seconds; the
+            # second takes both at the same moment.
+            self._read()
+            self._start = self._lap_start = self._read()
+        except LeanError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        tracker, self._tracker = self._tracker, None
+        tracker.stop()
+
+    def lap(self) -> Energy:
+        """Measure since the last lap, or since the block began.
+
+        Laps add up to :attr:`energy`; after the block, a last lap is what was left over.
+
+        Raises:
+            LeanError: no block was entered yet, or CodeCarbon has failed.
+        """
+        now = self._read()
+        lap, self._lap_start = _difference(now, self._lap_start), now
+        return lap
+
+    @property
+    def energy(self) -> Energy:
+        """What the block consumed: up to now inside it, and in all after it.
+
+        Raises:
+            LeanError: as in :meth:`lap`.
+        """
+        return _difference(self._read(), self._start)
+
+    def _read(self) -> Energy:
+        """Return the totals of the tracker, brought up to date while it runs."""
+        if self._totals is None:
+            raise LeanError("EnergyMeter: has not measured anything; use it in a with statement")
+        if self._tracker is not None:
+            self._totals.latest = None
+            self._tracker.flush()
+        if self._totals.latest is None:  # CodeCarbon logs its errors and goes on
+            raise LeanError(
+                "EnergyMeter: CodeCarbon gave no reading; set the level of its logger 'codecarbon' "
+                "to DEBUG to see why"
+            )
+        if self._tracker is not None:
+            self._totals.meter = _meter_of(self._tracker._hardware)
+        return Energy(*self._totals.latest, self._totals.meter)
+
+
+class _Totals:
+    """An output of CodeCarbon, called at every flush and at the stop, that keeps the totals."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[float, float, float] | None = None
+        self.meter = ""
+
+    def out(self, total: Any, delta: Any) -> None:
+        self.latest = (
+            total.energy_consumed * _JOULES_PER_KWH,
+            total.emissions * 1e3,
+            total.duration,
+        )
+
+    def exit(self) -> None:
+        pass
+
+
+def _make_tracker(country: str, interval_s: float, totals: _Totals) -> Any:
+    base: Any = require("codecarbon", purpose="measuring energy").OfflineEmissionsTracker
+
+    class Tracker(base):  # type: ignore[misc]
+        """One reading at a time, and one at each flush, however short the lap.
+
+        The tracker's own thread and a flush could otherwise both count the same interval, and a
+        flush within 50 ms of a reading would leave the energy since to the next lap.
+        """
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._reading = threading.Lock()
+            super().__init__(*args, **options)
+
+        def _measure_power_and_energy(self) -> None:
+            with self._reading:
+                super()._measure_power_and_energy()
+
+        def _measure_power_and_energy_if_stale(self, min_interval_s: float = 0.0) -> None:
+            self._measure_power_and_energy()
+
+    # Its constructor logs two lines before it reads log_level.
+    logging.getLogger("codecarbon").setLevel(logging.ERROR)
+    return Tracker(
+        country_iso_code=country,
+        measure_power_secs=interval_s,
+        log_level="error",
+        tracking_mode="machine",
+        allow_multiple_runs=True,
+        output_methods=[],
+        output_handlers=[totals],
+        api_call_interval=-1,
+        # A user's configuration file must not bring the network in.
+        emissions_endpoint=False,
+        electricitymaps_api_token="",
+    )
+
+
+def _check_country(country: str) -> None:
+    known = require("codecarbon.input", purpose="measuring energy").DataSource()
+    if country not in known.get_global_energy_mix_data():
+        raise ArgumentError(
+            f"EnergyMeter: country={country!r} is not known to CodeCarbon; use a three-letter ISO "
+            "code in capitals, such as USA or DEU"
+        )
+
+
+def _meter_of(hardware: Iterable[Any]) -> str:
+    """Name how CodeCarbon reads processor and GPUs, from the objects it reads them with."""
+    return _join(sorted(filter(None, map(_meter_of_one, hardware)), key=_ESTIMATES.__contains__))
+
+
+def _meter_of_one(part: Any) -> str:
+    kind = type(part).__name__
+    if kind == "CPU":
+        return _METERS.get(part._mode, str(part._mode))
+    if kind == "GPU":
+        vendors = {type(device).__name__ for device in part.devices.devices}
+        return _join("amdsmi" if vendor.startswith("AMD") else "nvml" for vendor in sorted(vendors))
+    if kind == "RAM":  # a constant of the machine beside every meter
+        return ""
+    return {"AppleSiliconChip": "powermetrics", "Raspberry": "pmic"}.get(kind, kind.lower())
+
+
+def _join(meters: Iterable[str]) -> str:
+    return "+".join(dict.fromkeys(meters))
+
+
+def _difference(later: Energy, earlier: Energy) -> Energy:
+    return Energy(
+        later.energy_j - earlier.energy_j,
+        later.co2_g - earlier.co2_g,
+        later.seconds - earlier.seconds,
+        later.meter,
+    )

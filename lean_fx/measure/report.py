@@ -1,0 +1,283 @@
+"""The report of an experiment: a table, Markdown, JSON and two pictures, of the same figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from lean_fx.errors import ArgumentError, DataError, require
+from lean_fx.files import make_folder, replacing, write_text
+from lean_fx.measure.energy import Energy
+from lean_fx.measure.pictures import draw_bars, draw_curves, short
+from lean_fx.measure.timing import Latency
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_FORMAT = "lean_fx.report"
+_VERSION = 1
+_HEADERS = (
+    "",
+    "parameters",
+    "MACs, million",
+    "ONNX file, kB",
+    "test accuracy, %",
+    "latency, ms",
+    "  quartiles",
+    "  ratio",
+    "training, s/epoch",
+    "training, J/epoch",
+    "training, mg CO2/epoch",
+    "testing, J",
+)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to: mean losses, accuracies in [0, 1], and what training it took."""
+
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    train: Energy
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of an experiment and everything measured of it.
+
+    Args:
+        name: what the reader calls it; unique in a report.
+        parameters: elements of all parameters.
+        macs: multiply-adds of one sample.
+        onnx_bytes: size of the exported file.
+        epochs: its training, at least one epoch.
+        latency: of the exported file.
+        test_energy: of one pass over the test set.
+        plan: the printed plan of its reductions; empty where there are none.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    onnx_bytes: int
+    epochs: tuple[Epoch, ...]
+    latency: Latency
+    test_energy: Energy
+    plan: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.epochs:
+            raise ArgumentError(f"Arm: {self.name!r} has no epochs; give at least one")
+
+    @property
+    def accuracy(self) -> float:
+        """The test accuracy after the last epoch, in [0, 1]."""
+        return self.epochs[-1].test_accuracy
+
+    @property
+    def train_energy(self) -> Energy:
+        """The whole training."""
+        return functools.reduce(operator.add, (epoch.train for epoch in self.epochs))
+
+    @property
+    def train_energy_per_epoch(self) -> Energy:
+        """The mean epoch of the training."""
+        return self.train_energy.scaled(1 / len(self.epochs))
+
+
+@dataclass(frozen=True)
+class Report:
+    """An experiment's result.
+
+    Args:
+        title: one line.
+        command: the command that made it.
+        arms: the models; the first is the baseline that every ratio refers to.
+        machine: see :func:`lean_fx.measure.timing.machine`.
+        seed: the one seed that every model was trained with.
+        notes: sentences to stand below the table.
+    """
+
+    title: str
+    command: str
+    arms: tuple[Arm, ...]
+    machine: str
+    seed: int
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if not names:
+            raise ArgumentError("Report: arms is empty; give at least the baseline")
+        if len(set(names)) < len(names):
+            raise ArgumentError(f"Report: the names {', '.join(names)} are not all different")
+
+    def table(self) -> Table:
+        """Return the table for a terminal: a column for each model, a row for each figure."""
+        text = require("rich.text", extra="examples", purpose="the table").Text
+        table: Table = require("rich.table", extra="examples", purpose="the table").Table(
+            title=text(self.title),
+            caption=text("\n".join(self.footnotes())),
+            caption_justify="left",
+            box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
+        )
+        head, *rows = self._rows()
+        for cell in head:
+            table.add_column(text(cell), justify="right" if cell else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(text, row))
+        return table
+
+    def to_markdown(self, pictures: Sequence[str] = ()) -> str:
+        """Return the report in Markdown.
+
+        Args:
+            pictures: addresses of pictures to show.
+        """
+        head, *rows = self._rows()
+        lines = [head, ("---", *("---:" for _ in self.arms)), *rows]
+        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in lines]
+        parts = [
+            f"# {self.title}",
+            f"```\n{self.command}\n```",
+            "\n".join(f"| {' | '.join(line)} |" for line in cells),
+            "\n".join(f"- {note}" for note in self.footnotes()),
+            *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
+            *(f"## {arm.name}\n\n```\n{arm.plan}\n```" for arm in self.arms if arm.plan),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def to_json(self) -> str:
+        """Return everything as JSON, from which :meth:`from_json` makes an equal report."""
+        head = {"format": _FORMAT, "version": _VERSION}
+        return json.dumps(head | dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            DataError: the text is not JSON, not of this format and version, or a value in it is
+                missing, unknown or of a wrong type.
+            ArgumentError: a value breaks a rule of its class.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"report: is not JSON ({error}); give what to_json wrote") from error
+        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+            raise DataError(f"report: has no format {_FORMAT!r}; give what to_json wrote")
+        version = data.pop("version", None)
+        if version != _VERSION:
+            raise DataError(
+                f"report: version {version!r} is not {_VERSION}; write it anew with this lean_fx"
+            )
+        report: Report = _build(cls, data, "report")
+        return report
+
+    def draw(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Draw ``curves.png`` (by epoch) and ``figure3.png`` (the paper's Figure 3, as bars).
+
+        Raises:
+            WriteError: the folder cannot be made or written to.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        target = make_folder(folder)
+        pictures = {"curves.png": draw_curves, "figure3.png": draw_bars}
+        for name, draw in pictures.items():
+            figure = draw(self.arms)
+            with replacing(target / name) as part:
+                figure.savefig(part, format="png", dpi=150)
+        return [target / name for name in pictures]
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write ``report.json``, ``report.md`` and the pictures; return their paths.
+
+        Raises:
+            WriteError: as in :meth:`draw`.
+            MissingDependencyError: as in :meth:`draw`.
+        """
+        target = make_folder(folder)
+        write_text(target / "report.json", self.to_json())
+        pictures = self.draw(target)
+        markdown = self.to_markdown([picture.name for picture in pictures])
+        write_text(target / "report.md", markdown)
+        return [target / "report.json", target / "report.md", *pictures]
+
+    def footnotes(self) -> list[str]:
+        """Return the sentences that say what the figures rest on, and the notes."""
+        calls = _listed(
+            f"{a.latency.rounds} rounds, batch {a.latency.batch}, threads {a.latency.threads}"
+            for a in self.arms
+        )
+        epochs = _listed(str(len(arm.epochs)) for arm in self.arms)
+        energies = [energy for arm in self.arms for energy in (arm.train_energy, arm.test_energy)]
+        return [
+            f"Machine: {self.machine}.",
+            f"Latency: median of {calls}; ratio: to {self.arms[0].name}, below 1 is faster.",
+            f"Training J, s, CO2: mean of {epochs} epochs. Test J: one pass over the test set.",
+            *dict.fromkeys(map(_meter_note, energies)),
+            f"Accuracy rests on one seed ({self.seed}): a small difference may be chance.",
+            *self.notes,
+        ]
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        columns = [_column(arm, self.arms[0]) for arm in self.arms]
+        return list(zip(_HEADERS, *columns, strict=True))
+
+
+def _column(arm: Arm, baseline: Arm) -> tuple[str, ...]:
+    train, latency = arm.train_energy_per_epoch, arm.latency
+    return (
+        arm.name,
+        f"{arm.parameters:,}",
+        f"{arm.macs / 1e6:,.1f}",
+        short(arm.onnx_bytes / 1e3),
+        f"{100 * arm.accuracy:.1f}",
+        short(latency.median_ms),
+        f"{short(latency.q1_ms)}-{short(latency.q3_ms)}",
+        f"{latency.median_ms / baseline.latency.median_ms:.2f}",
+        short(train.seconds),
+        short(train.energy_j),
+        short(train.co2_g * 1e3),
+        short(arm.test_energy.energy_j),
+    )
+
+
+def _meter_note(energy: Energy) -> str:
+    if energy.is_estimate:
+        return (
+            f"Energy and CO2 (meter {energy.meter}): an estimate, which follows time: at equal "
+            "load its ratios are the ratios of time."
+        )
+    return f"Energy and CO2 (meter {energy.meter}): read from a hardware counter."
+
+
+def _listed(values: Any) -> str:
+    return " / ".join(dict.fromkeys(values))
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """Make a value of type ``kind`` from parsed JSON, or say where it does not fit."""
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if isinstance(data, dict) and set(data) == set(hints):
+            return kind(**{key: _build(hints[key], data[key], f"{where}.{key}") for key in hints})  # type: ignore[operator]
+        raise DataError(f"{where}: does not have exactly the keys {', '.join(hints)}")
+    if get_origin(kind) is tuple and isinstance(data, list):
+        item = get_args(kind)[0]
+        return tuple(_build(item, value, f"{where}[{i}]") for i, value in enumerate(data))
+    if kind is float and type(data) is int:
+        return float(data)
+    if type(data) is not kind:
+        raise DataError(f"{where}: {data!r} is not {getattr(kind, '__name__', kind)}")
+    return data

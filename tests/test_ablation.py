@@ -1,0 +1,90 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lean_fx.errors import ArgumentError, DataError
+from lean_fx.experiment import ablation
+from lean_fx.experiment.ablation import (
+    Row,
+    Setting,
+    grid,
+    read_rows,
+    run_grid,
+    show_rows,
+    write_rows,
+)
+from lean_fx.experiment.datasets import digits
+
+ROW = Row("lean", 10, 0, 2, 0.1234567890123, 23_390, 242_500, 0.1, 0.09, 0.11, 1 / 3)
+
+
+def small_digits():
+    data = digits()
+    cut = {"train_x": data.train_x[:128], "train_y": data.train_y[:128]}
+    return dataclasses.replace(data, **cut, test_x=data.test_x[:64], test_y=data.test_y[:64])
+
+
+def test_rows_round_trip(tmp_path):
+    rows = [ROW, dataclasses.replace(ROW, reduction="slice", accuracy=1.0)]
+    write_rows(tmp_path / "a.csv", rows)
+    assert read_rows(tmp_path / "a.csv") == rows
+
+
+@pytest.mark.parametrize("text", ["", "reduction,channels\nlean,4\n", "\0", "lean\n"])
+def test_a_damaged_table_is_refused_and_kept(tmp_path, text):
+    file = tmp_path / "ablation.csv"
+    write_rows(file, [ROW])
+    broken = file.read_text().replace("0.1234567890123", "x") if not text else text
+    file.write_text(broken)
+    with pytest.raises(DataError, match="ablation.csv: is not a table of this ablation"):
+        run_grid(grid("4", "", "0", 1), small_digits(), tmp_path)
+    assert file.read_text() == broken
+
+
+def test_grid_has_no_setting_twice():
+    settings = grid("4, 8", "slice,slice,lean", "0,1", 3)
+    assert len(settings) == len(set(settings)) == 2 * (1 + 2 * 2)
+    assert settings[0] == Setting("baseline", 0, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("0", "", "0"), "channels: '0' is not a whole number of 1 or more"),
+        (("4,", "", "0"), "channels: '' is not a whole number of 1 or more"),
+        (("4", "", "-1"), "seeds: '-1' is not a whole number of 0 or more"),
+        (("4", "slize", "0"), "control='slize' is not known; use slice, mean, max, "),
+    ],
+)
+def test_grid_errors(arguments, message):
+    with pytest.raises(ArgumentError) as caught:
+        grid(*arguments, epochs=1)
+    assert str(caught.value).startswith(message)
+
+
+def test_rows_that_are_there_are_not_run_again(tmp_path: Path, monkeypatch, capfd):
+    data, settings = small_digits(), grid("10", "slice,narrow", "0", 1)
+    rows = run_grid(settings, data, tmp_path)
+    assert [row.setting for row in rows] == settings
+    assert [row.parameters for row in rows[:3]] == [182_260, 23_390, 23_360]
+    assert abs(rows[3].parameters - rows[1].parameters) < 0.02 * rows[1].parameters
+    assert rows[1].macs > rows[2].macs
+    assert all(0 <= row.accuracy <= 1 and row.latency_ratio > 0 for row in rows)
+
+    measured = []
+
+    def count(setting, data, folder):
+        measured.append(setting)
+        return dataclasses.replace(ROW, **dataclasses.asdict(setting))
+
+    monkeypatch.setattr(ablation, "_measured", count)
+    more = grid("10,5", "slice,narrow", "0", 1)
+    again = run_grid(more, data, tmp_path)
+    assert measured == [setting for setting in more if setting not in settings]
+    assert set(rows) < set(again) == set(read_rows(tmp_path / "ablation.csv"))
+
+    show_rows(again, tmp_path)
+    shown = capfd.readouterr().out
+    assert "23,390" in shown
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,7 +249,8 @@ def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> 
     check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
     if isinstance(options.channels, dict):
         check_names("channels", options.channels, names)
-    sites, refused = _decide(candidates, options)
+    scales = {node.name: facts(node).rms for node in graph_module.graph.nodes}
+    sites, refused = _decide(candidates, scales, options)
     return Plan(
         model=type(model).__name__,
         sites=tuple(sites),
@@ -291,7 +292,9 @@ def _never_called(model: nn.Module, called: set[str]) -> list[LeftAlone]:
 
 
 def _decide(
-    candidates: Iterable[tuple[Read, Consumer]], options: Options
+    candidates: Iterable[tuple[Read, Consumer]],
+    scales: Mapping[str, float | None],
+    options: Options,
 ) -> tuple[list[Site], list[LeftAlone]]:
     """Group the layers by value, and settle the channels of each group."""
     groups: dict[tuple[str, int, int], list[Consumer]] = {}
@@ -300,7 +303,7 @@ def _decide(
     sites: list[Site] = []
     refused: list[LeftAlone] = []
     for (value, dim, in_channels), consumers in groups.items():
-        site = Site(value, dim, in_channels, tuple(consumers))
+        site = Site(value, dim, in_channels, tuple(consumers), rms=scales.get(value) or 1.0)
         by_channels: dict[int, list[Consumer]] = {}
         notes: dict[int, str] = {}
         for consumer in consumers:

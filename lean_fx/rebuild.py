@@ -1,7 +1,10 @@
 """A layer made anew for fewer input channels, on the same device, in the same dtype and mode.
 
-One function per kind of layer. Everything but the number of input channels stays; the parameters
-are initialised anew by torch's own rule for the layer, since the net is trained from scratch.
+One function per kind of layer. Everything but the number of input channels stays. The parameters
+are drawn anew by torch's own rule for the layer, since the net is trained from scratch, then
+brought to the scale of the layer replaced: for inputs that are ``gain`` times smaller than before,
+with a fan-in that is ``k`` times smaller, weights of root mean square ``rms(old) gain sqrt(k)``
+give outputs of the same variance; biases get the root mean square of the old ones.
 """
 
 from __future__ import annotations
@@ -83,12 +86,23 @@ def input_channels(layer: nn.Module) -> int:
     return int(value)  # type: ignore[arg-type]
 
 
-def rebuild(layer: nn.Module, in_channels: int) -> nn.Module:
+def _rescale(made: nn.Module, layer: nn.Module, name: str, factor: float) -> None:
+    """Give a parameter ``factor`` times the root mean square of the old layer's."""
+    new, old = made.get_parameter(name), layer.get_parameter(name)
+    drawn = new.detach().float().square().mean().sqrt()
+    wanted = old.detach().float().square().mean().sqrt() * factor
+    with torch.no_grad():
+        new.mul_(wanted / drawn)
+
+
+def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
     """Make ``layer`` anew for ``in_channels`` input channels (or features).
 
     Args:
         layer: a Conv, ConvTranspose or Linear, of exactly that type; it is not changed.
         in_channels: 1 or more, a multiple of the layer's groups.
+        gain: how many times larger what the old layer read was than what the new one reads, by
+            root mean squares; above 0.
 
     Returns:
         A layer of the same type and settings, its parameters initialised anew; parameters that
@@ -106,8 +120,12 @@ def rebuild(layer: nn.Module, in_channels: int) -> nn.Module:
     make = REBUILDERS.get(type(layer))
     if make is None:
         raise PassError(f"rebuild: {type(layer).__name__} is not a layer that can be rebuilt")
-    with torch.no_grad():
-        made = make(layer, in_channels)
+    made = make(layer, in_channels)
+    if not layer.get_parameter("weight").is_meta:
+        fan_ratio = input_channels(layer) / in_channels
+        _rescale(made, layer, "weight", gain * fan_ratio**0.5)
+        if layer.bias is not None:
+            _rescale(made, layer, "bias", 1.0)
     for name, parameter in layer.named_parameters():
         made.get_parameter(name).requires_grad_(parameter.requires_grad)
     return made.train(layer.training)

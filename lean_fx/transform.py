@@ -12,7 +12,14 @@ from torch.fx import GraphModule
 
 from lean_fx.capture import capture
 from lean_fx.errors import ArgumentError, LeanWarning
-from lean_fx.passes import FindConsumers, Pass, Pipeline, PropagateShapes, TrackChannels
+from lean_fx.passes import (
+    FindConsumers,
+    MeasureScale,
+    Pass,
+    Pipeline,
+    PropagateShapes,
+    TrackChannels,
+)
 from lean_fx.planning import Options, Plan, make_plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
 from lean_fx.registry import ReductionFactory, reduction_factory
@@ -38,7 +45,8 @@ def leanify(
     Args:
         model: a module that torch.fx can trace.
         example_inputs: a tensor, or a tuple of the positional inputs; optional. With them the
-            shapes of all values are known and checked.
+            shapes of all values are known and checked, and the rebuilt layers start at the scale
+            of those that they replace.
         channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a part of
             C_in), ``"sqrt"`` (the divisor of C_in nearest to its root), ``"tenth"``, a function of
             the :class:`~lean_fx.Site` that returns one of these, or a mapping of layer names or
@@ -131,7 +139,8 @@ def _analysed(model: nn.Module, example_inputs: Any) -> GraphModule:
     captured = capture(model)
     passes: list[Pass] = [TrackChannels(), FindConsumers()]
     if example_inputs is not None:
-        passes.insert(0, PropagateShapes(as_inputs(example_inputs)))
+        inputs = as_inputs(example_inputs)
+        passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
     Pipeline(passes)(captured)
     return captured
 

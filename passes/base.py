@@ -39,12 +39,14 @@ class Facts:
 
     Attributes:
         shape: of the node's value, if that is one tensor (``PropagateShapes``).
+        rms: its root mean square, for inputs of unit variance (``MeasureScale``).
         channels: where the channels of the value are (``TrackChannels``).
         read: what the layer called here reads, if it can be reduced (``FindConsumers``).
         refusal: why the layer called here is left alone, if it is (``FindConsumers``).
     """
 
     shape: tuple[int, ...] | None = None
+    rms: float | None = None
     channels: Channels | None = None
     read: Read | None = None
     refusal: str = ""

@@ -35,7 +35,7 @@ def test_rows_round_trip(tmp_path):
 def test_a_damaged_table_is_refused_and_kept(tmp_path, text):
     file = tmp_path / "ablation.csv"
     write_rows(file, [ROW])
-    broken = file.read_text().replace("0.1234567890123", "x") if not text else text
+    broken = text or file.read_text().replace("0.1234567890123", "x")
     file.write_text(broken)
     with pytest.raises(DataError, match="ablation.csv: is not a table of this ablation"):
         run_grid(grid("4", "", "0", 1), small_digits(), tmp_path)

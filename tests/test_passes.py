@@ -22,6 +22,7 @@ from lean_fx.errors import ArgumentError, PassError, PlanError
 from lean_fx.passes import (
     FindConsumers,
     InsertReductions,
+    MeasureScale,
     ModularizeCalls,
     Pass,
     Pipeline,
@@ -36,6 +37,7 @@ MODELS = CHANGED | UNCHANGED
 def passes_for(model, inputs):
     sites = lean_fx.plan(model, inputs).sites
     return {
+        "MeasureScale": MeasureScale((inputs,)),
         "PropagateShapes": PropagateShapes((inputs,)),
         "TrackChannels": TrackChannels(),
         "FindConsumers": FindConsumers(),

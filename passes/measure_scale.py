@@ -1,0 +1,59 @@
+"""Analysis: the root mean square of every value, for inputs of unit variance.
+
+A rebuilt layer is initialised to the scale of what it will read, so that it starts where the layer
+that it replaces started. How large the values are depends on the whole net before them (without
+normalisation they shrink from layer to layer), so it is measured: one forward pass, without
+gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
+Neither the modules' buffers nor torch's random numbers are changed by it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from lean_fx.passes.base import Pass, facts
+
+
+class MeasureScale(Pass):
+    """Write ``facts(node).rms`` for every node whose value is one floating-point tensor.
+
+    Args:
+        example_inputs: the positional inputs of the model; of the floating-point ones only shape,
+            dtype and device count.
+    """
+
+    def __init__(self, example_inputs: tuple[Any, ...]) -> None:
+        self.example_inputs = example_inputs
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Interpret the graph once, unless a parameter has no data (meta device)."""
+        if any(tensor.is_meta for tensor in graph_module.state_dict().values()):
+            return False
+        tensors = [each for each in self.example_inputs if isinstance(each, torch.Tensor)]
+        cuda = {each.device for each in tensors if each.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
+            torch.manual_seed(0)
+            _ScaleWriter(graph_module).run(*map(_unit_variance, self.example_inputs))
+        return False
+
+
+def _unit_variance(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return torch.randn_like(value)
+    return value
+
+
+class _ScaleWriter(Interpreter):
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        return torch.func.functional_call(module, buffers, args, kwargs)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+            facts(n).rms = float(value.float().square().mean().sqrt())
+        return value

@@ -1,0 +1,107 @@
+"""Rebuilt layers start at the output scale of the layers that they replace."""
+
+import pytest
+import torch
+from graphs import Residual
+from torch import nn
+
+import lean_fx
+from lean_fx.capture import capture
+from lean_fx.passes import MeasureScale, facts
+
+
+class PaperForm(nn.Sequential):
+    def __init__(self):
+        layers = []
+        for before, after in ((3, 50), (50, 100), (100, 150)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(150 * 16, 10))
+
+
+class VGG11Form(nn.Sequential):
+    def __init__(self):
+        layers, before = [], 3
+        for after in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
+            if after:
+                layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True)]
+                before = after
+            else:
+                layers.append(nn.MaxPool2d(2))
+        head = [nn.Linear(512, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, 10)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+
+
+class Block(nn.Module):
+    def __init__(self, before, after, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.relu = nn.ReLU(inplace=True)
+        self.down = nn.Identity()
+        if stride > 1:
+            self.down = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + self.down(x))
+
+
+class ResNet18Form(nn.Sequential):
+    def __init__(self):
+        stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+        blocks, before = [], 64
+        for after, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            blocks += [Block(before, after, stride), Block(after, after, 1)]
+            before = after
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def output_stds(model, layers, inputs):
+    stds = {}
+    for name in layers:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: stds.update({name: float(out.std())})
+        )
+    with torch.no_grad():
+        model(inputs)
+    return stds
+
+
+@pytest.mark.parametrize("channels", ["sqrt", "tenth"])
+@pytest.mark.parametrize("form", [PaperForm, VGG11Form, ResNet18Form])
+def test_output_scale_is_within_a_factor_of_two_of_the_baseline(form, channels):
+    torch.manual_seed(0)
+    model, inputs = form(), torch.randn(4, 3, 32, 32)
+    lean = lean_fx.leanify(model, inputs, channels=channels)
+    layers = [name for site in lean.meta["lean_fx.plan"].sites for name in site.layers]
+    assert len(layers) > 2
+    before, after = (output_stds(net, layers, inputs) for net in (model, lean))
+    ratios = {name: after[name] / before[name] for name in layers}
+    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+
+
+def test_a_layer_that_starts_at_zero_stays_there():
+    model = Residual()
+    nn.init.zeros_(model.left.weight)
+    nn.init.zeros_(model.head.bias)
+    lean = lean_fx.leanify(model)
+    assert not lean.left.weight.any()
+    assert not lean.head.bias.any()
+    assert lean.head.weight.all()
+
+
+def test_measuring_changes_neither_buffers_nor_random_numbers():
+    captured = capture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)))
+    before = {name: value.clone() for name, value in captured.state_dict().items()}
+    state = torch.get_rng_state()
+    MeasureScale((torch.full((8, 3, 4, 4), 1e6),))(captured)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in captured.state_dict().items():
+        assert torch.equal(value, before[name])
+    scales = {node.name: facts(node).rms for node in captured.graph.nodes}
+    assert scales["input_1"] == pytest.approx(1, rel=0.2)
+    assert scales["_1"] == pytest.approx(1, rel=0.05)

@@ -2,8 +2,7 @@
 
 import hashlib
 import io
-import subprocess
-import sys
+import os
 import tarfile
 import threading
 from dataclasses import dataclass, field
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from lean_fx.errors import DataError, WriteError
+from lean_fx.experiment.download import unpack
 from lean_fx.experiment.stl10 import URL, download_stl10, stl10
 
-UNPACK = Path(__file__).parents[2] / "shared/data/unpack.py"
+REAL = os.environ.get("LEAN_FX_STL10")
 
 
 def md5(content: bytes) -> str:
@@ -227,7 +226,7 @@ def test_a_file_that_differs_from_its_md5_is_not_written(tmp_path, server):
 
 def test_an_archive_that_lacks_a_file_says_which(tmp_path, server):
     server.content = archive({**FILES})
-    with pytest.raises(DataError, match=r"\.part: lacks class_names.txt; delete it$"):
+    with pytest.raises(DataError, match=r"\.part: lacks stl10_binary/class_names.txt; delete it$"):
         fetch(server, tmp_path, md5=md5(server.content))
 
 
@@ -239,12 +238,45 @@ def test_what_is_no_archive_says_so(tmp_path, server):
 
 def test_a_member_that_points_outside_is_not_followed(tmp_path, server):
     server.content = archive({"../../evil/train_X.bin": b"evil", "class_names.txt": b""})
-    with pytest.raises(DataError, match=r"lacks test_X.bin, test_y.bin, train_X.bin, train_y.bin"):
+    with pytest.raises(DataError, match=r"lacks stl10_binary/test_X.bin, .*train_y.bin; delete"):
         fetch(server, tmp_path / "inner", md5=md5(server.content))
     assert names(tmp_path) == [
         "inner/stl10_binary.tar.gz.part",
         "inner/stl10_binary/class_names.txt",
     ]
+
+
+def test_a_member_is_taken_by_its_whole_name(tmp_path):
+    """Not by its last part; a leading ./ is no part of it."""
+    (tmp_path / "a.tar.gz").write_bytes(archive({"./x.bin": b"right", "old/x.bin": b"wrong"}))
+    unpack(tmp_path / "a.tar.gz", tmp_path, {"stl10_binary/x.bin": None})
+    assert (tmp_path / "stl10_binary" / "x.bin").read_bytes() == b"right"
+    with pytest.raises(DataError, match=r"a\.tar\.gz: lacks x\.bin; delete it$"):
+        unpack(tmp_path / "a.tar.gz", tmp_path, {"x.bin": None})
+    assert names(tmp_path) == ["a.tar.gz", "stl10_binary/x.bin"]
+
+
+def test_under_torchrun_the_first_process_fetches_and_the_others_wait(
+    tmp_path, server, monkeypatch
+):
+    more = {"url": server.url, "md5": md5(ARCHIVE), "files": MD5S}
+    loaded = []
+    ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    second = threading.Thread(
+        target=lambda: loaded.append(stl10(tmp_path, True, **more)), daemon=True
+    )
+    second.start()
+    second.join(timeout=0.3)
+    assert second.is_alive()
+    assert server.asked == []
+    monkeypatch.setenv("RANK", "0")
+    loaded.append(stl10(tmp_path, True, **more))
+    second.join(timeout=30)
+    assert len(server.asked) == 1
+    assert all(torch.equal(data.test_x, TEST) for data in loaded)
+    assert len(loaded) == 2
 
 
 def test_a_wrong_address_gives_the_servers_answer(tmp_path, server):
@@ -264,10 +296,9 @@ def test_a_part_that_cannot_be_written_is_a_write_error(tmp_path, server):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not UNPACK.exists(), reason=f"no packed STL-10 at {UNPACK}")
-def test_the_real_files_are_read(tmp_path):
-    subprocess.run([sys.executable, UNPACK, "stl10", tmp_path], check=True)
-    data = stl10(tmp_path)
+@pytest.mark.skipif(not REAL, reason="LEAN_FX_STL10, a folder with the official files, is not set")
+def test_the_real_files_are_read():
+    data = stl10(REAL)
     assert data.train_x.shape == (5000, 3, 96, 96)
     assert data.test_x.shape == (8000, 3, 96, 96)
     assert data.train_y.bincount().tolist() == [500] * 10

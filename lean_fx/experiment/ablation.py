@@ -23,6 +23,7 @@ from lean_fx.experiment.comparison import (
     narrow_net,
 )
 from lean_fx.experiment.datasets import Dataset
+from lean_fx.experiment.processes import is_first_process, leave_to_first_process
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.pictures import colour, new_figure
@@ -129,7 +130,7 @@ def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[R
     """Train, export and time every setting that is not in ``folder/ablation.csv`` yet.
 
     A row is written as soon as it is known; training that was interrupted goes on from its
-    checkpoint.
+    checkpoint. Under torchrun all processes train, and the first alone does the rest.
 
     Returns:
         The rows of the settings, in their order.
@@ -137,25 +138,33 @@ def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[R
     Raises:
         DataError: the CSV file there is not one of these.
         LeanError: a setting cannot be trained or exported.
+        SystemExit: of status 0, at the end, in all processes but the first.
     """
     file = make_folder(folder) / "ablation.csv"
     rows = {row.setting: row for row in read_rows(file)} if file.exists() else {}
     wanted = list(settings)
     missing = [setting for setting in wanted if setting not in rows]
     for number, setting in enumerate(missing, start=1):
-        print(f"{number}/{len(missing)} {setting}", file=sys.stderr, flush=True)
-        rows[setting] = _measured(setting, data, folder)
-        write_rows(file, rows.values())
+        if is_first_process():
+            print(f"{number}/{len(missing)} {setting}", file=sys.stderr, flush=True)
+        row = _measured(setting, data, folder)
+        if row is not None:
+            rows[setting] = row
+            write_rows(file, rows.values())
+    leave_to_first_process()
     return [rows[setting] for setting in wanted]
 
 
-def _measured(setting: Setting, data: Dataset, folder: Path) -> Row:
+def _measured(setting: Setting, data: Dataset, folder: Path) -> Row | None:
+    """Train in every process; measure in the first, the others return None."""
     from lean_fx.experiment.training import Settings, train
 
     torch.manual_seed(setting.seed)
     model = _net(setting, data)
     training = Settings(epochs=setting.epochs, seed=setting.seed)
     history = train(model, data, training, folder / str(setting), name=str(setting))
+    if not is_first_process():
+        return None
     latency = export_and_time({"baseline": baseline_net(data), str(setting): model}, data, folder)
     own, baseline = latency[str(setting)], latency["baseline"]
     return Row(

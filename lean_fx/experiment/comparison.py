@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,12 @@ from torch import nn
 
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths
+from lean_fx.experiment.processes import (
+    Processes,
+    is_first_process,
+    leave_to_first_process,
+    processes,
+)
 from lean_fx.export import export_onnx
 from lean_fx.files import make_folder
 from lean_fx.measure.cost import count_macs, count_parameters
@@ -88,7 +95,8 @@ def run(
 ) -> Report:
     """Train the models, export them, time and meter them, and save the report.
 
-    Training that is done already, or begun, goes on from its checkpoint in ``folder``.
+    Training that is done already, or begun, goes on from its checkpoint in ``folder``. Under
+    torchrun all processes train; then the first goes on alone, and the others exit.
 
     Args:
         arms: models by name, with their first weights; the first is what the ratios refer to.
@@ -109,20 +117,23 @@ def run(
     Raises:
         LeanError: see :func:`~lean_fx.experiment.training.train`,
             :func:`~lean_fx.export_onnx` and :func:`~lean_fx.measure.timing.time_onnx`.
+        SystemExit: of status 0, after the training, in all processes but the first.
     """
     from lean_fx.experiment.training import measure_test_energy, train
 
     target = make_folder(folder)
     histories: dict[str, tuple[Epoch, ...]] = {}
-    energies = {}
     for number, (name, model) in enumerate(arms.items(), start=1):
         _say(f"{number}/{len(arms)} {name}: {count_parameters(model):,} parameters")
-        with EnergyMeter(country) as meter:
+        with EnergyMeter(country) if is_first_process() else contextlib.nullcontext() as meter:
             histories[name] = train(
                 model, data, settings, target / _slug(name), meter=meter, name=name
             )
-        energies[name] = measure_test_energy(model, data, country=country)
-    _say("exporting to ONNX, timing in ONNX Runtime")
+    leave_to_first_process()
+    _say("metering the test, exporting to ONNX, timing in ONNX Runtime")
+    energies = {
+        name: measure_test_energy(model, data, country=country) for name, model in arms.items()
+    }
     latencies = export_and_time(arms, data, target, batch=batch, threads=threads)
     report = Report(
         title=title,
@@ -142,6 +153,7 @@ def run(
         ),
         machine=machine(),
         seed=settings.seed,
+        notes=_notes(processes()),
     )
     report.save(target)
     return report
@@ -174,9 +186,17 @@ def export_and_time(
     return time_onnx(files, inputs.numpy(), threads=threads)
 
 
+def _notes(here: Processes) -> tuple[str, ...]:
+    if here.count == 1:
+        return ()
+    where = "" if here.machines == 1 else f" on {here.machines} machines; energy: of the first one"
+    return (f"Training: {here.count} processes{where}.",)
+
+
 def _slug(name: str) -> str:
     return name.replace(" ", "-").replace("/", "-")
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)

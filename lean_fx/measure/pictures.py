@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,14 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 
 def short(value: float) -> str:
-    """Write a number with three digits or more, never in powers of ten.
+    """Write a number with three digits or more, never in powers of ten; "n/a" for NaN.
 
     Example:
-        >>> [short(x) for x in (12345.6, 38.59, 1.5, 0.00123)]
-        ['12,346', '38.6', '1.50', '0.0012']
+        >>> [short(x) for x in (12345.6, 38.59, 1.5, 0.00123, float("nan"))]
+        ['12,346', '38.6', '1.50', '0.0012', 'n/a']
     """
+    if math.isnan(value):
+        return "n/a"
     if value >= 100:
         return f"{value:,.0f}"
     if value >= 10:

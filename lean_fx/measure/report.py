@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -157,7 +158,11 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def to_json(self) -> str:
-        """Return everything as JSON, from which :meth:`from_json` makes an equal report."""
+        """Return everything as JSON, from which :meth:`from_json` makes an equal report.
+
+        Energy that was not measured is ``NaN``, as Python's json writes it; it equals nothing, so
+        neither do reports with it.
+        """
         head = {"format": _FORMAT, "version": _VERSION}
         return json.dumps(head | dataclasses.asdict(self), indent=1) + "\n"
 
@@ -254,6 +259,8 @@ def _column(arm: Arm, baseline: Arm) -> tuple[str, ...]:
 
 
 def _meter_note(energy: Energy) -> str:
+    if math.isnan(energy.energy_j):
+        return f"Energy and CO2 (meter {energy.meter}): not measured, at least not throughout."
     if energy.is_estimate:
         return (
             f"Energy and CO2 (meter {energy.meter}): an estimate, which follows time: at equal "

@@ -1,28 +1,50 @@
-r"""The LEAN reduction: Algorithm 2 of the paper, one matrix per position, one iteration.
+r"""The LEAN reduction: Algorithm 2 of the paper, one matrix per position.
 
 The ``C_in`` channels of a position (a pixel, a time step, a sample) are viewed as a matrix ``X`` of
 ``C'`` *preserved* by ``C''`` *reducible* channels, ``C_in = C' C''``. A *seed* ``V`` of ``C'``
 values is learned and shared by all positions::
 
-    G      = X X^T                      affinity, C' x C'
-    A[i,j] = G[i,j] / sum_i |G[i,j]|    each column has l1 norm 1
-    y      = A V
-    out    = y / sum_i |y[i]|           C' channels in place of C_in
+    G      = X X^T                          affinity, C' x C'
+    d[j]   = sum_i |G[i,j]|
+    y      = G (V / d)                      normalize="column": Algorithm 2
+    y      = (G V) / d                      normalize="row":    Algorithm 1 (PIE), G is symmetric
+    y      = G V                            normalize="none"
+    out    = y / sum_i |y[i]|               scale="sum": C' channels in place of C_in
+    out    = C' y / sum_i |y[i]|            scale="mean"
+    out    = m C' y / sum_i |y[i]|          scale="magnitude", m = mean |X|
 
-A column of zeros stays zero, so a position whose channels are all zero (frequent after ReLU) gives
-zeros, forward and backward, never NaN.
+``iterations`` repeats the walk with ``V := y / sum |y|``. ``seed="matrix"`` gives every channel a
+value of its own: ``G V`` becomes ``X u`` with ``u[k] = sum_j X[j,k] V[j,k]``.
+
+None of these forms G where it need not: ``G V = X (X^T V)``, and for ``X >= 0``, which a flag
+promises, ``d = X t`` with ``t[k] = sum_i X[i,k]``. A position then costs about ``4 C_in``
+multiply-adds; with values of any sign, ``d`` costs ``C' C_in`` more.
+
+A channel or a position whose values are all zero (frequent after ReLU) gives zeros, forward and
+backward, never NaN. Half-precision values are reduced in float32.
 
 References:
     Huang, Shah, Evans, Yoo: Less-Energy-Usage Network with Batch Power Iteration, ICML 2023
-    workshop on Neural Compression, Algorithm 2.
+    workshop on Neural Compression, Algorithms 1 and 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
-from lean_fx.errors import ArgumentError
+from lean_fx.errors import ArgumentError, LeanError
+from lean_fx.walk import absolute_affinity_sums, column_walk, without_zeros
+
+Normalize = Literal["column", "row", "none"]
+Scale = Literal["sum", "mean", "magnitude"]
+SeedShape = Literal["vector", "matrix"]
+
+_checks_signs = False
 
 
 def divisors(number: int) -> list[int]:
@@ -54,24 +76,61 @@ def check_channels(owner: str, in_channels: int, out_channels: int) -> None:
         )
 
 
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Divide, and where the denominator is zero (or denormal) leave the numerator as it is."""
-    tiny = torch.finfo(denominator.dtype).tiny
-    return numerator / torch.where(denominator > tiny, denominator, torch.ones_like(denominator))
+def _check_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ArgumentError(f"{owner}: {name}={value!r} is not known; use {', '.join(choices)}")
 
 
-def lean_reduction(x: Tensor, seed: Tensor, dim: int = 1) -> Tensor:
+@contextmanager
+def checking_signs() -> Iterator[None]:
+    """Within it, a reduction that was promised values of 0 or more checks them: for debugging.
+
+    Raises:
+        LeanError: a promise was wrong, at the time of the call.
+
+    Example:
+        >>> with checking_signs():
+        ...     lean_reduction(torch.tensor([[-1.0, 2.0]]), torch.ones(2), nonnegative=True)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.LeanError: lean_reduction: nonnegative=True, but the least value is -1; \
+leave nonnegative out
+    """
+    global _checks_signs
+    before, _checks_signs = _checks_signs, True
+    try:
+        yield
+    finally:
+        _checks_signs = before
+
+
+def lean_reduction(
+    x: Tensor,
+    seed: Tensor,
+    dim: int = 1,
+    *,
+    nonnegative: bool = False,
+    normalize: Normalize = "column",
+    scale: Scale = "sum",
+    iterations: int = 1,
+) -> Tensor:
     """Reduce the channels of every position of ``x`` from C_in to C'.
 
     Args:
         x: values with their channels along ``dim``; floating point.
         seed: the seed ``V``; its length ``C'`` divides the channels of ``x``.
         dim: the axis of the channels.
+        nonnegative: promises that no value of ``x`` is below 0, which makes it cheaper; a wrong
+            promise gives wrong numbers (see :func:`checking_signs`).
+        normalize: the walk: ``"column"``, ``"row"`` or ``"none"``.
+        scale: of the output: ``"sum"``, ``"mean"`` or ``"magnitude"``.
+        iterations: steps of the walk, 1 or more.
 
     Shape:
         - x: ``[..., C_in, ...]``, ``C_in`` along ``dim``
-        - seed: ``[C']``
-        - output: as ``x``, with ``C'`` along ``dim``; its absolute values sum to 1 (or are 0) there
+        - seed: ``[C']`` or ``[C', C'']``
+        - output: as ``x``, with ``C'`` along ``dim``; with ``scale="sum"`` its absolute values
+          sum to 1 (or are 0) there
 
     Example:
         >>> x = torch.rand(2, 50, 8, 8)
@@ -84,36 +143,118 @@ def lean_reduction(x: Tensor, seed: Tensor, dim: int = 1) -> Tensor:
     References:
         Huang et al. (2023), Algorithm 2.
     """
-    preserved = seed.shape[0]
-    matrix = torch.unflatten(x.movedim(dim, -1), -1, (preserved, -1))
-    affinity = matrix @ matrix.mT
-    transition = _divide(affinity, affinity.abs().sum(-2, keepdim=True))
-    y = (transition @ seed.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)
-    y = _divide(y, y.abs().sum(-1, keepdim=True))
-    return y.movedim(-1, dim)
+    if _checks_signs and nonnegative and x.numel() and float(x.detach().amin()) < 0:
+        raise LeanError(
+            f"lean_reduction: nonnegative=True, but the least value is {float(x.amin()):g}; leave "
+            "nonnegative out"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return lean_reduction(
+                x,
+                seed,
+                dim,
+                nonnegative=nonnegative,
+                normalize=normalize,
+                scale=scale,
+                iterations=iterations,
+            )
+    axis = dim % x.dim()
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    seed = seed.to(wide.dtype)
+    fused = normalize == "column" and iterations == 1 and seed.dim() == 1
+    if fused and _runs_eagerly(x):
+        out = _fused(wide, seed, axis, nonnegative)
+    else:
+        out = _plain(wide, seed, axis, nonnegative, normalize, iterations)
+    if scale != "sum":
+        out = out * seed.shape[0]
+    if scale == "magnitude":
+        out = out * wide.abs().mean(axis, keepdim=True)
+    return out.to(x.dtype)
+
+
+def _runs_eagerly(x: Tensor) -> bool:
+    """Whether ``x`` is data, and not traced, compiled, exported, vmapped or fake."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool) -> Tensor:
+    """The default walk by its hand-written gradient; see :mod:`lean_fx.walk`."""
+    before, behind = x.shape[:axis], x.shape[axis + 1 :]
+    matrix = torch.unflatten(x, axis, (seed.shape[0], -1))
+    if behind.numel() > 1:
+        matrix = matrix.reshape(before.numel(), *matrix.shape[axis : axis + 2], behind.numel())
+        out = column_walk(matrix, seed, nonnegative)
+    else:  # channels last: all positions side by side, behind the channels
+        matrix = matrix.reshape(1, before.numel(), *matrix.shape[axis : axis + 2])
+        out = column_walk(matrix.permute(0, 2, 3, 1), seed, nonnegative).permute(0, 3, 1, 2)
+    return out.reshape(*before, seed.shape[0], *behind)
+
+
+def _plain(
+    x: Tensor, seed: Tensor, axis: int, nonnegative: bool, normalize: Normalize, iterations: int
+) -> Tensor:
+    """Every walk in plain operations, channels staying where they are.
+
+    ``i`` is the axis of the preserved channels, the next that of the reducible ones.
+    """
+    i, k = axis, axis + 1
+    matrix = torch.unflatten(x, i, (seed.shape[0], -1))
+    v = seed.reshape(seed.shape[0], -1, *[1] * (matrix.dim() - k - 1))
+    if normalize == "none":
+        d = torch.ones_like(matrix.narrow(k, 0, 1))
+    elif nonnegative:
+        d = without_zeros((matrix * matrix.sum(i, keepdim=True)).sum(k, keepdim=True))
+    else:
+        sums = absolute_affinity_sums(matrix.movedim((i, k), (-2, -1)))
+        d = without_zeros(sums.movedim(-1, i).unsqueeze(k))
+    for _ in range(iterations):
+        weights = v / d if normalize == "column" else v
+        u = (matrix * weights).sum(i, keepdim=True)
+        y = (matrix * u).sum(k, keepdim=True)
+        if normalize == "row":
+            y = y / d
+        v = y / without_zeros(y.abs().sum(i, keepdim=True))
+    return v.squeeze(k)
 
 
 class LeanReduction(nn.Module):
     """Reduce C_in channels to C' by one step of a random walk over them, with a learned seed.
 
-    Its ``out_channels`` seed values, drawn from a standard normal, are all its parameters.
+    The seed values, drawn from a standard normal, are all its parameters.
 
     Args:
         in_channels: the channels ``C_in`` of the input, 1 or more.
         out_channels: the preserved channels ``C'``, a divisor of ``in_channels``.
         dim: the axis of the channels.
+        normalize: ``"column"`` (the paper's Algorithm 2), ``"row"`` (Algorithm 1) or ``"none"``.
+        scale: ``"sum"`` (the paper's: absolute values sum to 1), ``"mean"`` (times C': their mean
+            is 1) or ``"magnitude"`` (times C' and the mean magnitude of the position's input).
+        seed: ``"vector"`` (the paper's, C' values) or ``"matrix"`` (one value a channel, C_in).
+        iterations: steps of the walk, 1 or more.
+
+    Attributes:
+        nonnegative: promises that no input is below 0, for the cheaper path; False when made.
+            ``leanify`` sets it where the graph proves it.
 
     Shape:
         - input: ``[..., C_in, ...]``, ``C_in`` along ``dim``
         - output: ``[..., C', ...]``
 
     Raises:
-        ArgumentError: ``out_channels`` does not divide ``in_channels``, or is no positive int.
+        ArgumentError: ``out_channels`` does not divide ``in_channels``, or an argument is out of
+            its range.
 
     Example:
         >>> LeanReduction(50, 10)(torch.rand(2, 50, 8, 8)).shape
         torch.Size([2, 10, 8, 8])
-        >>> LeanReduction(50, 10, dim=-1)(torch.rand(2, 7, 50)).shape
+        >>> LeanReduction(50, 10, dim=-1, scale="magnitude")(torch.rand(2, 7, 50)).shape
         torch.Size([2, 7, 10])
         >>> LeanReduction(8, 3)
         Traceback (most recent call last):
@@ -125,13 +266,35 @@ use 1, 2, 4 or 8
         Huang et al. (2023), Algorithm 2.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dim: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dim: int = 1,
+        *,
+        normalize: Normalize = "column",
+        scale: Scale = "sum",
+        seed: SeedShape = "vector",
+        iterations: int = 1,
+    ) -> None:
         super().__init__()
         check_channels("LeanReduction", in_channels, out_channels)
+        _check_choice("LeanReduction", "normalize", normalize, get_args(Normalize))
+        _check_choice("LeanReduction", "scale", scale, get_args(Scale))
+        _check_choice("LeanReduction", "seed", seed, get_args(SeedShape))
+        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
+            raise ArgumentError(
+                f"LeanReduction: iterations={iterations!r} is not an int of 1 or more"
+            )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.dim = dim
-        self.seed = nn.Parameter(torch.empty(out_channels))
+        self.normalize: Normalize = normalize
+        self.scale: Scale = scale
+        self.iterations = iterations
+        self.nonnegative = False
+        matrix = (out_channels, in_channels // out_channels)
+        self.seed = nn.Parameter(torch.empty(matrix if seed == "matrix" else out_channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -140,13 +303,38 @@ use 1, 2, 4 or 8
 
     @property
     def macs_per_position(self) -> int:
-        """Multiply-adds of one position: ``C' C_in`` for the affinity, ``C'^2`` for the step."""
-        return self.out_channels * (self.in_channels + self.out_channels)
+        """Multiply-adds of one position.
+
+        ``2 C_in`` a step; with normalisation ``2 C_in`` more for the sums of non-negative values,
+        ``C' C_in`` for those of any sign; ``C_in`` more for the magnitude.
+        """
+        sums = 2 * self.in_channels if self.nonnegative else self.out_channels * self.in_channels
+        return (
+            2 * self.in_channels * self.iterations
+            + (sums if self.normalize != "none" else 0)
+            + (self.in_channels if self.scale == "magnitude" else 0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Reduce ``x``; see :func:`lean_reduction`."""
-        return lean_reduction(x, self.seed, self.dim)
+        return lean_reduction(
+            x,
+            self.seed,
+            self.dim,
+            nonnegative=self.nonnegative,
+            normalize=self.normalize,
+            scale=self.scale,
+            iterations=self.iterations,
+        )
 
     def extra_repr(self) -> str:
-        """The arguments, as in torch.nn."""
-        return f"{self.in_channels}, {self.out_channels}, dim={self.dim}"
+        """The arguments, as in torch.nn; options only where they are not the default."""
+        options = {
+            "normalize": (self.normalize, "column"),
+            "scale": (self.scale, "sum"),
+            "seed": ("matrix" if self.seed.dim() == 2 else "vector", "vector"),
+            "iterations": (self.iterations, 1),
+        }
+        changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]
+        sign = ", nonnegative" if self.nonnegative else ""
+        return f"{self.in_channels}, {self.out_channels}, dim={self.dim}{''.join(changed)}{sign}"

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-
 from lean_fx.errors import ArgumentError, MissingDependencyError
 from lean_fx.experiment.datasets import Dataset, channel_statistics, digits
 

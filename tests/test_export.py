@@ -1,16 +1,16 @@
 import sys
 
+import lean_fx
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from graphs import CHANGED, Residual
-from torch import nn
-
-import lean_fx
 from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
 from lean_fx.registry import reductions
+from torch import nn
+
+from graphs import CHANGED, Residual
 
 
 def run(path, inputs):

@@ -1,38 +1,70 @@
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lean_fx import LeanReduction, lean_reduction
+from lean_fx.errors import ArgumentError, LeanError
+from lean_fx.reduction import checking_signs, divisors
+
 from reference import reduce_all
 
-from lean_fx import LeanReduction, lean_reduction
-from lean_fx.errors import ArgumentError
-from lean_fx.reduction import divisors
+OPTIONS = {
+    "normalize": ("column", "row", "none"),
+    "scale": ("sum", "mean", "magnitude"),
+    "iterations": (1, 2, 5),
+}
 
 
 @st.composite
 def cases(draw):
-    """Values of any sign, some positions zero, with their channels along any axis."""
+    """Values, some positions zero, channels along any axis; a seed; whether values are signed."""
     preserved = draw(st.integers(1, 6))
-    channels = preserved * draw(st.integers(1, 5))
+    reducible = draw(st.integers(1, 5))
     shape = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     dim = draw(st.integers(0, len(shape)))
-    shape.insert(dim, channels)
+    shape.insert(dim, preserved * reducible)
     torch.manual_seed(draw(st.integers(0, 10**6)))
     x = torch.randn(shape, dtype=torch.float64)
-    if draw(st.booleans()):
-        x = x.relu()
+    nonnegative = draw(st.booleans())
+    x = x.relu() if nonnegative else x
     x = x * (torch.rand([1 if i == dim else n for i, n in enumerate(shape)]) > 0.2)
-    return x, torch.randn(preserved, dtype=torch.float64), dim - draw(st.sampled_from([0, x.dim()]))
+    matrix = draw(st.booleans())
+    seed = torch.randn((preserved, reducible) if matrix else preserved, dtype=torch.float64)
+    return x, seed, dim - draw(st.sampled_from([0, x.dim()])), nonnegative
+
+
+def runs(x, seed, dim, **options):
+    """The reduction on its two ways: hand-written where that applies, and plain as when traced."""
+    yield lean_reduction(x, seed, dim, **options)
+    with mock.patch("lean_fx.reduction._runs_eagerly", return_value=False):
+        yield lean_reduction(x, seed, dim, **options)
+
+
+@given(cases(), st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}))
+@settings(max_examples=200, deadline=None)
+def test_equals_the_literal_algorithm(case, options):
+    x, seed, dim, nonnegative = case
+    expected = reduce_all(x, seed, dim, **options)
+    for found in runs(x, seed, dim, nonnegative=nonnegative, **options):
+        torch.testing.assert_close(found, expected)
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None)
-def test_equals_algorithm_2(case):
-    x, seed, dim = case
-    torch.testing.assert_close(lean_reduction(x, seed, dim), reduce_all(x, seed, dim))
+@settings(max_examples=60, deadline=None)
+def test_both_ways_have_the_same_gradient(case):
+    x, seed, dim, nonnegative = case
+    weights = torch.randn_like(lean_reduction(x, seed, dim))
+    gradients = []
+    for way in range(2):
+        leaf, v = x.clone().requires_grad_(), seed.clone().requires_grad_()
+        y = list(runs(leaf, v, dim, nonnegative=nonnegative))[way]
+        gradients.append(torch.autograd.grad((y * weights).sum(), (leaf, v)))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_zero_positions_give_zero_forward_and_backward():
@@ -58,12 +90,86 @@ def test_gradients_are_finite_at_extreme_scales(scale):
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("relu", [True, False])
-def test_gradient(relu):
-    x = torch.randn(3, 12, 2, dtype=torch.float64)
-    x = (x.relu() + 0.01 if relu else x).requires_grad_()
-    seed = torch.randn(4, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lean_reduction, (x, seed))
+@pytest.mark.parametrize("shape", [(3, 12, 4), (5, 12), (2, 12, 2, 3)])
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("preserved", [2, 6])
+def test_gradient(shape, nonnegative, preserved):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    x = (x.abs() + 0.01 if nonnegative else x).requires_grad_()
+    seed = torch.randn(preserved, dtype=torch.float64).requires_grad_()
+    for way in range(2):
+
+        def reduce(x, seed, way=way):
+            return list(runs(x, seed, 1, nonnegative=nonnegative))[way]
+
+        assert torch.autograd.gradcheck(reduce, (x, seed))
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_blocks_do_not_show(nonnegative, dim, monkeypatch):
+    x = torch.randn(7, 12, 5) if dim == 1 else torch.randn(7, 5, 12)
+    x = x.relu() if nonnegative else x
+    seed = torch.randn(4)
+    found = []
+    for size in (1, 700, 10**9):
+        monkeypatch.setattr("lean_fx.walk._BLOCK_BYTES", size)
+        leaf, v = x.clone().requires_grad_(), seed.clone().requires_grad_()
+        y = lean_reduction(leaf, v, dim, nonnegative=nonnegative)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, v))))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preserved", [2, 5, 10])
+def test_what_is_kept_for_the_gradient(preserved):
+    x = torch.rand(2, 50, 16, 16).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.nbytes) or t, lambda t: t
+    ):
+        lean_reduction(x, torch.randn(preserved), nonnegative=True)
+    assert sum(kept) <= 1.5 * x.nbytes + preserved * 4  # the seed is kept too
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_half_precision_is_reduced_in_float32(dtype, nonnegative):
+    x = torch.randn(4, 12, 6).relu().to(dtype)
+    module = LeanReduction(12, 4)
+    module.nonnegative = nonnegative
+    exact = module(x.float())
+    half = module.to(dtype)(x)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.02)
+    half.sum().backward()
+    assert torch.isfinite(module.seed.grad).all()
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_autocast_does_not_reach_inside(nonnegative):
+    x = torch.rand(4, 12, 6)
+    module = LeanReduction(12, 4)
+    module.nonnegative = nonnegative
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(x)
+    torch.testing.assert_close(found, module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_vmap(nonnegative):
+    x, seed = torch.rand(3, 5, 12), torch.randn(4)
+    found = torch.vmap(lambda one: lean_reduction(one, seed, nonnegative=nonnegative))(x)
+    torch.testing.assert_close(found, lean_reduction(x, seed, -1, nonnegative=nonnegative))
+
+
+def test_signs_are_checked_only_on_demand():
+    x = torch.tensor([[-1.0, 2.0]])
+    lean_reduction(x, torch.ones(2), nonnegative=True)
+    with pytest.raises(LeanError, match="but the least value is -1; leave"), checking_signs():
+        lean_reduction(x, torch.ones(2), nonnegative=True)
+    lean_reduction(x, torch.ones(2), nonnegative=True)
 
 
 def test_empty_batch():
@@ -82,11 +188,15 @@ def test_is_an_ordinary_module():
     assert module.double()(x.double()).dtype == torch.float64
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_compiles_and_exports_whole(nonnegative):
     module = LeanReduction(8, 2)
-    x = torch.randn(3, 8, 4)
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    module.nonnegative = nonnegative
+    x = torch.rand(3, 8, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +207,16 @@ def test_compiles_whole():
         ((8, 2.0), "LeanReduction: out_channels=2.0 is not an int of 1 or more"),
         ((True, 1), "LeanReduction: in_channels=True is not an int of 1 or more"),
         ((1, 2), "LeanReduction: out_channels=2 does not divide in_channels=1; use 1"),
+        ({"scale": "max"}, "LeanReduction: scale='max' is not known; use sum, mean, magnitude"),
+        ({"normalize": 1}, "LeanReduction: normalize=1 is not known; use column, row, none"),
+        ({"seed": "all"}, "LeanReduction: seed='all' is not known; use vector, matrix"),
+        ({"iterations": 0}, "LeanReduction: iterations=0 is not an int of 1 or more"),
     ],
 )
 def test_errors(arguments, message):
+    options = arguments if isinstance(arguments, dict) else {}
     with pytest.raises(ArgumentError) as caught:
-        LeanReduction(*arguments)
+        LeanReduction(*(arguments if not options else (8, 4)), **options)
     assert str(caught.value) == message
 
 

@@ -1,13 +1,13 @@
 """Rebuilt layers start at the output scale of the layers that they replace."""
 
+import lean_fx
 import pytest
 import torch
-from graphs import Residual
-from torch import nn
-
-import lean_fx
 from lean_fx.capture import capture
 from lean_fx.passes import MeasureScale, facts
+from torch import nn
+
+from graphs import Residual
 
 
 class PaperForm(nn.Sequential):

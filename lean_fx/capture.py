@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import warnings
 
 from torch import nn
-from torch.fx import GraphModule, Tracer
+from torch.fx import Graph, GraphModule, Tracer
+from torch.nn.parameter import is_lazy
 
-from lean_fx.errors import ArgumentError, CaptureError
-from lean_fx.passes.modularize_calls import ModularizeCalls, TrainingFlag
+from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.passes.base import facts
+from lean_fx.passes.modularize_calls import ModularizeCalls, can_follow_mode
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.registry import is_reduction
 
+_ROOT_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
+
 
 class LeanTracer(Tracer):
-    """torch.fx's tracer, to which subclasses of conv and linear layers are leaves too.
+    """torch.fx's tracer, with two differences.
 
-    A subclass that a user wrote would otherwise dissolve into functional calls; as a leaf it is
-    seen, and left alone with a reason.
+    Subclasses of conv and linear layers are leaves too: they would otherwise dissolve into
+    functional calls; as leaves they are seen, and left alone with a reason. Buffers are values of
+    the graph, so that what forward computes of them is computed at every call, not once.
     """
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
@@ -35,10 +46,12 @@ def capture(model: nn.Module) -> GraphModule:
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
-        of each. Functional dropout that follows the mode has become a module.
+        of each, and of the hooks of the model itself. Functional dropout that follows the mode has
+        become a module; any other call that follows it keeps the mode that it was captured in, and
+        a LeanWarning names it.
 
     Raises:
-        ArgumentError: ``model`` is not a module.
+        ArgumentError: ``model`` is not a module, or has lazy layers without a shape.
         CaptureError: it cannot be copied or traced.
 
     Example:
@@ -49,35 +62,85 @@ def capture(model: nn.Module) -> GraphModule:
             _1 = getattr(self, "1")(_0);  _0 = None
             return _1
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            f"model={type(model).__name__} object is not a torch.nn.Module; give the model itself"
-        )
+    _check(model)
+    name = type(model).__name__
     try:
         root = copy.deepcopy(model)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
-            "copy.deepcopy can copy"
+            f"{name}: cannot be copied ({_reason(error)}); give a model that copy.deepcopy can copy"
         ) from error
-    modes = {module: module.training for module in root.modules()}
-    for module, training in modes.items():
-        module.training = TrainingFlag(training)  # type: ignore[assignment]
     try:
         graph = LeanTracer().trace(root)
+        _mark_mode(graph, root)
+        captured = GraphModule(root, graph, name)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__}: torch.fx cannot trace its forward ({_reason(error)}); move "
-            "the part that depends on values out of forward, or leanify its submodules one by one"
+            f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
+            "depends on values out of forward, or leanify its submodules one by one"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    captured = GraphModule(root, graph, type(model).__name__)
+    for hooks in _ROOT_HOOKS:
+        setattr(captured, hooks, getattr(root, hooks))
+    stuck = [n for n in graph.nodes if facts(n).follows_mode and not can_follow_mode(n)]
+    if stuck:
+        names = ", ".join(node.name for node in stuck)
+        warnings.warn(
+            f"{name}: {names} read self.training and keep the mode that they were captured in; "
+            "use modules (such as torch.nn.BatchNorm2d) in their place",
+            LeanWarning,
+            stacklevel=4,
+        )
     ModularizeCalls()(captured)
     return captured
 
 
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model={type(model).__name__} object is not a torch.nn.Module; give the model itself"
+        )
+    for name, module in model.named_modules():
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise ArgumentError(
+                f"model: layer {name!r} ({type(module).__name__}) has no shape yet; call the model "
+                "once on a batch first"
+            )
+    names = {*dir(GraphModule), "meta"}
+    taken = [name for name, _ in model.named_children() if name in names]
+    if taken and not isinstance(model, GraphModule):
+        raise CaptureError(
+            f"{type(model).__name__}: its submodule {taken[0]!r} has the name of an attribute of "
+            "torch.fx.GraphModule; rename it"
+        )
+
+
+def _mark_mode(graph: Graph, root: nn.Module) -> None:
+    """Write ``facts(node).follows_mode``: traced in the opposite mode, its arguments differ."""
+    if not any(_holds_flag(node.args) or _holds_flag(node.kwargs) for node in graph.nodes):
+        return
+    modules = list(root.modules())
+    for module in modules:
+        module.training = not module.training
+    try:
+        opposite = LeanTracer().trace(root)
+    finally:
+        for module in modules:
+            module.training = not module.training
+    if [node.name for node in graph.nodes] != [node.name for node in opposite.nodes]:
+        return
+    for node, other in zip(graph.nodes, opposite.nodes, strict=True):
+        same = str(node.args) == str(other.args) and str(node.kwargs) == str(other.kwargs)
+        facts(node).follows_mode = not same
+
+
+def _holds_flag(arguments: object) -> bool:
+    if isinstance(arguments, dict):
+        arguments = tuple(value for name, value in arguments.items() if name != "inplace")
+    if isinstance(arguments, tuple | list):
+        return any(_holds_flag(each) for each in arguments)
+    return isinstance(arguments, bool)
+
+
 def _reason(error: Exception) -> str:
-    text: Any = " ".join(str(error).split())
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}".removesuffix(".")

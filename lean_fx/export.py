@@ -50,9 +50,16 @@ def export_onnx(
         >>> path.exists()
         True
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"export_onnx: model={type(model).__name__} object is not a module")
+    if opset is not None and (not isinstance(opset, int) or opset < 1):
+        raise ArgumentError(f"export_onnx: opset={opset!r} is not an int of 1 or more")
     require("onnx", purpose="export")
     require("onnxscript", purpose="export")
     inputs = tuple(_batch(value) for value in as_inputs(example_inputs))
+    if len({value.shape[0] for value in inputs}) > 1:
+        sizes = ", ".join(str(value.shape[0]) for value in inputs)
+        raise ArgumentError(f"example_inputs: batches of {sizes} differ; give one batch size")
     batch = torch.export.Dim("batch", min=1)
     with replacing(path) as part, _evaluating(model), _quiet():
         try:
@@ -72,6 +79,12 @@ def export_onnx(
                 f"({type(error).__name__}: {reason}); try it with torch.onnx.export first"
             ) from error
         assert program is not None
+        found = program.model.opset_imports.get("")
+        if opset is not None and found != opset:
+            raise ExportError(
+                f"export_onnx: opset={opset} cannot be reached, the exporter gives {found}; leave "
+                "opset out, or give that"
+            )
         program.save(part)
 
 

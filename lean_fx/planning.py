@@ -12,8 +12,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture import capture
-from lean_fx.errors import PlanError
-from lean_fx.passes import Consumer, InsertReductions, Read, Site, facts
+from lean_fx.errors import ArgumentError, PlanError
+from lean_fx.passes import Consumer, Facts, InsertReductions, Read, Site, facts
 from lean_fx.policy import (
     ChannelsPolicy,
     check_names,
@@ -22,6 +22,7 @@ from lean_fx.policy import (
     wanted_channels,
 )
 from lean_fx.rebuild import REBUILDERS
+from lean_fx.reduction import check_channels
 from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
 
 _FORMAT = "lean_fx.plan"
@@ -50,7 +51,7 @@ class Plan:
     Attributes:
         model: the name of the model's class.
         sites: the values to reduce, each with the layers that share its reduction.
-        left_alone: every other layer with weights, and the reason.
+        left_alone: every other conv, linear, recurrent and attention layer, and the reason.
         reduction: a registered name, or a factory.
         parameters: of the model, before.
 
@@ -61,8 +62,8 @@ class Plan:
         >>> print(plan)
         Plan for Sequential: 1 reduction (lean) before 1 of 2 layers
         their weights: 9,000 -> 1,800, of 10,420 parameters in all
-        value  layer  type    channels  weights         note
-        _1     2      Conv2d  50 -> 10  9,000 -> 1,800
+        value  sign  layer  type    channels  weights         note
+        _1     >= 0  2      Conv2d  50 -> 10  9,000 -> 1,800
         left alone
         0  Conv2d  in_channels=3 is below min_channels=16
         >>> Plan.from_json(plan.to_json()) == plan
@@ -82,7 +83,8 @@ class Plan:
             model: the model that the plan was made from, or another instance of it; it is copied.
 
         Returns:
-            An ordinary module (a GraphModule) with the plan in its ``meta["lean_fx.plan"]``.
+        An ordinary module (a GraphModule) with the plan in its ``meta["lean_fx.plan"]``;
+        deepcopy keeps that, pickle does not.
 
         Raises:
             PlanError: the plan does not fit the model.
@@ -134,7 +136,7 @@ class Plan:
             sites = [_site_from(entry) for entry in content.pop("sites")]
             left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
             plan = Plan(sites=tuple(sites), left_alone=tuple(left), **content)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, ArgumentError) as error:
             raise PlanError(
                 f"plan: a part is missing or unknown ({error}); make it anew"
             ) from error
@@ -158,7 +160,7 @@ class Plan:
                 f"their weights: {before:,} -> {after:,}, of {self.parameters:,} parameters in all"
             )
         if self.sites:
-            header = ("value", "layer", "type", "channels", "weights", "note")
+            header = ("value", "sign", "layer", "type", "channels", "weights", "note")
             lines += _aligned([header, *(row for site in self.sites for row in _rows(site))])
         if self.left_alone:
             lines.append("left alone")
@@ -172,6 +174,7 @@ def _rows(site: Site) -> list[tuple[str, ...]]:
         rows.append(
             (
                 "" if rows else site.value,
+                "" if rows else (">= 0" if site.nonnegative else "any"),
                 consumer.layer,
                 consumer.kind,
                 f"{site.in_channels} -> {site.out_channels}",
@@ -198,7 +201,15 @@ def _site_from(entry: dict[str, Any]) -> Site:
     consumers = [
         Consumer(**{**each, "path": tuple(each["path"])}) for each in entry.pop("consumers")
     ]
-    return Site(consumers=tuple(consumers), **entry)
+    site = Site(consumers=tuple(consumers), **entry)
+    numbers = [site.dim, site.in_channels, site.out_channels, *(c.spread for c in consumers)]
+    texts = [site.value, site.name, *(t for c in consumers for t in (c.layer, c.node, *c.path))]
+    if not consumers or not all(type(number) is int for number in numbers):
+        raise TypeError(f"site {site.value!r} has no consumers, or a number that is no int")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise TypeError(f"site {site.value!r} has a name that is no text")
+    check_channels("site", site.in_channels, site.out_channels or 0)
+    return site
 
 
 @dataclass(frozen=True)
@@ -237,20 +248,22 @@ def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> 
             left.append(LeftAlone(node.name, getattr(node.target, "__name__", ""), known.refusal))
         elif known.refusal or known.read:
             name, layer = str(node.target), modules[str(node.target)]
-            reason = known.refusal or _unwanted(known.read, name, layer, options)
-            if reason:
-                left.append(LeftAlone(name, type(layer).__name__, reason))
-            elif known.read:
+            reason = known.refusal
+            if known.read:
+                reason = _unwanted(known.read, name, layer, options)
+            if known.read and not reason:
                 candidates.append((known.read, _consumer(node.name, name, layer, known.read)))
+            else:
+                left.append(LeftAlone(name, type(layer).__name__, reason))
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    left += _never_called(model, called)
+    left += _never_called(model, graph_module, called)
 
     names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
     check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
     if isinstance(options.channels, dict):
         check_names("channels", options.channels, names)
-    scales = {node.name: facts(node).rms for node in graph_module.graph.nodes}
-    sites, refused = _decide(candidates, scales, options)
+    known_of = {node.name: facts(node) for node in graph_module.graph.nodes}
+    sites, refused = _decide(candidates, known_of, options)
     return Plan(
         model=type(model).__name__,
         sites=tuple(sites),
@@ -260,9 +273,8 @@ def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> 
     )
 
 
-def _unwanted(read: Read | None, name: str, layer: nn.Module, options: Options) -> str:
+def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
     """Why the user does not want this layer to be reduced, or an empty string."""
-    assert read is not None
     reason = skipped_by(options.skip, name, layer)
     if reason:
         return reason
@@ -280,12 +292,22 @@ def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
     return Consumer(name, type(layer).__name__, node, read.spread, read.path, weights)
 
 
-def _never_called(model: nn.Module, called: set[str]) -> list[LeftAlone]:
+def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:
+    read = {
+        str(node.target).rpartition(".")[0]
+        for node in graph_module.graph.nodes
+        if node.op == "get_attr"
+    }
+
     def within_called(name: str) -> bool:
         return any(name == each or name.startswith(f"{each}.") for each in called)
 
     return [
-        LeftAlone(name, type(layer).__name__, "not called in forward")
+        LeftAlone(
+            name,
+            type(layer).__name__,
+            "forward reads its weight itself" if name in read else "not called in forward",
+        )
         for name, layer in model.named_modules()
         if type(layer) in REBUILDERS and name and not within_called(name)
     ]
@@ -293,17 +315,26 @@ def _never_called(model: nn.Module, called: set[str]) -> list[LeftAlone]:
 
 def _decide(
     candidates: Iterable[tuple[Read, Consumer]],
-    scales: Mapping[str, float | None],
+    known_of: Mapping[str, Facts],
     options: Options,
 ) -> tuple[list[Site], list[LeftAlone]]:
     """Group the layers by value, and settle the channels of each group."""
-    groups: dict[tuple[str, int, int], list[Consumer]] = {}
+    groups: dict[tuple[str, int, int, int], list[Consumer]] = {}
     for read, consumer in candidates:
-        groups.setdefault((read.value, read.dim, read.in_channels), []).append(consumer)
+        key = (read.value, read.dim, read.in_channels, read.writes)
+        groups.setdefault(key, []).append(consumer)
     sites: list[Site] = []
     refused: list[LeftAlone] = []
-    for (value, dim, in_channels), consumers in groups.items():
-        site = Site(value, dim, in_channels, tuple(consumers), rms=scales.get(value) or 1.0)
+    for (value, dim, in_channels, _), consumers in groups.items():
+        known = known_of[value]
+        site = Site(
+            value,
+            dim,
+            in_channels,
+            tuple(consumers),
+            rms=known.rms or 1.0,
+            nonnegative=known.nonnegative,
+        )
         by_channels: dict[int, list[Consumer]] = {}
         notes: dict[int, str] = {}
         for consumer in consumers:
@@ -337,7 +368,8 @@ def _settle(site: Site, layer: str, options: Options) -> tuple[int | None, str]:
         return None, f"channels={found} equals in_channels: nothing to reduce"
     exact = float(wanted).is_integer()
     if exact and found != wanted:
-        why = f", a multiple of {options.align}" if options.align else ""
+        aligned = options.align and found % options.align == 0
+        why = f", a multiple of {options.align}" if aligned else ""
         return found, f"{wanted:g} wanted, {found} is the nearest divisor{why}"
     return found, ""
 

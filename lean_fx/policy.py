@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -53,7 +54,7 @@ def _check_scalar(value: Any, subject: str) -> None:
     if isinstance(value, str):
         if value not in ("sqrt", "tenth"):
             raise ArgumentError(f"{subject}={value!r} is not known; {_FORMS}")
-    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Integral):
         if not isinstance(value, float):
             raise ArgumentError(f"{subject}={value!r} is a {type(value).__name__}; {_FORMS}")
         if not 0 < value < 1:
@@ -134,6 +135,10 @@ def check_skip(skip: Any) -> tuple[str | type[nn.Module], ...]:
     Raises:
         ArgumentError: an entry is neither a string nor a type.
     """
+    if not isinstance(skip, str | type | Iterable):
+        raise ArgumentError(
+            f"skip={skip!r} is a {type(skip).__name__}; give a tuple of names, patterns or types"
+        )
     entries = (skip,) if isinstance(skip, str | type) else tuple(skip)
     for entry in entries:
         if not isinstance(entry, str | type):

@@ -143,11 +143,13 @@ def lean_reduction(
     References:
         Huang et al. (2023), Algorithm 2.
     """
-    if _checks_signs and nonnegative and x.numel() and float(x.detach().amin()) < 0:
-        raise LeanError(
-            f"lean_reduction: nonnegative=True, but the least value is {float(x.amin()):g}; leave "
-            "nonnegative out"
-        )
+    if _checks_signs and nonnegative and x.numel():
+        least = float(x.detach().amin())
+        if least < 0:
+            raise LeanError(
+                f"lean_reduction: nonnegative=True, but the least value is {least:g}; leave "
+                "nonnegative out"
+            )
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return lean_reduction(

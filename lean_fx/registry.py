@@ -119,7 +119,29 @@ def reduction_name(reduction: str | ReductionFactory) -> str:
     return known or str(getattr(reduction, "__name__", reduction))
 
 
+def make_reduction(
+    reduction: str | ReductionFactory, in_channels: int, out_channels: int, dim: int
+) -> nn.Module:
+    """Make a reduction, and mark it as one.
+
+    Raises:
+        ArgumentError: the factory cannot be called so, or does not return a module.
+    """
+    name = reduction_name(reduction)
+    try:
+        module = reduction_factory(reduction)(in_channels, out_channels, dim=dim)
+    except TypeError as error:
+        raise ArgumentError(
+            f"reduction={name} cannot be made with ({in_channels}, {out_channels}, dim={dim}): "
+            f"{error}; its arguments must be (in_channels, out_channels, dim)"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"reduction={name} makes a {type(module).__name__}, not a module")
+    module.is_lean_reduction = True  # type: ignore[assignment]
+    return module
+
+
 def is_reduction(module: Any) -> bool:
-    """Whether a module is a reduction: made by a registered class, or counting its work as one."""
+    """Whether a module is a reduction: one of the registered classes, or one that we made."""
     classes = tuple(factory for factory in _FACTORIES.values() if isinstance(factory, type))
-    return isinstance(module, classes) or hasattr(module, "macs_per_position")
+    return isinstance(module, classes) or getattr(module, "is_lean_reduction", False) is True

@@ -14,11 +14,13 @@ from lean_fx.capture import capture
 from lean_fx.errors import ArgumentError, LeanWarning
 from lean_fx.passes import (
     FindConsumers,
+    InferSign,
     MeasureScale,
     Pass,
     Pipeline,
     PropagateShapes,
     TrackChannels,
+    TrackWrites,
 )
 from lean_fx.planning import Options, Plan, make_plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
@@ -77,7 +79,7 @@ def leanify(
           (1): ReLU()
           (2): Conv2d(10, 100, kernel_size=(3, 3), stride=(1, 1))
           (reductions): Module(
-            (_1): LeanReduction(50, 10, dim=1)
+            (_1): LeanReduction(50, 10, dim=1, nonnegative)
           )
         )
 
@@ -126,8 +128,8 @@ def plan(
         >>> print(plan(model))
         Plan for Sequential: 1 reduction (lean) before 1 of 2 layers
         their weights: 640 -> 80, of 1,226 parameters in all
-        value  layer  type    channels  weights    note
-        _1     2      Linear  64 -> 8   640 -> 80
+        value  sign  layer  type    channels  weights    note
+        _1     >= 0  2      Linear  64 -> 8   640 -> 80
         left alone
         0  Linear  in_channels=8 is below min_channels=16
     """
@@ -137,7 +139,7 @@ def plan(
 
 def _analysed(model: nn.Module, example_inputs: Any) -> GraphModule:
     captured = capture(model)
-    passes: list[Pass] = [TrackChannels(), FindConsumers()]
+    passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
     if example_inputs is not None:
         inputs = as_inputs(example_inputs)
         passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
@@ -180,6 +182,8 @@ def _options(
         allowed = value is None and name == "align"
         if not allowed and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ArgumentError(f"{name}={value!r} is not an int of 1 or more")
+    if not isinstance(reduce_inputs, bool):
+        raise ArgumentError(f"reduce_inputs={reduce_inputs!r} is not True or False")
     if filter is not None and not callable(filter):
         raise ArgumentError(f"filter={filter!r} cannot be called; give filter(module, name)")
     if isinstance(channels, Mapping):

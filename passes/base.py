@@ -16,9 +16,11 @@ Four laws hold for every pass, and one test checks them all:
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -40,6 +42,10 @@ class Facts:
     Attributes:
         shape: of the node's value, if that is one tensor (``PropagateShapes``).
         rms: its root mean square, for inputs of unit variance (``MeasureScale``).
+        storage: the node whose storage the value shares; its own name if none (``TrackWrites``).
+        writes: whether the call changes values in place (``TrackWrites``).
+        nonnegative: whether no element of the value is below 0 (``InferSign``).
+        follows_mode: whether an argument of the call is train() or eval() (capture).
         channels: where the channels of the value are (``TrackChannels``).
         read: what the layer called here reads, if it can be reduced (``FindConsumers``).
         refusal: why the layer called here is left alone, if it is (``FindConsumers``).
@@ -47,6 +53,10 @@ class Facts:
 
     shape: tuple[int, ...] | None = None
     rms: float | None = None
+    follows_mode: bool = False
+    storage: str = ""
+    writes: bool = False
+    nonnegative: bool = False
     channels: Channels | None = None
     read: Read | None = None
     refusal: str = ""
@@ -65,10 +75,47 @@ def forget_facts(graph_module: GraphModule) -> None:
         node.meta.pop(_KEY, None)
 
 
-def add_module(graph_module: GraphModule, target: str, module: nn.Module) -> None:
-    """Add ``module`` as ``target``, it and its folder in the mode of ``graph_module``."""
-    graph_module.add_submodule(target, module)
-    graph_module.get_submodule(target.partition(".")[0]).train(graph_module.training)
+def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:
+    """What a node calls: a function, the name of a method, or the type of a module."""
+    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """A copy to run without a trace: no hooks, and attributes that forward sets are not kept."""
+    copied = object.__new__(type(module))  # copy.copy refuses parametrized modules
+    copied.__dict__.update(module.__dict__)
+    for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(copied, hooks, OrderedDict())
+    return copied
+
+
+def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Module) -> str:
+    """Add ``module`` as ``folder.name``, or with a number behind either if that is taken.
+
+    Returns:
+        The name that it got.
+    """
+    home = next(
+        each
+        for each in _numbered(folder)
+        if type(getattr(graph_module, each, None)) in (nn.Module, type(None))
+    )
+    if not hasattr(graph_module, home):
+        graph_module.add_module(home, nn.Module().train(graph_module.training))
+    there = graph_module.get_submodule(home)
+    free = next(each for each in _numbered(name) if not hasattr(there, each))
+    there.add_module(free, module)
+    return f"{home}.{free}"
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(1))
 
 
 class Pass(abc.ABC):

@@ -9,21 +9,24 @@ the last axis, or through a flatten and dropouts::
                                          Read(value, dim=1, in_channels=C, spread=H*W,
                                               path=(flatten, dropout))
 
-Every other layer with weights gets its refusal. A layer is refused when
+Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
 
 1. its type is not exactly one that can be rebuilt (a subclass may override forward);
-2. it is called more than once, or shares a parameter with another layer;
+2. it is called more than once, or a parameter of it is shared or read elsewhere, or frozen;
 3. it has hooks or parametrizations, which would be lost;
 4. it is a grouped (or depthwise) convolution, whose channels are split already;
-5. it reads a reduction already;
-6. something other than dropout stands between a flatten and the layer.
+5. it reads a reduction already, or no value of the graph;
+6. it reads through a flatten of a value whose channels are unknown, something other than dropout
+   stands between the two, or an in-place operation changes the value between the two.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +34,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
-from lean_fx.passes.base import Pass, facts
-from lean_fx.passes.track_channels import Channels, is_dropout, is_flatten
+from lean_fx.passes.base import Pass, argument, facts
+from lean_fx.passes.track_channels import is_dropout, is_flatten
 from lean_fx.rebuild import REBUILDERS, input_channels
 from lean_fx.registry import is_reduction
 
@@ -51,6 +54,7 @@ _NOT_YET = {
     nn.TransformerDecoder: "layers inside attention are not reduced yet",
     nn.Bilinear: "bilinear layers read two values",
 }
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CALLS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _CALLS |= {torch.conv1d, torch.conv2d, torch.conv3d}
@@ -68,6 +72,7 @@ class Read:
         spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
         intermediate: whether a layer with weights stands between the model's inputs and the value.
+        writes: how many in-place operations had changed the value when it was read.
     """
 
     value: str
@@ -76,135 +81,177 @@ class Read:
     spread: int = 1
     path: tuple[str, ...] = ()
     intermediate: bool = True
+    writes: int = 0
 
 
 class FindConsumers(Pass):
-    """Write ``facts(node).read`` or ``facts(node).refusal`` for every call of a layer."""
+    """Write ``facts(node).read`` or ``facts(node).refusal`` for every call of a layer.
+
+    ``TrackChannels`` and ``TrackWrites`` come before it.
+    """
 
     def run(self, graph_module: GraphModule) -> bool:
         """Judge every layer that is called."""
-        modules = dict(graph_module.named_modules())
-        learned = _learned(graph_module, modules)
-        calls = Counter(
-            id(modules[str(node.target)])
-            for node in graph_module.graph.nodes
-            if node.op == "call_module"
-        )
-        owners = _owners(graph_module)
+        graph = _Context.of(graph_module)
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.refusal = None, ""
             if node.op == "call_function" and node.target in _CALLS:
                 known.refusal = "a functional call; only layers (modules) are rebuilt yet"
             elif node.op == "call_module":
-                layer = modules[str(node.target)]
-                known.refusal = _refusal(layer, calls[id(layer)], owners)
+                layer = graph.modules[str(node.target)]
+                known.refusal = _refusal(layer, graph)
                 if not known.refusal and type(layer) in REBUILDERS:
-                    _judge(node, layer, modules, learned)
+                    known.read, known.refusal = _judge(node, layer, graph)
         return False
 
 
-def _refusal(layer: nn.Module, calls: int, owners: Mapping[int, list[str]]) -> str:
+@dataclass(frozen=True)
+class _Context:
+    """What the rules need to know of the whole graph.
+
+    Attributes:
+        modules: by qualified name.
+        calls: of each module, by its id.
+        owners: the names of each parameter, by its id: of modules, and of nodes that read it.
+        learned: the nodes behind a layer with weights; normalising the inputs does not count.
+        order: the place of each node in the graph.
+        writes: the places of the in-place operations on each storage, ascending.
+    """
+
+    modules: Mapping[str, nn.Module]
+    calls: Mapping[int, int]
+    owners: Mapping[int, list[str]]
+    learned: frozenset[Node]
+    order: Mapping[Node, int]
+    writes: Mapping[str, list[int]]
+
+    @classmethod
+    def of(cls, graph_module: GraphModule) -> _Context:
+        modules = dict(graph_module.named_modules())
+        calls: Counter[int] = Counter()
+        owners: dict[int, list[str]] = {}
+        for name, parameter in graph_module.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        learned: set[Node] = set()
+        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        writes: dict[str, list[int]] = {}
+        for node, place in order.items():
+            own = False
+            if node.op == "get_attr":
+                value = _attribute(graph_module, str(node.target))
+                own = isinstance(value, nn.Parameter)
+                if own:
+                    owners[id(value)].append(f"read by {node.name}")
+            elif node.op == "call_module":
+                module = modules[str(node.target)]
+                calls[id(module)] += 1
+                weighted = next(module.parameters(), None) is not None
+                own = weighted and not isinstance(module, _NORMS)
+            if own or any(source in learned for source in node.all_input_nodes):
+                learned.add(node)
+            if facts(node).writes:
+                writes.setdefault(facts(node).storage, []).append(place)
+        return cls(modules, calls, owners, frozenset(learned), order, writes)
+
+    def writes_before(self, value: Node, reader: Node) -> int:
+        """How many in-place operations have changed ``value`` when ``reader`` reads it."""
+        return bisect_left(self.writes.get(facts(value).storage, []), self.order[reader])
+
+    def placed(self, read: Read, value: Node, reader: Node) -> Read:
+        """``read``, with what depends on where in the graph it happens."""
+        return replace(
+            read, intermediate=value in self.learned, writes=self.writes_before(value, reader)
+        )
+
+
+def _attribute(root: nn.Module, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(root.get_submodule(owner), attribute, None)
+
+
+def _refusal(layer: nn.Module, graph: _Context) -> str:
     kind = next((base for base in REBUILDERS if isinstance(layer, base)), None)
     if kind is None:
         return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
     if is_parametrized(layer):
         return "its weight is parametrized"
     if type(layer) is not kind:
-        return f"{type(layer).__name__} is a subclass of {kind.__name__} and may mean more"
-    if calls > 1:
-        return f"called {calls} times in one forward pass"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        own = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        return f"{own} is a subclass of {kind.__name__} and may mean more"
+    if graph.calls[id(layer)] > 1:
+        return f"called {graph.calls[id(layer)]} times in one forward pass"
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters(recurse=False):
-        names = owners[id(parameter)]
+        names = graph.owners[id(parameter)]
         if len(names) > 1:
-            return f"shares a parameter: {' = '.join(names)}"
+            return f"its parameter is used elsewhere: {', '.join(names)}"
+        if parameter._backward_hooks:
+            return "its parameter has hooks, which a rebuilt layer would lose"
+    if not layer.get_parameter("weight").requires_grad:
+        return "its weight is frozen, so a new one could not learn"
     groups = int(getattr(layer, "groups", 1))
     if groups > 1:
         return f"groups={groups}: its input channels are split already"
     return ""
 
 
-def _judge(
-    node: Node, layer: nn.Module, modules: Mapping[str, nn.Module], learned: set[Node]
-) -> None:
+def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, str]:
+    """What a layer that can be rebuilt reads, or why that cannot be reduced."""
     source = layer_input(node)
     if source is None:
-        facts(node).refusal = "its input is not a value of the graph"
-        return
-    if reads_reduction(source, modules):
-        facts(node).refusal = "it reads a reduction already"
-        return
+        return None, "its input is not a value of the graph"
+    path, before = path_back(source, graph.modules)
+    if reads_reduction(before, graph.modules):
+        return None, "it reads a reduction already"
     known = facts(source).channels
-    flattened = isinstance(layer, nn.Linear) and known is not None and known.whole is not None
-    if known is not None and flattened and input_channels(layer) % known.count == 0:
-        _read_through(node, layer, source, known, modules, learned)
-        return
-    dim = -1 if isinstance(layer, nn.Linear) else known.axis if known and known.axis == 0 else 1
-    facts(node).read = Read(source.name, dim, input_channels(layer), intermediate=source in learned)
+    if not isinstance(layer, nn.Linear):
+        dim = _channel_axis(layer, source)
+        return graph.placed(Read(source.name, dim, input_channels(layer)), source, node), ""
+    through = known is not None and known.whole is not None
+    if any(is_flatten(step, graph.modules) for step in path) and not through:
+        return None, "the channels of what is flattened before it are unknown"
+    if not through or known is None or input_channels(layer) % known.count:
+        return graph.placed(Read(source.name, -1, input_channels(layer)), source, node), ""
+    if before.name != known.whole:
+        return None, f"{before.name} stands between the flatten and it; put it before"
+    read = Read(
+        value=before.name,
+        dim=known.axis,
+        in_channels=known.count,
+        spread=input_channels(layer) // known.count,
+        path=tuple(step.name for step in path),
+    )
+    if graph.writes_before(before, path[0]) != graph.writes_before(before, node):
+        return None, "an in-place operation stands between the flatten and it"
+    return graph.placed(read, before, node), ""
 
 
-def _read_through(
-    node: Node,
-    layer: nn.Module,
-    source: Node,
-    channels: Channels,
-    modules: Mapping[str, nn.Module],
-    learned: set[Node],
-) -> None:
+def _channel_axis(layer: nn.Module, source: Node) -> int:
+    """Axis 1, or that in front of the spatial axes where the shape is known."""
+    shape = facts(source).shape
+    return len(shape) - len(layer.kernel_size) - 1 if shape is not None else 1  # type: ignore[arg-type]
+
+
+def path_back(source: Node, modules: Mapping[str, nn.Module]) -> tuple[list[Node], Node]:
+    """The flatten and dropouts that end in ``source``, in order, and what they start from."""
     path: list[Node] = []
     step = source
-    while step.name != channels.whole:
-        if not (is_flatten(step, dict(modules)) or is_dropout(step, dict(modules))):
-            facts(
-                node
-            ).refusal = (
-                f"{step.name} stands between the flatten and the layer; put it before the flatten"
-            )
-            return
+    while is_dropout(step, modules) or is_flatten(step, modules):
         path.insert(0, step)
         step = step.all_input_nodes[0]
-    if reads_reduction(step, modules):
-        facts(node).refusal = "it reads a reduction already"
-        return
-    facts(node).read = Read(
-        value=step.name,
-        dim=channels.axis,
-        in_channels=channels.count,
-        spread=input_channels(layer) // channels.count,
-        path=tuple(each.name for each in path),
-        intermediate=step in learned,
-    )
+    while path and not is_flatten(path[0], modules):  # dropout before the flatten stays there
+        step = path.pop(0)
+    return path, step
 
 
 def layer_input(node: Node) -> Node | None:
     """The value that a layer's call reads, or None if it is not a node."""
-    source = node.args[0] if node.args else node.kwargs.get("input")
+    source = argument(node, 0, "input")
     return source if isinstance(source, Node) else None
 
 
 def reads_reduction(source: Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether ``source`` is the call of a reduction."""
     return source.op == "call_module" and is_reduction(modules[str(source.target)])
-
-
-def _learned(graph_module: GraphModule, modules: Mapping[str, nn.Module]) -> set[Node]:
-    """The nodes behind some weights; normalising the inputs alone does not count."""
-    learned: set[Node] = set()
-    for node in graph_module.graph.nodes:
-        own = node.op == "get_attr"
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            own = not isinstance(module, _NORMS) and next(module.parameters(), None) is not None
-        if own or any(source in learned for source in node.all_input_nodes):
-            learned.add(node)
-    return learned
-
-
-def _owners(graph_module: GraphModule) -> dict[int, list[str]]:
-    """The names of every parameter, those it is shared under included."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in graph_module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return owners

@@ -35,20 +35,21 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.errors import PlanError
+from lean_fx.errors import PassError, PlanError
 from lean_fx.passes.base import Pass, add_module, forget_facts
-from lean_fx.passes.find_consumers import layer_input
+from lean_fx.passes.find_consumers import layer_input, reads_reduction
+from lean_fx.passes.track_channels import view_sizes
+from lean_fx.reduction import LeanReduction
 from lean_fx.rebuild import REBUILDERS, input_channels, rebuild
-from lean_fx.registry import ReductionFactory, reduction_factory
+from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
-_FOLDER = "reductions"
 _POSITIONS = 1024  # of the sample: a relative error of the mean square of about 3 %
 
 
@@ -83,8 +84,9 @@ class Site:
         in_channels: C_in.
         consumers: the layers, in the order in which they are called.
         out_channels: C', or None while it is not decided.
-        name: of the reduction: ``reductions.<name>`` in the result.
+        name: of the reduction: ``reductions.<name>`` in the result, unless that is taken.
         rms: the root mean square of the value for inputs of unit variance; 1 where not measured.
+        nonnegative: whether the value is proved to have no element below 0.
         note: what the user should know, such as the nearest divisor that was taken.
     """
 
@@ -95,6 +97,7 @@ class Site:
     out_channels: int | None = None
     name: str = ""
     rms: float = 1.0
+    nonnegative: bool = False
     note: str = ""
 
     @property
@@ -111,52 +114,67 @@ class InsertReductions(Pass):
         reduction: a registered name or a factory; it makes one module for each site.
 
     Raises:
-        PlanError: a site does not fit the graph; the graph is then still as it was.
+        PlanError: a site does not fit the graph, which is then still as it was, or the reduction
+            does not do what a reduction must.
     """
 
     def __init__(self, sites: Iterable[Site], reduction: str | ReductionFactory = "lean") -> None:
         self.sites = tuple(sites)
-        self.factory = reduction_factory(reduction)
+        self.reduction = reduction
+        reduction_factory(reduction)
 
     def requires(self, graph_module: GraphModule) -> None:
         """Every site that is not there yet must fit the graph."""
         nodes = {node.name: node for node in graph_module.graph.nodes}
         modules = dict(graph_module.named_modules())
         for site in self._open(graph_module):
-            for name in (site.value, *(step for each in site.consumers for step in each.path)):
-                if name not in nodes:
-                    raise PlanError(
-                        f"plan: the value {name!r} is not in this model's graph; "
-                        "make the plan anew from this model"
-                    )
             for consumer in site.consumers:
-                _check(consumer, site, nodes.get(consumer.node), modules.get(consumer.layer))
+                _check(consumer, site, nodes, modules)
 
     def run(self, graph_module: GraphModule) -> bool:
         """Insert the reductions and rebuild the layers, site by site."""
         todo = self._open(graph_module)
-        for site in todo:
-            _insert(graph_module, site, self.factory)
+        made = [
+            make_reduction(self.reduction, site.in_channels, site.out_channels or 0, site.dim)
+            for site in todo
+        ]
+        for site, module in zip(todo, made, strict=True):
+            _insert(graph_module, site, module)
         if todo:
             forget_facts(graph_module)
         return bool(todo)
 
     def ensures(self, graph_module: GraphModule) -> None:
-        """Every layer of every site now reads C' channels."""
-        for site in self.sites:
-            for consumer in site.consumers:
-                found = input_channels(graph_module.get_submodule(consumer.layer))
-                if found != (site.out_channels or 0) * consumer.spread:
-                    raise PlanError(f"plan: {consumer.layer} reads {found} channels after the pass")
+        """Every site is there."""
+        missing = [site.value for site in self._open(graph_module)]
+        if missing:
+            raise PassError(f"InsertReductions: no reduction of {', '.join(missing)}")
 
     def _open(self, graph_module: GraphModule) -> list[Site]:
-        there = dict(graph_module.named_modules())
-        return [site for site in self.sites if f"{_FOLDER}.{site.name}" not in there]
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        modules = dict(graph_module.named_modules())
+        return [
+            site
+            for site in self.sites
+            if not all(_is_reduced(consumer, nodes, modules) for consumer in site.consumers)
+        ]
 
 
-def _check(consumer: Consumer, site: Site, node: Node | None, layer: nn.Module | None) -> None:
+def _is_reduced(
+    consumer: Consumer, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]
+) -> bool:
+    source = layer_input(nodes[consumer.node]) if consumer.node in nodes else None
+    for _ in consumer.path:
+        source = next(iter(source.all_input_nodes), None) if source is not None else None
+    return source is not None and reads_reduction(source, modules)
+
+
+def _check(
+    consumer: Consumer, site: Site, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]
+) -> None:
     subject = f"plan: layer {consumer.layer!r}"
     remedy = "make the plan anew from this model"
+    node, layer = nodes.get(consumer.node), modules.get(consumer.layer)
     if layer is None or node is None or node.target != consumer.layer:
         raise PlanError(f"{subject} is not called by {consumer.node!r} in this model; {remedy}")
     if type(layer) not in REBUILDERS or type(layer).__name__ != consumer.kind:
@@ -164,24 +182,33 @@ def _check(consumer: Consumer, site: Site, node: Node | None, layer: nn.Module |
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
     planned = site.in_channels * consumer.spread
-    if input_channels(layer) != planned:
+    if input_channels(layer) != planned or getattr(layer, "groups", 1) != 1:
+        groups = f" in {layer.groups} groups" if getattr(layer, "groups", 1) != 1 else ""
         raise PlanError(
-            f"{subject} reads {input_channels(layer)} channels, but the plan says {planned}; "
-            f"{remedy}"
+            f"{subject} reads {input_channels(layer)} channels{groups}, but the plan says "
+            f"{planned}; {remedy}"
         )
+    source = layer_input(node)
+    for step in (*reversed(consumer.path), site.value):
+        if source is None or source.name != step:
+            found = source.name if source is not None else None
+            raise PlanError(f"{subject} reads {found!r}, but the plan says {step!r}; {remedy}")
+        if step != site.value:
+            source = next(iter(source.all_input_nodes), None)
 
 
-def _insert(graph_module: GraphModule, site: Site, factory: ReductionFactory) -> None:
+def _insert(graph_module: GraphModule, site: Site, module: nn.Module) -> None:
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
     calls = [nodes[consumer.node] for consumer in site.consumers]
     assert site.out_channels is not None
 
-    module = factory(site.in_channels, site.out_channels, dim=site.dim)
-    weight = next(graph_module.get_submodule(site.layers[0]).parameters())
-    target = f"{_FOLDER}.{site.name}"
-    add_module(graph_module, target, module.to(device=weight.device, dtype=weight.dtype))
+    weight = graph_module.get_submodule(site.layers[0]).get_parameter("weight")
+    module.to(device=weight.device, dtype=weight.dtype).train(graph_module.training)
+    if isinstance(module, LeanReduction):
+        module.nonnegative = site.nonnegative
     gain = _gain(module, site)
+    target = add_module(graph_module, "reductions", site.name, module)
     with graph.inserting_before(calls[0]):
         reduced = graph.call_module(target, (nodes[site.value],))
 
@@ -189,20 +216,18 @@ def _insert(graph_module: GraphModule, site: Site, factory: ReductionFactory) ->
     private = {step.name for step in ours if set(step.users) <= ours}
     carried: dict[str, Node] = {}
     for consumer, call in zip(site.consumers, calls, strict=True):
+        features = site.out_channels * consumer.spread
         source = reduced
         for step in consumer.path:
             if step not in carried:
-                features = site.out_channels * consumer.spread
-                carried[step] = _carry(
-                    nodes[step], source, calls[0], features=features, move=step in private
-                )
+                move = step in private
+                carried[step] = _carry(nodes[step], source, call, features=features, move=move)
             source = carried[step]
         before = layer_input(call)
         assert before is not None
         call.replace_input_with(before, source)
         layer = graph_module.get_submodule(consumer.layer)
-        made = rebuild(layer, site.out_channels * consumer.spread, gain)
-        graph_module.set_submodule(consumer.layer, made)
+        graph_module.set_submodule(consumer.layer, rebuild(layer, features, gain))
     for step in reversed(carried):
         if carried[step] is not nodes[step]:
             _erase_unused(nodes[step])
@@ -211,38 +236,47 @@ def _insert(graph_module: GraphModule, site: Site, factory: ReductionFactory) ->
 def _gain(module: nn.Module, site: Site) -> float:
     """How many times larger the value of a site is than its reduction, by root mean squares.
 
-    The sample is what ReLU makes of normal values, brought to the rms of the value.
+    The sample is normal, or what ReLU makes of that, brought to the rms of the value.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors) or not site.rms:
         return 1.0
     like = tensors[0] if tensors else torch.empty(0)
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(_POSITIONS, site.in_channels, generator=generator).relu()
-    sample *= site.rms * 2**0.5
+    sample = torch.randn(_POSITIONS, site.in_channels, generator=generator) * site.rms
+    if site.nonnegative:
+        sample = sample.relu() * 2**0.5
     if site.dim == 0:
         sample = sample.T
-    with torch.no_grad():
-        reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()
+    try:
+        with torch.no_grad():
+            reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return 1.0  # a user's own reduction that takes values of another rank only
+    wanted = (site.out_channels, _POSITIONS) if site.dim == 0 else (_POSITIONS, site.out_channels)
+    if reduced.shape != wanted:
+        raise PlanError(
+            f"plan: {type(module).__name__} makes {list(reduced.shape)} of {list(sample.shape)}, "
+            f"not {list(wanted)}; a reduction gives out_channels along dim"
+        )
     rms = float(reduced.square().mean().sqrt())
     return site.rms / rms if rms else 1.0
 
 
-def _carry(step: Node, source: Node, first: Node, *, features: int, move: bool) -> Node:
-    """Make ``step``, or one in its place, read ``source`` right before ``first``."""
+def _carry(step: Node, source: Node, call: Node, *, features: int, move: bool) -> Node:
+    """Make ``step``, or one in its place, read ``source`` right before ``call``."""
     graph = step.graph
-    if step.target in ("view", "reshape", torch.reshape):
-        sizes = step.args[1:]
-        rows = sizes[0][0] if isinstance(sizes[0], tuple | list) else sizes[0]
-        with graph.inserting_before(first):
-            shape = (rows, features if rows == -1 else -1)
+    sizes = view_sizes(step)
+    if sizes is not None:
+        with graph.inserting_before(call):
+            shape = (sizes[0], features if sizes[0] == -1 else -1)
             return graph.call_function(torch.reshape, (source, shape))
     old = step.all_input_nodes[0]
     if move:
-        first.prepend(step)
+        call.prepend(step)
         step.replace_input_with(old, source)
         return step
-    with graph.inserting_before(first):
+    with graph.inserting_before(call):
         return graph.node_copy(step, lambda node: source if node is old else node)
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from lean_fx.passes.base import Pass, facts
+from lean_fx.passes.base import Pass, facts, shallow
 
 
 class MeasureScale(Pass):
@@ -48,9 +49,13 @@ def _unit_variance(value: Any) -> Any:
 
 class _ScaleWriter(Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
+        module: nn.Module = self.fetch_attr(target)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return torch.func.functional_call(module, buffers, args, kwargs)
+        return torch.func.functional_call(shallow(module), buffers, args, kwargs)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.clone() if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)

@@ -7,10 +7,10 @@ Tracing freezes ``self.training``: a graph captured in training mode would drop 
 
 Rules:
 
-1. It acts where ``training`` came from a module's own ``training`` flag: capture marks those
-   (:class:`TrainingFlag`). ``F.dropout(x, training=True)``, which always drops out, stays.
+1. It acts on calls that capture found to follow the mode (``facts(node).follows_mode``).
+   ``F.dropout(x, training=True)``, which always drops out, stays.
 2. It acts on F.dropout, dropout1d, dropout2d, dropout3d, alpha_dropout and feature_alpha_dropout.
-3. Any other call that holds such a flag keeps the mode it was captured in.
+3. The module starts in the mode that the call was captured in.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import Pass, add_module
+from lean_fx.passes.base import Pass, add_module, facts
 
-_FOLDER = "calls"
 _MODULES: dict[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,
     F.dropout1d: nn.Dropout1d,
@@ -35,21 +34,17 @@ _MODULES: dict[Any, type[nn.Module]] = {
 }
 
 
-class TrainingFlag(int):
-    """The value of a module's ``training``, recognisable among the arguments of a traced call."""
-
-
 class ModularizeCalls(Pass):
     """Give functional dropout that follows the mode a module of its own."""
 
     def run(self, graph_module: GraphModule) -> bool:
         """Replace such calls one by one."""
-        found = [node for node in graph_module.graph.nodes if _follows_mode(node)]
+        found = [node for node in graph_module.graph.nodes if can_follow_mode(node)]
         for node in found:
             arguments = _arguments(node)
             module = _MODULES[node.target](p=arguments["p"], inplace=arguments["inplace"])
-            target = f"{_FOLDER}.{node.name}"
-            add_module(graph_module, target, module)
+            module.train(arguments["training"])
+            target = add_module(graph_module, "calls", node.name, module)
             with graph_module.graph.inserting_before(node):
                 call = graph_module.graph.call_module(target, (arguments["input"],))
             node.replace_all_uses_with(call)
@@ -57,14 +52,14 @@ class ModularizeCalls(Pass):
         return bool(found)
 
 
+def can_follow_mode(node: Node) -> bool:
+    """Whether a call that follows the mode is one that this pass can make a module of."""
+    if not facts(node).follows_mode or node.target not in _MODULES:
+        return False
+    return not isinstance(_arguments(node)["p"], Node)
+
+
 def _arguments(node: Node) -> dict[str, Any]:
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
     bound.apply_defaults()
     return bound.arguments
-
-
-def _follows_mode(node: Node) -> bool:
-    if node.op != "call_function" or node.target not in _MODULES:
-        return False
-    arguments = _arguments(node)
-    return isinstance(arguments["training"], TrainingFlag) and not isinstance(arguments["p"], Node)

@@ -6,16 +6,22 @@ cost does not grow with the size of the inputs and no buffer (such as a running 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from lean_fx.errors import ArgumentError
-from lean_fx.passes.base import Pass, facts
+from lean_fx.passes.base import Pass, facts, shallow
 
 
 class PropagateShapes(Pass):
@@ -50,7 +56,9 @@ class PropagateShapes(Pass):
             mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             for value in self.example_inputs
         ]
-        with mode, torch.no_grad():
+        # Behind an operation whose shape depends on numbers, no shape is known.
+        unknown = (DataDependentOutputException, DynamicOutputShapeException)
+        with mode, torch.no_grad(), contextlib.suppress(*unknown):
             _ShapeWriter(graph_module, mode).run(*fakes)
         return False
 
@@ -71,10 +79,10 @@ class _ShapeWriter(Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Fake parameters and buffers: one would otherwise be written to, as batch norm does.
-        module = self.fetch_attr(target)
+        module: nn.Module = self.fetch_attr(target)
         state = dict(module.named_parameters()) | dict(module.named_buffers())
         fakes = {name: self._fake(tensor) for name, tensor in state.items()}
-        return torch.func.functional_call(module, fakes, args, kwargs)
+        return torch.func.functional_call(shallow(module), fakes, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -87,6 +95,8 @@ class _ShapeWriter(Interpreter):
     def run_node(self, n: Node) -> Any:
         try:
             value = super().run_node(n)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise
         except Exception as error:
             what = str(n.target) if n.op == "call_module" else n.name
             shapes = map_aggregate(n.args, self._shape_or_self)

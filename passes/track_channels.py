@@ -18,15 +18,16 @@ Rules:
 3. Sums and products of values keep what those whose channels are known agree on.
 4. ``cat`` along the channel axis adds up.
 5. A permutation or transposition moves the axis.
-6. Flattening all axes but the first (``nn.Flatten``, ``flatten(x, 1)``, ``x.view(n, features)``,
-   either of the two -1) marks the value as flattened and remembers where it was whole;
-   elementwise layers and dropout keep that mark.
+6. Flattening all axes but the first (``nn.Flatten``, ``flatten(x, 1)``,
+   ``x.view(x.size(0), -1)``, or what known shapes show to be the same) marks the value as
+   flattened and remembers where it was whole; elementwise layers and dropout keep that mark.
 7. Where the shape is known and contradicts the rules, nothing is said.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import Pass, facts
+from lean_fx.passes.base import Pass, argument, called, facts
 
 _CONVS = (
     nn.Conv1d,
@@ -45,15 +46,18 @@ _CONVS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_DROPOUTS = (
+_DROPOUTS: set[Any] = {
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+    *(F.alpha_dropout, F.feature_alpha_dropout),
+}
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
     *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid),
-    *(nn.Hardswish, nn.Softsign, nn.Identity),
-    *_DROPOUTS,
+    *(nn.Hardswish, nn.Softsign, nn.Identity, nn.Softmax),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -68,13 +72,15 @@ _SPATIAL = (
     *(nn.LPPool1d, nn.LPPool2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
 )
-_ELEMENTWISE_CALLS = {
+_ELEMENTWISE_CALLS: set[Any] = {
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus),
     *(F.hardtanh, F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh, F.softsign, F.logsigmoid),
     *(torch.relu, torch.sigmoid, torch.tanh, torch.abs, torch.clamp, torch.square, torch.sqrt),
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.softmax),
+    *(torch.softmax, torch.exp, torch.pow, operator.pow, operator.neg),
 }
-_ELEMENTWISE_METHODS = {
+_ELEMENTWISE_CALLS |= {
+    *("pow", "exp", "softmax", "to", "half", "type"),
     *("relu", "relu_", "sigmoid", "tanh", "abs", "clamp", "square", "sqrt"),
     *("contiguous", "clone", "detach", "float"),
 }
@@ -85,8 +91,15 @@ _SPATIAL_CALLS = {
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
     F.interpolate,
 }
-_JOINS = {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv}
-_JOINS |= {torch.add, torch.mul, torch.sub, torch.div}
+_JOINS: set[Any] = {
+    operator.add,
+    operator.iadd,
+    operator.mul,
+    operator.imul,
+    operator.sub,
+    operator.truediv,
+}
+_JOINS |= {torch.add, torch.mul, torch.sub, torch.div, "add", "sub", "mul", "div", "add_", "mul_"}
 
 
 @dataclass(frozen=True)
@@ -117,45 +130,69 @@ class TrackChannels(Pass):
         return False
 
 
-def is_dropout(node: Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node drops out: identity in eval, so it may stay behind a reduction."""
-    if node.op == "call_module":
-        return type(modules[str(node.target)]) in (*_DROPOUTS, nn.Identity)
-    return node.op == "call_function" and node.target in {F.dropout, F.alpha_dropout}
+def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node drops out (or does nothing): in eval it is the identity."""
+    return called(node, modules) in _DROPOUTS
 
 
-def is_flatten(node: Node, modules: dict[str, nn.Module]) -> bool:
+def is_flatten(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node flattens all axes but the first (rule 6)."""
-    if node.op == "call_module":
+    if called(node, modules) is nn.Flatten:
         module = modules[str(node.target)]
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+        return _flattens_all(node, module.start_dim, module.end_dim)
     if node.target in (torch.flatten, "flatten"):
-        return _axes_of_flatten(node) == (1, -1)
-    if node.target in (torch.reshape, "reshape", "view"):
-        sizes = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-            sizes = tuple(sizes[0])
-        return len(sizes) == 2 and _keeps_first_axis(node, sizes)
-    return False
+        return _flattens_all(
+            node, argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
+        )
+    sizes = view_sizes(node)
+    return sizes is not None and len(sizes) == 2 and _keeps_first_axis(node, sizes)
 
 
-def _axes_of_flatten(node: Node) -> tuple[Any, Any]:
-    start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-    end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
-    return start, end
+def view_sizes(node: Node) -> tuple[Any, ...] | None:
+    """The sizes that a view or reshape asks for, or None if the node is neither."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target not in (torch.reshape, "reshape", "view"):
+        return None
+    sizes = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size")),)
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = tuple(sizes[0])
+    return sizes
+
+
+def _flattens_all(node: Node, start: Any, end: Any) -> bool:
+    source = _source(node)
+    shape = facts(source).shape if source else None
+    if shape is not None and isinstance(start, int) and isinstance(end, int):
+        return (start % len(shape), end % len(shape)) == (1, len(shape) - 1)
+    return (start, end) == (1, -1)
 
 
 def _keeps_first_axis(node: Node, sizes: tuple[Any, ...]) -> bool:
-    """Whether ``view(n, features)`` keeps the first axis: by shape, else by its usual meaning."""
-    source = node.args[0]
-    before = facts(source).shape if isinstance(source, Node) else None
+    """Whether ``view(rows, features)`` keeps the first axis: by shape, else by what rows are."""
+    source = _source(node)
+    before = facts(source).shape if source else None
     after = facts(node).shape
     if before is not None and after is not None:
         return before[0] == after[0]
-    return isinstance(sizes[0], Node) or isinstance(sizes[1], int)
+    return _is_first_size(sizes[0])
 
 
-def _channels_of(node: Node, modules: dict[str, nn.Module]) -> Channels | None:
+def _is_first_size(rows: Any) -> bool:
+    """Whether ``rows`` is ``x.size(0)`` or ``x.shape[0]`` of some value."""
+    if not isinstance(rows, Node):
+        return False
+    if rows.target == "size":
+        return bool(argument(rows, 1, "dim") == 0)
+    if rows.target is not operator.getitem or rows.args[1] != 0:
+        return False
+    sizes = rows.args[0]
+    if not isinstance(sizes, Node):
+        return False
+    return bool(sizes.target == "size" or sizes.args[1:] == ("shape",))
+
+
+def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | None:
     if node.op == "placeholder":
         shape = facts(node).shape
         return Channels(1, shape[1]) if shape is not None and len(shape) > 2 else None
@@ -169,9 +206,8 @@ def _channels_of(node: Node, modules: dict[str, nn.Module]) -> Channels | None:
 
 
 def _flattened(node: Node) -> Channels | None:
-    source = node.args[0]
-    before = _input(node)
-    if before is None or not isinstance(source, Node) or before.whole:
+    source, before = _source(node), _input(node)
+    if before is None or source is None or before.whole:
         return before
     if before.axis == 0:  # no batch: flattening leaves this axis alone
         return None
@@ -185,15 +221,19 @@ def _of_module(node: Node, module: nn.Module) -> Channels | None:
         return Channels(0 if unbatched else 1, module.out_channels)
     if isinstance(module, nn.Linear):
         return Channels(-1, module.out_features)
+    if isinstance(module, nn.Embedding):
+        return Channels(-1, module.embedding_dim)
     if isinstance(module, _ELEMENTWISE + _NORMS):
         return _input(node)
     if isinstance(module, _SPATIAL):
         return _only_front(_input(node))
+    if type(module) is nn.Flatten:
+        return _in_front_of(_input(node), module.start_dim)
     return None
 
 
 def _of_call(node: Node) -> Channels | None:
-    if node.target in _ELEMENTWISE_CALLS or node.target in _ELEMENTWISE_METHODS:
+    if node.target in _ELEMENTWISE_CALLS:
         return _input(node)
     if node.target in _SPATIAL_CALLS:
         return _only_front(_input(node))
@@ -205,45 +245,60 @@ def _of_call(node: Node) -> Channels | None:
         return _concatenated(node)
     if node.target in (torch.permute, "permute", torch.transpose, "transpose"):
         return _moved(node)
+    if node.target in (torch.flatten, "flatten"):
+        return _in_front_of(_input(node), argument(node, 1, "start_dim", 0))
     return None
 
 
+def _source(node: Node) -> Node | None:
+    """The first argument, or ``input=``, if it is a value of the graph."""
+    source = argument(node, 0, "input")
+    return source if isinstance(source, Node) else None
+
+
 def _input(node: Node) -> Channels | None:
-    source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-    return facts(source).channels if isinstance(source, Node) else None
+    source = _source(node)
+    return facts(source).channels if source else None
 
 
 def _only_front(channels: Channels | None) -> Channels | None:
     return channels if channels and channels.axis >= 0 and not channels.whole else None
 
 
+def _in_front_of(channels: Channels | None, start: Any) -> Channels | None:
+    """What a flatten of the axes from ``start`` on leaves: channels that lie before it."""
+    kept = _only_front(channels)
+    return kept if kept and isinstance(start, int) and kept.axis < start else None
+
+
 def _concatenated(node: Node) -> Channels | None:
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    parts = [facts(each).channels for each in node.all_input_nodes]
-    listed = node.args[0] if node.args else node.kwargs.get("tensors")
-    if not isinstance(listed, tuple | list) or len(listed) != len(parts) or None in parts:
+    listed, axis = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+    if not isinstance(listed, tuple | list):
         return None
-    known = [part for part in parts if part is not None]
-    if any(part.axis != axis or part.whole for part in known):
+    parts = [facts(part).channels for part in listed if isinstance(part, Node)]
+    known = [part for part in parts if part and part.axis == axis and not part.whole]
+    if len(known) < len(listed):
         return None
     return Channels(known[0].axis, sum(part.count for part in known))
 
 
 def _moved(node: Node) -> Channels | None:
-    before = _input(node)
-    order = node.args[1:]
-    if len(order) == 1 and isinstance(order[0], tuple | list):
-        order = tuple(order[0])
-    given = [axis for axis in order if isinstance(axis, int)]
-    if before is None or before.whole or len(given) < len(order):
+    source, before = _source(node), _input(node)
+    if source is None or before is None or before.whole:
         return None
-    source = node.args[0]
-    shape = facts(source).shape if isinstance(source, Node) else None
     permuting = node.target in (torch.permute, "permute")
-    rank = len(given) if permuting else len(shape) if shape is not None else None
-    if rank is None:
+    if permuting:
+        order = node.args[1:] or (node.kwargs.get("dims"),)
+        if len(order) == 1 and isinstance(order[0], tuple | list):
+            order = tuple(order[0])
+        rank = len(order)
+    else:
+        order = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
+        shape = facts(source).shape
+        rank = len(shape) if shape is not None else 0
+    axes = [axis % rank for axis in order if isinstance(axis, int) and rank]
+    if not axes or len(axes) < len(order):
         return None
-    axes = [axis % rank for axis in given]
     if not permuting:
         swapped = list(range(rank))
         swapped[axes[0]], swapped[axes[1]] = swapped[axes[1]], swapped[axes[0]]

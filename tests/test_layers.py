@@ -14,7 +14,13 @@ FILES += sorted(ROOT.glob("lean_fx/measure/*.py")) + sorted(ROOT.glob("lean_fx/e
 # From the bottom up; a module may import modules of its own layer and of those below it.
 LAYERS = (
     {"lean_fx.errors", "lean_fx.files"},
-    {"lean_fx.reduction", "lean_fx.controls", "lean_fx.registry", "lean_fx.rebuild"},
+    {
+        "lean_fx.walk",
+        "lean_fx.reduction",
+        "lean_fx.controls",
+        "lean_fx.registry",
+        "lean_fx.rebuild",
+    },
     {"lean_fx.passes"},
     {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.transform"}
     | {"lean_fx.export", "lean_fx"},

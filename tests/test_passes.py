@@ -8,6 +8,7 @@ from lean_fx.capture import capture
 from lean_fx.errors import ArgumentError, PassError, PlanError
 from lean_fx.passes import (
     FindConsumers,
+    InferSign,
     InsertReductions,
     MeasureScale,
     ModularizeCalls,
@@ -15,6 +16,7 @@ from lean_fx.passes import (
     Pipeline,
     PropagateShapes,
     TrackChannels,
+    TrackWrites,
     facts,
 )
 from torch import nn
@@ -37,6 +39,8 @@ MODELS = CHANGED | UNCHANGED
 def passes_for(model, inputs):
     sites = lean_fx.plan(model, inputs).sites
     return {
+        "TrackWrites": TrackWrites(),
+        "InferSign": InferSign(),
         "MeasureScale": MeasureScale((inputs,)),
         "PropagateShapes": PropagateShapes((inputs,)),
         "TrackChannels": TrackChannels(),
@@ -58,7 +62,9 @@ def test_laws(name, model):
     inputs = torch.rand(shape)
     original = make()
     graph_module = capture(original)
-    Pipeline([PropagateShapes((inputs,)), TrackChannels(), FindConsumers()])(graph_module)
+    Pipeline([PropagateShapes((inputs,)), TrackChannels(), TrackWrites(), FindConsumers()])(
+        graph_module
+    )
     the_pass = passes_for(original, inputs)[name]
 
     before = description(graph_module)
@@ -122,7 +128,7 @@ def test_shared_reduction_and_untouched_residual():
 x = x()
 stem = stem(x)  # Conv2d(3, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 relu = relu(stem, inplace=False)
-reductions_relu = reductions.relu(relu)  # LeanReduction(32, 4, dim=1)
+reductions_relu = reductions.relu(relu)  # LeanReduction(32, 4, dim=1, nonnegative)
 left = left(reductions_relu)  # Conv2d(4, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 right = right(reductions_relu)  # Conv2d(4, 32, kernel_size=(1, 1), stride=(1, 1))
 sigmoid = sigmoid(right)
@@ -144,7 +150,7 @@ x = x()
 conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 relu = relu(conv, inplace=False)
 pool = pool(relu)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
-reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1)
+reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1, nonnegative)
 flatten = flatten(reductions_pool, 1)
 drop = drop(flatten)  # Dropout(p=0.5, inplace=False)
 head = head(drop)  # Linear(in_features=36, out_features=5, bias=True)
@@ -153,7 +159,25 @@ output = output(head)
     )
 
 
-def test_view_becomes_reshape():
+def test_view_becomes_reshape_where_shapes_show_that_it_flattens():
+    lean = lean_fx.leanify(Flattened("view with features"), torch.rand(2, 1, 6, 6))
+    assert_expected_inline(
+        graph_text(lean),
+        """\
+x = x()
+conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+relu = relu(conv, inplace=False)
+pool = pool(relu)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1, nonnegative)
+reshape = reshape(reductions_pool, (-1, 36))
+drop = drop(reshape)  # Dropout(p=0.5, inplace=False)
+head = head(drop)  # Linear(in_features=36, out_features=5, bias=True)
+output = output(head)
+""",
+    )
+
+
+def test_view_that_may_merge_rows_is_read_as_it_is():
     assert_expected_inline(
         lean_text(Flattened("view with features")),
         """\
@@ -161,10 +185,10 @@ x = x()
 conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 relu = relu(conv, inplace=False)
 pool = pool(relu)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
-reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1)
-reshape = reshape(reductions_pool, (-1, 36))
-drop = drop(reshape)  # Dropout(p=0.5, inplace=False)
-head = head(drop)  # Linear(in_features=36, out_features=5, bias=True)
+view = view(pool, -1, 144)
+drop = drop(view)  # Dropout(p=0.5, inplace=False)
+reductions_drop = reductions.drop(drop)  # LeanReduction(144, 12, dim=-1, nonnegative)
+head = head(reductions_drop)  # Linear(in_features=12, out_features=5, bias=True)
 output = output(head)
 """,
     )
@@ -179,7 +203,7 @@ conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1
 relu = relu(conv, inplace=False)
 pool = pool(relu)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
 size = size(pool, 0)
-reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1)
+reductions_pool = reductions.pool(pool)  # LeanReduction(16, 4, dim=1, nonnegative)
 reshape = reshape(reductions_pool, (size, -1))
 drop = drop(reshape)  # Dropout(p=0.5, inplace=False)
 head = head(drop)  # Linear(in_features=36, out_features=5, bias=True)
@@ -196,7 +220,7 @@ x = x()
 conv = conv(x)  # Conv2d(1, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 relu = relu(conv, inplace=False)
 flatten = flatten(relu, 1)
-reductions_relu = reductions.relu(relu)  # LeanReduction(16, 4, dim=1)
+reductions_relu = reductions.relu(relu)  # LeanReduction(16, 4, dim=1, nonnegative)
 flatten_1 = flatten(reductions_relu, 1)
 head = head(flatten_1)  # Linear(in_features=144, out_features=5, bias=True)
 output = output((head, flatten))
@@ -213,7 +237,7 @@ stem = stem(x)  # Conv2d(3, 16, kernel_size=(1, 1), stride=(1, 1))
 relu = relu(stem)  # ReLU(inplace=True)
 reductions_stem = reductions.stem(stem)  # LeanReduction(16, 4, dim=1)
 left = left(reductions_stem)  # Conv2d(4, 4, kernel_size=(1, 1), stride=(1, 1))
-reductions_relu = reductions.relu(relu)  # LeanReduction(16, 4, dim=1)
+reductions_relu = reductions.relu(relu)  # LeanReduction(16, 4, dim=1, nonnegative)
 right = right(reductions_relu)  # Conv2d(4, 4, kernel_size=(1, 1), stride=(1, 1))
 add = add(left, right)
 output = output(add)
@@ -283,7 +307,8 @@ def test_channels_are_tracked_without_shapes():
     found = {node.name: facts(node).channels for node in captured.graph.nodes}
     assert (found["patch"].axis, found["patch"].count) == (1, 32)
     assert (found["down"].axis, found["down"].count) == (-1, 32)
-    assert found["flatten"] is None
+    assert (found["flatten"].axis, found["flatten"].count) == (1, 32)
+    assert found["transpose"] is None
 
 
 @pytest.mark.parametrize(
@@ -324,12 +349,13 @@ def test_sites_that_do_not_fit_leave_the_graph_whole():
     plan = lean_fx.plan(Residual())
     other = capture(nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)))
     before = description(other)
-    with pytest.raises(PlanError, match="^plan: the value 'relu' is not in this model's graph; "):
+    with pytest.raises(
+        PlanError, match="^plan: layer 'left' is not called by 'left' in this model; make"
+    ):
         InsertReductions(plan.sites)(other)
     assert description(other) == before
 
     wider = Residual()
-    wider.left = nn.Conv2d(32, 32, 3, groups=2)
     wider.right = nn.Conv2d(64, 32, 1)
     with pytest.raises(PlanError) as caught:
         plan.apply(wider)

@@ -48,15 +48,15 @@ x = x()
 features_0 = features.0(x)  # Conv2d(3, 50, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 features_1 = features.1(features_0)  # ReLU()
 features_2 = features.2(features_1)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
-reductions_features_2 = reductions.features_2(features_2)  # LeanReduction(50, 10, dim=1)
+reductions_features_2 = reductions.features_2(features_2)  # LeanReduction(50, 10, dim=1, nonnegative)
 features_3 = features.3(reductions_features_2)  # Conv2d(10, 100, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 features_4 = features.4(features_3)  # ReLU()
 features_5 = features.5(features_4)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
-reductions_features_5 = reductions.features_5(features_5)  # LeanReduction(100, 10, dim=1)
+reductions_features_5 = reductions.features_5(features_5)  # LeanReduction(100, 10, dim=1, nonnegative)
 features_6 = features.6(reductions_features_5)  # Conv2d(10, 150, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
 features_7 = features.7(features_6)  # ReLU()
 features_8 = features.8(features_7)  # MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
-reductions_features_8 = reductions.features_8(features_8)  # LeanReduction(150, 10, dim=1)
+reductions_features_8 = reductions.features_8(features_8)  # LeanReduction(150, 10, dim=1, nonnegative)
 flatten = flatten(reductions_features_8, 1)
 classifier = classifier(flatten)  # Linear(in_features=1440, out_features=10, bias=True)
 output = output(classifier)
@@ -70,10 +70,10 @@ def test_the_papers_plan():
         """\
 Plan for PaperForm: 3 reductions (lean) before 3 of 4 layers
 their weights: 396,000 -> 36,900, of 397,660 parameters in all
-value       layer       type    channels   weights            note
-features_2  features.3  Conv2d  50 -> 10   45,000 -> 9,000
-features_5  features.6  Conv2d  100 -> 10  135,000 -> 13,500
-features_8  classifier  Linear  150 -> 10  216,000 -> 14,400
+value       sign  layer       type    channels   weights            note
+features_2  >= 0  features.3  Conv2d  50 -> 10   45,000 -> 9,000
+features_5  >= 0  features.6  Conv2d  100 -> 10  135,000 -> 13,500
+features_8  >= 0  classifier  Linear  150 -> 10  216,000 -> 14,400
 left alone
 features.0  Conv2d  in_channels=3 is below min_channels=16""",
     )
@@ -127,7 +127,8 @@ def test_every_reduction_trains(model, reduction):
 
 
 def test_shapes_with_and_without_example_inputs_agree():
-    for make, shape in CHANGED.values():
+    ambiguous = "view with features"  # view(-1, 144) may merge rows: only the shapes tell
+    for make, shape in (CHANGED[name] for name in CHANGED if name != ambiguous):
         model = make()
         plan = lean_fx.plan(model, torch.rand(shape))
         sites = tuple(dataclasses.replace(site, rms=1.0) for site in plan.sites)
@@ -213,13 +214,13 @@ def test_every_layer_left_alone_has_its_reason():
         """\
 Plan for Wide: 2 reductions (lean) before 2 of 8 layers
 their weights: 1,168 -> 176, of 3,217 parameters in all
-value  layer  type    channels  weights       note
-stem   a      Conv2d  64 -> 8   1,088 -> 136  10 wanted, 8 is the nearest divisor
-b      b2     Conv2d  20 -> 10  80 -> 40
+value  sign  layer  type    channels  weights       note
+stem   any   a      Conv2d  64 -> 8   1,088 -> 136  10 wanted, 8 is the nearest divisor
+b      any   b2     Conv2d  20 -> 10  80 -> 40
 left alone
 stem    Conv2d  in_channels=3 is below min_channels=16
 b       Conv2d  skip='b'
-mine    MyConv  MyConv is a subclass of Conv2d and may mean more
+mine    MyConv  graphs.MyConv is a subclass of Conv2d and may mean more
 gru     GRU     recurrent layers are not reduced yet
 unused  Linear  not called in forward
 a2      Conv2d  in_channels=17 is prime: only 1 and itself divide it""",
@@ -258,9 +259,9 @@ def test_layers_of_one_value_with_different_channels_have_a_reduction_each():
 
 
 def test_reduce_inputs():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    model = nn.Sequential(nn.Linear(64, 4))
     assert decided(model) == {}
-    assert decided(model, reduce_inputs=True) == {"1": 8}
+    assert decided(model, reduce_inputs=True) == {"0": 8}
 
 
 def test_a_users_own_reduction():

@@ -1,0 +1,126 @@
+"""Analysis: which values are proved to have no element below zero.
+
+A LEAN reduction of such a value is cheaper: its sums factor (see :mod:`lean_fx.walk`). A wrong
+proof would be silent, so a rule says yes only where the mathematics does, and no otherwise.
+
+Rules:
+
+1. ReLU, ReLU6, sigmoid, hardsigmoid, softmax, softplus, abs, square, exp, sqrt, and a clamp from 0
+   or more are never negative, whatever they read.
+2. Pooling, dropout, padding with zeros, interpolation without overshoot, and whatever only moves
+   or picks elements (flatten, view, permute, chunk, index, ...) keep what their input is; so do
+   sums and means.
+3. Sums, products, quotients and maxima of non-negative values (and numbers) are; a product of a
+   value with itself is; a maximum is if one of its operands is.
+4. A concatenation or stack is if all its parts are.
+5. A value that an in-place operation may change afterwards, itself or through a view, is only if
+   the result of that operation is proved too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lean_fx.passes.base import Pass, called, facts
+
+_NEVER_NEGATIVE: set[Any] = {
+    *(nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus),
+    *(F.relu, F.relu6, F.sigmoid, F.hardsigmoid, F.softmax, F.softplus, F.relu_),
+    *(torch.relu, torch.relu_, torch.sigmoid, torch.softmax, torch.exp, torch.abs, torch.square),
+    torch.sqrt,
+    *("relu", "relu_", "sigmoid", "sigmoid_", "softmax", "exp", "exp_", "abs", "abs_"),
+    *("square", "square_", "sqrt", "sqrt_"),
+}
+_KEEPS: set[Any] = {
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity),
+    *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.pixel_unshuffle),
+    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
+    *(torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.narrow, torch.clone),
+    *(torch.mean, torch.sum, torch.amax, torch.amin, operator.getitem),
+    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
+    *("clone", "chunk", "split", "narrow", "expand", "repeat", "movedim", "detach", "float"),
+    *("mean", "sum", "amax", "amin", "t"),
+}
+# Of two values: nonnegative if both are.
+_JOINS: set[Any] = {
+    *(operator.add, operator.iadd, operator.mul, operator.imul),
+    *(operator.truediv, operator.itruediv),
+    *(torch.add, torch.mul, torch.div, torch.minimum, "add", "add_", "mul", "mul_"),
+    *("div", "div_"),
+}
+_PRODUCTS: set[Any] = {operator.mul, torch.mul, "mul"}
+
+
+class InferSign(Pass):
+    """Write ``facts(node).nonnegative`` for every node; ``TrackWrites`` comes before."""
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Prove forwards; while an in-place operation undoes a proof, prove again without it."""
+        modules = dict(graph_module.named_modules())
+        spoiled: set[str] = set()
+        while True:
+            for node in graph_module.graph.nodes:
+                known = facts(node)
+                known.nonnegative = known.storage not in spoiled and _is_nonnegative(node, modules)
+            written = [facts(node) for node in graph_module.graph.nodes if facts(node).writes]
+            more = {known.storage for known in written if not known.nonnegative}
+            if more <= spoiled:
+                return False
+            spoiled |= more
+
+
+def _is_nonnegative(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    target = called(node, modules)
+    if target in _NEVER_NEGATIVE:
+        return True
+    if target in (nn.Upsample, F.interpolate):
+        mode = (
+            getattr(modules[str(node.target)], "mode", None)
+            if node.op == "call_module"
+            else node.kwargs.get("mode", "nearest")
+        )
+        return mode != "bicubic" and _proved(_first(node))
+    if target in (torch.clamp, "clamp", "clamp_", "clamp_min", torch.clamp_min):
+        least = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+        return _proved(least)
+    if target in (torch.maximum, torch.max) and len(node.args) == 2:
+        return any(isinstance(each, Node) and _proved(each) for each in node.args)
+    if target in (operator.pow, torch.pow, "pow"):
+        power = node.args[1] if len(node.args) > 1 else None
+        return (isinstance(power, int) and power % 2 == 0) or _proved(_first(node))
+    if target in (torch.cat, torch.concat, torch.stack):
+        parts = _first(node)
+        return isinstance(parts, tuple | list) and all(_proved(part) for part in parts)
+    if target in _PRODUCTS and len(node.args) == 2 and node.args[0] is node.args[1]:
+        return True
+    if target in _JOINS:
+        operands = (*node.args, *node.kwargs.values())
+        return all(_proved(each) for each in operands)
+    return target in _KEEPS and _proved(_first(node))
+
+
+def _first(node: Node) -> Any:
+    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+
+
+def _proved(value: Any) -> bool:
+    """Whether an argument is a number of 0 or more, or a node that is proved."""
+    if isinstance(value, Node):
+        return facts(value).nonnegative
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0

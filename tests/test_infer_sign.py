@@ -1,0 +1,147 @@
+"""Proofs of the sign, against what values turn out to be."""
+
+import lean_fx
+import pytest
+import torch
+import torch.nn.functional as F
+from lean_fx.passes import InferSign, TrackWrites, facts
+from lean_fx.reduction import checking_signs
+from torch import nn
+from torch.fx import symbolic_trace
+
+from graphs import CHANGED, UNCHANGED, Residual
+
+
+def proofs(model):
+    """What is proved of each node, by name, and the graph module."""
+    graph_module = symbolic_trace(model)
+    assert not TrackWrites()(graph_module).modified
+    assert not InferSign()(graph_module).modified
+    return {n.name: facts(n).nonnegative for n in graph_module.graph.nodes}, graph_module
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+NONNEGATIVE = [
+    F.relu,
+    torch.sigmoid,
+    lambda x: x.softmax(1),
+    lambda x: x * x,
+    lambda x: x**2,
+    lambda x: x.exp(),
+    lambda x: x.clamp(0, 6),
+    lambda x: torch.clamp(x, min=0.5),
+    lambda x: F.relu(x).abs().sqrt(),
+    lambda x: F.relu(x) + torch.sigmoid(x),
+    lambda x: F.relu(x) + 3,
+    lambda x: 0.5 * F.relu(x) / 2,
+    lambda x: torch.cat([F.relu(x), x.abs()], 1),
+    lambda x: torch.maximum(x, F.relu(x)),
+    lambda x: F.max_pool2d(F.dropout(F.relu(x), 0.5), 2).flatten(1),
+    lambda x: F.adaptive_avg_pool2d(F.hardsigmoid(x), 1),
+    lambda x: F.relu(x).permute(0, 2, 3, 1).mean((1, 2)),
+    lambda x: F.relu(x).chunk(2, 1)[0],
+    lambda x: F.interpolate(F.relu(x), scale_factor=2, mode="bilinear"),
+    lambda x: F.relu(x).mul_(2),
+    lambda x: F.relu(x, inplace=True),
+]
+ANY = [
+    lambda x: x,
+    lambda x: -F.relu(x),
+    lambda x: F.relu(x) - 1,
+    lambda x: F.relu(x) - F.relu(-x),
+    lambda x: F.relu(x) * -1,
+    lambda x: F.relu(x) * (x - 5),
+    lambda x: torch.add(F.relu(x), F.relu(-x), alpha=-1),
+    F.gelu,
+    F.silu,
+    F.hardswish,
+    torch.tanh,
+    lambda x: F.leaky_relu(x),
+    lambda x: x**3,
+    lambda x: x.clamp(-1, 1),
+    lambda x: x.clamp(max=1),
+    lambda x: torch.cat([F.relu(x), x], 1),
+    lambda x: F.alpha_dropout(F.relu(x), 0.5, training=True),
+    lambda x: F.interpolate(F.relu(x), scale_factor=2, mode="bicubic"),
+    lambda x: F.layer_norm(F.relu(x), (4, 4)),
+    lambda x: F.relu(x).sub_(1),
+    lambda x: torch.max(x, 1)[0],
+]
+
+
+@pytest.mark.parametrize("function", NONNEGATIVE)
+def test_proved(function):
+    proved, graph_module = proofs(Function(function))
+    last = next(n for n in reversed(graph_module.graph.nodes) if n.op == "output").args[0]
+    assert proved[last.name]
+    assert graph_module(10 * torch.randn(2, 4, 4, 4)).min() >= 0
+
+
+@pytest.mark.parametrize("function", ANY)
+def test_not_proved(function):
+    proved, graph_module = proofs(Function(function))
+    last = next(n for n in reversed(graph_module.graph.nodes) if n.op == "output").args[0]
+    assert not proved[last.name]
+    torch.manual_seed(0)
+    assert graph_module(10 * torch.randn(2, 4, 4, 4)).min() < 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.sub_(5),
+        lambda y: y.view(-1).sub_(5),
+        lambda y: y.flatten(1)[0].neg_(),
+        lambda y: F.leaky_relu(y.sub_(3), inplace=True),
+        lambda y: torch.sub(y, 5, out=y),
+    ],
+)
+def test_a_value_that_is_written_to_later_is_not_proved(change):
+    def function(x):
+        y = F.relu(x)
+        change(y)
+        return y + 0
+
+    proved, graph_module = proofs(Function(function))
+    assert not proved["relu"]
+    assert not proved["add"]
+    assert graph_module(torch.randn(2, 4, 4, 4)).min() < 0
+
+
+@pytest.mark.parametrize("model", CHANGED | UNCHANGED)
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_every_proof_holds_when_the_model_runs(model):
+    make, shape = (CHANGED | UNCHANGED)[model]
+    lean = lean_fx.leanify(make())
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with checking_signs():
+            lean(10 * torch.randn(shape))
+
+
+def test_the_plan_shows_it_and_the_reduction_has_it():
+    lean = lean_fx.leanify(Residual())
+    plan = lean.meta["lean_fx.plan"]
+    assert [(site.value, site.nonnegative) for site in plan.sites] == [
+        ("relu", True),
+        ("mean", False),
+    ]
+    assert lean.reductions.relu.nonnegative
+    assert not lean.reductions.mean.nonnegative
+    assert "relu   >= 0  left" in str(plan)
+
+
+def test_a_wrong_proof_would_be_found():
+    lean = lean_fx.leanify(Residual())
+    lean.reductions.mean.nonnegative = True
+    message = "nonnegative=True, but the least value is -"
+    with pytest.raises(lean_fx.LeanError, match=message), checking_signs():
+        lean(torch.randn(2, 3, 8, 8))

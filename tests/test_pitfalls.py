@@ -1,0 +1,422 @@
+"""What once went wrong, or nearly: one small model each."""
+
+import copy
+import operator
+
+import lean_fx
+import pytest
+import torch
+import torch.nn.functional as F
+from lean_fx.errors import ArgumentError, CaptureError, PlanError
+from lean_fx.passes import TrackWrites, facts
+from torch import Tensor, nn
+from torch.fx import symbolic_trace
+
+from graphs import graph_text
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward given as a function."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def reasons(model, inputs=None, **options):
+    return {e.layer: e.reason for e in lean_fx.plan(model, inputs, **options).left_alone}
+
+
+def sites(model, inputs=None, **options):
+    found = lean_fx.plan(model, inputs, **options).sites
+    return [(s.value, s.dim, s.in_channels, s.layers) for s in found]
+
+
+def test_buffers_are_values_of_the_graph():
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+            self.register_buffer("mean", torch.ones(8))
+            self.register_buffer("table", torch.randn(1, 5, 8))
+
+        def forward(self, x):
+            self.mean.mul_(0.5)
+            return self.layer(x - self.mean.view(1, 1, -1) + self.table[:, : x.size(1)])
+
+    model = Running()
+    lean = lean_fx.leanify(model, torch.rand(2, 3, 8), reduce_inputs=True, min_channels=4)
+    assert set(model.state_dict()) <= set(lean.state_dict())
+    assert lean.mean.eq(1).all()
+    lean(torch.rand(2, 3, 8))
+    assert lean.mean.eq(0.5).all()
+    assert model.mean.eq(1).all()
+
+
+def test_a_weight_that_is_read_elsewhere_keeps_its_layer():
+    def tied(self, x):
+        code = F.relu(self.encoder(F.relu(self.stem(x))))
+        return F.linear(code, self.encoder.weight.t())
+
+    model = Net(tied, stem=nn.Linear(8, 64), encoder=nn.Linear(64, 32))
+    assert reasons(model)["encoder"].startswith("its parameter is used elsewhere: encoder.weight, ")
+    model = Net(lambda self, x: F.linear(x, self.a.weight), a=nn.Linear(8, 64))
+    assert reasons(model)["a"] == "forward reads its weight itself"
+
+
+def test_hooks_of_the_model_itself_are_kept():
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    model.register_forward_hook(lambda module, args, out: out.softmax(-1))
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    lean = lean_fx.leanify(model)
+    out = lean(torch.rand(2, 4))
+    torch.testing.assert_close(out.sum(-1), torch.ones(2))
+    torch.testing.assert_close(out[0], out[1])
+
+
+def test_hooks_of_layers_see_no_fake_tensors():
+    seen = []
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    model[1].register_forward_hook(lambda module, args, out: seen.append(type(out)))
+    lean = lean_fx.leanify(model, torch.rand(2, 4))
+    assert seen == []
+    lean(torch.rand(2, 4))
+    assert seen == [Tensor]
+
+
+def test_what_a_layer_caches_while_planning_is_not_kept():
+    class Caching(nn.Linear):
+        cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.ones(1)
+            return super().forward(x) * self.cache
+
+    lean = lean_fx.leanify(
+        nn.Sequential(Caching(4, 32), nn.ReLU(), nn.Linear(32, 4)), torch.rand(2, 4)
+    )
+    assert type(lean(torch.rand(2, 4))) is Tensor
+
+
+@pytest.mark.parametrize("drop", [torch.dropout, F.dropout, nn.functional.alpha_dropout])
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_functions_that_take_the_mode_run(drop):
+    model = Net(
+        lambda self, x: self.b(drop(F.relu(self.a(x)), 0.5, self.training)),
+        a=nn.Linear(4, 32),
+        b=nn.Linear(32, 4),
+    )
+    for mode in (True, False):
+        lean = lean_fx.leanify(model.train(mode), torch.rand(3, 4))
+        assert lean(torch.rand(3, 4)).shape == (3, 4)
+
+
+def test_a_function_that_keeps_its_mode_is_named():
+    model = Net(
+        lambda self, x: F.rrelu(self.b(F.relu(self.a(x))), training=self.training),
+        a=nn.Linear(4, 32),
+        b=nn.Linear(32, 4),
+    )
+    with pytest.warns(lean_fx.LeanWarning, match="Net: rrelu read self.training and keep the mode"):
+        lean_fx.leanify(model)
+
+
+def test_dropout_in_a_frozen_block_stays_off():
+    block = Net(lambda self, x: F.dropout(x, 0.5, self.training))
+    model = nn.Sequential(nn.Linear(4, 32), block, nn.Linear(32, 4)).train()
+    block.eval()
+    lean = lean_fx.leanify(model)
+    inputs = torch.rand(3, 4)
+    torch.testing.assert_close(lean(inputs), lean(inputs), rtol=0, atol=0)
+
+
+def test_containers_have_the_models_mode():
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    assert not any(module.training for module in lean_fx.leanify(model).modules())
+
+
+def test_unbatched_inputs():
+    def padded(self, x):
+        return self.b(F.pad(F.relu(self.a(x)), (1, 1)))
+
+    model = Net(padded, a=nn.Conv2d(3, 32, 3), b=nn.Conv2d(32, 8, 3))
+    inputs = torch.rand(3, 32, 32)
+    assert sites(model, inputs) == [("pad", 0, 32, ("b",))]
+    assert lean_fx.leanify(model, inputs)(inputs).shape == model(inputs).shape
+
+
+def test_a_view_that_merges_rows_is_no_flatten():
+    model = Net(
+        lambda self, x: self.b(F.relu(self.a(x)).view(-1, 64)),
+        a=nn.Conv1d(1, 32, 3, padding=1),
+        b=nn.Linear(64, 1),
+    )
+    for inputs in (None, torch.rand(2, 1, 64)):
+        assert sites(model, inputs) == [("view", -1, 64, ("b",))]
+
+
+def test_the_view_of_a_later_branch_may_use_sizes_computed_late():
+    def heads(self, x):
+        x = F.relu(self.a(x))
+        return self.policy(x), self.value(x.view(x.size(0), -1))
+
+    model = Net(
+        heads, a=nn.Conv2d(3, 32, 1), policy=nn.Conv2d(32, 2, 1), value=nn.Linear(32 * 16, 1)
+    )
+    lean = lean_fx.leanify(model)
+    assert [out.shape for out in lean(torch.rand(2, 3, 4, 4))] == [(2, 2, 4, 4), (2, 1)]
+    assert len(lean.meta["lean_fx.plan"].sites) == 1
+
+
+def test_an_in_place_change_between_two_readers_parts_them():
+    def changes(self, x):
+        x = self.a(x)
+        y = self.b(x)
+        F.relu(x, inplace=True)
+        return y, self.c(x)
+
+    model = Net(changes, a=nn.Conv2d(3, 32, 1), b=nn.Conv2d(32, 4, 1), c=nn.Conv2d(32, 4, 1))
+    model.eval()
+    assert [layers for *_, layers in sites(model)] == [("b",), ("c",)]
+    lean = lean_fx.leanify(model)
+    inputs = torch.rand(2, 3, 4, 4)
+    with torch.no_grad():
+        second = lean(inputs)[1]
+        value = F.relu(lean.a(inputs))
+        torch.testing.assert_close(second, lean.c(lean.reductions.a_1(value)))
+
+
+def test_an_in_place_change_between_flatten_and_layer_is_refused():
+    def changes(self, x):
+        x = self.a(x)
+        flat = x.permute(0, 2, 3, 1).flatten(1)
+        x.clamp_(min=0.5)
+        return self.b(flat)
+
+    model = Net(changes, a=nn.Conv2d(3, 32, 1), b=nn.Linear(32 * 16, 4))
+    assert reasons(model)["b"] == "an in-place operation stands between the flatten and it"
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.permute(dims=(0, 2, 3, 1)),
+        lambda x: torch.permute(x, (0, 2, 3, 1)),
+        lambda x: x.transpose(dim0=1, dim1=3),
+        lambda x: x.transpose(1, dim1=3),
+    ],
+)
+def test_axes_may_be_given_by_name(move):
+    model = Net(
+        lambda self, x: self.b(torch.flatten(input=move(self.a(x)), start_dim=1)),
+        a=nn.Conv2d(3, 32, 1),
+        b=nn.Linear(32 * 16, 4),
+    )
+    assert sites(model, torch.rand(2, 3, 4, 4))[0][1:] == (-1, 32, ("b",))
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [
+        lambda x: x.flatten(1, 3),
+        lambda x: x.flatten(-3),
+        lambda x: x.flatten(2).flatten(1),
+        lambda x: x.reshape(shape=(x.size(0), -1)),
+        lambda x: torch.reshape(x, shape=(x.shape[0], -1)),
+        lambda x: (x + 1).flatten(1),
+        lambda x: (x**2).softmax(1).flatten(1),
+        lambda x: x.to(torch.float32).add(1).flatten(1),
+    ],
+)
+def test_flatten_in_other_words(flatten):
+    model = Net(
+        lambda self, x: self.b(flatten(self.a(x))), a=nn.Conv2d(3, 32, 1), b=nn.Linear(512, 4)
+    )
+    inputs = torch.rand(2, 3, 4, 4)
+    assert sites(model, inputs)[0][1:] == (1, 32, ("b",))
+    assert lean_fx.leanify(model, inputs)(inputs).shape == (2, 4)
+
+
+def test_a_flatten_of_unknown_channels_is_refused():
+    model = Net(
+        lambda self, x: self.b(self.a(x).roll(1, 1).flatten(1)),
+        a=nn.Conv2d(3, 32, 1),
+        b=nn.Linear(512, 4),
+    )
+    assert reasons(model)["b"] == "the channels of what is flattened before it are unknown"
+
+
+def test_what_stands_between_flatten_and_layer_is_named():
+    model = Net(
+        lambda self, x: self.b(F.relu(self.a(x).flatten(1))),
+        a=nn.Conv2d(3, 32, 1),
+        b=nn.Linear(512, 4),
+    )
+    assert reasons(model)["b"] == "relu stands between the flatten and it; put it before"
+
+
+def test_a_second_leanify_adds_to_the_first():
+    def branches(self, x):
+        x = F.relu(self.a(x))
+        return self.b(x) + self.c(x)
+
+    model = Net(branches, a=nn.Linear(4, 32), b=nn.Linear(32, 4), c=nn.Linear(32, 4))
+    once = lean_fx.leanify(model, skip="c", channels=4)
+    twice = lean_fx.leanify(once, channels=8)
+    assert [twice.b.in_features, twice.c.in_features] == [4, 8]
+    assert twice(torch.rand(2, 4)).shape == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_a_second_leanify_sees_reductions_through_a_flatten():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Dropout()), nn.Linear(32 * 36, 8)
+    )
+    inputs = torch.rand(2, 3, 8, 8)
+    once = lean_fx.leanify(model, inputs)
+    assert reasons(once, inputs)["4"] == "it reads a reduction already"
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_a_reduction_of_ones_own_is_a_leaf_the_second_time():
+    class Own(nn.Module):
+        def __init__(self, in_channels, out_channels, dim):
+            super().__init__()
+            self.map = nn.Linear(in_channels, out_channels)
+
+        def forward(self, x):
+            return self.map(x)
+
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    once = lean_fx.leanify(model, reduction=Own)
+    assert graph_text(lean_fx.leanify(once, reduction=Own)) == graph_text(once)
+
+
+@pytest.mark.parametrize("name", ["reductions", "calls"])
+def test_names_that_are_taken(name):
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = getattr(self, name)["relu"](x) if name in self._modules else x + getattr(self, name)
+        return self.b(F.dropout(x, 0.5, self.training))
+
+    parameter = nn.Parameter(torch.zeros(1))
+    folder = nn.ModuleDict({"relu": nn.Identity(), "dropout": nn.Identity()})
+    for taken in (parameter, folder):
+        model = Net(forward, a=nn.Linear(4, 32), b=nn.Linear(32, 4), **{name: taken})
+        lean = lean_fx.leanify(model)
+        assert lean(torch.rand(2, 4)).shape == (2, 4)
+        assert lean.b.in_features == 4
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile"])
+def test_names_that_a_graph_module_needs(name):
+    model = Net(lambda self, x: x, **{name: nn.Linear(4, 4)})
+    with pytest.raises(CaptureError, match=f"^Net: its submodule '{name}' has the name of an "):
+        lean_fx.leanify(model)
+
+
+def test_shapes_behind_data_dependent_operations_are_unknown():
+    def scaled(self, x):
+        return self.b(F.relu(self.a(x)) / x.max().item())
+
+    model = Net(scaled, a=nn.Linear(4, 32), b=nn.Linear(32, 4))
+    assert len(sites(model, torch.rand(2, 4))) == 1
+
+
+def test_inputs_normalised_by_buffers_are_still_inputs():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(32))
+            self.layer = nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.layer(x - self.mean)
+
+    assert reasons(Normalised())["layer"].startswith("reads the model's input")
+
+
+def test_frozen_layers_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    model[2].requires_grad_(False)
+    assert reasons(model)["2"] == "its weight is frozen, so a new one could not learn"
+
+
+def test_lazy_layers_are_refused_by_name():
+    with pytest.raises(ArgumentError, match=r"^model: layer '1' \(LazyLinear\) has no shape yet; "):
+        lean_fx.plan(nn.Sequential(nn.Linear(4, 32), nn.LazyLinear(4)))
+
+
+def test_a_subclass_with_the_name_of_its_base_is_told_apart():
+    class Linear(nn.Linear):
+        pass
+
+    found = reasons(nn.Sequential(nn.Linear(4, 32), Linear(32, 4)))["1"]
+    assert found.startswith("test_pitfalls.")
+    assert found.endswith("Linear is a subclass of Linear and may mean more")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip": None}, "skip=None is a NoneType; give a tuple of names, patterns or types"),
+        ({"channels": torch.tensor(0.5)}, "channels=tensor(0.5000) is a Tensor; give an int"),
+        ({"reduce_inputs": "no"}, "reduce_inputs='no' is not True or False"),
+        ({"reduction": nn.Linear}, "reduction=Linear cannot be made with (32, 4, dim=-1): "),
+        ({"reduction": lambda i, o, dim: 3}, "reduction=<lambda> makes a int, not a module"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ArgumentError) as caught:
+        lean_fx.leanify(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4)), **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_reduction_that_does_not_reduce():
+    class Nothing(nn.Module):
+        def __init__(self, in_channels, out_channels, dim):
+            super().__init__()
+
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.raises(PlanError, match="^plan: Nothing makes .1024, 32. of .1024, 32., not "):
+        lean_fx.leanify(model, reduction=Nothing)
+
+
+def test_a_plan_for_a_layer_that_has_groups_now():
+    def net(groups):
+        return nn.Sequential(nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 1, groups=groups))
+
+    with pytest.raises(PlanError, match="'2' reads 32 channels in 4 groups, but the plan says 32"):
+        lean_fx.plan(net(1)).apply(net(4))
+
+
+def test_writes_are_tracked_through_views():
+    def writes(self, x):
+        y = F.relu(x)
+        y.view(-1).flatten()[0].neg_()
+        return y + 0
+
+    graph_module = symbolic_trace(Net(writes))
+    TrackWrites()(graph_module)
+    known = {node.name: facts(node) for node in graph_module.graph.nodes}
+    assert known["neg_"].writes
+    assert known["neg_"].storage == known["view"].storage == "relu"
+    assert known["add"].storage == "add"
+    assert operator.add in {node.target for node in graph_module.graph.nodes}
+
+
+def test_copies_have_state_of_their_own():
+    lean = lean_fx.leanify(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4)))
+    twin = copy.deepcopy(lean)
+    with torch.no_grad():
+        twin.reductions._1.seed.zero_()
+    assert lean.reductions._1.seed.any()

@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment import ablation
 from lean_fx.experiment.ablation import (

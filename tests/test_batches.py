@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from lean_fx.experiment.batches import Shares, ShuffledBatches, batches, epoch_seed
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import Processes
-from torch.nn import functional as F
 
 
 @pytest.fixture(scope="module")

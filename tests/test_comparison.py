@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lean_fx.errors import DataError
 from lean_fx.experiment import script
 from lean_fx.experiment.comparison import paper_arms, run
 from lean_fx.experiment.models import PaperNet
 from lean_fx.measure.cost import count_parameters
 from lean_fx.measure.report import Report
-
 from test_ablation import small_digits
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lean_fx import register_reduction
 from lean_fx.controls import (
     GroupedSumReduction,

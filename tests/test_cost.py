@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from lean_fx.errors import ArgumentError
 from lean_fx.measure.cost import count_macs, count_parameters
-from torch import Tensor, nn
 
 
 def paper_net() -> nn.Sequential:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from lean_fx.errors import ArgumentError, MissingDependencyError
 from lean_fx.experiment.datasets import Dataset, channel_statistics, digits
 

@@ -8,6 +8,7 @@ from codecarbon.core import hardware_cache
 from codecarbon.core.resource_tracker import ResourceTracker
 from codecarbon.external.hardware import CPU
 from codecarbon.external.ram import RAM
+
 from lean_fx.errors import ArgumentError, LeanError
 from lean_fx.measure import energy
 from lean_fx.measure.energy import Energy, EnergyMeter

@@ -1,16 +1,16 @@
 import sys
 
-import lean_fx
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
-from lean_fx.registry import reductions
 from torch import nn
 
+import lean_fx
 from graphs import CHANGED, Residual
+from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
+from lean_fx.registry import reductions
 
 
 def run(path, inputs):

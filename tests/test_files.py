@@ -2,6 +2,7 @@ import os
 import stat
 
 import pytest
+
 from lean_fx.errors import WriteError
 from lean_fx.files import make_folder, replacing, write_text
 

@@ -1,15 +1,15 @@
 """Proofs of the sign, against what values turn out to be."""
 
-import lean_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from lean_fx.passes import InferSign, TrackWrites, facts
-from lean_fx.reduction import checking_signs
 from torch import nn
 from torch.fx import symbolic_trace
 
+import lean_fx
 from graphs import CHANGED, UNCHANGED, Residual
+from lean_fx.passes import InferSign, TrackWrites, facts
+from lean_fx.reduction import checking_signs
 
 
 def proofs(model):

@@ -1,9 +1,22 @@
 """The four laws of a pass, for every pass, and graphs as text."""
 
-import lean_fx
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import nn
+from torch.fx import symbolic_trace
+
+import lean_fx
+from graphs import (
+    CHANGED,
+    UNCHANGED,
+    Flattened,
+    InPlace,
+    Residual,
+    SharedFlatten,
+    Tokens,
+    graph_text,
+)
 from lean_fx.capture import capture
 from lean_fx.errors import ArgumentError, PassError, PlanError
 from lean_fx.passes import (
@@ -18,19 +31,6 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
     facts,
-)
-from torch import nn
-from torch.fx import symbolic_trace
-
-from graphs import (
-    CHANGED,
-    UNCHANGED,
-    Flattened,
-    InPlace,
-    Residual,
-    SharedFlatten,
-    Tokens,
-    graph_text,
 )
 
 MODELS = CHANGED | UNCHANGED

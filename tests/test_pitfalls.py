@@ -3,16 +3,16 @@
 import copy
 import operator
 
-import lean_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from lean_fx.errors import ArgumentError, CaptureError, PlanError
-from lean_fx.passes import TrackWrites, facts
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+import lean_fx
 from graphs import graph_text
+from lean_fx.errors import ArgumentError, CaptureError, PlanError
+from lean_fx.passes import TrackWrites, facts
 
 
 class Net(nn.Module):

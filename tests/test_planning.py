@@ -1,12 +1,12 @@
 import json
 
-import lean_fx
 import pytest
 import torch
-from lean_fx.errors import ArgumentError, PlanError
 from torch import nn
 
+import lean_fx
 from graphs import CHANGED, UNCHANGED, Flattened, Residual, graph_text
+from lean_fx.errors import ArgumentError, PlanError
 
 
 @pytest.mark.parametrize("model", CHANGED | UNCHANGED)

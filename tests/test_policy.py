@@ -1,6 +1,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from lean_fx import Consumer, LeanError, Site
 from lean_fx.policy import (
     check_channels_policy,
@@ -10,7 +12,6 @@ from lean_fx.policy import (
     skipped_by,
     wanted_channels,
 )
-from torch import nn
 
 SITE = Site("pool", 1, 50, (Consumer("conv", "Conv2d", "conv"),))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lean_fx.errors import ArgumentError
 from lean_fx.experiment.processes import (
     Processes,
@@ -17,7 +18,6 @@ from lean_fx.experiment.processes import (
     processes,
 )
 from lean_fx.experiment.training import Settings, train
-
 from test_training import net, numbers, some_digits, stop_at_step
 
 ROOT = Path(__file__).parents[1]

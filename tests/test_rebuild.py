@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from lean_fx.errors import PassError
 from lean_fx.rebuild import input_channels, rebuild
-from torch import nn
 
 LAYERS = [
     (nn.Conv1d(8, 6, 3, stride=2, padding=1, dilation=2), (2, 4, 16)),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lean_fx import LeanReduction, lean_reduction
 from lean_fx.errors import ArgumentError, LeanError
 from lean_fx.reduction import checking_signs, divisors
-
 from reference import reduce_all
 
 OPTIONS = {

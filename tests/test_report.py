@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+
 from lean_fx.errors import ArgumentError, DataError, LeanError, WriteError
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.report import Arm, Epoch, Report
 from lean_fx.measure.timing import Latency
-from rich.console import Console
 
 
 def make_arm(name: str = "baseline", factor: float = 1.0, meter: str = "cpu_load") -> Arm:

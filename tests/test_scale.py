@@ -1,13 +1,13 @@
 """Rebuilt layers start at the output scale of the layers that they replace."""
 
-import lean_fx
 import pytest
 import torch
-from lean_fx.capture import capture
-from lean_fx.passes import MeasureScale, facts
 from torch import nn
 
+import lean_fx
 from graphs import Residual
+from lean_fx.capture import capture
+from lean_fx.passes import MeasureScale, facts
 
 
 class PaperForm(nn.Sequential):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lean_fx.errors import DataError, WriteError
 from lean_fx.experiment.download import unpack
 from lean_fx.experiment.stl10 import URL, download_stl10, stl10

@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
+
 from lean_fx.errors import ArgumentError, DataError, LeanError
 from lean_fx.measure import timing
 from lean_fx.measure.timing import Latency, machine, time_onnx
-from onnx import TensorProto, helper
 
 X = np.zeros((4, 3), dtype=np.float32)
 

@@ -11,6 +11,9 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from lean_fx.errors import ArgumentError, DataError, MissingDependencyError
 from lean_fx.experiment import training
 from lean_fx.experiment.batches import ShuffledBatches
@@ -18,8 +21,6 @@ from lean_fx.experiment.datasets import Dataset, digits
 from lean_fx.experiment.models import PaperNet
 from lean_fx.experiment.training import Settings, evaluate, measure_test_energy, train
 from lean_fx.measure.energy import Energy
-from torch import nn
-from torch.nn import functional as F
 
 CPU = {"accelerator": "cpu", "batch_size": 32}
 TRAIN_STEPS, TEST_STEPS = 4, 2

@@ -3,16 +3,16 @@
 import copy
 import dataclasses
 
-import lean_fx
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import nn
+
+import lean_fx
+from graphs import CHANGED, UNCHANGED, Flattened, MyConv, Residual, graph_text
 from lean_fx.controls import SliceReduction
 from lean_fx.errors import ArgumentError, CaptureError
 from lean_fx.registry import reductions
-from torch import nn
-
-from graphs import CHANGED, UNCHANGED, Flattened, MyConv, Residual, graph_text
 
 
 class PaperForm(nn.Module):

@@ -1,0 +1,181 @@
+"""How fast one reduction is: forward and backward, against the literal Algorithm 2.
+
+    python examples/bench_reduction.py [--threads 1] [--rounds 15] [--compile]
+
+The literal form permutes, forms X X^T for every position, normalises its columns and multiplies.
+Every round runs all forms in turn; a speed is a ratio of medians. Also measured: the bytes kept
+for the gradient, and a training step of the paper's net against the same net with a free reduction
+(a slice of the first channels). --compile adds the plain formulas under torch.compile.
+Writes the table to runs/bench_reduction/bench_reduction.md.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lean_fx
+from lean_fx.errors import require
+from lean_fx.experiment.models import PaperNet
+from lean_fx.experiment.script import command_line, run_script
+from lean_fx.files import make_folder, write_text
+from lean_fx.measure.timing import machine
+
+SHAPES = (
+    ((16, 96, 48, 48), 8),
+    ((16, 50, 48, 48), 10),
+    ((32, 256, 14, 14), 16),
+    ((32, 512, 7, 7), 32),
+)
+
+
+def literal(x: Tensor, seed: Tensor) -> Tensor:
+    """Algorithm 2 as it is written, one affinity matrix a position."""
+    rows = torch.unflatten(x.movedim(1, -1), -1, (seed.shape[0], -1))
+    affinity = rows @ rows.mT
+    walk = affinity / affinity.abs().sum(-2, keepdim=True).clamp_min(1e-30)
+    y = (walk @ seed.unsqueeze(-1)).squeeze(-1)
+    return (y / y.abs().sum(-1, keepdim=True).clamp_min(1e-30)).movedim(-1, 1)
+
+
+def seconds(forms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each form in each round, all forms in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in forms}
+    for form in forms.values():
+        form()
+        form()
+    for number in range(rounds):
+        names = list(forms)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.perf_counter()
+            forms[name]()
+            taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def spread(values: list[float]) -> str:
+    """Median and quartiles, in milliseconds."""
+    low, middle, high = (1e3 * value for value in statistics.quantiles(values, n=4))
+    return f"{middle:.2f} [{low:.2f}-{high:.2f}]"
+
+
+def reduction_forms(
+    shape: tuple[int, ...], channels: int, signed: bool, compiled: bool
+) -> dict[str, Callable[[], None]]:
+    """Forward and backward of one reduction, in every form."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    x = (x if signed else x.relu()).requires_grad_()
+    seed = torch.randn(channels, requires_grad=True)
+    grad = torch.randn(shape[0], channels, *shape[2:])
+
+    def ours(x: Tensor, seed: Tensor) -> Tensor:
+        return lean_fx.lean_reduction(x, seed, nonnegative=not signed)
+
+    forms = {"literal": literal, "lean_fx": ours}
+    if compiled:
+        forms["lean_fx, compiled"] = torch.compile(ours, dynamic=False)
+
+    def run(form: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            x.grad = seed.grad = None
+            form(x, seed).backward(grad)
+
+        return step
+
+    return {name: run(form) for name, form in forms.items()}
+
+
+def kept_bytes(shape: tuple[int, ...], channels: int) -> float:
+    """What is kept for the gradient, in bytes of x."""
+    x, kept = torch.rand(shape).requires_grad_(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+    )
+    with hooks:
+        lean_fx.lean_reduction(x, torch.randn(channels), nonnegative=True)
+    return sum(kept) / x.nbytes
+
+
+def step_forms(widths: tuple[int, ...], channels: int) -> dict[str, Callable[[], None]]:
+    """A training step of the paper's net with each reduction."""
+    images, labels = torch.randn(16, 3, 96, 96), torch.randint(10, (16,))
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.Adam(model.parameters())
+
+        def run() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+        return run
+
+    model = PaperNet(widths)
+    forms = {"baseline": step(model)}
+    for name in ("slice", "lean"):
+        forms[name] = step(lean_fx.leanify(model, images, channels=channels, reduction=name))
+    return forms
+
+
+def main() -> None:
+    """Measure all, print the tables, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--out", default="runs/bench_reduction")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    track = require("rich.progress", extra="examples", purpose="the progress bar").track
+
+    lines = [
+        "# One LEAN reduction, forward and backward",
+        f"```\n{command_line()}\n```",
+        f"{machine()}; threads {args.threads}; median and quartiles of {args.rounds} rounds, ms; "
+        "in brackets the speed against the literal form.\n",
+    ]
+    jobs = [(signed, shape, c) for signed in (False, True) for shape, c in SHAPES]
+    gains: dict[tuple[bool, str], list[float]] = {}
+    rows = []
+    for signed, shape, channels in track(jobs, description="reductions"):
+        taken = seconds(reduction_forms(shape, channels, signed, args.compile), args.rounds)
+        base = statistics.median(taken["literal"])
+        cells = []
+        for name, values in taken.items():
+            gain = base / statistics.median(values)
+            gains.setdefault((signed, name), []).append(gain)
+            cells.append(f"{spread(values)} ({gain:.1f}x)")
+        kept = "" if signed else f"{kept_bytes(shape, channels):.2f}"
+        sign = "any" if signed else ">= 0"
+        rows.append(f"| {list(shape)} to {channels} | {sign} | {' | '.join(cells)} | {kept} |")
+    names = list(taken)
+    lines.append(f"| x | sign | {' | '.join(names)} | kept, of x |")
+    lines.append("|---" * (len(names) + 3) + "|")
+    lines += rows
+    lines.append("\nGeometric means: ")
+    for (signed, name), values in gains.items():
+        mean = math.prod(values) ** (1 / len(values))
+        lines.append(f"- {name}, {'any sign' if signed else '>= 0'}: {mean:.1f}x")
+
+    lines.append("\n# A training step of the paper's net, batch 16\n")
+    lines.append("| widths | channels | baseline | slice | lean | speed of lean, slice = 1 |")
+    lines.append("|---|---|---|---|---|---|")
+    for widths, channels in track((((50, 100, 150), 10), ((48, 96, 144), 8)), description="steps"):
+        taken = seconds(step_forms(widths, channels), args.rounds)
+        ratio = statistics.median(taken["slice"]) / statistics.median(taken["lean"])
+        cells = " | ".join(spread(values) for values in taken.values())
+        lines.append(f"| {widths} | {channels} | {cells} | {ratio:.2f} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    write_text(make_folder(args.out) / "bench_reduction.md", text)
+    print(f"written to {Path(args.out) / 'bench_reduction.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -17,7 +17,7 @@ from lean_fx.experiment.script import command_line, run_script, show
 def main() -> None:
     """Run the experiment and print its report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--channels", type=int, default=10, help="C' of every reduction")
     parser.add_argument("--reduction", default="lean", help="lean, or the name of a control")
     parser.add_argument("--seed", type=int, default=0)

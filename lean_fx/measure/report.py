@@ -245,7 +245,7 @@ def _column(arm: Arm, baseline: Arm) -> tuple[str, ...]:
     return (
         arm.name,
         f"{arm.parameters:,}",
-        f"{arm.macs / 1e6:,.1f}",
+        short(arm.macs / 1e6),
         short(arm.onnx_bytes / 1e3),
         f"{100 * arm.accuracy:.1f}",
         short(latency.median_ms),

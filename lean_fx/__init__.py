@@ -11,7 +11,12 @@ from lean_fx.errors import LeanError, LeanWarning
 from lean_fx.export import export_onnx
 from lean_fx.passes import Consumer, Site
 from lean_fx.planning import LeftAlone, Plan
-from lean_fx.reduction import LeanReduction, lean_reduction
+from lean_fx.reduction import (
+    LeanReduction,
+    checking_signs,
+    lean_reduction,
+    power_iteration_embedding,
+)
 from lean_fx.registry import reductions, register_reduction
 from lean_fx.transform import leanify, plan
 
@@ -25,10 +30,12 @@ __all__ = [
     "LeftAlone",
     "Plan",
     "Site",
+    "checking_signs",
     "export_onnx",
     "lean_reduction",
     "leanify",
     "plan",
+    "power_iteration_embedding",
     "reductions",
     "register_reduction",
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
@@ -38,11 +41,13 @@ class LeanTracer(Tracer):
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
-def capture(model: nn.Module) -> GraphModule:
+def capture(model: nn.Module, inputs: Sequence[Any] = ()) -> GraphModule:
     """Capture a model as a torch.fx graph.
 
     Args:
         model: a module that torch.fx can trace; it is copied first and stays as it is.
+        inputs: example inputs, as far as they are known. A parameter of forward that is None by
+            default and that they do not give is None in the graph, which refuses another value.
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
@@ -71,8 +76,9 @@ def capture(model: nn.Module) -> GraphModule:
             f"{name}: cannot be copied ({_reason(error)}); give a model that copy.deepcopy can copy"
         ) from error
     try:
-        graph = LeanTracer().trace(root)
-        _mark_mode(graph, root)
+        absent = _absent(root, inputs)
+        graph = LeanTracer().trace(root, absent)
+        _mark_mode(graph, root, absent)
         captured = GraphModule(root, graph, name)
     except Exception as error:
         raise CaptureError(
@@ -114,7 +120,14 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _mark_mode(graph: Graph, root: nn.Module) -> None:
+def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
+    """The parameters of forward that are None: given so, or by default."""
+    parameters = list(inspect.signature(root.forward).parameters.values())
+    given = dict(zip((each.name for each in parameters), inputs, strict=False))
+    return {each.name: None for each in parameters if given.get(each.name, each.default) is None}
+
+
+def _mark_mode(graph: Graph, root: nn.Module, absent: dict[str, Any]) -> None:
     """Write ``facts(node).follows_mode``: traced in the opposite mode, its arguments differ."""
     if not any(_holds_flag(node.args) or _holds_flag(node.kwargs) for node in graph.nodes):
         return
@@ -122,7 +135,7 @@ def _mark_mode(graph: Graph, root: nn.Module) -> None:
     for module in modules:
         module.training = not module.training
     try:
-        opposite = LeanTracer().trace(root)
+        opposite = LeanTracer().trace(root, absent)
     finally:
         for module in modules:
             module.training = not module.training

@@ -76,11 +76,13 @@ class Plan:
     reduction: str | ReductionFactory = "lean"
     parameters: int = 0
 
-    def apply(self, model: nn.Module) -> GraphModule:
+    def apply(self, model: nn.Module, example_inputs: Sequence[Any] = ()) -> GraphModule:
         """Make the reduced model.
 
         Args:
             model: the model that the plan was made from, or another instance of it; it is copied.
+            example_inputs: a tuple, as the plan was made with; matters only for a model with
+                optional inputs.
 
         Returns:
         An ordinary module (a GraphModule) with the plan in its ``meta["lean_fx.plan"]``;
@@ -89,7 +91,7 @@ class Plan:
         Raises:
             PlanError: the plan does not fit the model.
         """
-        return self.apply_to_graph(capture(model))
+        return self.apply_to_graph(capture(model, example_inputs))
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
         """As :meth:`apply`, in place, to a model that has been captured already."""

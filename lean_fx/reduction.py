@@ -13,8 +13,10 @@ values is learned and shared by all positions::
     out    = C' y / sum_i |y[i]|            scale="mean"
     out    = m C' y / sum_i |y[i]|          scale="magnitude", m = mean |X|
 
-``iterations`` repeats the walk with ``V := y / sum |y|``. ``seed="matrix"`` gives every channel a
-value of its own: ``G V`` becomes ``X u`` with ``u[k] = sum_j X[j,k] V[j,k]``.
+``iterations`` repeats the walk with ``V := y / sum |y|``, until no value changes by ``tol`` or
+more if that is given. ``seed="matrix"`` gives every channel a value of its own: ``G V`` becomes
+``X u`` with ``u[k] = sum_j X[j,k] V[j,k]``. With ``split="contiguous"`` channel ``i C'' + k`` is
+``X[i,k]``, with ``split="interleaved"`` channel ``k C' + i`` is.
 
 None of these forms G where it need not: ``G V = X (X^T V)``, and for ``X >= 0``, which a flag
 promises, ``d = X t`` with ``t[k] = sum_i X[i,k]``. A position then costs about ``4 C_in``
@@ -42,7 +44,9 @@ from lean_fx.walk import absolute_affinity_sums, column_walk, without_zeros
 
 Normalize = Literal["column", "row", "none"]
 Scale = Literal["sum", "mean", "magnitude"]
+Split = Literal["contiguous", "interleaved"]
 SeedShape = Literal["vector", "matrix"]
+SeedInit = Literal["normal", "uniform", "ones"]
 
 _checks_signs = False
 
@@ -112,7 +116,9 @@ def lean_reduction(
     nonnegative: bool = False,
     normalize: Normalize = "column",
     scale: Scale = "sum",
+    split: Split = "contiguous",
     iterations: int = 1,
+    tol: float | None = None,
 ) -> Tensor:
     """Reduce the channels of every position of ``x`` from C_in to C'.
 
@@ -124,7 +130,10 @@ def lean_reduction(
             promise gives wrong numbers (see :func:`checking_signs`).
         normalize: the walk: ``"column"``, ``"row"`` or ``"none"``.
         scale: of the output: ``"sum"``, ``"mean"`` or ``"magnitude"``.
-        iterations: steps of the walk, 1 or more.
+        split: of the channels into preserved by reducible: ``"contiguous"`` or ``"interleaved"``.
+        iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
+        tol: stop once no value of ``V`` changes by this much or more, above 0; compiled and
+            exported code takes all steps.
 
     Shape:
         - x: ``[..., C_in, ...]``, ``C_in`` along ``dim``
@@ -159,16 +168,20 @@ def lean_reduction(
                 nonnegative=nonnegative,
                 normalize=normalize,
                 scale=scale,
+                split=split,
                 iterations=iterations,
+                tol=tol,
             )
     axis = dim % x.dim()
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seed = seed.to(wide.dtype)
     fused = normalize == "column" and iterations == 1 and seed.dim() == 1
-    if fused and _runs_eagerly(x):
-        out = _fused(wide, seed, axis, nonnegative)
+    eager = _runs_eagerly(x)
+    if fused and eager:
+        out = _fused(wide, seed, axis, nonnegative, split)
     else:
-        out = _plain(wide, seed, axis, nonnegative, normalize, iterations)
+        limit = tol if eager else None
+        out = _plain(wide, seed, axis, nonnegative, normalize, split, iterations, limit)
     if scale != "sum":
         out = out * seed.shape[0]
     if scale == "magnitude":
@@ -186,44 +199,106 @@ def _runs_eagerly(x: Tensor) -> bool:
     )
 
 
-def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool) -> Tensor:
+def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool, split: Split) -> Tensor:
     """The default walk by its hand-written gradient; see :mod:`lean_fx.walk`."""
     before, behind = x.shape[:axis], x.shape[axis + 1 :]
-    matrix = torch.unflatten(x, axis, (seed.shape[0], -1))
-    if behind.numel() > 1:
-        matrix = matrix.reshape(before.numel(), *matrix.shape[axis : axis + 2], behind.numel())
-        out = column_walk(matrix, seed, nonnegative)
-    else:  # channels last: all positions side by side, behind the channels
-        matrix = matrix.reshape(1, before.numel(), *matrix.shape[axis : axis + 2])
-        out = column_walk(matrix.permute(0, 2, 3, 1), seed, nonnegative).permute(0, 3, 1, 2)
-    return out.reshape(*before, seed.shape[0], *behind)
+    channels, preserved = x.shape[axis], seed.shape[0]
+    last = behind.numel() == 1  # then all positions stand side by side, behind the channels
+    if last:
+        matrix = x.reshape(1, before.numel(), channels).mT
+    else:
+        matrix = x.reshape(before.numel(), channels, behind.numel())
+    if split == "contiguous":
+        matrix = torch.unflatten(matrix, 1, (preserved, -1))
+    else:
+        matrix = torch.unflatten(matrix, 1, (-1, preserved)).transpose(1, 2)
+    out = column_walk(matrix, seed, nonnegative).squeeze(2)
+    return (out.mT if last else out).reshape(*before, preserved, *behind)
 
 
 def _plain(
-    x: Tensor, seed: Tensor, axis: int, nonnegative: bool, normalize: Normalize, iterations: int
+    x: Tensor,
+    seed: Tensor,
+    axis: int,
+    nonnegative: bool,
+    normalize: Normalize,
+    split: Split,
+    iterations: int,
+    tol: float | None,
 ) -> Tensor:
     """Every walk in plain operations, channels staying where they are.
 
-    ``i`` is the axis of the preserved channels, the next that of the reducible ones.
+    ``i`` is the axis of the preserved channels, ``k`` that of the reducible ones.
     """
-    i, k = axis, axis + 1
-    matrix = torch.unflatten(x, i, (seed.shape[0], -1))
-    v = seed.reshape(seed.shape[0], -1, *[1] * (matrix.dim() - k - 1))
+    preserved = seed.shape[0]
+    rest = [1] * (x.dim() - axis - 1)
+    if split == "contiguous":
+        i, k = axis, axis + 1
+        matrix = torch.unflatten(x, axis, (preserved, -1))
+        v = seed.reshape(preserved, -1, *rest)
+    else:
+        i, k = axis + 1, axis
+        matrix = torch.unflatten(x, axis, (-1, preserved))
+        v = seed.reshape(preserved, -1).mT.reshape(-1, preserved, *rest)
     if normalize == "none":
         d = torch.ones_like(matrix.narrow(k, 0, 1))
     elif nonnegative:
         d = without_zeros((matrix * matrix.sum(i, keepdim=True)).sum(k, keepdim=True))
     else:
         sums = absolute_affinity_sums(matrix.movedim((i, k), (-2, -1)))
-        d = without_zeros(sums.movedim(-1, i).unsqueeze(k))
+        d = without_zeros(sums.movedim(-1, axis).unsqueeze(k))
     for _ in range(iterations):
         weights = v / d if normalize == "column" else v
         u = (matrix * weights).sum(i, keepdim=True)
         y = (matrix * u).sum(k, keepdim=True)
         if normalize == "row":
             y = y / d
-        v = y / without_zeros(y.abs().sum(i, keepdim=True))
+        before, v = v, y / without_zeros(y.abs().sum(i, keepdim=True))
+        if tol is not None and bool((v - before).detach().abs().lt(tol).all()):
+            break
     return v.squeeze(k)
+
+
+def power_iteration_embedding(
+    matrix: Tensor, seed: Tensor, *, iterations: int = 1000, tol: float = 1e-6
+) -> Tensor:
+    """Embed the rows of one matrix in one dimension by power iteration: Algorithm 1 of the paper.
+
+    ``V := D^-1 G V``, brought to an l1 norm of 1, until no value changes by ``tol`` or more;
+    ``G = X X^T``, and ``D`` holds the l1 norms of its rows.
+
+    Args:
+        matrix: ``X``, floating point.
+        seed: the first ``V``; not constant, which is a fixed point for ``X >= 0``.
+        iterations: the most steps, 1 or more.
+        tol: above 0.
+
+    Shape:
+        - matrix: ``[C', C'']``
+        - seed: ``[C']``
+        - output: ``[C']``
+
+    Raises:
+        ArgumentError: the shapes do not fit.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+        >>> embedded = power_iteration_embedding(rows, torch.tensor([0.9, 0.1, 0.4]), iterations=2)
+        >>> bool((embedded[0] - embedded[1]).abs() < (embedded[0] - embedded[2]).abs())
+        True
+
+    References:
+        Huang et al. (2023), Algorithm 1, after Lin and Cohen: Power Iteration Clustering,
+        ICML 2010.
+    """
+    if matrix.dim() != 2 or seed.shape != matrix.shape[:1]:
+        raise ArgumentError(
+            f"power_iteration_embedding: matrix {list(matrix.shape)} and seed {list(seed.shape)} "
+            "do not fit; give a matrix [C', C''] and a seed [C']"
+        )
+    return lean_reduction(
+        matrix.reshape(-1), seed, 0, normalize="row", iterations=iterations, tol=tol
+    )
 
 
 class LeanReduction(nn.Module):
@@ -239,7 +314,10 @@ class LeanReduction(nn.Module):
         scale: ``"sum"`` (the paper's: absolute values sum to 1), ``"mean"`` (times C': their mean
             is 1) or ``"magnitude"`` (times C' and the mean magnitude of the position's input).
         seed: ``"vector"`` (the paper's, C' values) or ``"matrix"`` (one value a channel, C_in).
-        iterations: steps of the walk, 1 or more.
+        seed_init: ``"normal"`` (standard), ``"uniform"`` (in [0, 1[) or ``"ones"``.
+        split: ``"contiguous"`` (channel ``i C'' + k`` is ``X[i,k]``) or ``"interleaved"``.
+        iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
+        tol: stop once no value changes by this much or more; above 0.
 
     Attributes:
         nonnegative: promises that no input is below 0, for the cheaper path; False when made.
@@ -277,13 +355,25 @@ use 1, 2, 4 or 8
         normalize: Normalize = "column",
         scale: Scale = "sum",
         seed: SeedShape = "vector",
+        seed_init: SeedInit = "normal",
+        split: Split = "contiguous",
         iterations: int = 1,
+        tol: float | None = None,
     ) -> None:
         super().__init__()
         check_channels("LeanReduction", in_channels, out_channels)
         _check_choice("LeanReduction", "normalize", normalize, get_args(Normalize))
         _check_choice("LeanReduction", "scale", scale, get_args(Scale))
         _check_choice("LeanReduction", "seed", seed, get_args(SeedShape))
+        _check_choice("LeanReduction", "seed_init", seed_init, get_args(SeedInit))
+        _check_choice("LeanReduction", "split", split, get_args(Split))
+        if seed_init == "ones" and normalize == "row":
+            raise ArgumentError(
+                "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk "
+                "keeps a constant seed; use normal or uniform"
+            )
+        if tol is not None and not (isinstance(tol, float) and tol > 0):
+            raise ArgumentError(f"LeanReduction: tol={tol!r} is not a float above 0")
         if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
             raise ArgumentError(
                 f"LeanReduction: iterations={iterations!r} is not an int of 1 or more"
@@ -293,15 +383,19 @@ use 1, 2, 4 or 8
         self.dim = dim
         self.normalize: Normalize = normalize
         self.scale: Scale = scale
+        self.split: Split = split
+        self.seed_init: SeedInit = seed_init
         self.iterations = iterations
+        self.tol = tol
         self.nonnegative = False
         matrix = (out_channels, in_channels // out_channels)
         self.seed = nn.Parameter(torch.empty(matrix if seed == "matrix" else out_channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the seed anew from a standard normal."""
-        nn.init.normal_(self.seed)
+        """Draw the seed anew, as ``seed_init`` says."""
+        draw = {"normal": nn.init.normal_, "uniform": nn.init.uniform_, "ones": nn.init.ones_}
+        draw[self.seed_init](self.seed)
 
     @property
     def macs_per_position(self) -> int:
@@ -326,7 +420,9 @@ use 1, 2, 4 or 8
             nonnegative=self.nonnegative,
             normalize=self.normalize,
             scale=self.scale,
+            split=self.split,
             iterations=self.iterations,
+            tol=self.tol,
         )
 
     def extra_repr(self) -> str:
@@ -335,7 +431,10 @@ use 1, 2, 4 or 8
             "normalize": (self.normalize, "column"),
             "scale": (self.scale, "sum"),
             "seed": ("matrix" if self.seed.dim() == 2 else "vector", "vector"),
+            "seed_init": (self.seed_init, "normal"),
+            "split": (self.split, "contiguous"),
             "iterations": (self.iterations, 1),
+            "tol": (self.tol, None),
         }
         changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]
         sign = ", nonnegative" if self.nonnegative else ""

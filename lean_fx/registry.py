@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,10 @@ ReductionFactory = Callable[..., nn.Module]
 
 _FACTORIES: dict[str, ReductionFactory] = {
     "lean": LeanReduction,
+    "lean_row": partial(LeanReduction, normalize="row"),
+    "lean_mean": partial(LeanReduction, scale="mean"),
+    "lean_magnitude": partial(LeanReduction, scale="magnitude"),
+    "lean_matrix": partial(LeanReduction, scale="magnitude", seed="matrix"),
     "slice": SliceReduction,
     "mean": MeanReduction,
     "max": MaxReduction,
@@ -37,7 +42,8 @@ def reductions() -> tuple[str, ...]:
 
     Example:
         >>> reductions()
-        ('lean', 'slice', 'mean', 'max', 'grouped_sum', 'projection', 'random_projection')
+        ('lean', 'lean_row', 'lean_mean', 'lean_magnitude', 'lean_matrix', 'slice', 'mean', 'max', \
+'grouped_sum', 'projection', 'random_projection')
     """
     return tuple(_FACTORIES)
 
@@ -87,8 +93,9 @@ def reduction_factory(reduction: str | ReductionFactory) -> ReductionFactory:
         >>> reduction_factory("leen")
         Traceback (most recent call last):
         ...
-        lean_fx.errors.ArgumentError: reduction='leen' is not known; use lean, slice, mean, max, \
-grouped_sum, projection, random_projection or a module class
+        lean_fx.errors.ArgumentError: reduction='leen' is not known; use lean, lean_row, \
+lean_mean, lean_magnitude, lean_matrix, slice, mean, max, grouped_sum, projection, \
+random_projection or a module class
     """
     if isinstance(reduction, str):
         if reduction not in _FACTORIES:

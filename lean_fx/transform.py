@@ -138,10 +138,10 @@ def plan(
 
 
 def _analysed(model: nn.Module, example_inputs: Any) -> GraphModule:
-    captured = capture(model)
+    inputs = as_inputs(example_inputs) if example_inputs is not None else ()
+    captured = capture(model, inputs)
     passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
-    if example_inputs is not None:
-        inputs = as_inputs(example_inputs)
+    if inputs:
         passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
     Pipeline(passes)(captured)
     return captured

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def algorithm_2(channels, seed, normalize="column", scale="sum", iterations=1):
+def algorithm_2(channels, seed, normalize="column", scale="sum", split="contiguous", iterations=1):
     """The C' values of one position with the given C_in channels.
 
     Algorithm 1 normalises rows in place of columns; the options beyond the two algorithms follow
@@ -13,7 +13,10 @@ def algorithm_2(channels, seed, normalize="column", scale="sum", iterations=1):
     preserved = len(seed)
     reducible = len(channels) // preserved
     n, m = range(preserved), range(reducible)
-    x = [[float(channels[i * reducible + k]) for k in m] for i in n]
+    if split == "contiguous":
+        x = [[float(channels[i * reducible + k]) for k in m] for i in n]
+    else:
+        x = [[float(channels[k * preserved + i]) for k in m] for i in n]
     g = [[sum(x[i][k] * x[j][k] for k in m) for j in n] for i in n]
     sums = [sum(abs(g[i][j]) for i in n) for j in n]
     sums = [value or 1.0 for value in sums]

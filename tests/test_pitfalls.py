@@ -420,3 +420,37 @@ def test_copies_have_state_of_their_own():
     with torch.no_grad():
         twin.reductions._1.seed.zero_()
     assert lean.reductions._1.seed.any()
+
+
+class Optional(nn.Module):
+    """A forward with an optional input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 32)
+        self.b = nn.Linear(32, 4)
+
+    def forward(self, x, mask=None):
+        x = F.relu(self.a(x))
+        if mask is not None:
+            x = x * mask
+        return self.b(x)
+
+
+def test_an_optional_input_that_is_not_given_is_none():
+    x, mask = torch.rand(2, 4), torch.rand(2, 32)
+    for inputs in (None, x, (x, None)):
+        lean = lean_fx.leanify(Optional(), inputs)
+        assert lean(x).shape == (2, 4)
+        with pytest.raises(Exception, match="mask has been specialized to have value None"):
+            lean(x, mask)
+
+
+def test_an_optional_input_that_is_given_is_needed():
+    x, mask = torch.rand(2, 4), torch.rand(2, 32)
+    plan = lean_fx.plan(Optional(), (x, mask))
+    lean = plan.apply(Optional(), (x, mask))
+    assert [site.value for site in plan.sites] == ["mul"]
+    assert not torch.equal(lean(x, mask), lean(x, 1 - mask))
+    with pytest.raises(PlanError, match="make the plan anew"):
+        plan.apply(Optional())

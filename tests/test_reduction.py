@@ -1,4 +1,5 @@
 import copy
+import itertools
 import pickle
 from unittest import mock
 
@@ -7,14 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lean_fx import LeanReduction, lean_reduction
+from lean_fx import LeanReduction, lean_reduction, power_iteration_embedding
 from lean_fx.errors import ArgumentError, LeanError
 from lean_fx.reduction import checking_signs, divisors
-from reference import reduce_all
+from reference import algorithm_2, reduce_all
 
 OPTIONS = {
     "normalize": ("column", "row", "none"),
     "scale": ("sum", "mean", "magnitude"),
+    "split": ("contiguous", "interleaved"),
     "iterations": (1, 2, 5),
 }
 
@@ -172,6 +174,36 @@ def test_signs_are_checked_only_on_demand():
     lean_reduction(x, torch.ones(2), nonnegative=True)
 
 
+def test_tol_stops_early_and_late():
+    x, seed = torch.rand(5, 12, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    steps = [lean_reduction(x, seed, iterations=n) for n in range(1, 60)]
+    changes = [float((b - a).abs().max()) for a, b in itertools.pairwise(steps)]
+    tol = 1e-3
+    first = next(n for n, change in enumerate(changes) if change < tol)
+    found = lean_reduction(x, seed, iterations=60, tol=tol)
+    torch.testing.assert_close(found, steps[first + 1], rtol=0, atol=0)
+    assert not torch.equal(found, steps[first])
+
+
+def test_power_iteration_embedding_is_algorithm_1():
+    matrix, seed = torch.rand(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    embedded = power_iteration_embedding(matrix, seed, iterations=3)
+    expected = algorithm_2(matrix.flatten(), seed, normalize="row", iterations=3)
+    torch.testing.assert_close(embedded, expected)
+    converged = power_iteration_embedding(matrix, seed, tol=1e-12)
+    torch.testing.assert_close(converged.abs(), torch.full((4,), 0.25, dtype=torch.float64))
+    with pytest.raises(ArgumentError, match="matrix .4, 6. and seed .3. do not fit; give a matrix"):
+        power_iteration_embedding(matrix, seed[:3])
+
+
+@pytest.mark.parametrize("init", ["normal", "uniform", "ones"])
+def test_seed_init(init):
+    seed = LeanReduction(4000, 2000, seed_init=init).seed.detach()
+    mean, std = {"normal": (0, 1), "uniform": (0.5, 12**-0.5), "ones": (1, 0)}[init]
+    assert float(seed.mean()) == pytest.approx(mean, abs=0.1)
+    assert float(seed.std()) == pytest.approx(std, abs=0.05)
+
+
 def test_empty_batch():
     assert LeanReduction(8, 2)(torch.rand(0, 8, 3)).shape == (0, 2, 3)
 
@@ -210,6 +242,17 @@ def test_compiles_and_exports_whole(nonnegative):
         ({"scale": "max"}, "LeanReduction: scale='max' is not known; use sum, mean, magnitude"),
         ({"normalize": 1}, "LeanReduction: normalize=1 is not known; use column, row, none"),
         ({"seed": "all"}, "LeanReduction: seed='all' is not known; use vector, matrix"),
+        ({"split": "odd"}, "LeanReduction: split='odd' is not known; use contiguous, interleaved"),
+        (
+            {"seed_init": "x"},
+            "LeanReduction: seed_init='x' is not known; use normal, uniform, ones",
+        ),
+        ({"tol": 0}, "LeanReduction: tol=0 is not a float above 0"),
+        (
+            {"seed_init": "ones", "normalize": "row"},
+            "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk keeps a "
+            "constant seed; use normal or uniform",
+        ),
         ({"iterations": 0}, "LeanReduction: iterations=0 is not an int of 1 or more"),
     ],
 )

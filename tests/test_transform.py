@@ -295,7 +295,7 @@ def test_a_users_own_reduction():
         ({"filter": 3}, "filter=3 cannot be called; give filter(module, name)"),
         ({"skip": ["lft"]}, "skip: no layer is named 'lft'; near it: left"),
         ({"channels": {"lft": 3}}, "channels: no layer is named 'lft'; near it: left"),
-        ({"reduction": "leen"}, "reduction='leen' is not known; use lean, slice, mean, max"),
+        ({"reduction": "leen"}, "reduction='leen' is not known; use lean, lean_row, lean_mean"),
         ({"example_inputs": "x"}, "example_inputs=str object is neither a tensor nor a tuple; "),
     ],
 )

@@ -73,7 +73,10 @@ def test_scripts_end_with_one_line(capsys):
         ("examples/stl10.py --data nowhere", "error: nowhere: has not all of train_X.bin"),
         ("examples/digits.py --channels 0", "error: channels=0 is not 1 or more"),
         ("examples/digits.py --epochs 0", "error: Settings: epochs=0 is not a whole number"),
-        ("examples/ablate.py --control slize", "error: control='slize' is not known; use slice, "),
+        (
+            "examples/ablate.py --control slize",
+            "error: control='slize' is not known; use lean_row, ",
+        ),
     ],
 )
 def test_examples_say_what_to_do_in_one_line(command, message, tmp_path):

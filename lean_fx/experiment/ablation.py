@@ -236,7 +236,8 @@ def show_rows(rows: Sequence[Row], folder: Path) -> None:
 
 def _table(rows: Iterable[Row]) -> Table:
     table: Table = require("rich.table", extra="examples", purpose="the table").Table(
-        box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD
+        box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for header in ("reduction", "C'", "seed", "accuracy %", "parameters", "MACs", "ms", "ratio"):
         table.add_column(header, justify="left" if header == "reduction" else "right")

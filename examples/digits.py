@@ -7,36 +7,15 @@ Runtime on the CPU, and meters the energy of training and testing.
     python examples/digits.py
 """
 
-import argparse
-
-from lean_fx.experiment import comparison
 from lean_fx.experiment.datasets import digits
-from lean_fx.experiment.script import command_line, run_script, show
+from lean_fx.experiment.script import experiment_parser, run_experiment, run_script
 
 
 def main() -> None:
     """Run the experiment and print its report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--channels", type=int, default=10, help="C' of every reduction")
-    parser.add_argument("--reduction", default="lean", help="lean, or the name of a control")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/digits", help="folder for the nets and the report")
+    parser = experiment_parser(__doc__.split("\n\n")[0], epochs=40, out="runs/digits")
     args = parser.parse_args()
-
-    from lean_fx.experiment.training import Settings
-
-    data = digits()
-    arms = comparison.paper_arms(data, args.channels, args.reduction, args.seed)
-    report = comparison.run(
-        arms,
-        data,
-        Settings(epochs=args.epochs, seed=args.seed),
-        args.out,
-        title="LEAN on scanned digits (8x8)",
-        command=command_line(),
-    )
-    show(report, args.out)
+    run_experiment(digits(), args, title="LEAN on scanned digits (8x8)")
 
 
 if __name__ == "__main__":

@@ -10,39 +10,24 @@ Reference: Coates, Ng, Lee: An Analysis of Single-Layer Networks in Unsupervised
 AISTATS 2011.
 """
 
-import argparse
-
-from lean_fx.experiment import comparison
-from lean_fx.experiment.script import command_line, download_bar, run_script, show
+from lean_fx.experiment.script import (
+    download_bar,
+    experiment_parser,
+    run_experiment,
+    run_script,
+)
 from lean_fx.experiment.stl10 import stl10
 
 
 def main() -> None:
     """Run the experiment and print its report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = experiment_parser(__doc__.split("\n\n")[0], epochs=50, out="runs/stl10")
     parser.add_argument("--data", default="data", help="folder of the pictures")
     parser.add_argument("--download", action="store_true", help="fetch them if they are missing")
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--channels", type=int, default=10, help="C' of every reduction")
-    parser.add_argument("--reduction", default="lean", help="lean, or the name of a control")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/stl10", help="folder for the nets and the report")
     args = parser.parse_args()
-
-    from lean_fx.experiment.training import Settings
-
     with download_bar("STL-10") as progress:
         data = stl10(args.data, download=args.download, progress=progress)
-    arms = comparison.paper_arms(data, args.channels, args.reduction, args.seed)
-    report = comparison.run(
-        arms,
-        data,
-        Settings(epochs=args.epochs, seed=args.seed),
-        args.out,
-        title="LEAN on STL-10 (96x96)",
-        command=command_line(),
-    )
-    show(report, args.out)
+    run_experiment(data, args, title="LEAN on STL-10 (96x96)")
 
 
 if __name__ == "__main__":

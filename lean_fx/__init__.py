@@ -9,14 +9,10 @@ Example:
 
 from lean_fx.errors import LeanError, LeanWarning
 from lean_fx.export import export_onnx
+from lean_fx.functional import checking_signs, lean_reduction, power_iteration_embedding
 from lean_fx.passes import Consumer, Site
 from lean_fx.planning import LeftAlone, Plan
-from lean_fx.reduction import (
-    LeanReduction,
-    checking_signs,
-    lean_reduction,
-    power_iteration_embedding,
-)
+from lean_fx.reduction import LeanReduction
 from lean_fx.registry import reductions, register_reduction
 from lean_fx.transform import leanify, plan
 

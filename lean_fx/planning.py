@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture import capture
 from lean_fx.errors import ArgumentError, PlanError
-from lean_fx.passes import Consumer, Facts, InsertReductions, Read, Site, facts
-from lean_fx.policy import (
-    ChannelsPolicy,
-    check_names,
-    nearest_divisor,
-    skipped_by,
-    wanted_channels,
-)
-from lean_fx.rebuild import REBUILDERS
+from lean_fx.passes import Consumer, InsertReductions, Site
 from lean_fx.reduction import check_channels
 from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
 
@@ -212,171 +204,3 @@ def _site_from(entry: dict[str, Any]) -> Site:
         raise TypeError(f"site {site.value!r} has a name that is no text")
     check_channels("site", site.in_channels, site.out_channels or 0)
     return site
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user asked for; see :func:`lean_fx.leanify`."""
-
-    channels: ChannelsPolicy = "sqrt"
-    align: int | None = None
-    reduction: str | ReductionFactory = "lean"
-    min_channels: int = 16
-    skip: tuple[str | type[nn.Module], ...] = ()
-    filter: Callable[[nn.Module, str], bool] | None = None
-    reduce_inputs: bool = False
-
-
-def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> Plan:
-    """Decide over the facts that the analyses have written.
-
-    Args:
-        graph_module: ``model``, captured and analysed.
-        model: the model itself, for the layers that its forward never calls.
-        options: what the user asked for.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ArgumentError: an option does not fit this model.
-    """
-    modules = dict(graph_module.named_modules())
-    left: list[LeftAlone] = []
-    candidates: list[tuple[Read, Consumer]] = []
-    for node in graph_module.graph.nodes:
-        known = facts(node)
-        if known.refusal and node.op != "call_module":
-            left.append(LeftAlone(node.name, getattr(node.target, "__name__", ""), known.refusal))
-        elif known.refusal or known.read:
-            name, layer = str(node.target), modules[str(node.target)]
-            reason = known.refusal
-            if known.read:
-                reason = _unwanted(known.read, name, layer, options)
-            if known.read and not reason:
-                candidates.append((known.read, _consumer(node.name, name, layer, known.read)))
-            else:
-                left.append(LeftAlone(name, type(layer).__name__, reason))
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    left += _never_called(model, graph_module, called)
-
-    names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
-    check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
-    if isinstance(options.channels, dict):
-        check_names("channels", options.channels, names)
-    known_of = {node.name: facts(node) for node in graph_module.graph.nodes}
-    sites, refused = _decide(candidates, known_of, options)
-    return Plan(
-        model=type(model).__name__,
-        sites=tuple(sites),
-        left_alone=tuple(dict.fromkeys(left + refused)),
-        reduction=options.reduction,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
-
-
-def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
-    """Why the user does not want this layer to be reduced, or an empty string."""
-    reason = skipped_by(options.skip, name, layer)
-    if reason:
-        return reason
-    if options.filter is not None and not options.filter(layer, name):
-        return "filter(module, name) is false"
-    if read.in_channels < options.min_channels:
-        return f"in_channels={read.in_channels} is below min_channels={options.min_channels}"
-    if not read.intermediate and not options.reduce_inputs:
-        return "reads the model's input, no intermediate value; reduce_inputs=True reduces it too"
-    return ""
-
-
-def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
-    weights = layer.get_parameter("weight").numel()
-    return Consumer(name, type(layer).__name__, node, read.spread, read.path, weights)
-
-
-def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:
-    read = {
-        str(node.target).rpartition(".")[0]
-        for node in graph_module.graph.nodes
-        if node.op == "get_attr"
-    }
-
-    def within_called(name: str) -> bool:
-        return any(name == each or name.startswith(f"{each}.") for each in called)
-
-    return [
-        LeftAlone(
-            name,
-            type(layer).__name__,
-            "forward reads its weight itself" if name in read else "not called in forward",
-        )
-        for name, layer in model.named_modules()
-        if type(layer) in REBUILDERS and name and not within_called(name)
-    ]
-
-
-def _decide(
-    candidates: Iterable[tuple[Read, Consumer]],
-    known_of: Mapping[str, Facts],
-    options: Options,
-) -> tuple[list[Site], list[LeftAlone]]:
-    """Group the layers by value, and settle the channels of each group."""
-    groups: dict[tuple[str, int, int, int], list[Consumer]] = {}
-    for read, consumer in candidates:
-        key = (read.value, read.dim, read.in_channels, read.writes)
-        groups.setdefault(key, []).append(consumer)
-    sites: list[Site] = []
-    refused: list[LeftAlone] = []
-    for (value, dim, in_channels, _), consumers in groups.items():
-        known = known_of[value]
-        site = Site(
-            value,
-            dim,
-            in_channels,
-            tuple(consumers),
-            rms=known.rms or 1.0,
-            nonnegative=known.nonnegative,
-        )
-        by_channels: dict[int, list[Consumer]] = {}
-        notes: dict[int, str] = {}
-        for consumer in consumers:
-            settled, text = _settle(site, consumer.layer, options)
-            if settled is None:
-                refused.append(LeftAlone(consumer.layer, consumer.kind, text))
-            else:
-                by_channels.setdefault(settled, []).append(consumer)
-                notes[settled] = text
-        for settled, members in by_channels.items():
-            decided = dataclasses.replace(
-                site,
-                consumers=tuple(members),
-                out_channels=settled,
-                name=_free_name(value, sites),
-                note=notes[settled],
-            )
-            sites.append(decided)
-    return sites, refused
-
-
-def _settle(site: Site, layer: str, options: Options) -> tuple[int | None, str]:
-    """The channels for one layer and a note on them, or None and the reason."""
-    wanted = wanted_channels(options.channels, site, layer)
-    if wanted is None:
-        return None, "not named in channels"
-    found = nearest_divisor(site.in_channels, wanted, options.align)
-    if found is None:
-        return None, f"in_channels={site.in_channels} is prime: only 1 and itself divide it"
-    if found == site.in_channels:
-        return None, f"channels={found} equals in_channels: nothing to reduce"
-    exact = float(wanted).is_integer()
-    if exact and found != wanted:
-        aligned = options.align and found % options.align == 0
-        why = f", a multiple of {options.align}" if aligned else ""
-        return found, f"{wanted:g} wanted, {found} is the nearest divisor{why}"
-    return found, ""
-
-
-def _free_name(value: str, sites: Iterable[Site]) -> str:
-    taken = {site.name for site in sites}
-    names = (value, *(f"{value}_{count}" for count in range(1, len(taken) + 1)))
-    return next(name for name in names if name not in taken)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lean_fx.errors import ArgumentError
-from lean_fx.passes.insert_reductions import Site
+from lean_fx.passes.sites import Site
 from lean_fx.reduction import divisors
 
 #: A number, a fraction, ``"sqrt"`` or ``"tenth"``.

@@ -16,40 +16,21 @@ from torch import nn
 
 from lean_fx.errors import PassError
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
-def _conv(layer: _Conv, in_channels: int) -> nn.Module:
+def _conv(layer: nn.Module, in_channels: int) -> nn.Module:
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    names = (*_CONV_SETTINGS, "output_padding") if transposed else _CONV_SETTINGS
+    weight = layer.get_parameter("weight")
     return type(layer)(
         in_channels,
         layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]
-        stride=layer.stride,  # type: ignore[arg-type]
-        padding=layer.padding,  # type: ignore[arg-type]
-        dilation=layer.dilation,  # type: ignore[arg-type]
-        groups=layer.groups,
+        layer.kernel_size,
         bias=layer.bias is not None,
-        padding_mode=layer.padding_mode,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-    )
-
-
-def _conv_transpose(layer: _ConvTranspose, in_channels: int) -> nn.Module:
-    return type(layer)(
-        in_channels,
-        layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]
-        stride=layer.stride,  # type: ignore[arg-type]
-        padding=layer.padding,  # type: ignore[arg-type]
-        output_padding=layer.output_padding,  # type: ignore[arg-type]
-        dilation=layer.dilation,  # type: ignore[arg-type]
-        groups=layer.groups,
-        bias=layer.bias is not None,
-        padding_mode=layer.padding_mode,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
+        device=weight.device,
+        dtype=weight.dtype,
+        **{name: getattr(layer, name) for name in names},
     )
 
 
@@ -68,9 +49,9 @@ REBUILDERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv1d: _conv,
     nn.Conv2d: _conv,
     nn.Conv3d: _conv,
-    nn.ConvTranspose1d: _conv_transpose,
-    nn.ConvTranspose2d: _conv_transpose,
-    nn.ConvTranspose3d: _conv_transpose,
+    nn.ConvTranspose1d: _conv,
+    nn.ConvTranspose2d: _conv,
+    nn.ConvTranspose3d: _conv,
     nn.Linear: _linear,
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture import capture
+from lean_fx.deciding import Options, make_plan
 from lean_fx.errors import ArgumentError, LeanWarning
 from lean_fx.passes import (
     FindConsumers,
@@ -22,7 +23,7 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
 )
-from lean_fx.planning import Options, Plan, make_plan
+from lean_fx.planning import Plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
 from lean_fx.registry import ReductionFactory, reduction_factory
 

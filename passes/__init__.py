@@ -9,10 +9,11 @@ if __name__ != "lean_fx.passes":
 from lean_fx.passes.base import Facts, Pass, Pipeline, facts
 from lean_fx.passes.find_consumers import FindConsumers, Read
 from lean_fx.passes.infer_sign import InferSign
-from lean_fx.passes.insert_reductions import Consumer, InsertReductions, Site
+from lean_fx.passes.insert_reductions import InsertReductions
 from lean_fx.passes.measure_scale import MeasureScale
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.propagate_shapes import PropagateShapes
+from lean_fx.passes.sites import Consumer, Site
 from lean_fx.passes.track_channels import Channels, TrackChannels
 from lean_fx.passes.track_writes import TrackWrites
 

@@ -36,7 +36,6 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -45,65 +44,13 @@ from torch.fx import GraphModule, Node
 from lean_fx.errors import PassError, PlanError
 from lean_fx.passes.base import Pass, add_module, forget_facts
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
+from lean_fx.passes.sites import Consumer, Site
 from lean_fx.passes.track_channels import view_sizes
 from lean_fx.rebuild import REBUILDERS, input_channels, rebuild
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
 _POSITIONS = 1024  # of the sample: a relative error of the mean square of about 3 %
-
-
-@dataclass(frozen=True)
-class Consumer:
-    """A layer that reads the value of a site.
-
-    Attributes:
-        layer: its qualified name.
-        kind: its type, such as ``"Conv2d"``.
-        node: the node that calls it.
-        spread: the features it reads of each channel: 1, or H*W behind a flatten.
-        path: the nodes between the value and the layer, in order.
-        weights: the number of its weights that are multiplied with the input, before.
-    """
-
-    layer: str
-    kind: str
-    node: str
-    spread: int = 1
-    path: tuple[str, ...] = ()
-    weights: int = 0
-
-
-@dataclass(frozen=True)
-class Site:
-    """A value, and the layers that share one reduction of it.
-
-    Attributes:
-        value: the node that gives the value.
-        dim: the axis of its channels.
-        in_channels: C_in.
-        consumers: the layers, in the order in which they are called.
-        out_channels: C', or None while it is not decided.
-        name: of the reduction: ``reductions.<name>`` in the result, unless that is taken.
-        rms: the root mean square of the value for inputs of unit variance; 1 where not measured.
-        nonnegative: whether the value is proved to have no element below 0.
-        note: what the user should know, such as the nearest divisor that was taken.
-    """
-
-    value: str
-    dim: int
-    in_channels: int
-    consumers: tuple[Consumer, ...]
-    out_channels: int | None = None
-    name: str = ""
-    rms: float = 1.0
-    nonnegative: bool = False
-    note: str = ""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The qualified names of the layers."""
-        return tuple(consumer.layer for consumer in self.consumers)
 
 
 class InsertReductions(Pass):
@@ -138,8 +85,9 @@ class InsertReductions(Pass):
             make_reduction(self.reduction, site.in_channels, site.out_channels or 0, site.dim)
             for site in todo
         ]
+        nodes = {node.name: node for node in graph_module.graph.nodes}
         for site, module in zip(todo, made, strict=True):
-            _insert(graph_module, site, module)
+            _insert(graph_module, site, module, nodes)
         if todo:
             forget_facts(graph_module)
         return bool(todo)
@@ -197,9 +145,10 @@ def _check(
             source = next(iter(source.all_input_nodes), None)
 
 
-def _insert(graph_module: GraphModule, site: Site, module: nn.Module) -> None:
+def _insert(
+    graph_module: GraphModule, site: Site, module: nn.Module, nodes: Mapping[str, Node]
+) -> None:
     graph = graph_module.graph
-    nodes = {node.name: node for node in graph.nodes}
     calls = [nodes[consumer.node] for consumer in site.consumers]
     assert site.out_channels is not None
 

@@ -22,8 +22,8 @@ LAYERS = (
         "lean_fx.rebuild",
     },
     {"lean_fx.passes"},
-    {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.transform"}
-    | {"lean_fx.export", "lean_fx"},
+    {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
+    | {"lean_fx.transform", "lean_fx.export", "lean_fx"},
     {"lean_fx.measure"},
     {"lean_fx.experiment"},
 )

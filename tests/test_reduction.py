@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lean_fx import LeanReduction, lean_reduction, power_iteration_embedding
 from lean_fx.errors import ArgumentError, LeanError
-from lean_fx.reduction import checking_signs, divisors
+from lean_fx.functional import checking_signs
+from lean_fx.reduction import divisors
 from reference import algorithm_2, reduce_all
 
 OPTIONS = {
@@ -42,7 +43,7 @@ def cases(draw):
 def runs(x, seed, dim, **options):
     """The reduction on its two ways: hand-written where that applies, and plain as when traced."""
     yield lean_reduction(x, seed, dim, **options)
-    with mock.patch("lean_fx.reduction._runs_eagerly", return_value=False):
+    with mock.patch("lean_fx.functional._runs_eagerly", return_value=False):
         yield lean_reduction(x, seed, dim, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shlex
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lean_fx.errors import LeanError, require
+from lean_fx.experiment import comparison
+from lean_fx.experiment.datasets import Dataset
 from lean_fx.measure.report import Report
 
 
@@ -29,6 +32,32 @@ def command_line() -> str:
     if shown.is_relative_to(Path.cwd()):
         shown = shown.relative_to(Path.cwd())
     return shlex.join(["python", str(shown), *sys.argv[1:]])
+
+
+def experiment_parser(description: str, epochs: int, out: str) -> argparse.ArgumentParser:
+    """A parser with the options of the main job: baseline, LEAN and control on some data."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--channels", type=int, default=10, help="C' of every reduction")
+    parser.add_argument("--reduction", default="lean", help="lean, or another registered name")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=out, help="folder for the nets and the report")
+    return parser
+
+
+def run_experiment(data: Dataset, args: argparse.Namespace, title: str) -> None:
+    """Run the main job with the options of :func:`experiment_parser`, and show its report."""
+    from lean_fx.experiment.training import Settings
+
+    report = comparison.run(
+        comparison.paper_arms(data, args.channels, args.reduction, args.seed),
+        data,
+        Settings(epochs=args.epochs, seed=args.seed),
+        args.out,
+        title=title,
+        command=command_line(),
+    )
+    show(report, args.out)
 
 
 def show(report: Report, folder: str | Path) -> None:

@@ -1,0 +1,58 @@
+"""What InsertReductions acts on: a value, and the layers that read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that reads the value of a site.
+
+    Attributes:
+        layer: its qualified name.
+        kind: its type, such as ``"Conv2d"``.
+        node: the node that calls it.
+        spread: the features it reads of each channel: 1, or H*W behind a flatten.
+        path: the nodes between the value and the layer, in order.
+        weights: the number of its weights that are multiplied with the input, before.
+    """
+
+    layer: str
+    kind: str
+    node: str
+    spread: int = 1
+    path: tuple[str, ...] = ()
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value, and the layers that share one reduction of it.
+
+    Attributes:
+        value: the node that gives the value.
+        dim: the axis of its channels.
+        in_channels: C_in.
+        consumers: the layers, in the order in which they are called.
+        out_channels: C', or None while it is not decided.
+        name: of the reduction: ``reductions.<name>`` in the result, unless that is taken.
+        rms: the root mean square of the value for inputs of unit variance; 1 where not measured.
+        nonnegative: whether the value is proved to have no element below 0.
+        note: what the user should know, such as the nearest divisor that was taken.
+    """
+
+    value: str
+    dim: int
+    in_channels: int
+    consumers: tuple[Consumer, ...]
+    out_channels: int | None = None
+    name: str = ""
+    rms: float = 1.0
+    nonnegative: bool = False
+    note: str = ""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The qualified names of the layers."""
+        return tuple(consumer.layer for consumer in self.consumers)

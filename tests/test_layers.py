@@ -16,6 +16,7 @@ LAYERS = (
     {"lean_fx.errors", "lean_fx.files"},
     {
         "lean_fx.walk",
+        "lean_fx.functional",
         "lean_fx.reduction",
         "lean_fx.controls",
         "lean_fx.registry",

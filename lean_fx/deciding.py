@@ -110,7 +110,9 @@ def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str])
     }
 
     def within_called(name: str) -> bool:
-        return any(name == each or name.startswith(f"{each}.") for each in called)
+        """Whether a call reaches the layer: its own, or that of a module that holds it."""
+        parts = name.split(".")
+        return any(".".join(parts[:length]) in called for length in range(1, len(parts) + 1))
 
     return [
         LeftAlone(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
 from torch.nn.parameter import is_lazy
@@ -85,6 +86,9 @@ def capture(model: nn.Module, inputs: Sequence[Any] = ()) -> GraphModule:
             f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
             "depends on values out of forward, or leanify its submodules one by one"
         ) from error
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
+            node.type = None
     for hooks in _ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
     stuck = [n for n in graph.nodes if facts(n).follows_mode and not can_follow_mode(n)]
@@ -98,6 +102,26 @@ def capture(model: nn.Module, inputs: Sequence[Any] = ()) -> GraphModule:
         )
     ModularizeCalls()(captured)
     return captured
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as the tuple of a model's positional inputs.
+
+    Raises:
+        ArgumentError: they are neither a tensor nor a tuple or list.
+
+    Example:
+        >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
+        [torch.Size([2, 3])]
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs)
+    raise ArgumentError(
+        f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a tuple; "
+        "give one tensor, or a tuple of the positional inputs"
+    )
 
 
 def _check(model: nn.Module) -> None:

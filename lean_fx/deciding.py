@@ -178,11 +178,10 @@ def _settle(site: Site, layer: str, options: Options) -> tuple[int | None, str]:
         return None, f"in_channels={site.in_channels} is prime: only 1 and itself divide it"
     if found == site.in_channels:
         return None, f"channels={found} equals in_channels: nothing to reduce"
-    exact = float(wanted).is_integer()
-    if exact and found != wanted:
+    if abs(found - wanted) >= 1:
         aligned = options.align and found % options.align == 0
         why = f", a multiple of {options.align}" if aligned else ""
-        return found, f"{wanted:g} wanted, {found} is the nearest divisor{why}"
+        return found, f"{wanted:.3g} wanted, {found} is the nearest divisor{why}"
     return found, ""
 
 

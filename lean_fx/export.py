@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, ExportError, require
 from lean_fx.files import replacing
-from lean_fx.transform import as_inputs
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def export_onnx(
@@ -52,7 +56,9 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"export_onnx: model={type(model).__name__} object is not a module")
-    if opset is not None and (not isinstance(opset, int) or opset < 1):
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"export_onnx: path={path!r} is no path; give the name of a file")
+    if opset is not None and (type(opset) is not int or opset < 1):
         raise ArgumentError(f"export_onnx: opset={opset!r} is not an int of 1 or more")
     require("onnx", purpose="export")
     require("onnxscript", purpose="export")
@@ -60,6 +66,7 @@ def export_onnx(
     if len({value.shape[0] for value in inputs}) > 1:
         sizes = ", ".join(str(value.shape[0]) for value in inputs)
         raise ArgumentError(f"example_inputs: batches of {sizes} differ; give one batch size")
+    _check_runs(model, inputs)
     batch = torch.export.Dim("batch", min=1)
     with replacing(path) as part, _evaluating(model), _quiet():
         try:
@@ -73,7 +80,7 @@ def export_onnx(
                 verbose=False,
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(_COLOURS.sub("", str(error)).split())[:300]
             raise ExportError(
                 f"export_onnx: {type(model).__name__} cannot be exported "
                 f"({type(error).__name__}: {reason}); try it with torch.onnx.export first"
@@ -96,6 +103,20 @@ def _batch(value: Any) -> torch.Tensor:
     return torch.cat([value, value]) if value.shape[0] == 1 else value
 
 
+def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Run a copy once: the exporter's own word on inputs that do not fit is hard to read."""
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(list(value.shape)) for value in inputs) or "none"
+        reason = " ".join(str(error).split())
+        raise ArgumentError(
+            f"example_inputs: {type(model).__name__} cannot run on {shapes} ({reason}); give "
+            "inputs of the shape and dtype that the model takes"
+        ) from error
+
+
 def _names(stem: str, count: int) -> list[str]:
     return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
 
@@ -114,13 +135,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's remarks on its own insides off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -72,6 +72,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Check that files can be made in a folder, before long work that ends in one.
+
+    Raises:
+        WriteError: they cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WriteError(
+            f"{folder}: cannot be written ({error.strerror}); give a folder that you may write to"
+        ) from error
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder and those above it, if they are not there yet.
 

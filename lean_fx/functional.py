@@ -136,6 +136,10 @@ def lean_reduction(
                 iterations=iterations,
                 tol=tol,
             )
+    if not x.is_floating_point():
+        raise ArgumentError(f"lean_reduction: x is {x.dtype}; give floating-point values")
+    if not -x.dim() <= dim < x.dim():
+        raise ArgumentError(f"lean_reduction: dim={dim} is no axis of x, which has {x.dim()}")
     axis = dim % x.dim()
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seed = seed.to(wide.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import capture
+from lean_fx.capture import as_inputs, capture
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.passes import Consumer, InsertReductions, Site
 from lean_fx.reduction import check_channels
@@ -68,22 +68,22 @@ class Plan:
     reduction: str | ReductionFactory = "lean"
     parameters: int = 0
 
-    def apply(self, model: nn.Module, example_inputs: Sequence[Any] = ()) -> GraphModule:
+    def apply(self, model: nn.Module, example_inputs: Any = ()) -> GraphModule:
         """Make the reduced model.
 
         Args:
             model: the model that the plan was made from, or another instance of it; it is copied.
-            example_inputs: a tuple, as the plan was made with; matters only for a model with
-                optional inputs.
+            example_inputs: as the plan was made with; they matter only for a model with optional
+                inputs.
 
         Returns:
-        An ordinary module (a GraphModule) with the plan in its ``meta["lean_fx.plan"]``;
-        deepcopy keeps that, pickle does not.
+            An ordinary module (a GraphModule) with the plan in its ``meta["lean_fx.plan"]``;
+            deepcopy keeps that, pickle does not.
 
         Raises:
             PlanError: the plan does not fit the model.
         """
-        return self.apply_to_graph(capture(model, example_inputs))
+        return self.apply_to_graph(capture(model, as_inputs(example_inputs)))
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
         """As :meth:`apply`, in place, to a model that has been captured already."""
@@ -130,6 +130,8 @@ class Plan:
             sites = [_site_from(entry) for entry in content.pop("sites")]
             left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
             plan = Plan(sites=tuple(sites), left_alone=tuple(left), **content)
+            for part in (plan, *left):
+                _check_types(part)
         except (TypeError, KeyError, AttributeError, ArgumentError) as error:
             raise PlanError(
                 f"plan: a part is missing or unknown ({error}); make it anew"
@@ -191,16 +193,24 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
+def _check_types(part: Any) -> None:
+    """Check the plain fields of a dataclass by their annotations."""
+    kinds = {"str": str, "int": int, "int | None": int, "float": float | int, "bool": bool}
+    for field in dataclasses.fields(part):
+        kind, value = kinds.get(str(field.type)), getattr(part, field.name)
+        if kind is not None and (not isinstance(value, kind) or type(value) is bool is not kind):
+            raise TypeError(f"{field.name}={value!r} is not {field.type}")
+
+
 def _site_from(entry: dict[str, Any]) -> Site:
     consumers = [
         Consumer(**{**each, "path": tuple(each["path"])}) for each in entry.pop("consumers")
     ]
     site = Site(consumers=tuple(consumers), **entry)
-    numbers = [site.dim, site.in_channels, site.out_channels, *(c.spread for c in consumers)]
+    for part in (site, *consumers):
+        _check_types(part)
     texts = [site.value, site.name, *(t for c in consumers for t in (c.layer, c.node, *c.path))]
-    if not consumers or not all(type(number) is int for number in numbers):
-        raise TypeError(f"site {site.value!r} has no consumers, or a number that is no int")
-    if not all(isinstance(text, str) and text for text in texts):
-        raise TypeError(f"site {site.value!r} has a name that is no text")
+    if not consumers or not all(isinstance(text, str) and text for text in texts):
+        raise TypeError(f"site {site.value!r} has no consumers, or a part without a name")
     check_channels("site", site.in_channels, site.out_channels or 0)
     return site

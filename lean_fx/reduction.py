@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from lean_fx.errors import ArgumentError
 from lean_fx.functional import Normalize, Scale, Split, lean_reduction
+
+# torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
+torch.fx.wrap("lean_reduction")
 
 SeedShape = Literal["vector", "matrix"]
 SeedInit = Literal["normal", "uniform", "ones"]
@@ -159,7 +163,20 @@ use 1, 2, 4 or 8
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reduce ``x``; see :func:`lean_reduction`."""
+        """Reduce ``x``; see :func:`~lean_fx.lean_reduction`.
+
+        Raises:
+            ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
+        """
+        if (
+            isinstance(x, Tensor)
+            and -x.dim() <= self.dim < x.dim()
+            and x.shape[self.dim] != self.in_channels
+        ):
+            raise ArgumentError(
+                f"LeanReduction: axis {self.dim} of {list(x.shape)} is not "
+                f"in_channels={self.in_channels}; give such values, or another dim"
+            )
         return lean_reduction(
             x,
             self.seed,

@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import capture
+from lean_fx.capture import as_inputs, capture
 from lean_fx.deciding import Options, make_plan
 from lean_fx.errors import ArgumentError, LeanWarning
 from lean_fx.passes import (
@@ -72,6 +71,7 @@ def leanify(
         CaptureError: the model cannot be traced.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 50, 3), nn.ReLU(), nn.Conv2d(50, 100, 3))
         >>> lean = leanify(model, torch.rand(2, 3, 16, 16), channels=10)
         >>> lean
@@ -146,26 +146,6 @@ def _analysed(model: nn.Module, example_inputs: Any) -> GraphModule:
         passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
     Pipeline(passes)(captured)
     return captured
-
-
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as the tuple of a model's positional inputs.
-
-    Raises:
-        ArgumentError: they are neither a tensor nor a tuple or list.
-
-    Example:
-        >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
-        [torch.Size([2, 3])]
-    """
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs)
-    raise ArgumentError(
-        f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a tuple; "
-        "give one tensor, or a tuple of the positional inputs"
-    )
 
 
 def _options(

@@ -7,6 +7,7 @@ cost does not grow with the size of the inputs and no buffer (such as a running 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,8 +59,14 @@ class PropagateShapes(Pass):
         ]
         # Behind an operation whose shape depends on numbers, no shape is known.
         unknown = (DataDependentOutputException, DynamicOutputShapeException)
-        with mode, torch.no_grad(), contextlib.suppress(*unknown):
-            _ShapeWriter(graph_module, mode).run(*fakes)
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
+        try:
+            with mode, torch.no_grad(), contextlib.suppress(*unknown):
+                _ShapeWriter(graph_module, mode).run(*fakes)
+        finally:
+            logger.setLevel(level)
         return False
 
 

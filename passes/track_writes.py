@@ -7,7 +7,7 @@ value that they see is still what it was.
 Rules:
 
 1. A call writes if it is an in-place method or function (a trailing underscore), an in-place
-   operator, or has ``inplace=True`` or ``out=``.
+   operator, sets an item, or has ``inplace=True`` or ``out=``.
 2. A call that writes, and a call that may return a view, share storage with their first argument.
    Dropout is among them: in eval it may return its input itself.
 """
@@ -28,10 +28,12 @@ from lean_fx.passes.base import Pass, called, facts
 _VIEWS: set[Any] = {
     *(nn.Identity, nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.permute),
     *(torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split),
-    *(torch.narrow, operator.getitem),
+    *(torch.narrow, torch.select, torch.detach, torch.t, torch.unbind, torch.swapaxes),
+    *(torch.swapdims, torch.unflatten, torch.diagonal, torch.real, operator.getitem, getattr),
     *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
     *("chunk", "split", "narrow", "expand", "movedim", "detach", "float", "t", "to", "unflatten"),
     *("swapaxes", "swapdims", "view_as", "expand_as", "reshape_as", "select", "unbind"),
+    *("diagonal", "unfold", "type", "half", "double", "moveaxis", "tensor_split", "as_strided"),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
 }
@@ -63,6 +65,8 @@ def _writes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     return (
         (name.endswith("_") and not name.endswith("__"))
+        or name == "__setitem__"
+        or (name.startswith("__i") and name != "__invert__")
         or node.target in _IN_PLACE_OPERATORS
         or node.kwargs.get("inplace") is True
         or "out" in node.kwargs

@@ -63,6 +63,12 @@ def test_grid_errors(arguments, message):
     assert str(caught.value).startswith(message)
 
 
+def test_what_cannot_be_made_is_told_before_anything_is_trained(tmp_path):
+    with pytest.raises(ArgumentError, match="channels of conv2: 60 is above its 50 input channels"):
+        run_grid(grid("60", "", "0", 1), small_digits(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rows_that_are_there_are_not_run_again(tmp_path: Path, monkeypatch, capfd):
     data, settings = small_digits(), grid("10", "slice,narrow", "0", 1)
     rows = run_grid(settings, data, tmp_path)

@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from lean_fx.errors import WriteError
-from lean_fx.files import make_folder, replacing, write_text
+from lean_fx.files import check_writable, make_folder, replacing, write_text
 
 
 def test_an_existing_file_stays_whole_when_writing_fails(tmp_path):
@@ -30,6 +30,13 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     (tmp_path / "b.txt").write_text("text")
     modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("a.txt", "b.txt")]
     assert modes[0] == modes[1]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(WriteError, match="no: cannot be written .No such file or directory.; give"):
+        check_writable(tmp_path / "no")
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import pickle
 
 import pytest
 import torch
@@ -454,3 +455,97 @@ def test_an_optional_input_that_is_given_is_needed():
     assert not torch.equal(lean(x, mask), lean(x, 1 - mask))
     with pytest.raises(PlanError, match="make the plan anew"):
         plan.apply(Optional())
+
+
+class Annotated(nn.Module):
+    """A forward whose annotation is text, as with ``from __future__ import annotations``."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 32), nn.Linear(32, 4)
+
+    def forward(self, x: "Tensor") -> "Tensor":
+        return self.b(F.relu(self.a(x)))
+
+
+def test_a_reduced_model_can_be_pickled():
+    lean = lean_fx.leanify(Annotated())
+    twin = pickle.loads(pickle.dumps(lean))
+    inputs = torch.rand(2, 4)
+    torch.testing.assert_close(twin(inputs), lean(inputs), rtol=0, atol=0)
+
+
+def test_a_reduced_model_can_be_traced_again_by_torch_fx():
+    lean = lean_fx.leanify(Annotated())
+    traced = symbolic_trace(lean)
+    inputs = torch.rand(2, 4)
+    torch.testing.assert_close(traced(inputs), lean(inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.3])
+def test_the_plan_says_what_was_wanted(fraction):
+    model = nn.Sequential(nn.Linear(4, 50), nn.ReLU(), nn.Linear(50, 4))
+    site = lean_fx.plan(model, channels=fraction).sites[0]
+    assert site.note == f"{50 * fraction:.3g} wanted, 10 is the nearest divisor"
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.rand(2, 40, 4), "LeanReduction: axis 1 of [2, 40, 4] is not in_channels=50; give"),
+        (torch.ones(2, 50, dtype=torch.int64), "lean_reduction: x is torch.int64; give floating-"),
+        (torch.rand(50), "lean_reduction: dim=1 is no axis of x, which has 1"),
+    ],
+)
+def test_values_that_a_reduction_cannot_take(x, message):
+    with pytest.raises(ArgumentError) as caught:
+        lean_fx.LeanReduction(50, 10)(x)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.mT.sub_(5.0),
+        lambda y: torch.select(y, 0, 0).sub_(5.0),
+        lambda y: torch.detach(y).sub_(5.0),
+        lambda y: y.__setitem__(0, -1.0),
+    ],
+)
+def test_writes_through_every_view_undo_a_proof(change):
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        change(y)
+        return self.b(y)
+
+    model = Net(forward, a=nn.Linear(4, 32), b=nn.Linear(32, 4)).requires_grad_(True)
+    try:
+        plan = lean_fx.plan(model)
+    except CaptureError:
+        return  # torch.fx does not trace it
+    assert not plan.sites[0].nonnegative
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (torch.rand(2, 5), {}, "example_inputs: Annotated cannot run on [2, 5] ("),
+        ((), {}, "example_inputs: Annotated cannot run on none ("),
+        (torch.rand(2, 4), {"opset": True}, "export_onnx: opset=True is not an int of 1 or more"),
+        (torch.rand(2, 4), {"path": None}, "export_onnx: path=None is no path; give the name of "),
+    ],
+)
+def test_what_cannot_be_exported(inputs, options, message, tmp_path, capfd):
+    arguments = {"path": tmp_path / "a.onnx", "example_inputs": inputs, **options}
+    with pytest.raises(ArgumentError) as caught:
+        lean_fx.export_onnx(Annotated(), **arguments)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_planning_on_inputs_that_do_not_fit_prints_nothing(capfd):
+    with pytest.raises(ArgumentError):
+        lean_fx.plan(Annotated(), torch.rand(2, 5))
+    assert capfd.readouterr() == ("", "")

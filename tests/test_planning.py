@@ -65,6 +65,17 @@ def edited(change):
         (edited(lambda c: c.pop("sites")), "plan: a part is missing or unknown ('sites')"),
         (edited(lambda c: c.update(more=1)), "plan: a part is missing or unknown ("),
         (edited(lambda c: c["sites"][0].pop("dim")), "plan: a part is missing or unknown ("),
+        (edited(lambda c: c.update(parameters="abc")), "plan: a part is missing or unknown (param"),
+        (edited(lambda c: c.update(model=5)), "plan: a part is missing or unknown (model=5"),
+        (
+            edited(lambda c: c["sites"][0].update(note=5)),
+            "plan: a part is missing or unknown (note",
+        ),
+        (
+            edited(lambda c: c["sites"][0].update(consumers=[])),
+            "plan: a part is missing or unknown (",
+        ),
+        (edited(lambda c: c["sites"][0].update(out_channels=None)), "plan: a part is missing or "),
     ],
 )
 def test_texts_that_are_no_plan(text, message):

@@ -21,6 +21,7 @@ from lean_fx.experiment.comparison import (
     export_and_time,
     lean_net,
     narrow_net,
+    require_all,
 )
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import is_first_process, leave_to_first_process
@@ -70,7 +71,8 @@ class Row:
         latency_ms: median of one picture in ONNX Runtime, 1 thread.
         latency_q1_ms: lower quartile.
         latency_q3_ms: upper quartile.
-        latency_ratio: to the baseline, timed in turn with it; below 1 is faster.
+        latency_ratio: to the baseline, timed in turn with it in the same run; below 1 is faster.
+            Compare rows by this: the milliseconds of different rows come from different runs.
     """
 
     reduction: str
@@ -144,6 +146,9 @@ def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[R
     rows = {row.setting: row for row in read_rows(file)} if file.exists() else {}
     wanted = list(settings)
     missing = [setting for setting in wanted if setting not in rows]
+    require_all()
+    for setting in missing:
+        _net(setting, data)  # what cannot be made is told before anything is trained
     for number, setting in enumerate(missing, start=1):
         if is_first_process():
             print(f"{number}/{len(missing)} {setting}", file=sys.stderr, flush=True)
@@ -231,6 +236,7 @@ def show_rows(rows: Sequence[Row], folder: Path) -> None:
     figure = _picture(rows)
     with replacing(folder / "ablation.png") as part:
         figure.savefig(part, format="png", dpi=150)
+    print("ratio: of the latency to the baseline's, timed in turn; ms of rows differ by run")
     print(f"ablation.csv and ablation.png are in {folder}/")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lean_fx.errors import require
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths
 from lean_fx.experiment.processes import (
@@ -121,6 +122,7 @@ def run(
     """
     from lean_fx.experiment.training import measure_test_energy, train
 
+    require_all()
     target = make_folder(folder)
     histories: dict[str, tuple[Epoch, ...]] = {}
     for number, (name, model) in enumerate(arms.items(), start=1):
@@ -157,6 +159,18 @@ def run(
     )
     report.save(target)
     return report
+
+
+def require_all() -> None:
+    """Check that everything is installed that is needed after the training.
+
+    Raises:
+        MissingDependencyError: something is not.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, purpose="export and timing")
+    for module in ("rich", "matplotlib"):
+        require(module, extra="examples", purpose="the report")
 
 
 def export_and_time(

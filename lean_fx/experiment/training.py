@@ -25,7 +25,7 @@ from lean_fx.experiment.batches import batches
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import Processes, is_first_process, processes
 from lean_fx.experiment.resuming import read_checkpoint, unpack_history
-from lean_fx.files import make_folder
+from lean_fx.files import check_writable, make_folder
 from lean_fx.measure.energy import Energy, EnergyMeter
 from lean_fx.measure.report import Epoch
 
@@ -127,7 +127,7 @@ def train(
         ArgumentError: the checkpoint there was made otherwise, or there is no such accelerator,
             or not enough of them for the processes of this machine.
         DataError: the checkpoint there cannot be read, or is not the one of the first process.
-        WriteError: ``folder`` cannot be made.
+        WriteError: ``folder`` cannot be made or written to.
         SystemExit: Ctrl-C was pressed.
 
     Example::
@@ -136,6 +136,7 @@ def train(
             history = train(PaperNet(), stl10("data"), Settings(), "runs/baseline", meter=meter)
     """
     last = make_folder(folder) / "last.ckpt"
+    check_writable(last.parent)
     made_with = {
         "name": name,
         "data": f"{data.name} ({len(data.train_y)} train, {len(data.test_y)} test)",

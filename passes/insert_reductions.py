@@ -50,7 +50,7 @@ from lean_fx.rebuild import REBUILDERS, input_channels, rebuild
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
-_POSITIONS = 256  # of the sample: a relative error of the root mean square of a few percent
+_POSITIONS = 1024  # of the sample: a relative error of the root mean square of a few percent
 
 
 class InsertReductions(Pass):

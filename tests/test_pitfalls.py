@@ -388,7 +388,7 @@ def test_a_reduction_that_does_not_reduce():
             return x
 
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
-    with pytest.raises(PlanError, match="^plan: Nothing makes .256, 32. of .256, 32., not "):
+    with pytest.raises(PlanError, match="^plan: Nothing makes .1024, 32. of .1024, 32., not "):
         lean_fx.leanify(model, reduction=Nothing)
 
 

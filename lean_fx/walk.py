@@ -35,20 +35,28 @@ zero there too, so the output and the gradient through it are zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import threshold
 
-# Bytes of x in one block, for each thread: smaller ones cost more calls than the cache gives back.
-_BLOCK_BYTES = 1024 * 1024
+# Bytes of X (and of G, where it is formed) in one block, for each thread: smaller blocks cost more
+# calls than the cache gives back.
+_BLOCK_BYTES = 2 * 1024 * 1024
 
 
 def without_zeros(divisor: Tensor) -> Tensor:
     """A divisor of 0 or more with its zeros (and denormals, whose inverse overflows) made 1."""
-    return divisor.masked_fill(divisor <= torch.finfo(divisor.dtype).tiny, 1.0)
+    positive: Tensor = threshold(divisor, torch.finfo(divisor.dtype).tiny, 1.0)
+    return positive
+
+
+def without_zeros_(divisor: Tensor) -> Tensor:
+    """As :func:`without_zeros`, in place."""
+    positive: Tensor = torch.threshold_(divisor, torch.finfo(divisor.dtype).tiny, 1.0)
+    return positive
 
 
 def absolute_affinity_sums(rows: Tensor) -> Tensor:
@@ -78,78 +86,99 @@ class _ColumnWalk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
         count, preserved, reducible, positions = x.shape
-        y, d, out = (x.new_empty(count, preserved, 1, positions) for _ in range(3))
-        u = x.new_empty(count, 1, reducible, positions)
-        for part in _blocks(x):
+        d, out = (x.new_empty(count, preserved, 1, positions) for _ in range(2))
+        s = x.new_empty(count, 1, 1, positions)
+        # t and u are kept where all that is kept stays below 1.5 times x.
+        room = preserved * reducible // 2 - 2 * preserved - 1
+        t_all = x.new_empty(count, 1, reducible, positions) if 2 * reducible < room else None
+        u_all = x.new_empty(count, 1, reducible, positions) if reducible < room else None
+        parts = _blocks(x, nonnegative)
+        scratch = x.new_empty(x[parts[0]].numel())
+        for part in parts:
             block = x[part].contiguous()
-            product = torch.empty_like(block)
             if nonnegative:
-                t = block.sum(1, keepdim=True)
-                sums = torch.mul(block, t, out=product).sum(2, keepdim=True)
+                t = torch.sum(block, 1, keepdim=True, out=_at(t_all, part))
+                d_part = _sum_of_products(block, t, 2, scratch, d[part])
             else:
-                sums = absolute_affinity_sums(block.permute(0, 3, 1, 2)).mT.unsqueeze(2)
-            d[part] = without_zeros(sums)
-            r = seed.view(-1, 1, 1) / d[part]
-            u[part] = torch.mul(block, r, out=product).sum(1, keepdim=True)
-            y[part] = torch.mul(block, u[part], out=product).sum(2, keepdim=True)
-            out[part] = y[part] / _norm(y[part])
-        # u is kept where all that is kept stays below 1.5 times x.
-        keeps_u = 2 * preserved + reducible < preserved * reducible / 2
-        ctx.save_for_backward(x, seed, y, d, u if keeps_u else None)
+                sums = absolute_affinity_sums(block.permute(0, 3, 1, 2))
+                d_part = d[part].copy_(sums.mT.unsqueeze(2))
+            without_zeros_(d_part)
+            r = seed.view(-1, 1, 1) / d_part
+            u = _sum_of_products(block, r, 1, scratch, _at(u_all, part))
+            y = _sum_of_products(block, u, 2, scratch)
+            s_part = without_zeros_(torch.sum(y.abs(), 1, keepdim=True, out=s[part]))
+            torch.div(y, s_part, out=out[part])
+        ctx.save_for_backward(x, seed, out, d, s, t_all if nonnegative else None, u_all)
         ctx.nonnegative = nonnegative
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, seed, y_all, d_all, u_all = ctx.saved_tensors
+        x, seed, out_all, d_all, s_all, t_all, u_all = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_seed = torch.zeros_like(seed)
-        for part in _blocks(x):
-            block, g, y, d = x[part].contiguous(), grad[part], y_all[part], d_all[part]
-            product = torch.empty_like(block)
+        parts = _blocks(x, ctx.nonnegative)
+        scratch = x.new_empty(x[parts[0]].numel())
+        for part in parts:
+            block, g = x[part].contiguous(), grad[part]
+            out, d, s = out_all[part], d_all[part], s_all[part]
             r = seed.view(-1, 1, 1) / d
-            if u_all is None:
-                u = torch.mul(block, r, out=product).sum(1, keepdim=True)
-            else:
-                u = u_all[part]
+            u = _sum_of_products(block, r, 1, scratch) if u_all is None else u_all[part]
 
-            s = _norm(y)
-            along = (g * y).sum(1, keepdim=True).div_(s)
-            gy = torch.addcmul(g, y.sign(), along, value=-1).div_(s)
-            gu = torch.mul(block, gy, out=product).sum(1, keepdim=True)
-            gr = torch.mul(block, gu, out=product).sum(2, keepdim=True)
-            gv = gr.div_(d)
+            along = (g * out).sum(1, keepdim=True)
+            gy = torch.addcmul(g, out.sign(), along, value=-1).div_(s)
+            gu = _sum_of_products(block, gy, 1, scratch)
+            gv = _sum_of_products(block, gu, 2, scratch).div_(d)
             grad_seed += gv.sum((0, 2, 3))
-            gd = -gv * r
+            gd = gv.mul_(r).neg_()
 
+            gx = grad_x[part]
             if ctx.nonnegative:
-                t = block.sum(1, keepdim=True)
-                gt = torch.mul(block, gd, out=product).sum(1, keepdim=True)
-                torch.addcmul(gt, gd, t, out=product)
+                t = block.sum(1, keepdim=True) if t_all is None else t_all[part]
+                gt = _sum_of_products(block, gd, 1, scratch)
+                torch.addcmul(gt, gd, t, out=gx)
             else:
-                product = _through_absolute_sums(block, gd)
-            product.addcmul_(r, gu)
-            torch.addcmul(product, gy, u, out=grad_x[part])
+                gx.copy_(_through_absolute_sums(block, gd))
+            gx.addcmul_(r, gu).addcmul_(gy, u)
         return grad_x, grad_seed, None
 
 
-def _norm(y: Tensor) -> Tensor:
-    return without_zeros(y.abs().sum(1, keepdim=True))
+def _sum_of_products(
+    block: Tensor, weights: Tensor, axis: int, scratch: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """``(block * weights).sum(axis, keepdim=True)``, the products laid out in ``scratch``.
+
+    They lie with ``axis`` outside the other of axes 1 and 2: whole planes are added fastest.
+    """
+    count, preserved, reducible, positions = block.shape
+    products = scratch[: block.numel()]
+    if axis == 1:
+        products = products.view(block.shape)
+    else:
+        products = products.view(count, reducible, preserved, positions).transpose(1, 2)
+    return torch.sum(torch.mul(block, weights, out=products), axis, keepdim=True, out=out)
+
+
+def _at(values: Tensor | None, part: tuple[slice, ...]) -> Tensor | None:
+    return None if values is None else values[part]
 
 
 def _through_absolute_sums(block: Tensor, gd: Tensor) -> Tensor:
     rows, weights = block.permute(0, 3, 1, 2).contiguous(), gd.permute(0, 3, 1, 2)
     signs = (rows @ rows.mT).sign_()
     signs.mul_(weights + weights.mT)
-    return (signs @ rows).permute(0, 2, 3, 1).contiguous()
+    return (signs @ rows).permute(0, 2, 3, 1)
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[slice, ...]]:
+def _blocks(x: Tensor, nonnegative: bool) -> list[tuple[slice, ...]]:
     """Slices of N, or of P where there is no more than one of N; all at once off the CPU."""
-    count, _, _, positions = x.shape
-    axis, length = (0, count) if count > 1 else (3, positions)
-    each = max(1, x.numel() // max(1, length) * x.element_size())
-    step = max(1, _BLOCK_BYTES * torch.get_num_threads() // each) if x.is_cpu else max(1, length)
-    for start in range(0, length, step):
-        yield (slice(None),) * axis + (slice(start, start + step),)
+    count, preserved, reducible, positions = x.shape
+    axis, length, others = (0, count, positions) if count > 1 else (3, positions, count)
+    each = others * preserved * (reducible if nonnegative else reducible + preserved)
+    step = length
+    if x.is_cpu:
+        step = _BLOCK_BYTES * torch.get_num_threads() // max(1, each * x.element_size())
+    step = max(1, step)
+    whole = (slice(None),) * axis
+    return [(*whole, slice(start, start + step)) for start in range(0, max(1, length), step)]

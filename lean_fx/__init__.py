@@ -8,7 +8,7 @@ Example:
 """
 
 from lean_fx.errors import LeanError, LeanWarning
-from lean_fx.export import export_onnx
+from lean_fx.export import export_onnx, plan_of
 from lean_fx.functional import checking_signs, lean_reduction, power_iteration_embedding
 from lean_fx.passes import Consumer, Site
 from lean_fx.planning import LeftAlone, Plan
@@ -31,6 +31,7 @@ __all__ = [
     "lean_reduction",
     "leanify",
     "plan",
+    "plan_of",
     "power_iteration_embedding",
     "reductions",
     "register_reduction",

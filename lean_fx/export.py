@@ -9,14 +9,24 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from lean_fx.capture import as_inputs
-from lean_fx.errors import ArgumentError, ExportError, require
+from lean_fx.errors import ArgumentError, DataError, ExportError, require
 from lean_fx.files import replacing
+from lean_fx.functional import as_onnx_nodes
+from lean_fx.onnx_function import define_functions
+from lean_fx.parity import first_difference, greatest_difference
+from lean_fx.planning import Plan
+
+Batch = Literal["dynamic", "static"]
+Functions = Literal["keep", "inline"]
+
+_PLAN = "lean_fx.plan"
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -26,25 +36,37 @@ def export_onnx(
     path: str | os.PathLike[str],
     example_inputs: Any,
     *,
+    batch: Batch = "dynamic",
     opset: int | None = None,
+    functions: Functions = "keep",
+    tolerance: float | None = 1e-3,
 ) -> None:
-    """Write a model to an ONNX file with a dynamic batch, in eval mode.
+    """Write a model to an ONNX file, in eval mode.
 
-    Inputs are named ``input`` (or ``input_0``, ``input_1``, ...), likewise outputs; the first axis
-    of each input is the batch. The model's own mode is restored. A file at ``path`` is replaced
-    only when the new one is whole.
+    Every reduction is one node ``LEAN`` of the domain ``lean_fx``, defined in the same file by a
+    function of standard operators. Inputs are named ``input`` (or ``input_0``, ``input_1``, ...);
+    the first axis of each is the batch. A reduced model's plan is stored with it, see
+    :func:`plan_of`. The model's own mode is restored. A file at ``path`` is replaced only when the
+    new one is whole and gives what the model gives.
 
     Args:
         model: a module, such as leanify's result.
         path: where to write; its folder must exist.
         example_inputs: a tensor, or a tuple of the positional inputs, batch first. A batch of 1
             is doubled, since torch's exporter would freeze it.
+        batch: ``"dynamic"``, any batch, checked at 1, 2 and 5; or ``"static"``, that of the
+            example inputs alone.
         opset: the ONNX opset, or None for the exporter's own.
+        functions: ``"keep"`` for LEAN nodes, ``"inline"`` for standard operators alone, for
+            runtimes that know no functions.
+        tolerance: the greatest difference from the model's own outputs, as a fraction of their
+            greatest magnitude, above 0; None to write the file unchecked.
 
     Raises:
         ArgumentError: the inputs are neither a tensor nor a tuple, or one is no batch.
-        ExportError: torch cannot export the model; says why.
-        MissingDependencyError: onnx or onnxscript is not installed.
+        ExportError: torch cannot export the model; says why. Or the file differs from the model;
+            names the first node that does.
+        MissingDependencyError: onnx or onnxscript is not installed; or onnxruntime, for the check.
         WriteError: the path cannot be written.
 
     Example:
@@ -60,47 +82,148 @@ def export_onnx(
         raise ArgumentError(f"export_onnx: path={path!r} is no path; give the name of a file")
     if opset is not None and (type(opset) is not int or opset < 1):
         raise ArgumentError(f"export_onnx: opset={opset!r} is not an int of 1 or more")
-    require("onnx", purpose="export")
-    require("onnxscript", purpose="export")
-    inputs = tuple(_batch(value) for value in as_inputs(example_inputs))
-    if len({value.shape[0] for value in inputs}) > 1:
+    _check_choice("batch", batch, get_args(Batch))
+    _check_choice("functions", functions, get_args(Functions))
+    if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
+        raise ArgumentError(f"export_onnx: tolerance={tolerance!r} is not a float above 0 or None")
+    for package in ("onnx", "onnxscript") + ("onnxruntime",) * (tolerance is not None):
+        require(package, purpose="export")
+    dynamic = batch == "dynamic"
+    inputs = tuple(_batch(value, dynamic) for value in as_inputs(example_inputs))
+    if dynamic and len({value.shape[0] for value in inputs}) > 1:
         sizes = ", ".join(str(value.shape[0]) for value in inputs)
         raise ArgumentError(f"example_inputs: batches of {sizes} differ; give one batch size")
     _check_runs(model, inputs)
-    batch = torch.export.Dim("batch", min=1)
-    with replacing(path) as part, _evaluating(model), _quiet():
-        try:
+    with replacing(path) as part, _evaluating(model):
+        program = _export(model, inputs, dynamic, opset)
+        plan = getattr(model, "meta", {}).get("lean_fx.plan")
+        if plan is not None and isinstance(plan.reduction, str):
+            program.model.metadata_props[_PLAN] = plan.to_json()
+        program.save(part)
+        if functions == "inline":
+            _inline(part)
+        if tolerance is not None:
+            for size in (1, 2, 5) if dynamic else (None,):
+                resized = tuple(_resized(value, size) for value in inputs)
+                _check_parity(model, program, part, resized, tolerance)
+
+
+def plan_of(path: str | os.PathLike[str]) -> Plan:
+    """Read the plan of the reduced model in an ONNX file that :func:`export_onnx` wrote.
+
+    Raises:
+        DataError: there is no such file, it is no ONNX file, or it holds no plan.
+
+    Example:
+        >>> import lean_fx, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "net.onnx"
+        >>> net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> lean = lean_fx.leanify(net, torch.rand(2, 4), channels=4)
+        >>> lean_fx.export_onnx(lean, path, torch.rand(2, 4))
+        >>> lean_fx.plan_of(path) == lean.meta["lean_fx.plan"]
+        True
+    """
+    onnx = require("onnx", purpose="reading plans")
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: there is no such file; give one that export_onnx wrote"
+        ) from error
+    except Exception as error:
+        raise DataError(f"{path}: is no ONNX file; give one that export_onnx wrote") from error
+    for entry in model.metadata_props:
+        if entry.key == _PLAN:
+            return Plan.from_json(entry.value)
+    raise DataError(f"{path}: holds no plan; give the file of a reduced model")
+
+
+def _export(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic: bool, opset: int | None
+) -> torch.onnx.ONNXProgram:
+    size = torch.export.Dim("batch", min=1)
+    try:
+        with _quiet(), as_onnx_nodes():
             program = torch.onnx.export(
                 model,
                 inputs,
                 dynamo=True,
                 opset_version=opset,
                 input_names=_names("input", len(inputs)),
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=tuple({0: size} for _ in inputs) if dynamic else None,
                 verbose=False,
             )
-        except Exception as error:
-            reason = " ".join(_COLOURS.sub("", str(error)).split())[:300]
-            raise ExportError(
-                f"export_onnx: {type(model).__name__} cannot be exported "
-                f"({type(error).__name__}: {reason}); try it with torch.onnx.export first"
-            ) from error
-        assert program is not None
-        found = program.model.opset_imports.get("")
-        if opset is not None and found != opset:
-            raise ExportError(
-                f"export_onnx: opset={opset} cannot be reached, the exporter gives {found}; leave "
-                "opset out, or give that"
-            )
-        program.save(part)
+    except Exception as error:
+        reason = " ".join(_COLOURS.sub("", str(error)).split())[:300]
+        raise ExportError(
+            f"export_onnx: {type(model).__name__} cannot be exported "
+            f"({type(error).__name__}: {reason}); try it with torch.onnx.export first"
+        ) from error
+    assert program is not None
+    found = program.model.opset_imports.get("")
+    if opset is not None and found != opset:
+        raise ExportError(
+            f"export_onnx: opset={opset} cannot be reached, the exporter gives {found}; leave "
+            "opset out, or give that"
+        )
+    define_functions(program.model)
+    return program
 
 
-def _batch(value: Any) -> torch.Tensor:
+def _inline(part: Path) -> None:
+    onnx, inliner = require("onnx", purpose="export"), require("onnx.inliner", purpose="export")
+    onnx.save(inliner.inline_local_functions(onnx.load(part)), part)
+
+
+def _check_parity(
+    model: nn.Module,
+    program: torch.onnx.ONNXProgram,
+    part: Path,
+    inputs: tuple[torch.Tensor, ...],
+    tolerance: float,
+) -> None:
+    batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    try:
+        apart = greatest_difference(model, part, inputs)
+    except ExportError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"export_onnx: {type(model).__name__} cannot run at batch {batch} ({reason}); "
+            "export it with batch='static'"
+        ) from error
+    if apart > tolerance:
+        node = first_difference(program, part, inputs, tolerance)
+        cause = (
+            f"the first node that differs is {node}"
+            if node
+            else "every node does what was captured, so the model acts otherwise from call to call"
+        )
+        raise ExportError(
+            f"export_onnx: at batch {batch} the file differs from {type(model).__name__} by "
+            f"{apart:.2g} of the greatest output, tolerance={tolerance:g}; {cause}; mend it, or "
+            "give a greater tolerance"
+        )
+
+
+def _resized(value: torch.Tensor, size: int | None) -> torch.Tensor:
+    return value if size is None else value[torch.arange(size) % value.shape[0]]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ArgumentError(
+            f"export_onnx: {name}={value!r} is not known; use {' or '.join(choices)}"
+        )
+
+
+def _batch(value: Any, dynamic: bool) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         raise ArgumentError(
             "example_inputs: an input is no tensor with a batch axis; give tensors, batch first"
         )
-    return torch.cat([value, value]) if value.shape[0] == 1 else value
+    return torch.cat([value, value]) if dynamic and value.shape[0] == 1 else value
 
 
 def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -63,6 +63,7 @@ Scale = Literal["sum", "mean", "magnitude"]
 Split = Literal["contiguous", "interleaved"]
 
 _checks_signs = False
+_as_onnx_nodes = False
 
 
 @contextmanager
@@ -86,6 +87,17 @@ leave nonnegative out
         yield
     finally:
         _checks_signs = before
+
+
+@contextmanager
+def as_onnx_nodes() -> Iterator[None]:
+    """Within it, a reduction is one ONNX node LEAN and computes nothing: for export alone."""
+    global _as_onnx_nodes
+    before, _as_onnx_nodes = _as_onnx_nodes, True
+    try:
+        yield
+    finally:
+        _as_onnx_nodes = before
 
 
 def lean_reduction(
@@ -157,6 +169,22 @@ def lean_reduction(
     if not -x.dim() <= dim < x.dim():
         raise ArgumentError(f"lean_reduction: dim={dim} is no axis of x, which has {x.dim()}")
     axis = dim % x.dim()
+    if _as_onnx_nodes:
+        return torch.onnx.ops.symbolic(
+            "lean_fx::LEAN",
+            (x, seed),
+            {
+                "axis": axis,
+                "normalize": normalize,
+                "scale": scale,
+                "split": split,
+                "iterations": iterations,
+                "nonnegative": nonnegative,
+            },
+            dtype=x.dtype,
+            shape=[*x.shape[:axis], seed.shape[0], *x.shape[axis + 1 :]],
+            version=1,
+        )
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seed = seed.to(wide.dtype)
     fused = normalize == "column" and iterations == 1 and seed.dim() == 1

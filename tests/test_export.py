@@ -1,15 +1,24 @@
+import re
 import sys
+from pathlib import Path
 
+import expecttest
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 import lean_fx
+import lean_fx.functional
 from graphs import CHANGED, Residual
-from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
+from lean_fx.errors import ArgumentError, DataError, ExportError, MissingDependencyError, WriteError
+from lean_fx.experiment.models import PaperNet
+from lean_fx.export import _export
+from lean_fx.onnx_function import define_functions
+from lean_fx.parity import first_difference, greatest_difference
 from lean_fx.registry import reductions
 
 
@@ -42,6 +51,218 @@ def test_every_reduction_exports(reduction, tmp_path):
     lean = lean_fx.leanify(Residual(), reduction=reduction)
     lean_fx.export_onnx(lean, tmp_path / "lean.onnx", torch.rand(1, 3, 8, 8))
     check(lean, tmp_path / "lean.onnx", (1, 3, 8, 8))
+
+
+# Options, the shape of the input, the axis of the channels.
+FORMS = [
+    ({}, (2, 12, 4, 3), 1),
+    ({"split": "interleaved", "scale": "mean"}, (2, 12, 4, 3), 1),
+    ({"seed": "matrix", "scale": "magnitude", "iterations": 3}, (2, 12, 4, 3), 1),
+    ({"seed": "matrix", "split": "interleaved", "normalize": "row"}, (2, 12, 4, 3), 1),
+    ({"normalize": "none", "scale": "magnitude"}, (2, 5, 12), -1),
+    ({"normalize": "row", "split": "interleaved", "iterations": 2}, (2, 12), 1),
+    ({"seed": "matrix"}, (2, 5, 12), 2),
+    ({}, (2, 3, 12, 5), 2),
+]
+
+
+@pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
+@pytest.mark.parametrize(("options", "shape", "dim"), FORMS)
+def test_every_form_of_the_function(options, shape, dim, nonnegative, tmp_path):
+    module = lean_fx.LeanReduction(12, 4, dim, **options)
+    module.nonnegative = nonnegative
+    inputs = torch.rand(shape) if nonnegative else torch.randn(shape)
+    inputs[1] = 0
+    lean_fx.export_onnx(module, tmp_path / "lean.onnx", inputs, tolerance=1e-5)
+    found = run(tmp_path / "lean.onnx", inputs)
+    np.testing.assert_allclose(found, module(inputs).detach().numpy(), 1e-4, 1e-5)
+    assert (found[1] == 0).all()
+
+
+@pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.float16, 2e-3)])
+def test_other_dtypes(dtype, apart, nonnegative, tmp_path):
+    module = lean_fx.LeanReduction(12, 4).to(dtype)
+    module.nonnegative = nonnegative
+    inputs = torch.rand(2, 12, 3).to(dtype)
+    inputs[0, :, 1] = 0
+    lean_fx.export_onnx(module, tmp_path / "lean.onnx", inputs, tolerance=apart)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
+@pytest.mark.parametrize(("shape", "dim", "free"), [((2, 5, 12), 2, 1), ((2, 3, 12, 5), 2, 3)])
+def test_two_free_lengths(shape, dim, free, nonnegative):
+    module = lean_fx.LeanReduction(12, 4, dim).eval()
+    module.nonnegative = nonnegative
+    sizes = {0: torch.export.Dim("batch"), free: torch.export.Dim("length")}
+    with lean_fx.functional.as_onnx_nodes():
+        program = torch.onnx.export(
+            module, (torch.rand(shape),), dynamo=True, dynamic_shapes=(sizes,), verbose=False
+        )
+    define_functions(program.model)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    longer = list(shape)
+    longer[0], longer[free] = 3, 7
+    inputs = torch.rand(longer)
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    np.testing.assert_allclose(found, module(inputs).detach().numpy(), 1e-4, 1e-5)
+
+
+def test_each_reduction_is_one_readable_node(tmp_path):
+    inputs = torch.rand(1, 3, 32, 32)
+    lean = lean_fx.leanify(PaperNet(image_size=32), inputs, channels=10)
+    path = tmp_path / "lean.onnx"
+    lean_fx.export_onnx(lean, path, inputs)
+    nodes = onnx.load(path).graph.node
+    assert [node.op_type for node in nodes] == [
+        *("Conv", "Relu", "MaxPool", "LEAN") * 3,
+        "Reshape",
+        "Gemm",
+    ]
+    leans = [node for node in nodes if node.op_type == "LEAN"]
+    assert [node.name for node in leans] == [f"reductions.pool{n}" for n in (1, 2, 3)]
+    expecttest.assert_expected_inline(
+        onnx.printer.to_text(leans[0]),
+        """\
+   ["reductions.pool1"] LEAN = lean_fx.LEAN:10x5_nonnegative <axis: int = 1, normalize: string = "column", scale: string = "sum", split: string = "contiguous", iterations: int = 1, nonnegative: int = 1, matrix_shape: ints = [0, 10, 5, -1], output_shape: ints = [-1, 10, 16, 16]> (max_pool2d, "reductions.pool1.seed")
+""",
+    )
+    functions = {function.overload: function for function in onnx.load(path).functions}
+    assert list(functions) == [f"10x{n}_nonnegative" for n in (5, 10, 15)]
+    expecttest.assert_expected_inline(
+        onnx.printer.to_text(functions["10x5_nonnegative"]),
+        """\
+<
+  domain: "lean_fx",
+  overload: "10x5_nonnegative",
+  opset_import: ["" : 20]
+>
+LEAN <axis,normalize,scale,split,iterations,nonnegative,matrix_shape,output_shape>(x, seed) => (out)
+{
+   tiny = Constant <value: tensor = float {1e-30}> ()
+   axis1 = Constant <value_ints: ints = [1]> ()
+   axis2 = Constant <value_ints: ints = [2]> ()
+   matrix_shape = Constant <value_ints: ints = @matrix_shape> ()
+   X = Reshape (x, matrix_shape)
+   seed_shape = Constant <value_ints: ints = [10, 1, 1]> ()
+   V = Reshape (seed, seed_shape)
+   ones = Constant <value: tensor = float[1,10] {1,1,1,1,1,1,1,1,1,1}> ()
+   flat = Constant <value_ints: ints = [0, 10, -1]> ()
+   summed = Constant <value_ints: ints = [0, 1, 5, -1]> ()
+   X_flat = Reshape (X, flat)
+   X_sum = MatMul (ones, X_flat)
+   t = Reshape (X_sum, summed)
+   d0X = Mul (X, t)
+   d0 = ReduceSum (d0X, axis2)
+   d = Add (d0, tiny)
+   r = Div (V, d)
+   uX = Mul (X, r)
+   uX_flat = Reshape (uX, flat)
+   uX_sum = MatMul (ones, uX_flat)
+   u = Reshape (uX_sum, summed)
+   yX = Mul (X, u)
+   y = ReduceSum (yX, axis2)
+   a = Abs (y)
+   s0 = ReduceSum (a, axis1)
+   s = Add (s0, tiny)
+   V1 = Div (y, s)
+   output_shape = Constant <value_ints: ints = @output_shape> ()
+   out = Reshape (V1, output_shape)
+}""",
+    )
+
+
+def test_inlined_functions_leave_standard_operators(tmp_path):
+    path = tmp_path / "lean.onnx"
+    lean_fx.export_onnx(
+        lean_fx.leanify(Residual()), path, torch.rand(2, 3, 8, 8), functions="inline"
+    )
+    model = onnx.load(path)
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    assert onnxruntime.InferenceSession(path).get_inputs()[0].shape[1:] == [3, 8, 8]
+
+
+def test_the_plan_is_in_the_file(tmp_path):
+    path = tmp_path / "lean.onnx"
+    lean = lean_fx.leanify(Residual(), channels=4)
+    lean_fx.export_onnx(lean, path, torch.rand(2, 3, 8, 8))
+    assert lean_fx.plan_of(path) == lean.meta["lean_fx.plan"]
+    lean_fx.export_onnx(Residual(), path, torch.rand(2, 3, 8, 8))
+    for wrong, rule in (
+        (path, "holds no plan; give the file of a reduced model"),
+        (tmp_path / "no.onnx", "there is no such file; give one that export_onnx wrote"),
+        (Path(__file__), "is no ONNX file; give one that export_onnx wrote"),
+    ):
+        with pytest.raises(DataError, match=rule):
+            lean_fx.plan_of(wrong)
+
+
+class Frozen(nn.Module):
+    """Its exported form keeps what it saw at the export."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return (self.linear(x) * self.calls).relu()
+
+
+def test_a_file_that_differs_is_not_written(tmp_path):
+    path = tmp_path / "net.onnx"
+    with pytest.raises(ExportError) as caught:
+        lean_fx.export_onnx(Frozen(), path, torch.rand(2, 4))
+    assert re.fullmatch(
+        r"export_onnx: at batch \d the file differs from Frozen by [0-9.e+-]+ of the greatest "
+        r"output, tolerance=0.001; every node does what was captured, so the model acts otherwise "
+        r"from call to call; mend it, or give a greater tolerance",
+        str(caught.value),
+    )
+    assert not path.exists()
+    lean_fx.export_onnx(Frozen(), path, torch.rand(2, 4), tolerance=None)
+    assert path.exists()
+
+
+def test_the_first_node_that_differs_is_named(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4), nn.Sigmoid())
+    lean = lean_fx.leanify(model, torch.rand(2, 4), channels=4).eval()
+    inputs = (torch.rand(2, 4),)
+    program = _export(lean, inputs, True, None)
+    path = tmp_path / "net.onnx"
+    program.save(path)
+    assert first_difference(program, path, inputs, 1e-4) is None
+    for wrong, name in (("2.weight", "node_linear_1 (Gemm)"), ("seed", "reductions._1 (LEAN)")):
+        file = onnx.load(path)
+        for value in file.graph.initializer:
+            if value.name.endswith(wrong):
+                changed = numpy_helper.to_array(value)[..., ::-1] + 1
+                value.CopyFrom(numpy_helper.from_array(changed, value.name))
+        onnx.save(file, tmp_path / "wrong.onnx")
+        assert first_difference(program, tmp_path / "wrong.onnx", inputs, 1e-4) == name
+        assert greatest_difference(lean, tmp_path / "wrong.onnx", inputs) > 1e-3
+
+
+def test_a_static_batch(tmp_path):
+    path = tmp_path / "net.onnx"
+    lean_fx.export_onnx(nn.Linear(4, 4), path, torch.rand(1, 4), batch="static")
+    assert onnxruntime.InferenceSession(path).get_inputs()[0].shape == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 3}, "batch=3 is not known; use dynamic or static"),
+        ({"functions": "no"}, "functions='no' is not known; use keep or inline"),
+        ({"tolerance": 0.0}, "tolerance=0.0 is not a float above 0 or None"),
+        ({"opset": "x"}, "opset='x' is not an int of 1 or more"),
+    ],
+)
+def test_wrong_arguments(options, message, tmp_path):
+    with pytest.raises(ArgumentError) as caught:
+        lean_fx.export_onnx(nn.Linear(4, 4), tmp_path / "net.onnx", torch.rand(2, 4), **options)
+    assert str(caught.value) == f"export_onnx: {message}"
 
 
 def test_zero_positions_are_zero_in_the_file_too(tmp_path):

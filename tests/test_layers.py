@@ -17,6 +17,8 @@ LAYERS = (
     {
         "lean_fx.walk",
         "lean_fx.functional",
+        "lean_fx.parity",
+        "lean_fx.onnx_function",
         "lean_fx.reduction",
         "lean_fx.controls",
         "lean_fx.registry",
@@ -29,9 +31,10 @@ LAYERS = (
     {"lean_fx.experiment"},
 )
 OPTIONAL = {
-    "onnx": {"lean_fx.export", "lean_fx.measure"},
+    "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_function", "lean_fx.measure"},
     "onnxscript": {"lean_fx.export"},
-    "onnxruntime": {"lean_fx.export", "lean_fx.measure"},
+    "onnx_ir": {"lean_fx.onnx_function"},
+    "onnxruntime": {"lean_fx.export", "lean_fx.parity", "lean_fx.measure"},
     "codecarbon": {"lean_fx.measure"},
     "rich": {"lean_fx.measure", "lean_fx.experiment"},
     "matplotlib": {"lean_fx.measure", "lean_fx.experiment"},

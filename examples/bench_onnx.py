@@ -1,0 +1,84 @@
+"""How fast LEAN runs in ONNX Runtime: the paper's net against the same net with a free reduction.
+
+    python examples/bench_onnx.py [--threads 1] [--rounds 40] [--steps 20]
+
+The free reduction is a slice of the first channels. All nets are trained for some steps on noise,
+so that their weights are no fresh draw; every round times all files in turn. Writes the table to
+runs/bench_onnx/bench_onnx.md.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lean_fx
+from lean_fx.errors import require
+from lean_fx.experiment.models import PaperNet
+from lean_fx.experiment.script import command_line, run_script
+from lean_fx.files import make_folder, write_text
+from lean_fx.measure.timing import machine, time_onnx
+
+NETS = (((50, 100, 150), 10), ((48, 96, 144), 8))
+
+
+def trained(model: nn.Module, steps: int) -> nn.Module:
+    """The model after some steps of Adam on noise."""
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(steps):
+        images, labels = torch.rand(16, 3, 96, 96), torch.randint(10, (16,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def main() -> None:
+    """Train, export, time, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20, help="training steps before the export")
+    parser.add_argument("--out", default="runs/bench_onnx")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    track = require("rich.progress", extra="examples", purpose="the progress bar").track
+
+    lines = [
+        "# LEAN in ONNX Runtime\n",
+        f"```\n{command_line()}\n```\n",
+        f"{machine()}; threads {args.threads}; milliseconds of a call, median and quartiles of "
+        f"{args.rounds} rounds; in brackets the speed, that with a slice being 1.\n",
+        "| widths | channels | batch | baseline | slice | lean |",
+        "|---|---|---|---|---|---|",
+    ]
+    jobs = [(widths, channels, batch) for widths, channels in NETS for batch in (1, 16)]
+    with tempfile.TemporaryDirectory() as folder:
+        for widths, channels, batch in track(jobs, description="nets"):
+            model, images = PaperNet(widths), torch.rand(2, 3, 96, 96)
+            arms = {"baseline": model}
+            for name in ("slice", "lean"):
+                arms[name] = lean_fx.leanify(model, images, channels=channels, reduction=name)
+            files = {}
+            for name, arm in arms.items():
+                files[name] = Path(folder) / f"{name}.onnx"
+                lean_fx.export_onnx(trained(arm, args.steps), files[name], images)
+            inputs = torch.rand(batch, 3, 96, 96).numpy()
+            taken = time_onnx(files, inputs, threads=args.threads, rounds=args.rounds)
+            free = taken["slice"].median_ms
+            cells = [
+                f"{each.median_ms:.2f} [{each.q1_ms:.2f}-{each.q3_ms:.2f}] "
+                f"({free / each.median_ms:.2f})"
+                for each in taken.values()
+            ]
+            lines.append(f"| {widths} | {channels} | {batch} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    write_text(make_folder(args.out) / "bench_onnx.md", text)
+    print(f"written to {Path(args.out) / 'bench_onnx.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

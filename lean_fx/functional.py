@@ -50,13 +50,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lean_fx.errors import ArgumentError, LeanError
-from lean_fx.walk import absolute_affinity_sums, column_walk, without_zeros
+from lean_fx.plain import plain_walk
+from lean_fx.walk import column_walk
 
 Normalize = Literal["column", "row", "none"]
 Scale = Literal["sum", "mean", "magnitude"]
@@ -133,6 +134,13 @@ def lean_reduction(
         - output: as ``x``, with ``C'`` along ``dim``; with ``scale="sum"`` its absolute values
           sum to 1 (or are 0) there
 
+    Values are squared on the way, so in float32 (and what is reduced in it) their magnitudes must
+    lie between 1e-18 and 1e18; smaller ones count as zeros.
+
+    Raises:
+        ArgumentError: an argument is out of its range, or the shapes do not fit.
+        LeanError: within :func:`checking_signs`, a value is below 0 though ``nonnegative``.
+
     Example:
         >>> x = torch.rand(2, 50, 8, 8)
         >>> y = lean_reduction(x, torch.randn(10))
@@ -144,14 +152,17 @@ def lean_reduction(
     References:
         Huang et al. (2023), Algorithm 2.
     """
+    _check_values(x, seed, dim)
+    check_options("lean_reduction", normalize, scale, split, iterations, tol)
     if _checks_signs and nonnegative and x.numel():
-        least = float(x.detach().amin())
-        if least < 0:
+        below = x.detach()[x < 0]
+        if below.numel():
+            least = float(below.amin())
             raise LeanError(
                 f"lean_reduction: nonnegative=True, but the least value is {least:g}; leave "
                 "nonnegative out"
             )
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return lean_reduction(
                 x,
@@ -164,10 +175,6 @@ def lean_reduction(
                 iterations=iterations,
                 tol=tol,
             )
-    if not x.is_floating_point():
-        raise ArgumentError(f"lean_reduction: x is {x.dtype}; give floating-point values")
-    if not -x.dim() <= dim < x.dim():
-        raise ArgumentError(f"lean_reduction: dim={dim} is no axis of x, which has {x.dim()}")
     axis = dim % x.dim()
     if _as_onnx_nodes:
         return torch.onnx.ops.symbolic(
@@ -193,12 +200,63 @@ def lean_reduction(
         out = _fused(wide, seed, axis, nonnegative, split)
     else:
         limit = tol if eager else None
-        out = _plain(wide, seed, axis, nonnegative, normalize, split, iterations, limit)
+        out = plain_walk(wide, seed, axis, nonnegative, normalize, split, iterations, limit)
     if scale != "sum":
         out = out * seed.shape[0]
     if scale == "magnitude":
         out = out * wide.abs().mean(axis, keepdim=True)
     return out.to(x.dtype)
+
+
+def check_options(
+    owner: str, normalize: str, scale: str, split: str, iterations: int, tol: float | None
+) -> None:
+    """Check the options of a walk.
+
+    Raises:
+        ArgumentError: one is out of its range; the message begins with ``owner``.
+    """
+    check_choice(owner, "normalize", normalize, get_args(Normalize))
+    check_choice(owner, "scale", scale, get_args(Scale))
+    check_choice(owner, "split", split, get_args(Split))
+    if type(iterations) is not int or iterations < 1:
+        raise ArgumentError(f"{owner}: iterations={iterations!r} is not an int of 1 or more")
+    if tol is not None and not (type(tol) in (int, float) and tol > 0):
+        raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")
+
+
+def check_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check that an option is one of the words that are known.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if value not in choices:
+        raise ArgumentError(f"{owner}: {name}={value!r} is not known; use {', '.join(choices)}")
+
+
+def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
+    for name, value in (("x", x), ("seed", seed)):
+        if not isinstance(value, Tensor):
+            raise ArgumentError(
+                f"lean_reduction: {name} is a {type(value).__name__}; give a tensor"
+            )
+        if not value.is_floating_point():
+            raise ArgumentError(
+                f"lean_reduction: {name} is {value.dtype}; give floating-point values"
+            )
+    if type(dim) is not int or not -x.dim() <= dim < x.dim():
+        raise ArgumentError(
+            f"lean_reduction: dim={dim!r} is no axis of x, which has {x.dim()}; give the axis of "
+            "its channels"
+        )
+    channels, sizes = x.shape[dim], list(seed.shape)
+    vector = seed.dim() == 1 and sizes[0] > 0 and channels % sizes[0] == 0
+    if not vector and not (seed.dim() == 2 and 0 not in sizes and channels == seed.numel()):
+        raise ArgumentError(
+            f"lean_reduction: seed {sizes} does not fit the {channels} channels of x; give [C'] "
+            "with a C' that divides them, or [C', C''] with as many values"
+        )
 
 
 def _runs_eagerly(x: Tensor) -> bool:
@@ -207,6 +265,7 @@ def _runs_eagerly(x: Tensor) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and not x.is_meta
         and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -226,49 +285,6 @@ def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool, split: Split) 
         matrix = torch.unflatten(matrix, 1, (-1, preserved)).transpose(1, 2)
     out = column_walk(matrix, seed, nonnegative).squeeze(2)
     return (out.mT if last else out).reshape(*before, preserved, *behind)
-
-
-def _plain(
-    x: Tensor,
-    seed: Tensor,
-    axis: int,
-    nonnegative: bool,
-    normalize: Normalize,
-    split: Split,
-    iterations: int,
-    tol: float | None,
-) -> Tensor:
-    """Every walk in plain operations, channels staying where they are.
-
-    ``i`` is the axis of the preserved channels, ``k`` that of the reducible ones.
-    """
-    preserved = seed.shape[0]
-    rest = [1] * (x.dim() - axis - 1)
-    if split == "contiguous":
-        i, k = axis, axis + 1
-        matrix = torch.unflatten(x, axis, (preserved, -1))
-        v = seed.reshape(preserved, -1, *rest)
-    else:
-        i, k = axis + 1, axis
-        matrix = torch.unflatten(x, axis, (-1, preserved))
-        v = seed.reshape(preserved, -1).mT.reshape(-1, preserved, *rest)
-    if normalize == "none":
-        d = torch.ones_like(matrix.narrow(k, 0, 1))
-    elif nonnegative:
-        d = without_zeros((matrix * matrix.sum(i, keepdim=True)).sum(k, keepdim=True))
-    else:
-        sums = absolute_affinity_sums(matrix.movedim((i, k), (-2, -1)))
-        d = without_zeros(sums.movedim(-1, axis).unsqueeze(k))
-    for _ in range(iterations):
-        weights = v / d if normalize == "column" else v
-        u = (matrix * weights).sum(i, keepdim=True)
-        y = (matrix * u).sum(k, keepdim=True)
-        if normalize == "row":
-            y = y / d
-        before, v = v, y / without_zeros(y.abs().sum(i, keepdim=True))
-        if tol is not None and bool((v - before).detach().abs().lt(tol).all()):
-            break
-    return v.squeeze(k)
 
 
 def power_iteration_embedding(
@@ -291,7 +307,7 @@ def power_iteration_embedding(
         - output: ``[C']``
 
     Raises:
-        ArgumentError: the shapes do not fit.
+        ArgumentError: the shapes do not fit, the seed is constant, or an option out of range.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
@@ -307,6 +323,12 @@ def power_iteration_embedding(
         raise ArgumentError(
             f"power_iteration_embedding: matrix {list(matrix.shape)} and seed {list(seed.shape)} "
             "do not fit; give a matrix [C', C''] and a seed [C']"
+        )
+    check_options("power_iteration_embedding", "row", "sum", "contiguous", iterations, tol)
+    if len(seed) > 1 and bool((seed == seed[0]).all()):
+        raise ArgumentError(
+            f"power_iteration_embedding: seed holds {float(seed[0]):g} alone, which the walk "
+            "keeps; give values that differ"
         )
     return lean_reduction(
         matrix.reshape(-1), seed, 0, normalize="row", iterations=iterations, tol=tol

@@ -9,7 +9,14 @@ import torch.fx
 from torch import Tensor, nn
 
 from lean_fx.errors import ArgumentError
-from lean_fx.functional import Normalize, Scale, Split, lean_reduction
+from lean_fx.functional import (
+    Normalize,
+    Scale,
+    Split,
+    check_choice,
+    check_options,
+    lean_reduction,
+)
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("lean_reduction")
@@ -45,11 +52,6 @@ def check_channels(owner: str, in_channels: int, out_channels: int) -> None:
             f"{owner}: out_channels={out_channels} does not divide in_channels={in_channels}; "
             f"use {choice}"
         )
-
-
-def _check_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ArgumentError(f"{owner}: {name}={value!r} is not known; use {', '.join(choices)}")
 
 
 class LeanReduction(nn.Module):
@@ -113,21 +115,15 @@ use 1, 2, 4 or 8
     ) -> None:
         super().__init__()
         check_channels("LeanReduction", in_channels, out_channels)
-        _check_choice("LeanReduction", "normalize", normalize, get_args(Normalize))
-        _check_choice("LeanReduction", "scale", scale, get_args(Scale))
-        _check_choice("LeanReduction", "seed", seed, get_args(SeedShape))
-        _check_choice("LeanReduction", "seed_init", seed_init, get_args(SeedInit))
-        _check_choice("LeanReduction", "split", split, get_args(Split))
+        if type(dim) is not int:
+            raise ArgumentError(f"LeanReduction: dim={dim!r} is not an int; give an axis")
+        check_options("LeanReduction", normalize, scale, split, iterations, tol)
+        check_choice("LeanReduction", "seed", seed, get_args(SeedShape))
+        check_choice("LeanReduction", "seed_init", seed_init, get_args(SeedInit))
         if seed_init == "ones" and normalize == "row":
             raise ArgumentError(
                 "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk "
                 "keeps a constant seed; use normal or uniform"
-            )
-        if tol is not None and not (isinstance(tol, float) and tol > 0):
-            raise ArgumentError(f"LeanReduction: tol={tol!r} is not a float above 0")
-        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-            raise ArgumentError(
-                f"LeanReduction: iterations={iterations!r} is not an int of 1 or more"
             )
         self.in_channels = in_channels
         self.out_channels = out_channels

@@ -39,39 +39,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import threshold
+
+from lean_fx.plain import absolute_affinity_sums, plain_walk
 
 # Bytes of X (and of G, where it is formed) in one block, for each thread: smaller blocks cost more
 # calls than the cache gives back.
 _BLOCK_BYTES = 2 * 1024 * 1024
 
 
-def without_zeros(divisor: Tensor) -> Tensor:
-    """A divisor of 0 or more with its zeros (and denormals, whose inverse overflows) made 1."""
-    positive: Tensor = threshold(divisor, torch.finfo(divisor.dtype).tiny, 1.0)
-    return positive
-
-
 def without_zeros_(divisor: Tensor) -> Tensor:
-    """As :func:`without_zeros`, in place."""
+    """As :func:`lean_fx.plain.without_zeros`, in place."""
     positive: Tensor = torch.threshold_(divisor, torch.finfo(divisor.dtype).tiny, 1.0)
     return positive
 
 
-def absolute_affinity_sums(rows: Tensor) -> Tensor:
-    """``d[j] = sum_i |sum_k X[i,k] X[j,k]|`` for values of any sign.
-
-    Shape:
-        - rows: ``[..., C', C'']``
-        - output: ``[..., C']``
-    """
-    rows = rows.contiguous()  # other strides take bmm's slow way
-    return (rows @ rows.mT).abs().sum(-1)
-
-
 def column_walk(x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
-    """``out`` of the module docstring, for all positions; differentiable once.
+    """``out`` of the module docstring, for all positions; a gradient of its gradient is plain.
 
     Shape:
         - x: ``[N, C', C'', P]``, P positions for each of N; any strides
@@ -86,7 +69,7 @@ class _ColumnWalk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
         count, preserved, reducible, positions = x.shape
-        d, out = (x.new_empty(count, preserved, 1, positions) for _ in range(2))
+        d, y, out = (x.new_empty(count, preserved, 1, positions) for _ in range(3))
         s = x.new_empty(count, 1, 1, positions)
         # t and u are kept where all that is kept stays below 1.5 times x.
         room = preserved * reducible // 2 - 2 * preserved - 1
@@ -105,29 +88,31 @@ class _ColumnWalk(torch.autograd.Function):
             without_zeros_(d_part)
             r = seed.view(-1, 1, 1) / d_part
             u = _sum_of_products(block, r, 1, scratch, _at(u_all, part))
-            y = _sum_of_products(block, u, 2, scratch)
-            s_part = without_zeros_(torch.sum(y.abs(), 1, keepdim=True, out=s[part]))
-            torch.div(y, s_part, out=out[part])
-        ctx.save_for_backward(x, seed, out, d, s, t_all if nonnegative else None, u_all)
+            y_part = _sum_of_products(block, u, 2, scratch, y[part])
+            s_part = without_zeros_(torch.sum(y_part.abs(), 1, keepdim=True, out=s[part]))
+            torch.div(y_part, s_part, out=out[part])
+        # y is kept and not out, which the caller may change in place.
+        ctx.save_for_backward(x, seed, y, d, s, t_all if nonnegative else None, u_all)
         ctx.nonnegative = nonnegative
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, seed, out_all, d_all, s_all, t_all, u_all = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, seed, y_all, d_all, s_all, t_all, u_all = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to be differentiated itself
+            return *_differentiable(ctx, x, seed, grad), None
         grad_x = torch.empty_like(x)
         grad_seed = torch.zeros_like(seed)
         parts = _blocks(x, ctx.nonnegative)
         scratch = x.new_empty(x[parts[0]].numel())
         for part in parts:
             block, g = x[part].contiguous(), grad[part]
-            out, d, s = out_all[part], d_all[part], s_all[part]
+            y, d, s = y_all[part], d_all[part], s_all[part]
             r = seed.view(-1, 1, 1) / d
             u = _sum_of_products(block, r, 1, scratch) if u_all is None else u_all[part]
 
-            along = (g * out).sum(1, keepdim=True)
-            gy = torch.addcmul(g, out.sign(), along, value=-1).div_(s)
+            along = (g * y).sum(1, keepdim=True).div_(s)
+            gy = torch.addcmul(g, y.sign(), along, value=-1).div_(s)
             gu = _sum_of_products(block, gy, 1, scratch)
             gv = _sum_of_products(block, gu, 2, scratch).div_(d)
             grad_seed += gv.sum((0, 2, 3))
@@ -142,6 +127,15 @@ class _ColumnWalk(torch.autograd.Function):
                 gx.copy_(_through_absolute_sums(block, gd))
             gx.addcmul_(r, gu).addcmul_(gy, u)
         return grad_x, grad_seed, None
+
+
+def _differentiable(ctx: Any, x: Tensor, seed: Tensor, grad: Tensor) -> list[Tensor | None]:
+    """The gradient by way of plain operations, which have gradients of their own."""
+    out = plain_walk(x.flatten(1, 2), seed, 1, ctx.nonnegative, "column", "contiguous", 1, None)
+    needed = ctx.needs_input_grad[:2]
+    wanted = [value for value, need in zip((x, seed), needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out.unsqueeze(2), wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needed]
 
 
 def _sum_of_products(

@@ -248,7 +248,7 @@ def test_compiles_and_exports_whole(nonnegative):
             {"seed_init": "x"},
             "LeanReduction: seed_init='x' is not known; use normal, uniform, ones",
         ),
-        ({"tol": 0}, "LeanReduction: tol=0 is not a float above 0"),
+        ({"tol": 0}, "LeanReduction: tol=0 is not a number above 0; leave it out for none"),
         (
             {"seed_init": "ones", "normalize": "row"},
             "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk keeps a "
@@ -267,3 +267,92 @@ def test_errors(arguments, message):
 @given(st.integers(1, 3000))
 def test_divisors(number):
     assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+FUNCTION_ERRORS = [
+    ({"x": [1.0]}, "x is a list; give a tensor"),
+    ({"x": torch.arange(12)}, "x is torch.int64; give floating-point values"),
+    ({"seed": torch.randn(4).cfloat()}, "seed is torch.complex64; give floating-point values"),
+    (
+        {"dim": 2},
+        "dim=2 is no axis of x, which has 2; give the axis of its channels",
+    ),
+    (
+        {"dim": 1.0},
+        "dim=1.0 is no axis of x, which has 2; give the axis of its channels",
+    ),
+    *(
+        (
+            {"seed": torch.randn(shape)},
+            f"seed {list(shape)} does not fit the 12 channels of x; give [C'] with a C' that "
+            "divides them, or [C', C''] with as many values",
+        )
+        for shape in ((5,), (4, 2), (4, 3, 1), (), (0,))
+    ),
+    ({"normalize": "colum"}, "normalize='colum' is not known; use column, row, none"),
+    ({"scale": "foo"}, "scale='foo' is not known; use sum, mean, magnitude"),
+    ({"split": None}, "split=None is not known; use contiguous, interleaved"),
+    ({"iterations": 0}, "iterations=0 is not an int of 1 or more"),
+    ({"iterations": True}, "iterations=True is not an int of 1 or more"),
+    ({"tol": -1.0}, "tol=-1.0 is not a number above 0; leave it out for none"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), FUNCTION_ERRORS)
+def test_errors_of_the_function(changed, message):
+    arguments = {"x": torch.rand(2, 12), "seed": torch.randn(4), **changed}
+    with pytest.raises(ArgumentError) as caught:
+        lean_reduction(**arguments)
+    assert str(caught.value) == f"lean_reduction: {message}"
+
+
+def test_errors_of_power_iteration_embedding():
+    with pytest.raises(ArgumentError, match="seed holds 1 alone, which the walk keeps; give"):
+        power_iteration_embedding(torch.rand(4, 3), torch.ones(4))
+    with pytest.raises(ArgumentError, match="iterations=0 is not an int of 1 or more"):
+        power_iteration_embedding(torch.rand(4, 3), torch.rand(4), iterations=0)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_the_gradient_has_a_gradient(nonnegative):
+    x = torch.rand(12, dtype=torch.float64) - (0 if nonnegative else 0.5)
+    seed = torch.randn(4, dtype=torch.float64)
+
+    def energy(x, seed):
+        return lean_reduction(x, seed, 0, nonnegative=nonnegative).pow(2).sum()
+
+    hessian = torch.autograd.functional.hessian(energy, (x, seed))
+    expected = torch.func.hessian(energy, (0, 1))(x, seed)  # by the plain formulas
+    for ours, theirs in zip(hessian, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+    assert hessian[0][0].abs().max() > 0.1
+    assert torch.autograd.gradgradcheck(
+        lambda x: lean_reduction(x, seed, 0, nonnegative=nonnegative), x.requires_grad_()
+    )
+
+
+def test_the_output_may_be_changed_in_place():
+    x = torch.randn(2, 12, 3, requires_grad=True)
+    seed = torch.randn(4)
+    lean_reduction(x, seed).relu_().sum().backward()
+    changed, x.grad = x.grad, None
+    lean_reduction(x, seed).relu().sum().backward()
+    assert torch.equal(changed, x.grad)
+
+
+def test_on_the_meta_device():
+    reduced = lean_reduction(torch.empty(2, 12, device="meta"), torch.empty(4, device="meta"))
+    assert reduced.shape == (2, 4)
+
+
+def test_a_negative_value_is_found_beside_nan():
+    x = torch.tensor([[float("nan"), -1.0]])
+    with checking_signs(), pytest.raises(LeanError, match="the least value is -1"):
+        lean_reduction(x, torch.ones(2), nonnegative=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_takes_other_shapes():
+    traced = torch.jit.trace(LeanReduction(12, 4), torch.rand(2, 12, 5))
+    assert traced(torch.rand(3, 12, 7)).shape == (3, 4, 7)

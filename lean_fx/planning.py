@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture
 from lean_fx.errors import ArgumentError, PlanError
-from lean_fx.passes import Consumer, InsertReductions, Site
+from lean_fx.passes import Consumer, InferSign, InsertReductions, Pipeline, Site, TrackWrites
 from lean_fx.reduction import check_channels
 from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
 
@@ -87,7 +87,9 @@ class Plan:
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
         """As :meth:`apply`, in place, to a model that has been captured already."""
-        InsertReductions(self.sites, self.reduction)(graph_module)
+        Pipeline([TrackWrites(), InferSign(), InsertReductions(self.sites, self.reduction)])(
+            graph_module
+        )
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
 

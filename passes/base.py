@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lean_fx.passes.track_channels import Channels
 
 _KEY = "lean_fx"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass
@@ -76,8 +77,16 @@ def forget_facts(graph_module: GraphModule) -> None:
 
 
 def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:
-    """What a node calls: a function, the name of a method, or the type of a module."""
-    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
+    """What a node calls: a function, the name of a method, or the type of a module.
+
+    A module whose call does more than its type says (it has hooks, or a forward of its own) is
+    itself what is called.
+    """
+    if node.op != "call_module":
+        return node.target
+    module = modules[str(node.target)]
+    altered = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+    return module if altered else type(module)
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

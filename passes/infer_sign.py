@@ -3,24 +3,27 @@
 A LEAN reduction of such a value is cheaper: its sums factor (see :mod:`lean_fx.walk`). A wrong
 proof would be silent, so a rule says yes only where the mathematics does, and no otherwise.
 
-Rules:
+Values are taken to be real and floating, as everything is that a reduction reads. Rules:
 
-1. ReLU, ReLU6, sigmoid, hardsigmoid, softmax, softplus, abs, square, exp, sqrt, and a clamp from 0
-   or more are never negative, whatever they read.
+1. ReLU, ReLU6, sigmoid, hardsigmoid, softmax, abs, square, exp, sqrt, softplus with its usual
+   arguments, and a clamp to bounds of 0 or more are never negative, whatever they read.
 2. Pooling, dropout, padding with zeros, interpolation without overshoot, and whatever only moves
    or picks elements (flatten, view, permute, chunk, index, ...) keep what their input is; so do
-   sums and means.
-3. Sums, products, quotients and maxima of non-negative values (and numbers) are; a product of a
-   value with itself is; a maximum is if one of its operands is.
+   sums and means. Pooling does not if it divides by a negative number, or if dilated, when a
+   window may lie in the padding alone and give minus infinity.
+3. Sums, products and maxima of non-negative values (and numbers) are, and their quotients by
+   positive numbers (by a value they are not: 1 / -0.0 is minus infinity); a product of a value
+   with itself is; a maximum is if one of its operands is.
 4. A concatenation or stack is if all its parts are.
 5. A value that an in-place operation may change afterwards, itself or through a view, is only if
    the result of that operation is proved too.
+6. Of a module with hooks, or with a forward of its own, nothing is known.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -28,25 +31,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import Pass, called, facts
+from lean_fx.passes.base import Pass, argument, called, facts
 
 _NEVER_NEGATIVE: set[Any] = {
-    *(nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus),
-    *(F.relu, F.relu6, F.sigmoid, F.hardsigmoid, F.softmax, F.softplus, F.relu_),
+    *(nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d),
+    *(F.relu, F.relu6, F.sigmoid, F.hardsigmoid, F.softmax, F.relu_),
     *(torch.relu, torch.relu_, torch.sigmoid, torch.softmax, torch.exp, torch.abs, torch.square),
     torch.sqrt,
     *("relu", "relu_", "sigmoid", "sigmoid_", "softmax", "exp", "exp_", "abs", "abs_"),
     *("square", "square_", "sqrt", "sqrt_"),
 }
 _KEEPS: set[Any] = {
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    nn.AvgPool1d,
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity),
     *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+    F.avg_pool1d,
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.pixel_unshuffle),
@@ -54,16 +56,22 @@ _KEEPS: set[Any] = {
     *(torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.narrow, torch.clone),
     *(torch.mean, torch.sum, torch.amax, torch.amin, operator.getitem),
     *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
-    *("clone", "chunk", "split", "narrow", "expand", "repeat", "movedim", "detach", "float"),
+    *("clone", "chunk", "split", "narrow", "expand", "repeat", "movedim", "detach"),
     *("mean", "sum", "amax", "amin", "t"),
 }
 # Of two values: nonnegative if both are.
 _JOINS: set[Any] = {
     *(operator.add, operator.iadd, operator.mul, operator.imul),
-    *(operator.truediv, operator.itruediv),
-    *(torch.add, torch.mul, torch.div, torch.minimum, "add", "add_", "mul", "mul_"),
-    *("div", "div_"),
+    *(torch.add, torch.mul, torch.minimum, "add", "add_", "mul", "mul_"),
 }
+_QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
+_CLAMPS: set[Any] = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
+_MAX_POOLS: set[Any] = {
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+}
+_AVERAGE_POOLS: set[Any] = {nn.AvgPool2d, nn.AvgPool3d, F.avg_pool2d, F.avg_pool3d}
+_MODES = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area")
 _PRODUCTS: set[Any] = {operator.mul, torch.mul, "mul"}
 
 
@@ -87,36 +95,55 @@ class InferSign(Pass):
 
 def _is_nonnegative(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     target = called(node, modules)
+    if not isinstance(target, Hashable):
+        return False
+    source = argument(node, 0, "input")
+    module = modules[str(node.target)] if node.op == "call_module" else None
+
+    def option(place: int, name: str, default: Any = None) -> Any:
+        """An argument of a function, or the attribute of a module that stands for it."""
+        return getattr(module, name) if module else argument(node, place, name, default)
+
     if target in _NEVER_NEGATIVE:
         return True
+    if target in (nn.Softplus, F.softplus):
+        return (option(1, "beta", 1), option(2, "threshold", 20)) == (1, 20)
     if target in (nn.Upsample, F.interpolate):
-        mode = (
-            getattr(modules[str(node.target)], "mode", None)
-            if node.op == "call_module"
-            else node.kwargs.get("mode", "nearest")
-        )
-        return mode != "bicubic" and _proved(_first(node))
-    if target in (torch.clamp, "clamp", "clamp_", "clamp_min", torch.clamp_min):
-        least = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
-        return _proved(least)
+        return option(3, "mode", "nearest") in _MODES and _proved(source)
+    if target in _MAX_POOLS:
+        dilation = option(4, "dilation", 1)
+        flat = dilation if isinstance(dilation, tuple | list) else (dilation,)
+        return all(each == 1 for each in flat) and _proved(source)
+    if target in _AVERAGE_POOLS:
+        divisor = option(6, "divisor_override")
+        return (divisor is None or _positive(divisor)) and _proved(source)
+    if target in _CLAMPS:
+        greatest = argument(node, 2, "max")
+        return _proved(argument(node, 1, "min")) and (greatest is None or _proved(greatest))
+    if target in (torch.clamp_min, "clamp_min", "clamp_min_"):
+        return _proved(argument(node, 1, "min"))
     if target in (torch.maximum, torch.max) and len(node.args) == 2:
         return any(isinstance(each, Node) and _proved(each) for each in node.args)
     if target in (operator.pow, torch.pow, "pow"):
-        power = node.args[1] if len(node.args) > 1 else None
-        return (isinstance(power, int) and power % 2 == 0) or _proved(_first(node))
+        power = argument(node, 1, "exponent")
+        even = isinstance(power, int) and power % 2 == 0
+        return even or (not isinstance(power, Node) and _proved(power) and _proved(source))
     if target in (torch.cat, torch.concat, torch.stack):
-        parts = _first(node)
+        parts = argument(node, 0, "tensors")
         return isinstance(parts, tuple | list) and all(_proved(part) for part in parts)
     if target in _PRODUCTS and len(node.args) == 2 and node.args[0] is node.args[1]:
         return True
+    if target in _QUOTIENTS:
+        divisor = argument(node, 1, "other")
+        return _positive(divisor) and _proved(source)
     if target in _JOINS:
         operands = (*node.args, *node.kwargs.values())
         return all(_proved(each) for each in operands)
-    return target in _KEEPS and _proved(_first(node))
+    return target in _KEEPS and _proved(source)
 
 
-def _first(node: Node) -> Any:
-    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+def _positive(value: Any) -> bool:
+    return _proved(value) and not isinstance(value, Node) and value > 0
 
 
 def _proved(value: Any) -> bool:

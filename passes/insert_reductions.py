@@ -42,7 +42,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
-from lean_fx.passes.base import Pass, add_module, forget_facts
+from lean_fx.passes.base import Pass, add_module, facts, forget_facts
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.sites import Consumer, Site
 from lean_fx.passes.track_channels import view_sizes
@@ -155,7 +155,8 @@ def _insert(
     weight = graph_module.get_submodule(site.layers[0]).get_parameter("weight")
     module.to(device=weight.device, dtype=weight.dtype).train(graph_module.training)
     if isinstance(module, LeanReduction):
-        module.nonnegative = site.nonnegative
+        # The plan may have been made from another model, or by hand.
+        module.nonnegative = site.nonnegative and facts(nodes[site.value]).nonnegative
     gain = _gain(module, site)
     target = add_module(graph_module, "reductions", site.name, module)
     with graph.inserting_before(calls[0]):

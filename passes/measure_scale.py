@@ -4,11 +4,14 @@ A rebuilt layer is initialised to the scale of what it will read, so that it sta
 that it replaces started. How large the values are depends on the whole net before them (without
 normalisation they shrink from layer to layer), so it is measured: one forward pass, without
 gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
+Where the model cannot take such inputs (it fails, or gives values that are not finite), the example
+inputs themselves are taken; where it cannot take those either, nothing is known.
 Neither the modules' buffers nor torch's random numbers are changed by it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,8 +40,24 @@ class MeasureScale(Pass):
         cuda = {each.device for each in tensors if each.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(0)
-            _ScaleWriter(graph_module).run(*map(_unit_variance, self.example_inputs))
+            for inputs in (tuple(map(_unit_variance, self.example_inputs)), self.example_inputs):
+                found = _measure(graph_module, inputs)
+                if found and all(map(math.isfinite, found.values())):
+                    break
+        for node in graph_module.graph.nodes:
+            rms = found.get(node.name, math.nan)
+            facts(node).rms = rms if math.isfinite(rms) else None
         return False
+
+
+def _measure(graph_module: GraphModule, inputs: tuple[Any, ...]) -> dict[str, float]:
+    """The root mean square of every value by name; none if the model fails on the inputs."""
+    measure = _Measure(graph_module)
+    try:
+        measure.run(*inputs)
+    except Exception:  # the model's own code may raise anything, and a scale is no necessity
+        return {}
+    return measure.rms
 
 
 def _unit_variance(value: Any) -> Any:
@@ -47,7 +66,12 @@ def _unit_variance(value: Any) -> Any:
     return value
 
 
-class _ScaleWriter(Interpreter):
+class _Measure(Interpreter):
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.rms: dict[str, float] = {}
+        self.extra_traceback = False  # its errors are caught
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module: nn.Module = self.fetch_attr(target)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -60,5 +84,5 @@ class _ScaleWriter(Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-            facts(n).rms = float(value.float().square().mean().sqrt())
+            self.rms[n.name] = float(value.float().square().mean().sqrt())
         return value

@@ -4,70 +4,148 @@ torch.fx shows a value as one node, but an in-place call changes the values of o
 one that it is called on, and every view of the same storage. Later passes ask here whether the
 value that they see is still what it was.
 
-Rules:
+Rules, where nothing but what is known to be harmless is taken for harmless:
 
-1. A call writes if it is an in-place method or function (a trailing underscore), an in-place
-   operator, sets an item, or has ``inplace=True`` or ``out=``.
-2. A call that writes, and a call that may return a view, share storage with their first argument.
-   Dropout is among them: in eval it may return its input itself.
+1. A call makes new storage if it is a layer of torch.nn or a function of torch that computes
+   (arithmetic, convolution, activation, reduction, concatenation, ...). Any other call may return
+   a view of any of its arguments: it shares their storage. Dropout is among them: in eval it may
+   return its input itself.
+2. A call writes into its first argument if it is an in-place method or function (a trailing
+   underscore), an in-place operator, sets an item, or has ``inplace=True``; into ``out`` if it
+   has that; into all its arguments if it is no call of torch's, or torch._foreach.
+3. A call that writes into a value shares its storage.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import Pass, called, facts
+from lean_fx.passes.base import Pass, argument, called, facts
 
+# Layers and functions of torch.nn that may return a view of their input, or the input itself.
 _VIEWS: set[Any] = {
-    *(nn.Identity, nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.permute),
-    *(torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split),
-    *(torch.narrow, torch.select, torch.detach, torch.t, torch.unbind, torch.swapaxes),
-    *(torch.swapdims, torch.unflatten, torch.diagonal, torch.real, operator.getitem, getattr),
-    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
-    *("chunk", "split", "narrow", "expand", "movedim", "detach", "float", "t", "to", "unflatten"),
-    *("swapaxes", "swapdims", "view_as", "expand_as", "reshape_as", "select", "unbind"),
-    *("diagonal", "unfold", "type", "half", "double", "moveaxis", "tensor_split", "as_strided"),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *(
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    ),
+    *(nn.Upsample, nn.Fold, nn.Unfold),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.interpolate, F.upsample, F.pad),
+    *(F.fold, F.unfold, F.native_channel_shuffle),
 }
+# Functions and methods of torch, and operators, that compute into new storage.
+_FRESH = frozenset(
+    """
+    abs add addmm amax amin argmax argmin baddbmm bmm cat ceil clamp clamp_max clamp_min clip clone
+    concat conv1d conv2d conv3d cos cumsum div eq erf exp floor floor_divide floordiv gather ge gt
+    index_select layer_norm le log log_softmax logsumexp lt masked_fill matmul max maximum mean min
+    minimum mm mod mul ne neg new_zeros norm numel ones_like pow relu repeat round rsqrt sigmoid
+    sin size softmax sqrt square stack std sub sum tanh true_divide truediv var where zeros_like dim
+    """.split()  # noqa: SIM905 (a list of them takes seventy lines)
+)
 _IN_PLACE_OPERATORS: set[Any] = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem),
 }
+_TRUSTED = ("torch", "operator", "_operator", "builtins", "math", "einops", "lean_fx")
 
 
 class TrackWrites(Pass):
     """Write ``facts(node).storage`` and ``facts(node).writes`` for every node."""
 
     def run(self, graph_module: GraphModule) -> bool:
-        """Go through the graph once, from the inputs on."""
+        """Go through the graph once, from the inputs on, and join what shares storage."""
         modules = dict(graph_module.named_modules())
+        joined: dict[str, str] = {}
+
+        def home(name: str) -> str:
+            while joined.get(name, name) != name:
+                name = joined[name]
+            return name
+
+        order = {node.name: place for place, node in enumerate(graph_module.graph.nodes)}
         for node in graph_module.graph.nodes:
-            known = facts(node)
-            known.writes = _writes(node, modules)
-            shares = node.all_input_nodes and (known.writes or called(node, modules) in _VIEWS)
-            known.storage = facts(node.all_input_nodes[0]).storage if shares else node.name
+            written = list(_written(node, modules))
+            facts(node).writes = bool(written)
+            shared = written if _is_fresh(node, modules) else [*written, *node.all_input_nodes]
+            if node.op == "output":
+                shared = []
+            for other in shared:
+                first, second = sorted((home(node.name), home(other.name)), key=order.__getitem__)
+                joined[second] = first
+        for node in graph_module.graph.nodes:
+            facts(node).storage = home(node.name)
         return False
 
 
-def _writes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+def _is_fresh(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    target = called(node, modules)
     if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    if node.op not in ("call_function", "call_method"):
+        return isinstance(target, type) and _within(target, "torch.nn") and target not in _VIEWS
+    if node.op == "call_function" and target is getattr:
+        return argument(node, 1, "name") in ("shape", "ndim", "dtype", "device")
+    if node.op == "call_function" and not _within(target, *_TRUSTED):
         return False
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or name == "__setitem__"
-        or (name.startswith("__i") and name != "__invert__")
-        or node.target in _IN_PLACE_OPERATORS
-        or node.kwargs.get("inplace") is True
-        or "out" in node.kwargs
-    )
+    if node.op == "call_function" and getattr(F, _name(node), None) is target:
+        return target not in _VIEWS
+    return _name(node) in _FRESH
+
+
+def _written(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
+    """The arguments that a call writes into."""
+    sources = node.all_input_nodes
+    if node.op == "call_module":
+        module, target = modules[str(node.target)], called(node, modules)
+        if not isinstance(target, type) or not _within(target, "torch.nn", "lean_fx"):
+            yield from sources
+        elif getattr(module, "inplace", False):
+            yield from sources[:1]
+    elif node.op in ("call_function", "call_method"):
+        name = _name(node)
+        if isinstance(out := node.kwargs.get("out"), Node):
+            yield out
+        foreign = node.op == "call_function" and not _within(node.target, *_TRUSTED)
+        if foreign or (name.startswith("_foreach_") and name.endswith("_")):
+            yield from sources
+        elif (
+            (name.endswith("_") and not name.endswith("__"))
+            or name == "__setitem__"
+            or (name.startswith("__i") and name != "__invert__")
+            or node.target in _IN_PLACE_OPERATORS
+            or _asks_in_place(node)
+        ):
+            yield from sources[:1]
+
+
+def _asks_in_place(node: Node) -> bool:
+    if node.kwargs.get("inplace") is True:
+        return True
+    if node.op != "call_function" or not any(each is True for each in node.args):
+        return False
+    try:
+        names = inspect.signature(node.target).parameters  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin
+        return False
+    return ("inplace", True) in zip(names, node.args, strict=False)
+
+
+def _name(node: Node) -> str:
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+
+
+def _within(target: Any, *packages: str) -> bool:
+    """Whether a function or type is of one of these packages; torch's own have no name at times."""
+    home = getattr(target, "__module__", None) or "torch"
+    return any(home == package or home.startswith(f"{package}.") for package in packages)

@@ -29,6 +29,12 @@ class Function(nn.Module):
         return self.function(x)
 
 
+@torch.fx.wrap
+def subtracts(y):
+    """A function that torch.fx does not look into."""
+    y.sub_(5)
+
+
 NONNEGATIVE = [
     F.relu,
     torch.sigmoid,
@@ -51,6 +57,11 @@ NONNEGATIVE = [
     lambda x: F.interpolate(F.relu(x), scale_factor=2, mode="bilinear"),
     lambda x: F.relu(x).mul_(2),
     lambda x: F.relu(x, inplace=True),
+    F.softplus,
+    lambda x: torch.pow(exponent=2, input=x),
+    lambda x: torch.flatten(start_dim=2, input=F.relu(x)),
+    lambda x: F.avg_pool2d(F.relu(x), 2, divisor_override=3),
+    lambda x: F.relu(x) ** 1.5,
 ]
 ANY = [
     lambda x: x,
@@ -74,6 +85,17 @@ ANY = [
     lambda x: F.layer_norm(F.relu(x), (4, 4)),
     lambda x: F.relu(x).sub_(1),
     lambda x: torch.max(x, 1)[0],
+    lambda x: F.interpolate(F.relu(x), scale_factor=2.0, mode="lanczos", antialias=True),
+    lambda x: torch.clamp(x, F.relu(x), x - 1),
+    lambda x: x.clamp(0, -1),
+    lambda x: torch.clamp(x, min=F.relu(x), max=x * 0 - 1),
+    lambda x: torch.pow(exponent=3, input=x),
+    lambda x: torch.flatten(start_dim=2, input=x),
+    lambda x: F.softplus(x, 1, -100),
+    lambda x: F.avg_pool2d(F.relu(x), 2, divisor_override=-4),
+    lambda x: F.max_pool2d(F.relu(x)[:, :, :2, :2], 2, 1, 1, 3),
+    lambda x: 1 / torch.sqrt(x * 0 * -1),
+    lambda x: F.relu(x * 0 * -1) ** -1,
 ]
 
 
@@ -102,6 +124,30 @@ def test_not_proved(function):
         lambda y: y.flatten(1)[0].neg_(),
         lambda y: F.leaky_relu(y.sub_(3), inplace=True),
         lambda y: torch.sub(y, 5, out=y),
+        *(
+            lambda y, view=view: view(y).sub_(5)
+            for view in (
+                torch.ravel,
+                torch.positive,
+                lambda y: +y,
+                lambda y: y.type_as(y),
+                lambda y: y.cpu(),
+                lambda y: y.resolve_conj(),
+                lambda y: y.adjoint(),
+                lambda y: y.hsplit(2)[0],
+                lambda y: torch.tensor_split(y, 2)[0],
+                lambda y: torch.moveaxis(y, 1, 2),
+                lambda y: torch.as_strided(y, (2, 4), (1, 1)),
+                lambda y: torch.broadcast_tensors(y, y)[0],
+                lambda y: torch.einsum("abcd->dcba", y),
+                lambda y: F.alpha_dropout(y, 0.5),
+                lambda y: y.data,
+            )
+        ),
+        lambda y: torch.neg(y + 1, out=y),
+        lambda y: torch._foreach_sub_([y + 1, y], 5),
+        lambda y: F.leaky_relu(y.sub(0), -1.0, True) + F.hardtanh(y, -5, -1, True),
+        subtracts,
     ],
 )
 def test_a_value_that_is_written_to_later_is_not_proved(change):
@@ -145,3 +191,68 @@ def test_a_wrong_proof_would_be_found():
     message = "nonnegative=True, but the least value is -"
     with pytest.raises(lean_fx.LeanError, match=message), checking_signs():
         lean(torch.randn(2, 3, 8, 8))
+
+
+class Hooked(nn.Module):
+    """A change of what a module does that its type does not show."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+        change(self.net[1])
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda relu: relu.register_forward_hook(lambda module, inputs, output: output - 1),
+        lambda relu: relu.register_forward_pre_hook(lambda module, inputs: inputs[0] + 1),
+        lambda relu: setattr(relu, "forward", lambda x: x - 1),
+    ],
+    ids=["hook", "pre-hook", "forward"],
+)
+def test_of_an_altered_module_nothing_is_known(change):
+    lean = lean_fx.leanify(Hooked(change), channels=4)
+    (site,) = lean.meta["lean_fx.plan"].sites
+    assert not site.nonnegative
+    with checking_signs():
+        lean(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Softplus(-1), nn.AvgPool2d(2, divisor_override=-1), nn.MaxPool2d(2, 1, 1, dilation=3)],
+)
+def test_arguments_of_modules_count(module):
+    proved, graph_module = proofs(nn.Sequential(nn.ReLU(), module))
+    assert not proved["_1"]
+    assert graph_module(torch.randn(1, 4, 2, 2)).min() < 0
+
+
+def test_a_plan_from_elsewhere_proves_nothing():
+    def net(act):
+        return nn.Sequential(nn.Linear(8, 32), act, nn.Linear(32, 3))
+
+    plan = lean_fx.plan(net(nn.ReLU()), channels=4)
+    assert plan.sites[0].nonnegative
+    assert plan.apply(net(nn.ReLU())).reductions.get_submodule("_1").nonnegative
+    lean = lean_fx.Plan.from_json(plan.to_json()).apply(net(nn.GELU()))
+    assert not lean.reductions.get_submodule("_1").nonnegative
+
+
+def test_views_by_other_names_part_the_readers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 32), nn.Linear(32, 3), nn.Linear(32, 3)
+
+        def forward(self, x):
+            h = self.a(x).sigmoid()
+            y = self.b(h)
+            h.ravel().neg_()
+            return y + self.c(h)
+
+    assert len(lean_fx.plan(Net(), channels=4).sites) == 2

@@ -105,3 +105,35 @@ def test_measuring_changes_neither_buffers_nor_random_numbers():
     scales = {node.name: facts(node).rms for node in captured.graph.nodes}
     assert scales["input_1"] == pytest.approx(1, rel=0.2)
     assert scales["_1"] == pytest.approx(1, rel=0.05)
+
+
+class Particular(nn.Module):
+    """Takes no normal numbers."""
+
+    def __init__(self, first, change):
+        super().__init__()
+        self.first, self.second, self.change = first, nn.Linear(32, 5), change
+
+    def forward(self, x):
+        return self.second(self.first(self.change(x)).relu())
+
+
+@pytest.mark.parametrize(
+    ("first", "change", "inputs"),
+    [
+        (nn.Linear(8, 32), lambda x: torch.log(x + 1e-3), torch.rand(64, 8)),
+        (nn.Linear(8, 32), torch.bernoulli, torch.rand(64, 8)),
+        (nn.Embedding(10, 32), lambda x: x.long(), torch.randint(0, 10, (64,)).float()),
+    ],
+    ids=["log", "bernoulli", "embedding"],
+)
+def test_inputs_that_may_not_be_normal(first, change, inputs):
+    model = Particular(first, change)
+    lean = lean_fx.leanify(model, inputs, channels=4)
+    assert 0.5 < lean(inputs).std() / model(inputs).std() < 2
+
+
+def test_an_unknown_scale_is_no_error():
+    model = Particular(nn.Linear(8, 32), lambda x: x * float("inf"))
+    lean = lean_fx.leanify(model, torch.rand(4, 8), channels=4)
+    assert all(parameter.isfinite().all() for parameter in lean.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from torch.fx import GraphModule
@@ -22,6 +22,7 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
 )
+from lean_fx.paying import Keep, keep_paying
 from lean_fx.planning import Plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
 from lean_fx.registry import ReductionFactory, reduction_factory
@@ -38,6 +39,7 @@ def leanify(
     skip: Skip = (),
     filter: Callable[[nn.Module, str], bool] | None = None,
     reduce_inputs: bool = False,
+    keep: Keep = "all",
 ) -> GraphModule:
     """Insert LEAN reductions before the conv and linear layers of a model, and shrink them.
 
@@ -61,6 +63,10 @@ def leanify(
         skip: names, glob patterns or types of layers to leave alone.
         filter: called as ``filter(module, name)``; layers for which it is false are left alone.
         reduce_inputs: reduce the model's own inputs too, not only intermediate values.
+        keep: which sites: ``"all"``; ``"saving"``, those that save multiply-adds or bytes (see
+            :mod:`lean_fx.paying`); or ``"measured"``, those whose layers are faster with their
+            reduction in ONNX Runtime, on one thread, which takes seconds a site. The last two need
+            example inputs.
 
     Returns:
         A torch.fx.GraphModule. Its plan is in ``meta["lean_fx.plan"]``. If no layer can be
@@ -89,8 +95,10 @@ def leanify(
         workshop on Neural Compression.
     """
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
+    if keep not in get_args(Keep):
+        raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
     captured = _analysed(model, example_inputs)
-    made = make_plan(captured, model, options)
+    made = keep_paying(make_plan(captured, model, options), captured, keep)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
@@ -114,6 +122,7 @@ def plan(
     skip: Skip = (),
     filter: Callable[[nn.Module, str], bool] | None = None,
     reduce_inputs: bool = False,
+    keep: Keep = "all",
 ) -> Plan:
     """What :func:`leanify` would do with the same arguments, and why not more.
 
@@ -135,7 +144,10 @@ def plan(
         0  Linear  in_channels=8 is below min_channels=16
     """
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
-    return make_plan(_analysed(model, example_inputs), model, options)
+    if keep not in get_args(Keep):
+        raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
+    captured = _analysed(model, example_inputs)
+    return keep_paying(make_plan(captured, model, options), captured, keep)
 
 
 def _analysed(model: nn.Module, example_inputs: Any) -> GraphModule:

@@ -27,7 +27,8 @@ LAYERS = (
     },
     {"lean_fx.passes"},
     {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
-    | {"lean_fx.transform", "lean_fx.export", "lean_fx"},
+    | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx"}
+    | {"lean_fx.measure.timing"},
     {"lean_fx.measure"},
     {"lean_fx.experiment"},
 )

@@ -1,0 +1,158 @@
+"""Which sites of a plan pay: by what they cost and save, or by the clock.
+
+For a site with ``P`` positions, ``C_in`` channels and the layers that read them::
+
+    MACs saved    (1 - C'/C_in) x the layers' MACs
+    MACs spent    macs_per_position x P
+    bytes saved   (1 - C'/C_in) x the layers' inputs and weights
+    bytes spent   P (C_in + C') numbers: it reads all channels once and writes C'
+
+The last is the least that any implementation moves.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from lean_fx.errors import ArgumentError
+from lean_fx.export import export_onnx
+from lean_fx.measure.timing import time_onnx
+from lean_fx.passes import Consumer, Site, facts
+from lean_fx.planning import LeftAlone, Plan
+from lean_fx.registry import ReductionFactory, make_reduction
+
+Keep = Literal["all", "saving", "measured"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
+    """The plan with the sites that pay alone; the layers of the others are left alone.
+
+    Args:
+        plan: made from ``graph_module``.
+        graph_module: analysed with example inputs; not changed.
+        keep: ``"all"``; ``"saving"``, without the sites that save neither MACs nor bytes; or
+            ``"measured"``, without those whose layers are slower in ONNX Runtime (one thread,
+            the batch of the example inputs) with their reduction than without.
+
+    Raises:
+        ArgumentError: the shapes are not known.
+        MissingDependencyError: onnx or onnxruntime is not installed, for ``"measured"``.
+    """
+    if keep == "all":
+        return plan
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    if any(facts(node).shape is None for site in plan.sites for node in _involved(site, nodes)):
+        raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
+    judge = _saving if keep == "saving" else _measured
+    kept: list[Site] = []
+    dropped: list[LeftAlone] = []
+    for number, site in enumerate(plan.sites, start=1):
+        pays, figures = judge(site, plan.reduction, graph_module, nodes)
+        _LOGGER.info("site %d of %d: %s: %s", number, len(plan.sites), site.value, figures)
+        if pays:
+            note = "; ".join(filter(None, (site.note, figures)))
+            kept.append(dataclasses.replace(site, note=note))
+        else:
+            dropped += [LeftAlone(each.layer, each.kind, figures) for each in site.consumers]
+    return dataclasses.replace(
+        plan, sites=tuple(kept), left_alone=tuple(plan.left_alone) + tuple(dropped)
+    )
+
+
+def _involved(site: Site, nodes: dict[str, Node]) -> list[Node]:
+    return [nodes[site.value], *(nodes[consumer.node] for consumer in site.consumers)]
+
+
+def _saving(
+    site: Site,
+    reduction: str | ReductionFactory,
+    graph_module: GraphModule,
+    nodes: dict[str, Node],
+) -> tuple[bool, str]:
+    """Whether a site saves MACs or bytes, and the figures."""
+    assert site.out_channels is not None
+    module: Any = make_reduction(reduction, site.in_channels, site.out_channels, site.dim)
+    module.nonnegative = site.nonnegative
+    positions = _numel(nodes[site.value]) // site.in_channels
+    size = graph_module.get_submodule(site.layers[0]).get_parameter("weight").element_size()
+    share = 1 - site.out_channels / site.in_channels
+    macs_saved = share * sum(_macs(each, graph_module, nodes) for each in site.consumers)
+    macs_spent = getattr(module, "macs_per_position", site.in_channels) * positions
+    read = sum(positions * site.in_channels + each.weights for each in site.consumers)
+    bytes_saved = share * size * read
+    bytes_spent = size * positions * (site.in_channels + site.out_channels)
+    figures = (
+        f"saves {macs_saved / 1e6:.3g} M MACs and {bytes_saved / 1e6:.3g} MB, spends "
+        f"{macs_spent / 1e6:.3g} M and {bytes_spent / 1e6:.3g} MB"
+    )
+    return macs_saved > macs_spent or bytes_saved > bytes_spent, figures
+
+
+def _macs(consumer: Consumer, graph_module: GraphModule, nodes: dict[str, Node]) -> int:
+    layer: Any = graph_module.get_submodule(consumer.layer)
+    if getattr(layer, "transposed", False):
+        return (
+            _numel(nodes[consumer.node].all_input_nodes[0]) // layer.in_channels * consumer.weights
+        )
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return _numel(nodes[consumer.node]) * consumer.weights // int(outputs)
+
+
+def _numel(node: Node) -> int:
+    shape = facts(node).shape
+    assert shape is not None
+    return torch.Size(shape).numel()
+
+
+def _measured(
+    site: Site,
+    reduction: str | ReductionFactory,
+    graph_module: GraphModule,
+    nodes: dict[str, Node],
+) -> tuple[bool, str]:
+    """Whether the layers of a site are faster with its reduction, and the figures."""
+    bare, own = _alone(site, graph_module)
+    reduced = Plan("site", (own,), reduction=reduction).apply_to_graph(copy.deepcopy(bare))
+    arms = {"without": bare, "with": reduced}
+    shape = facts(nodes[site.value]).shape
+    assert shape is not None
+    inputs = torch.randn(shape)
+    inputs = inputs.abs() if site.nonnegative else inputs
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.onnx" for name in arms}
+        for name, arm in arms.items():
+            arm.to(device="cpu", dtype=torch.float32)
+            export_onnx(arm, files[name], inputs, batch="static", tolerance=None)
+        taken = time_onnx(files, inputs.numpy(), rounds=15)
+    before, after = taken["without"].median_ms, taken["with"].median_ms
+    return after < before, f"measured {after:.3g} ms with it, {before:.3g} ms without"
+
+
+def _alone(site: Site, graph_module: GraphModule) -> tuple[GraphModule, Site]:
+    """A module of the layers of a site alone, which read its value as their input; its site."""
+    graph = Graph()
+    value = graph.placeholder("value")
+    calls: list[Node] = []
+    consumers: list[Consumer] = []
+    for consumer in site.consumers:
+        source: Node = value
+        path: tuple[str, ...] = ()
+        if consumer.path:
+            source = graph.call_function(torch.flatten, (value, 1))
+            path = (source.name,)
+        calls.append(graph.call_module(consumer.layer, (source,)))
+        consumers.append(dataclasses.replace(consumer, node=calls[-1].name, path=path))
+    graph.output(tuple(calls))
+    bare = copy.deepcopy(GraphModule(graph_module, graph, "site"))
+    return bare, dataclasses.replace(site, value=value.name, consumers=tuple(consumers))

@@ -7,6 +7,7 @@ Example:
     torch.Size([5, 2])
 """
 
+from lean_fx.comparing import compare
 from lean_fx.errors import LeanError, LeanWarning
 from lean_fx.export import export_onnx, plan_of
 from lean_fx.functional import checking_signs, lean_reduction, power_iteration_embedding
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "Site",
     "checking_signs",
+    "compare",
     "export_onnx",
     "lean_reduction",
     "leanify",

@@ -63,7 +63,7 @@ def leanify(
         skip: names, glob patterns or types of layers to leave alone.
         filter: called as ``filter(module, name)``; layers for which it is false are left alone.
         reduce_inputs: reduce the model's own inputs too, not only intermediate values.
-        keep: which sites: ``"all"``; ``"saving"``, those that save multiply-adds or bytes (see
+        keep: which sites: ``"all"``; ``"saving"``, those that save multiply-adds and bytes (see
             :mod:`lean_fx.paying`); or ``"measured"``, those whose layers are faster with their
             reduction in ONNX Runtime, on one thread, which takes seconds a site. The last two need
             example inputs.

@@ -25,19 +25,18 @@ LAYERS = (
         "lean_fx.registry",
         "lean_fx.rebuild",
     },
-    {"lean_fx.passes"},
+    {"lean_fx.passes", "lean_fx.measure"},
     {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
-    | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx"}
-    | {"lean_fx.measure.timing"},
-    {"lean_fx.measure"},
+    | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"},
     {"lean_fx.experiment"},
 )
 OPTIONAL = {
-    "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_function", "lean_fx.measure"},
-    "onnxscript": {"lean_fx.export"},
+    "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_function", "lean_fx.comparing"}
+    | {"lean_fx.measure"},
     "onnx_ir": {"lean_fx.onnx_function"},
-    "onnxruntime": {"lean_fx.export", "lean_fx.parity", "lean_fx.measure"},
-    "codecarbon": {"lean_fx.measure"},
+    "onnxscript": {"lean_fx.export", "lean_fx.comparing"},
+    "onnxruntime": {"lean_fx.export", "lean_fx.parity", "lean_fx.comparing", "lean_fx.measure"},
+    "codecarbon": {"lean_fx.comparing", "lean_fx.measure"},
     "rich": {"lean_fx.measure", "lean_fx.experiment"},
     "matplotlib": {"lean_fx.measure", "lean_fx.experiment"},
     "numpy": {"lean_fx.measure", "lean_fx.experiment"},

@@ -1,5 +1,6 @@
 """Plans without the sites that do not pay."""
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -71,11 +72,14 @@ def test_the_layers_of_a_site_alone_compute_what_they_did(model):
 
 def test_measured_keeps_what_is_faster(monkeypatch):
     inputs = torch.rand(1, 3, 16, 16)
-    seen = []
+    seen, signs = [], []
 
     def time_onnx(files, value, **options):
         for file in files.values():  # they run on the value of the site
             session = onnxruntime.InferenceSession(file)
+            for node in onnx.load(file).graph.node:
+                if node.op_type == "LEAN":
+                    signs.append(node.overload)
             session.run(None, {session.get_inputs()[0].name: value})
         seen.append((list(files), value.shape))
         ratio = 0.5 if len(seen) == 1 else 2.0
@@ -87,6 +91,7 @@ def test_measured_keeps_what_is_faster(monkeypatch):
     monkeypatch.setattr("lean_fx.paying.time_onnx", time_onnx)
     plan = lean_fx.plan(TwoSites(), inputs, keep="measured")
     assert seen == [(["without", "with"], (1, 64, 16, 16))] * 2
+    assert signs == ["8x8_nonnegative"] * 2
     assert [site.note for site in plan.sites] == ["measured 0.5 ms with it, 1 ms without"]
     assert plan.left_alone[-1] == lean_fx.LeftAlone(
         "poor", "Conv2d", "measured 2 ms with it, 1 ms without"

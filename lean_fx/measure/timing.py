@@ -107,19 +107,42 @@ def time_onnx(
     """
     _check_range(files, threads, rounds, min_round_ms)
     names = list(files)
-    samples: dict[str, list[float]] = {name: [] for name in names}
     with _flushing_denormals():
         calls = {name: _prepare(name, Path(files[name]), inputs, threads) for name in names}
-        repeats = {name: _repeats(call, min_round_ms) for name, call in calls.items()}
-        for done in range(rounds):
-            start = done % len(names)
-            for name in names[start:] + names[:start]:
-                samples[name].append(_mean_ms(calls[name], repeats[name]))
-            if progress is not None:
-                progress(done + 1, rounds)
+        samples = time_in_turn(calls, rounds=rounds, min_round_ms=min_round_ms, progress=progress)
     first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
     batch = int(first.shape[0]) if first.ndim else 1
-    return {name: Latency(tuple(samples[name]), batch, threads) for name in names}
+    return {name: Latency(samples[name], batch, threads) for name in names}
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    min_round_ms: float = 5.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, tuple[float, ...]]:
+    """Time calls in rounds, each round all of them, beginning at another one.
+
+    Args:
+        calls: by name; each is called some times beforehand.
+        rounds: samples of each.
+        min_round_ms: least milliseconds of a call's share of a round; it is repeated to fill it.
+        progress: called after every round with the rounds done and the rounds in all.
+
+    Returns:
+        The mean milliseconds of a call, one figure a round, by name.
+    """
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    repeats = {name: _repeats(call, min_round_ms) for name, call in calls.items()}
+    for done in range(rounds):
+        start = done % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(_mean_ms(calls[name], repeats[name]))
+        if progress is not None:
+            progress(done + 1, rounds)
+    return {name: tuple(values) for name, values in samples.items()}
 
 
 def machine() -> str:
@@ -178,7 +201,7 @@ def _prepare(
     name: str, file: Path, inputs: Mapping[str, Array] | Array, threads: int
 ) -> Callable[[], object]:
     """Load a model, warm it up, which checks its inputs, and return its call."""
-    session = _load(name, file, threads)
+    session = open_session(name, file, threads)
     wanted = [value.name for value in session.get_inputs()]
     if isinstance(inputs, Mapping):
         feeds = dict(inputs)
@@ -206,7 +229,19 @@ def _prepare(
     return lambda: session.run(None, feeds)
 
 
-def _load(name: str, file: Path, threads: int) -> Any:
+def open_session(name: str, file: Path, threads: int, optimised: Path | None = None) -> Any:
+    """Load a file into ONNX Runtime as it is timed: CPU, all optimisations, no spinning threads.
+
+    Args:
+        name: what an error calls it.
+        file: the model.
+        threads: of a call, 1 or more.
+        optimised: where to write the graph as it is run, or None.
+
+    Raises:
+        DataError: the file is missing or is not a model that ONNX Runtime can load.
+        MissingDependencyError: onnxruntime is not installed.
+    """
     ort = require("onnxruntime", purpose="timing")
     if not file.is_file():
         raise DataError(f"{name}: {file} is not a file; export the model there first")
@@ -214,6 +249,9 @@ def _load(name: str, file: Path, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:

@@ -1,0 +1,161 @@
+"""What each way to keep sites gives on real architectures: all, saving, measured.
+
+    pip install --no-deps torchvision
+    python examples/paying.py [--models resnet18,vgg11] [--size 96] [--rounds 20]
+
+Every model is reduced with channels="sqrt" and keep="all", "saving" and "measured"; the table has
+the reductions, parameters and MACs of each, and its latency in ONNX Runtime on one thread at batch
+1, all arms of a model timed in turn, as a ratio to the model as it is. A model that is in
+runs/paying/paying.csv already is not measured again.
+"""
+
+import argparse
+import csv
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lean_fx
+from lean_fx.errors import require
+from lean_fx.experiment.script import command_line, run_script
+from lean_fx.files import make_folder, write_text
+from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.timing import machine, time_onnx
+
+KEEPS = ("all", "saving", "measured")
+FIELDS = ("model", "keep", "reductions", "parameters", "macs", "median_ms", "q1_ms", "q3_ms")
+
+
+class Block(nn.Module):
+    """A transformer block with its attention written out."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.out, self.heads = nn.Linear(width, width), heads
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention, then the MLP, each added to what it read."""
+        y = self.norm1(x)
+        q, k, v = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for each in (self.q(y), self.k(y), self.v(y))
+        )
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class SmallViT(nn.Module):
+    """A vision transformer: patches of 16, four blocks, mean of the tokens."""
+
+    def __init__(self, size: int, width: int = 192, depth: int = 4, heads: int = 3) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 16, 16)
+        self.place = nn.Parameter(0.02 * torch.randn((size // 16) ** 2, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The scores of 1000 classes."""
+        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.place
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+def build(name: str, size: int) -> nn.Module:
+    """The model, with fresh weights."""
+    if name == "small_vit":
+        return SmallViT(size)
+    # Without its C extension torchvision lacks these operators, and its import asks for them.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    models = require("torchvision.models", purpose=f"{name}")
+    return getattr(models, name)(weights=None)
+
+
+def measure(name: str, size: int, rounds: int) -> list[dict[str, object]]:
+    """The rows of one model: as it is, and with each way to keep sites."""
+    torch.manual_seed(0)
+    model, images = build(name, size).eval(), torch.rand(1, 3, size, size)
+    arms: dict[str, nn.Module] = {"baseline": model}
+    for keep in KEEPS:
+        arms[keep] = lean_fx.leanify(model, images, keep=keep).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {keep: Path(folder) / f"{keep}.onnx" for keep in arms}
+        for keep, arm in arms.items():
+            lean_fx.export_onnx(arm, files[keep], images)
+        taken = time_onnx(files, images.numpy(), rounds=rounds)
+    return [
+        {
+            "model": name,
+            "keep": keep,
+            "reductions": len(arm.meta["lean_fx.plan"].sites) if keep != "baseline" else 0,
+            "parameters": count_parameters(arm),
+            "macs": count_macs(arm, images),
+            "median_ms": taken[keep].median_ms,
+            "q1_ms": taken[keep].q1_ms,
+            "q3_ms": taken[keep].q3_ms,
+        }
+        for keep, arm in arms.items()
+    ]
+
+
+def markdown(rows: list[dict[str, str]], size: int, rounds: int) -> str:
+    """The table."""
+    lines = [
+        "# Plans that pay\n",
+        f"```\n{command_line()}\n```\n",
+        f'{machine()}; channels="sqrt", pictures of {size}x{size}, batch 1, 1 thread; latency as '
+        f"median and quartiles of {rounds} rounds, weights as drawn.\n",
+        "| model | keep | reductions | parameters, million | MACs, million | latency, ms | ratio |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    base = {row["model"]: float(row["median_ms"]) for row in rows if row["keep"] == "baseline"}
+    for row in rows:
+        median, low, high = (float(row[key]) for key in ("median_ms", "q1_ms", "q3_ms"))
+        lines.append(
+            f"| {row['model']} | {row['keep']} | {row['reductions']} "
+            f"| {int(row['parameters']) / 1e6:.2f} | {int(row['macs']) / 1e6:.1f} "
+            f"| {median:.2f} [{low:.2f}-{high:.2f}] | {median / base[row['model']]:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is not there yet, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", default="resnet18,vgg11,densenet121,mobilenet_v2,small_vit")
+    parser.add_argument("--size", type=int, default=96, help="of the pictures; a multiple of 32")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", default="runs/paying")
+    args = parser.parse_args()
+    track = require("rich.progress", extra="examples", purpose="the progress bar").track
+    folder = make_folder(args.out)
+    path = folder / "paying.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    wanted = [name.strip() for name in args.models.split(",")]
+    todo = [name for name in wanted if name not in {row["model"] for row in rows}]
+    for name in track(todo, description="models"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lean_fx.LeanWarning)
+            measured = measure(name, args.size, args.rounds)
+        rows += [{key: str(value) for key, value in row.items()} for row in measured]
+        text = [",".join(FIELDS), *(",".join(row[key] for key in FIELDS) for row in rows)]
+        write_text(path, "\n".join(text) + "\n")
+    table = markdown(rows, args.size, args.rounds)
+    print(table)
+    write_text(folder / "paying.md", table)
+    print(f"written to {path} and {folder / 'paying.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,286 @@
+"""compare(): models side by side, by everything that does not need their training."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lean_fx.capture import as_inputs
+from lean_fx.errors import ArgumentError, LeanWarning, require
+from lean_fx.export import export_onnx
+from lean_fx.files import make_folder
+from lean_fx.measure.compared import Compared, Comparison
+from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.energy import Energy, EnergyMeter
+from lean_fx.measure.memory import peak_bytes
+from lean_fx.measure.timing import Latency, machine, open_session, time_in_turn, time_onnx
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    *,
+    batches: Sequence[int] = (1, 16),
+    threads: int = 1,
+    rounds: int = 30,
+    energy_s: float = 0.0,
+    country: str = "USA",
+    folder: str | os.PathLike[str] | None = None,
+) -> Comparison:
+    """Measure models side by side: cost, latency, memory, and energy if asked for.
+
+    The models are copied to the CPU; they need no training, but latency depends a little on the
+    weights. All times are taken in turn, round by round.
+
+    Args:
+        models: by name; the first is the baseline that ratios refer to.
+        example_inputs: a tensor, or a tuple of the positional inputs, batch first; their batch is
+            that of the times and the memory in PyTorch.
+        batches: of the calls of ONNX Runtime, each 1 or more.
+        threads: of ONNX Runtime and PyTorch, 1 or more.
+        rounds: samples of each time, 2 or more.
+        energy_s: seconds to meter calls of each file at the first batch; 0 for no energy.
+            Estimates need 30 or more.
+        country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
+        folder: where to keep the ONNX files, made if missing; they are dropped if it is None.
+
+    Returns:
+        The figures: ``print(comparison.to_markdown())``, ``comparison.save(folder)``.
+
+    Raises:
+        ArgumentError: an argument is out of its range, or the outputs of the models differ in
+            form.
+        ExportError: a model cannot be exported.
+        MissingDependencyError: onnx, onnxscript or onnxruntime is not installed, or codecarbon
+            where energy is asked for.
+        WriteError: the folder cannot be made or written to.
+
+    Warns:
+        LeanWarning: a convolution of a model misses ONNX Runtime's fast path.
+
+    Example::
+
+        models = {"baseline": model, "lean": lean_fx.leanify(model, inputs)}
+        comparison = lean_fx.compare(models, inputs)
+        print(comparison.to_markdown())
+    """
+    inputs = as_inputs(example_inputs)
+    _check(models, inputs, batches, threads, rounds, energy_s)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, purpose="comparing")
+    if energy_s:
+        require("codecarbon", purpose="metering energy")
+    arms = {name: copy.deepcopy(model).cpu().eval() for name, model in models.items()}
+    _check_outputs(arms, inputs)
+    with tempfile.TemporaryDirectory() as temporary:
+        home = make_folder(folder) if folder is not None else Path(temporary)
+        files = {name: home / f"{name.replace('/', '-')}.onnx" for name in arms}
+        for name, arm in arms.items():
+            export_onnx(arm, files[name], inputs)
+        latencies = [
+            time_onnx(files, _feeds(files, inputs, batch), threads=threads, rounds=rounds)
+            for batch in batches
+        ]
+        eager, step = _time_pytorch(arms, inputs, threads, rounds)
+        compared = []
+        for name, arm in arms.items():
+            off_path = tuple(_off_path(files[name]))
+            for text in off_path:
+                warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
+            feeds = _feeds({name: files[name]}, inputs, batches[0])
+            compared.append(
+                Compared(
+                    name=name,
+                    parameters=count_parameters(arm),
+                    weight_bytes=sum(value.nbytes for value in arm.state_dict().values()),
+                    macs=count_macs(arm, tuple(_resized(value, 1) for value in inputs)),
+                    peak_inference_bytes=_peak(arm, inputs, training=False),
+                    peak_training_bytes=_peak(arm, inputs, training=True),
+                    onnx_bytes=files[name].stat().st_size,
+                    reorders=_reorders(files[name]),
+                    off_path=off_path,
+                    latencies=tuple(latency[name] for latency in latencies),
+                    eager=eager[name],
+                    step=step[name],
+                    energy=_energy(files[name], feeds, threads, energy_s, country),
+                )
+            )
+    return Comparison(tuple(compared), machine())
+
+
+def _check(
+    models: Mapping[str, nn.Module],
+    inputs: tuple[Any, ...],
+    batches: Sequence[int],
+    threads: int,
+    rounds: int,
+    energy_s: float,
+) -> None:
+    if not models:
+        raise ArgumentError("compare: models is empty; give at least one name and model")
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"compare: {name!r} is a {type(model).__name__}; give a module")
+    if not inputs or not all(isinstance(value, Tensor) and value.dim() for value in inputs):
+        raise ArgumentError("compare: example_inputs are no tensors with a batch; give such")
+    if any(value.shape[0] == 0 for value in inputs):
+        raise ArgumentError("compare: example_inputs have no rows; give one or more")
+    if not batches or not all(type(batch) is int and batch > 0 for batch in batches):
+        raise ArgumentError(f"compare: batches={batches!r} are not ints of 1 or more")
+    for option, value, least in (("threads", threads, 1), ("rounds", rounds, 2)):
+        if type(value) is not int or value < least:
+            raise ArgumentError(f"compare: {option}={value!r} is not an int of {least} or more")
+    if not energy_s >= 0:
+        raise ArgumentError(f"compare: energy_s={energy_s!r} is not 0 or more seconds")
+
+
+def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:
+    forms = {}
+    for name, arm in arms.items():
+        try:
+            with torch.no_grad():
+                output = arm(*inputs)
+        except Exception as error:
+            raise ArgumentError(
+                f"compare: {name!r} fails on the example inputs ({' '.join(str(error).split())}); "
+                "give inputs that all models take"
+            ) from error
+        forms[name] = pytree.tree_map(lambda x: list(getattr(x, "shape", ())), output)
+    first, *others = forms
+    for name in others:
+        if forms[name] != forms[first]:
+            raise ArgumentError(
+                f"compare: {name!r} gives {forms[name]} and {first!r} {forms[first]}; compare "
+                "models whose outputs have one form"
+            )
+
+
+def _resized(value: Tensor, batch: int) -> Tensor:
+    return value[torch.arange(batch) % value.shape[0]]
+
+
+def _feeds(files: Mapping[str, Path], inputs: tuple[Tensor, ...], batch: int) -> dict[str, Any]:
+    session = open_session(next(iter(files)), next(iter(files.values())), threads=1)
+    names = [value.name for value in session.get_inputs()]
+    arrays = [_resized(value, batch).numpy() for value in inputs]
+    return dict(zip(names, arrays, strict=True))
+
+
+def _time_pytorch(
+    arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...], threads: int, rounds: int
+) -> tuple[dict[str, Latency], dict[str, Latency]]:
+    """A forward pass without gradients, and a training step, of each model."""
+
+    def forward(arm: nn.Module) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad():
+                return arm(*inputs)
+
+        return call
+
+    trained = {name: copy.deepcopy(arm) for name, arm in arms.items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        calls = {name: forward(arm) for name, arm in arms.items()}
+        eager = time_in_turn(calls, rounds=rounds)
+        steps = {name: _training_step(arm.train(), inputs) for name, arm in trained.items()}
+        step = time_in_turn(steps, rounds=rounds)
+    finally:
+        torch.set_num_threads(before)
+    batch = inputs[0].shape[0]
+    return (
+        {name: Latency(samples, batch, threads) for name, samples in eager.items()},
+        {name: Latency(samples, batch, threads) for name, samples in step.items()},
+    )
+
+
+def _training_step(arm: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Forward, the mean square of the outputs, backward, SGD."""
+    parameters = [each for each in arm.parameters() if each.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-6) if parameters else None
+
+    def step() -> None:
+        outputs = [x for x in pytree.tree_leaves(arm(*inputs)) if isinstance(x, Tensor)]
+        loss = torch.stack([x.float().square().mean() for x in outputs]).sum()
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    return step
+
+
+def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
+    arm = copy.deepcopy(arm).train(training)
+    held = [*arm.state_dict().values(), *inputs]
+    if training:
+        return peak_bytes(_training_step(arm, inputs), held)
+    with torch.no_grad():
+        return peak_bytes(lambda: arm(*inputs), held)
+
+
+def _optimised(file: Path) -> Any:
+    """The graph as ONNX Runtime runs it on this machine."""
+    onnx = require("onnx", purpose="comparing")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "optimised.onnx"
+        open_session(file.stem, file, threads=1, optimised=target)
+        return onnx.load(target)
+
+
+def _reorders(file: Path) -> int:
+    layouts = {"ReorderInput", "ReorderOutput"}
+    return sum(node.op_type in layouts for node in _optimised(file).graph.node)
+
+
+def _off_path(file: Path) -> list[str]:
+    """The convolutions that ONNX Runtime's blocked layout does not take.
+
+    It takes one of group 1 whose input channels are fewer than a block (16 numbers with AVX-512,
+    8 without), or a multiple of 4.
+    """
+    onnx = require("onnx", purpose="comparing")
+    graph = onnx.load(file).graph
+    weights = {value.name: list(value.dims) for value in graph.initializer}
+    block = 16 if "AVX-512" in machine() else 8
+    found = []
+    for node in graph.node:
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        if node.op_type != "Conv" or groups != 1 or node.input[1] not in weights:
+            continue
+        channels = weights[node.input[1]][1]
+        if channels >= block and channels % 4:
+            layer = node.input[1].removesuffix(".weight")
+            found.append(
+                f"{layer} reads {channels} channels, which is off ONNX Runtime's fast path: not "
+                f"below {block}, and no multiple of 4"
+            )
+    return found
+
+
+def _energy(
+    file: Path, feeds: dict[str, Any], threads: int, seconds: float, country: str
+) -> Energy | None:
+    """The energy of one call, by as many as fill the seconds."""
+    if not seconds:
+        return None
+    session = open_session(file.stem, file, threads=threads)
+    session.run(None, feeds)
+    calls = 0
+    with EnergyMeter(country) as meter:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            session.run(None, feeds)
+            calls += 1
+    return meter.energy.scaled(1 / calls)

@@ -1,0 +1,234 @@
+"""The result of a comparison: figures of models side by side, each with its unit and spread."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lean_fx.errors import ArgumentError, require
+from lean_fx.files import make_folder, replacing, write_text
+from lean_fx.measure.energy import Energy
+from lean_fx.measure.pictures import colour, new_figure, short
+from lean_fx.measure.timing import Latency
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The time of a model by that of the baseline, in the same rounds.
+
+    Attributes:
+        median: the ratio of the medians; below 1 is faster.
+        low: end of the interval that holds it with 95 % confidence.
+        high: the other end.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}-{self.high:.2f}]"
+
+
+def ratio_of(latency: Latency, baseline: Latency) -> Ratio:
+    """The ratio of two latencies that were measured in turn, and its bootstrap interval.
+
+    Rounds are drawn again with replacement, the same ones for both, since what slows a round down
+    slows both; the interval holds the middle 95 % of the ratios of medians of such draws.
+
+    Raises:
+        ArgumentError: the numbers of rounds differ.
+
+    Example:
+        >>> latency = Latency((1.0, 2.0, 3.0), batch=1, threads=1)
+        >>> str(ratio_of(latency, latency))
+        '1.00 [1.00-1.00]'
+
+    References:
+        Efron and Tibshirani: An Introduction to the Bootstrap, 1993, chapter 13 (percentile
+        intervals).
+    """
+    if latency.rounds != baseline.rounds:
+        raise ArgumentError(
+            f"ratio_of: {latency.rounds} and {baseline.rounds} rounds were not measured in turn; "
+            "give latencies of one run"
+        )
+    generator, count = random.Random(0), latency.rounds
+    ratios = []
+    for _ in range(_RESAMPLES):
+        rounds = generator.choices(range(count), k=count)
+        mine, theirs = (
+            statistics.median(each.samples_ms[index] for index in rounds)
+            for each in (latency, baseline)
+        )
+        ratios.append(mine / theirs)
+    cuts = statistics.quantiles(ratios, n=40, method="inclusive")
+    return Ratio(latency.median_ms / baseline.median_ms, cuts[0], cuts[-1])
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was measured of one model.
+
+    Attributes:
+        name: what the caller calls it.
+        parameters: elements of all parameters.
+        weight_bytes: of parameters and buffers.
+        macs: multiply-adds of one sample.
+        peak_inference_bytes: of tensors alive at once in a forward pass of the example inputs.
+        peak_training_bytes: the same in a training step, gradients included.
+        onnx_bytes: size of the exported file.
+        reorders: how many nodes of ONNX Runtime's optimised graph only change the memory layout.
+        off_path: layers that miss ONNX Runtime's fast convolution, and why.
+        latencies: of the file, one for each batch.
+        eager: of a forward pass in PyTorch.
+        step: of a training step in PyTorch: forward, backward, SGD.
+        energy: of one call of the file at the first batch; None where it was not metered.
+    """
+
+    name: str
+    parameters: int
+    weight_bytes: int
+    macs: int
+    peak_inference_bytes: int
+    peak_training_bytes: int
+    onnx_bytes: int
+    reorders: int
+    off_path: tuple[str, ...]
+    latencies: tuple[Latency, ...]
+    eager: Latency
+    step: Latency
+    energy: Energy | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side; the first is the baseline of every ratio.
+
+    Attributes:
+        models: what was measured of each.
+        machine: processor, instruction set, cores and versions.
+    """
+
+    models: tuple[Compared, ...]
+    machine: str
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table as text, its head first: a column for each model, a row for each figure."""
+        base = self.models[0]
+        rows: list[tuple[str, ...]] = [("", *(model.name for model in self.models))]
+
+        def add(label: str, text: Callable[[Compared], str]) -> None:
+            rows.append((label, *map(text, self.models)))
+
+        def add_times(label: str, of: Callable[[Compared], Latency]) -> None:
+            add(f"{label}, ms", lambda m: short(of(m).median_ms))
+            add("  quartiles", lambda m: f"{short(of(m).q1_ms)}-{short(of(m).q3_ms)}")
+            add("  ratio [95 %]", lambda m: str(ratio_of(of(m), of(base))))
+
+        add("parameters", lambda m: f"{m.parameters:,}")
+        add("weights, kB", lambda m: short(m.weight_bytes / 1e3))
+        add("MACs, million", lambda m: short(m.macs / 1e6))
+        add("peak memory, inference, MB", lambda m: short(m.peak_inference_bytes / 1e6))
+        add("peak memory, training, MB", lambda m: short(m.peak_training_bytes / 1e6))
+        add("ONNX file, kB", lambda m: short(m.onnx_bytes / 1e3))
+        add("layout reorders", lambda m: str(m.reorders))
+        for index, latency in enumerate(base.latencies):
+            label = f"ONNX Runtime, batch {latency.batch}"
+            add_times(label, lambda m, index=index: m.latencies[index])  # type: ignore[misc]
+        add_times(f"PyTorch forward, batch {base.eager.batch}", lambda m: m.eager)
+        add_times(f"training step, batch {base.step.batch}", lambda m: m.step)
+        if base.energy is not None:
+            add("energy of a call, mJ", lambda m: short(m.energy.energy_j * 1e3 if m.energy else 0))
+            add("CO2 of a call, ug", lambda m: short(m.energy.co2_g * 1e6 if m.energy else 0))
+        return rows
+
+    def footnotes(self) -> list[str]:
+        """The sentences that say what the figures rest on."""
+        base = self.models[0]
+        timed = base.latencies[0]
+        notes = [
+            f"Machine: {self.machine}; threads {timed.threads}.",
+            f"Times: median of {timed.rounds} rounds, all models in turn; ratio: to {base.name}, "
+            "below 1 is faster, with its bootstrap interval.",
+            "Peak memory: tensors alive at once in PyTorch, weights included.",
+        ]
+        if base.energy is not None:
+            estimate = (
+                "an estimate, which follows time: its ratios are the ratios of time"
+                if base.energy.is_estimate
+                else "read from a hardware counter"
+            )
+            notes.append(f"Energy and CO2 (meter {base.energy.meter}): {estimate}.")
+        return notes + [
+            f"{model.name}: {text}." for model in self.models for text in model.off_path
+        ]
+
+    def table(self) -> Table:
+        """The table for a terminal."""
+        text = require("rich.text", extra="examples", purpose="the table").Text
+        table: Table = require("rich.table", extra="examples", purpose="the table").Table(
+            caption=text("\n".join(self.footnotes())),
+            caption_justify="left",
+            box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
+        )
+        head, *rows = self.rows()
+        for cell in head:
+            table.add_column(text(cell), justify="right" if cell else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(text, row))
+        return table
+
+    def to_markdown(self) -> str:
+        """The table and its footnotes in Markdown."""
+        head, *rows = self.rows()
+        lines = [head, ("---", *("---:" for _ in self.models)), *rows]
+        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in lines]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        return table + "\n\n" + "\n".join(f"- {note}" for note in self.footnotes()) + "\n"
+
+    def to_json(self) -> str:
+        """Every figure as JSON, the samples of each round included."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write ``comparison.md``, ``comparison.json`` and ``latency.png``; return their paths.
+
+        Raises:
+            WriteError: the folder cannot be made or written to.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        target = make_folder(folder)
+        write_text(target / "comparison.md", self.to_markdown())
+        write_text(target / "comparison.json", self.to_json())
+        figure = self.draw()
+        with replacing(target / "latency.png") as part:
+            figure.savefig(part, format="png", dpi=150)
+        return [target / name for name in ("comparison.md", "comparison.json", "latency.png")]
+
+    def draw(self) -> Any:
+        """Draw the ratios of time with their intervals, a panel for each batch; the figure."""
+        base = self.models[0]
+        count = len(base.latencies)
+        figure, axes = new_figure(1 + 3.2 * count, 3.4, 1, count)
+        for index, axis in enumerate(axes):
+            for place, model in enumerate(self.models):
+                ratio = ratio_of(model.latencies[index], base.latencies[index])
+                ends = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+                axis.bar(place, ratio.median, yerr=ends, color=colour(place), capsize=4)
+            axis.set_xticks(range(len(self.models)), [model.name for model in self.models])
+            axis.set_title(f"ONNX Runtime, batch {base.latencies[index].batch}")
+            axis.set_ylabel(f"time, {base.name} = 1")
+        return figure

@@ -1,0 +1,164 @@
+"""Models side by side."""
+
+import json
+import sys
+import warnings
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import lean_fx
+from lean_fx.comparing import _off_path, _reorders
+from lean_fx.errors import ArgumentError, MissingDependencyError, WriteError
+from lean_fx.measure.compared import ratio_of
+from lean_fx.measure.energy import Energy
+from lean_fx.measure.memory import peak_bytes
+from lean_fx.measure.timing import Latency
+
+
+def net(width=48):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 8, 3), nn.Flatten(), nn.Linear(128, 4)
+    )
+
+
+def latency(*samples):
+    return Latency(samples, batch=1, threads=1)
+
+
+def test_a_ratio_and_its_interval():
+    base = latency(*(10.0 + noise for noise in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)))
+    half = latency(*(sample / 2 for sample in base.samples_ms))
+    exact = ratio_of(half, base)  # what slows a round down slows both
+    assert (exact.median, exact.low, exact.high) == (0.5, 0.5, 0.5)
+    shuffled = latency(*reversed(half.samples_ms))
+    wide = ratio_of(shuffled, base)
+    assert wide.median == 0.5
+    assert wide.low < 0.45
+    assert wide.high > 0.55
+    assert ratio_of(shuffled, base) == wide
+    with pytest.raises(ArgumentError, match="2 and 10 rounds were not measured in turn"):
+        ratio_of(latency(1.0, 2.0), base)
+
+
+def test_peak_memory_is_what_lives_at_once():
+    def chain():
+        x = torch.zeros(250)  # 1 kB
+        for _ in range(10):
+            x = x + 1
+        return x
+
+    assert peak_bytes(chain) == 2000
+    layers = nn.Sequential(*(nn.Linear(100, 100) for _ in range(10)))
+    weights, x = 10 * 4 * 10_100, torch.zeros(10, 100)
+    with torch.no_grad():
+        assert peak_bytes(lambda: layers(x), layers.parameters()) == weights + 2 * 4000
+    assert peak_bytes(lambda: layers(x), layers.parameters()) == weights + 10 * 4000
+
+
+def test_compare(tmp_path):
+    model, inputs = net(), torch.rand(2, 3, 8, 8)
+    lean = lean_fx.leanify(model, inputs, channels=8).train()
+    state = {name: value.clone() for name, value in lean.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = lean_fx.compare(
+            {"base": model, "lean": lean}, inputs, batches=(1, 3), rounds=3, folder=tmp_path
+        )
+    base, reduced = result.models
+    assert (base.name, reduced.name) == ("base", "lean")
+    assert base.parameters == 3 * 48 * 9 + 48 + 48 * 8 * 9 + 8 + 128 * 4 + 4
+    assert base.macs == 27 * 48 * 36 + 48 * 72 * 16 + 128 * 4
+    assert base.weight_bytes == 4 * base.parameters
+    assert reduced.macs == 27 * 48 * 36 + 8 * 72 * 16 + 128 * 4 + 4 * 48 * 36
+    assert [each.batch for each in base.latencies] == [1, 3]
+    assert base.eager.batch == base.step.batch == 2
+    assert base.onnx_bytes == (tmp_path / "base.onnx").stat().st_size
+    assert base.peak_training_bytes > base.peak_inference_bytes > base.weight_bytes
+    assert base.energy is None
+    assert lean.training
+    assert all(torch.equal(value, state[name]) for name, value in lean.state_dict().items())
+
+    paths = result.save(tmp_path / "out")
+    assert [path.name for path in paths] == ["comparison.md", "comparison.json", "latency.png"]
+    assert json.loads(paths[1].read_text())["models"][1]["macs"] == reduced.macs
+    assert "| ratio [95 %] | 1.00 [1.00-1.00] |" in paths[0].read_text()
+    assert paths[2].read_bytes()[:4] == b"\x89PNG"
+    assert [column.header.plain for column in result.table().columns] == ["", "base", "lean"]
+
+
+def test_energy_of_a_call(monkeypatch):
+    class Meter:
+        def __init__(self, country):
+            assert country == "DEU"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.energy = Energy(energy_j=10.0, co2_g=1.0, seconds=0.05, meter="cpu_load")
+
+    monkeypatch.setattr("lean_fx.comparing.EnergyMeter", Meter)
+    result = lean_fx.compare(
+        {"base": net()}, torch.rand(1, 3, 8, 8), rounds=2, energy_s=0.05, country="DEU"
+    )
+    assert 0 < result.models[0].energy.energy_j < 10
+    assert any("meter cpu_load): an estimate" in note for note in result.footnotes())
+
+
+def test_layers_off_the_fast_path(tmp_path):
+    path = tmp_path / "net.onnx"
+    inputs = torch.rand(2, 3, 8, 8)
+    for width, off in ((48, []), (50, ["2 reads 50 channels"]), (7, [])):
+        lean_fx.export_onnx(net(width), path, inputs)
+        assert [text.partition(",")[0] for text in _off_path(path)] == off
+    with pytest.warns(lean_fx.LeanWarning, match="^wide: 2 reads 50 channels, which is off"):
+        lean_fx.compare({"wide": net(50)}, inputs, rounds=2)
+
+
+def test_reorders_are_counted(tmp_path):
+    path = tmp_path / "net.onnx"
+    lean_fx.export_onnx(net(), path, torch.rand(2, 3, 8, 8))
+    assert _reorders(path) == 1  # before the flatten
+    lean_fx.export_onnx(nn.Linear(4, 4), path, torch.rand(2, 4))
+    assert _reorders(path) == 0
+    assert len(onnx.load(path).graph.node) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"models": {}}, "models is empty; give at least one name and model"),
+        ({"models": {"a": 3}}, "'a' is a int; give a module"),
+        ({"example_inputs": torch.rand(0, 3, 8, 8)}, "example_inputs have no rows; give one or m"),
+        ({"batches": (0,)}, "batches=.0,. are not ints of 1 or more"),
+        ({"rounds": 1}, "rounds=1 is not an int of 2 or more"),
+        ({"energy_s": -1.0}, "energy_s=-1.0 is not 0 or more seconds"),
+        ({"example_inputs": torch.rand(2, 4)}, "'base' fails on the example inputs .*; give inpu"),
+        (
+            {"models": {"a": nn.Flatten(), "b": nn.Identity()}},
+            r"'b' gives \[2, 3, 8, 8\] and 'a' \[2, 192\]; compare models whose outputs have one f",
+        ),
+    ],
+)
+def test_errors(changed, message):
+    arguments = {"models": {"base": net()}, "example_inputs": torch.rand(2, 3, 8, 8), **changed}
+    with pytest.raises(ArgumentError, match=f"^compare: {message}"):
+        lean_fx.compare(arguments.pop("models"), arguments.pop("example_inputs"), **arguments)
+
+
+def test_what_is_missing_is_told_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(MissingDependencyError, match="codecarbon is not installed and metering"):
+        lean_fx.compare({"base": net()}, torch.rand(2, 3, 8, 8), energy_s=1.0)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match="onnxruntime is not installed"):
+        lean_fx.compare({"base": net()}, torch.rand(2, 3, 8, 8))
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="cannot be made .* give a folder that you may write to"):
+        lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=tmp_path / "file")

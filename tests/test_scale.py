@@ -112,23 +112,23 @@ class Particular(nn.Module):
 
     def __init__(self, first, change):
         super().__init__()
-        self.first, self.second, self.change = first, nn.Linear(32, 5), change
+        self.first, self.second, self.change = first, nn.Linear(32, 64), change
 
     def forward(self, x):
         return self.second(self.first(self.change(x)).relu())
 
 
 @pytest.mark.parametrize(
-    ("first", "change", "inputs"),
+    ("first", "change", "draw"),
     [
-        (nn.Linear(8, 32), lambda x: torch.log(x + 1e-3), torch.rand(64, 8)),
-        (nn.Linear(8, 32), torch.bernoulli, torch.rand(64, 8)),
-        (nn.Embedding(10, 32), lambda x: x.long(), torch.randint(0, 10, (64,)).float()),
+        (nn.Linear(8, 32), lambda x: torch.log(x + 1e-3), lambda: torch.rand(256, 8)),
+        (nn.Linear(8, 32), torch.bernoulli, lambda: torch.rand(256, 8)),
+        (nn.Embedding(10, 32), lambda x: x.long(), lambda: torch.randint(0, 10, (256,)).float()),
     ],
     ids=["log", "bernoulli", "embedding"],
 )
-def test_inputs_that_may_not_be_normal(first, change, inputs):
-    model = Particular(first, change)
+def test_inputs_that_may_not_be_normal(first, change, draw):
+    model, inputs = Particular(first, change), draw()
     lean = lean_fx.leanify(model, inputs, channels=4)
     assert 0.5 < lean(inputs).std() / model(inputs).std() < 2
 

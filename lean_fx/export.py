@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from lean_fx.functional import as_onnx_nodes
 from lean_fx.onnx_function import define_functions
 from lean_fx.parity import first_difference, greatest_difference
 from lean_fx.planning import Plan
+from lean_fx.quantization import Quantize, accuracy_of, quantize_onnx
 
 Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]
@@ -39,8 +41,11 @@ def export_onnx(
     batch: Batch = "dynamic",
     opset: int | None = None,
     functions: Functions = "keep",
+    quantize: Quantize | None = None,
+    calibration: Iterable[Any] | None = None,
+    evaluation: Iterable[Any] | None = None,
     tolerance: float | None = 1e-3,
-) -> None:
+) -> Exported:
     """Write a model to an ONNX file, in eval mode.
 
     Every reduction is one node ``LEAN`` of the domain ``lean_fx``, defined in the same file by a
@@ -59,8 +64,15 @@ def export_onnx(
         opset: the ONNX opset, or None for the exporter's own.
         functions: ``"keep"`` for LEAN nodes, ``"inline"`` for standard operators alone, for
             runtimes that know no functions.
+        quantize: ``"dynamic"`` or ``"static"`` to write an INT8 twin beside the file too, see
+            :func:`~lean_fx.quantization.quantize_onnx`.
+        calibration: batches of inputs, for ``"static"``.
+        evaluation: batches ``(inputs, labels)``, to say what the twin costs in accuracy.
         tolerance: the greatest difference from the model's own outputs, as a fraction of their
             greatest magnitude, above 0; None to write the file unchecked.
+
+    Returns:
+        Where the files are, and their accuracy if that was asked for.
 
     Raises:
         ArgumentError: the inputs are neither a tensor nor a tuple, or one is no batch.
@@ -72,8 +84,8 @@ def export_onnx(
     Example:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "net.onnx"
-        >>> export_onnx(nn.Linear(4, 2), path, torch.rand(2, 4))
-        >>> path.exists()
+        >>> exported = export_onnx(nn.Linear(4, 2), path, torch.rand(2, 4))
+        >>> exported.path.exists()
         True
     """
     if not isinstance(model, nn.Module):
@@ -84,9 +96,19 @@ def export_onnx(
         raise ArgumentError(f"export_onnx: opset={opset!r} is not an int of 1 or more")
     _check_choice("batch", batch, get_args(Batch))
     _check_choice("functions", functions, get_args(Functions))
+    if quantize is not None:
+        _check_choice("quantize", quantize, get_args(Quantize))
+    elif calibration is not None or evaluation is not None:
+        raise ArgumentError(
+            "export_onnx: calibration and evaluation are for quantize; give that too, or neither"
+        )
+    if quantize == "static" and calibration is None:
+        raise ArgumentError("export_onnx: quantize='static' needs calibration; give batches")
     if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
         raise ArgumentError(f"export_onnx: tolerance={tolerance!r} is not a float above 0 or None")
-    for package in ("onnx", "onnxscript") + ("onnxruntime",) * (tolerance is not None):
+    for package in ("onnx", "onnxscript") + ("onnxruntime",) * (
+        tolerance is not None or quantize is not None
+    ):
         require(package, purpose="export")
     dynamic = batch == "dynamic"
     inputs = tuple(_batch(value, dynamic) for value in as_inputs(example_inputs))
@@ -106,6 +128,31 @@ def export_onnx(
             for size in (1, 2, 5) if dynamic else (None,):
                 resized = tuple(_resized(value, size) for value in inputs)
                 _check_parity(model, program, part, resized, tolerance)
+    target = Path(path)
+    if quantize is None:
+        return Exported(target)
+    twin = quantize_onnx(target, quantize, calibration)
+    if evaluation is None:
+        return Exported(target, twin)
+    batches = list(evaluation)  # it may be an iterator, and two files are to be tried
+    return Exported(target, twin, accuracy_of(target, batches), accuracy_of(twin, batches))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export_onnx` wrote.
+
+    Attributes:
+        path: the file.
+        int8_path: its INT8 twin, if that was asked for.
+        accuracy: of the file, in [0, 1], if evaluation data were given.
+        int8_accuracy: of the twin.
+    """
+
+    path: Path
+    int8_path: Path | None = None
+    accuracy: float | None = None
+    int8_accuracy: float | None = None
 
 
 def plan_of(path: str | os.PathLike[str]) -> Plan:
@@ -119,7 +166,7 @@ def plan_of(path: str | os.PathLike[str]) -> Plan:
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "net.onnx"
         >>> net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
         >>> lean = lean_fx.leanify(net, torch.rand(2, 4), channels=4)
-        >>> lean_fx.export_onnx(lean, path, torch.rand(2, 4))
+        >>> exported = lean_fx.export_onnx(lean, path, torch.rand(2, 4))
         >>> lean_fx.plan_of(path) == lean.meta["lean_fx.plan"]
         True
     """
@@ -167,7 +214,16 @@ def _export(
             "opset out, or give that"
         )
     define_functions(program.model)
+    _name_apart(program.model)
     return program
+
+
+def _name_apart(model: Any) -> None:
+    """Rename an output that the exporter gave the name of an input that it copies."""
+    taken = {value.name for value in model.graph.inputs}
+    for index, value in enumerate(model.graph.outputs):
+        if value.name in taken:
+            value.name = f"output_{index}"
 
 
 def _inline(part: Path) -> None:

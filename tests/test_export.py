@@ -326,3 +326,16 @@ def test_without_onnx(tmp_path, monkeypatch):
     with pytest.raises(MissingDependencyError) as caught:
         lean_fx.export_onnx(nn.Linear(4, 4), tmp_path / "net.onnx", torch.rand(2, 4))
     assert str(caught.value) == "onnx is not installed and export needs it; run: pip install onnx"
+
+
+class Echo(nn.Module):
+    def forward(self, x):
+        y = x + 1
+        return x, y, y
+
+
+def test_outputs_that_are_one_value(tmp_path):
+    path = tmp_path / "net.onnx"
+    lean_fx.export_onnx(Echo(), path, torch.rand(2, 3))
+    outputs = onnxruntime.InferenceSession(path).run(None, {"input": np.ones((4, 3), np.float32)})
+    assert [float(value.max()) for value in outputs] == [1, 2, 2]

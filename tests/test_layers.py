@@ -27,7 +27,8 @@ LAYERS = (
     },
     {"lean_fx.passes", "lean_fx.measure"},
     {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
-    | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"},
+    | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"}
+    | {"lean_fx.quantization"},
     {"lean_fx.experiment"},
 )
 OPTIONAL = {
@@ -35,7 +36,13 @@ OPTIONAL = {
     | {"lean_fx.measure"},
     "onnx_ir": {"lean_fx.onnx_function"},
     "onnxscript": {"lean_fx.export", "lean_fx.comparing"},
-    "onnxruntime": {"lean_fx.export", "lean_fx.parity", "lean_fx.comparing", "lean_fx.measure"},
+    "onnxruntime": {
+        "lean_fx.export",
+        "lean_fx.quantization",
+        "lean_fx.parity",
+        "lean_fx.comparing",
+        "lean_fx.measure",
+    },
     "codecarbon": {"lean_fx.comparing", "lean_fx.measure"},
     "rich": {"lean_fx.measure", "lean_fx.experiment"},
     "matplotlib": {"lean_fx.measure", "lean_fx.experiment"},

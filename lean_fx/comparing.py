@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
+import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,13 @@ def compare(
         require(package, purpose="comparing")
     if energy_s:
         require("codecarbon", purpose="metering energy")
-    arms = {name: copy.deepcopy(model).cpu().eval() for name, model in models.items()}
+    inputs = tuple(value.detach().cpu().clone() for value in inputs)
+    arms = {name: _copy(name, model).cpu().eval() for name, model in models.items()}
     _check_outputs(arms, inputs)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng(devices=[]):
+        _check_steps(arms, inputs)
         home = make_folder(folder) if folder is not None else Path(temporary)
-        files = {name: home / f"{name.replace('/', '-')}.onnx" for name in arms}
+        files = dict(zip(arms, _files(home, arms), strict=True))
         for name, arm in arms.items():
             export_onnx(arm, files[name], inputs)
         latencies = [
@@ -94,7 +98,7 @@ def compare(
         eager, step = _time_pytorch(arms, inputs, threads, rounds)
         compared = []
         for name, arm in arms.items():
-            off_path = tuple(_off_path(files[name]))
+            reorders, off_path = _layout(files[name])
             for text in off_path:
                 warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
             feeds = _feeds({name: files[name]}, inputs, batches[0])
@@ -102,12 +106,12 @@ def compare(
                 Compared(
                     name=name,
                     parameters=count_parameters(arm),
-                    weight_bytes=sum(value.nbytes for value in arm.state_dict().values()),
+                    weight_bytes=sum(value.nbytes for value in _held(arm)),
                     macs=count_macs(arm, tuple(_resized(value, 1) for value in inputs)),
                     peak_inference_bytes=_peak(arm, inputs, training=False),
                     peak_training_bytes=_peak(arm, inputs, training=True),
                     onnx_bytes=files[name].stat().st_size,
-                    reorders=_reorders(files[name]),
+                    reorders=reorders,
                     off_path=off_path,
                     latencies=tuple(latency[name] for latency in latencies),
                     eager=eager[name],
@@ -126,21 +130,24 @@ def _check(
     rounds: int,
     energy_s: float,
 ) -> None:
-    if not models:
-        raise ArgumentError("compare: models is empty; give at least one name and model")
+    if not isinstance(models, Mapping) or not models:
+        raise ArgumentError("compare: models is no mapping, or empty; give names and models")
     for name, model in models.items():
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            raise ArgumentError(f"compare: the name {name!r} is no printable text; give another")
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"compare: {name!r} is a {type(model).__name__}; give a module")
     if not inputs or not all(isinstance(value, Tensor) and value.dim() for value in inputs):
         raise ArgumentError("compare: example_inputs are no tensors with a batch; give such")
     if any(value.shape[0] == 0 for value in inputs):
         raise ArgumentError("compare: example_inputs have no rows; give one or more")
-    if not batches or not all(type(batch) is int and batch > 0 for batch in batches):
-        raise ArgumentError(f"compare: batches={batches!r} are not ints of 1 or more")
+    listed = isinstance(batches, tuple | list) and len(batches) > 0
+    if not listed or not all(type(batch) is int and batch > 0 for batch in batches):
+        raise ArgumentError(f"compare: batches={batches!r} is no list of ints of 1 or more")
     for option, value, least in (("threads", threads, 1), ("rounds", rounds, 2)):
         if type(value) is not int or value < least:
             raise ArgumentError(f"compare: {option}={value!r} is not an int of {least} or more")
-    if not energy_s >= 0:
+    if type(energy_s) not in (int, float) or not 0 <= energy_s < float("inf"):
         raise ArgumentError(f"compare: energy_s={energy_s!r} is not 0 or more seconds")
 
 
@@ -149,7 +156,7 @@ def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) ->
     for name, arm in arms.items():
         try:
             with torch.no_grad():
-                output = arm(*inputs)
+                output = copy.deepcopy(arm)(*(value.clone() for value in inputs))
         except Exception as error:
             raise ArgumentError(
                 f"compare: {name!r} fails on the example inputs ({' '.join(str(error).split())}); "
@@ -163,6 +170,45 @@ def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) ->
                 f"compare: {name!r} gives {forms[name]} and {first!r} {forms[first]}; compare "
                 "models whose outputs have one form"
             )
+
+
+def _check_steps(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:
+    for name, arm in arms.items():
+        try:
+            _training_step(copy.deepcopy(arm).train(), inputs)()
+        except Exception as error:
+            raise ArgumentError(
+                f"compare: {name!r} cannot do a training step on the example inputs "
+                f"({' '.join(str(error).split())}); give a model whose outputs have gradients, "
+                "and a batch of 2 or more"
+            ) from error
+
+
+def _copy(name: str, model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ArgumentError(
+            f"compare: {name!r} cannot be copied ({' '.join(str(error).split())}); give a model "
+            "that copy.deepcopy takes"
+        ) from error
+
+
+def _files(home: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A file for each name, none twice, whatever the disk holds for equal."""
+    taken: set[str] = set()
+    for name in names:
+        stem = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:64] or "model"
+        number = 1
+        while (unique := stem if number == 1 else f"{stem}-{number}").casefold() in taken:
+            number += 1
+        taken.add(unique.casefold())
+        yield home / f"{unique}.onnx"
+
+
+def _held(arm: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers, a shared one once."""
+    return [*arm.parameters(), *arm.buffers()]
 
 
 def _resized(value: Tensor, batch: int) -> Tensor:
@@ -184,7 +230,7 @@ def _time_pytorch(
     def forward(arm: nn.Module) -> Callable[[], object]:
         def call() -> object:
             with torch.no_grad():
-                return arm(*inputs)
+                return arm(*(value.clone() for value in inputs))
 
         return call
 
@@ -211,7 +257,11 @@ def _training_step(arm: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], o
     optimizer = torch.optim.SGD(parameters, lr=1e-6) if parameters else None
 
     def step() -> None:
-        outputs = [x for x in pytree.tree_leaves(arm(*inputs)) if isinstance(x, Tensor)]
+        outputs = [
+            x
+            for x in pytree.tree_leaves(arm(*(value.clone() for value in inputs)))
+            if isinstance(x, Tensor)
+        ]
         loss = torch.stack([x.float().square().mean() for x in outputs]).sum()
         if optimizer is not None:
             optimizer.zero_grad()
@@ -223,7 +273,7 @@ def _training_step(arm: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], o
 
 def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
     arm = copy.deepcopy(arm).train(training)
-    held = [*arm.state_dict().values(), *inputs]
+    held = [*_held(arm), *inputs]
     if training:
         return peak_bytes(_training_step(arm, inputs), held)
     with torch.no_grad():
@@ -239,34 +289,36 @@ def _optimised(file: Path) -> Any:
         return onnx.load(target)
 
 
-def _reorders(file: Path) -> int:
-    layouts = {"ReorderInput", "ReorderOutput"}
-    return sum(node.op_type in layouts for node in _optimised(file).graph.node)
+def _layout(file: Path) -> tuple[int, tuple[str, ...]]:
+    """What ONNX Runtime's blocked layout, its fast path for convolutions, makes of a file.
 
-
-def _off_path(file: Path) -> list[str]:
-    """The convolutions that ONNX Runtime's blocked layout does not take.
-
-    It takes one of group 1 whose input channels are fewer than a block (16 numbers with AVX-512,
-    8 without), or a multiple of 4.
+    Returns:
+        The nodes that only change the layout, and the convolutions that miss it, with the reason:
+        it takes two-dimensional ones in float32 of one group whose input channels are fewer than a
+        block (16 numbers with AVX-512, 8 without) or a multiple of 4, and some with more groups.
     """
+    nodes = _optimised(file).graph.node
+    reorders = sum(node.op_type in ("ReorderInput", "ReorderOutput") for node in nodes)
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return reorders, ()  # there is no such layout
     onnx = require("onnx", purpose="comparing")
-    graph = onnx.load(file).graph
-    weights = {value.name: list(value.dims) for value in graph.initializer}
+    weights = {value.name: value for value in onnx.load(file).graph.initializer}
     block = 16 if "AVX-512" in machine() else 8
     found = []
-    for node in graph.node:
-        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-        if node.op_type != "Conv" or groups != 1 or node.input[1] not in weights:
+    for node in nodes:
+        if node.op_type not in ("Conv", "FusedConv") or node.domain == "com.microsoft.nchwc":
             continue
-        channels = weights[node.input[1]][1]
-        if channels >= block and channels % 4:
-            layer = node.input[1].removesuffix(".weight")
-            found.append(
-                f"{layer} reads {channels} channels, which is off ONNX Runtime's fast path: not "
-                f"below {block}, and no multiple of 4"
-            )
-    return found
+        layer = node.input[1].removesuffix(".weight") if node.input[1] in weights else node.name
+        groups = next((each.i for each in node.attribute if each.name == "group"), 1)
+        dims = weights[node.input[1]].dims if node.input[1] in weights else []
+        if len(dims) != 4 or weights[node.input[1]].data_type != onnx.TensorProto.FLOAT:
+            reason = "it takes two-dimensional convolutions with constant weights in float32 alone"
+        elif groups > 1:
+            reason = f"its {groups} groups do not fill blocks of {block} channels"
+        else:
+            reason = f"{dims[1]} input channels are not below {block}, and no multiple of 4"
+        found.append(f"{layer} is off ONNX Runtime's fast path: {reason}")
+    return reorders, tuple(found)
 
 
 def _energy(
@@ -280,7 +332,7 @@ def _energy(
     calls = 0
     with EnergyMeter(country) as meter:
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        while not calls or time.perf_counter() < end:
             session.run(None, feeds)
             calls += 1
     return meter.energy.scaled(1 / calls)

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, DataError, ExportError, require
 from lean_fx.files import replacing
 from lean_fx.functional import as_onnx_nodes
-from lean_fx.onnx_function import define_functions
+from lean_fx.onnx_function import DOMAIN
+from lean_fx.onnx_nodes import define_functions
 from lean_fx.parity import first_difference, greatest_difference
 from lean_fx.planning import Plan
 from lean_fx.quantization import Quantize, accuracy_of, quantize_onnx
@@ -61,7 +62,7 @@ def export_onnx(
             is doubled, since torch's exporter would freeze it.
         batch: ``"dynamic"``, any batch, checked at 1, 2 and 5; or ``"static"``, that of the
             example inputs alone.
-        opset: the ONNX opset, or None for the exporter's own.
+        opset: the ONNX opset, 18 or more, or None for the exporter's own.
         functions: ``"keep"`` for LEAN nodes, ``"inline"`` for standard operators alone, for
             runtimes that know no functions.
         quantize: ``"dynamic"`` or ``"static"`` to write an INT8 twin beside the file too, see
@@ -92,8 +93,11 @@ def export_onnx(
         raise ArgumentError(f"export_onnx: model={type(model).__name__} object is not a module")
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"export_onnx: path={path!r} is no path; give the name of a file")
-    if opset is not None and (type(opset) is not int or opset < 1):
-        raise ArgumentError(f"export_onnx: opset={opset!r} is not an int of 1 or more")
+    if opset is not None and (type(opset) is not int or opset < 18):
+        raise ArgumentError(
+            f"export_onnx: opset={opset!r} is not an int of 18 or more; leave it out for the "
+            "exporter's own"
+        )
     _check_choice("batch", batch, get_args(Batch))
     _check_choice("functions", functions, get_args(Functions))
     if quantize is not None:
@@ -115,6 +119,8 @@ def export_onnx(
     if dynamic and len({value.shape[0] for value in inputs}) > 1:
         sizes = ", ".join(str(value.shape[0]) for value in inputs)
         raise ArgumentError(f"example_inputs: batches of {sizes} differ; give one batch size")
+    if any(0 in value.shape[:1] for value in inputs):
+        raise ArgumentError("export_onnx: example_inputs have no rows; give one or more")
     _check_runs(model, inputs)
     with replacing(path) as part, _evaluating(model):
         program = _export(model, inputs, dynamic, opset)
@@ -127,7 +133,7 @@ def export_onnx(
         if tolerance is not None:
             for size in (1, 2, 5) if dynamic else (None,):
                 resized = tuple(_resized(value, size) for value in inputs)
-                _check_parity(model, program, part, resized, tolerance)
+                _check_parity(_copy(model), program, part, resized, tolerance)
     target = Path(path)
     if quantize is None:
         return Exported(target)
@@ -193,18 +199,21 @@ def _export(
         with _quiet(), as_onnx_nodes():
             program = torch.onnx.export(
                 model,
-                inputs,
+                tuple(value.clone() for value in inputs),
                 dynamo=True,
                 opset_version=opset,
-                input_names=_names("input", len(inputs)),
+                input_names=_names("input", len(inputs), model.state_dict()),
                 dynamic_shapes=tuple({0: size} for _ in inputs) if dynamic else None,
                 verbose=False,
             )
     except Exception as error:
-        reason = " ".join(_COLOURS.sub("", str(error)).split())[:300]
+        cause: BaseException = error  # the exporter's own words are about itself
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(_COLOURS.sub("", str(cause)).split())[:300]
         raise ExportError(
             f"export_onnx: {type(model).__name__} cannot be exported "
-            f"({type(error).__name__}: {reason}); try it with torch.onnx.export first"
+            f"({type(cause).__name__}: {reason}); try it with torch.onnx.export first"
         ) from error
     assert program is not None
     found = program.model.opset_imports.get("")
@@ -228,7 +237,11 @@ def _name_apart(model: Any) -> None:
 
 def _inline(part: Path) -> None:
     onnx, inliner = require("onnx", purpose="export"), require("onnx.inliner", purpose="export")
-    onnx.save(inliner.inline_local_functions(onnx.load(part)), part)
+    model = inliner.inline_local_functions(onnx.load(part))
+    kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    onnx.save(model, part)
 
 
 def _check_parity(
@@ -254,7 +267,8 @@ def _check_parity(
         cause = (
             f"the first node that differs is {node}"
             if node
-            else "every node does what was captured, so the model acts otherwise from call to call"
+            else "every node does what was captured, so the model acts otherwise from call to call "
+            "(state, chance, or a reduction's tol, which a file knows not)"
         )
         raise ExportError(
             f"export_onnx: at batch {batch} the file differs from {type(model).__name__} by "
@@ -286,7 +300,7 @@ def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     """Run a copy once: the exporter's own word on inputs that do not fit is hard to read."""
     try:
         with torch.no_grad():
-            copy.deepcopy(model).eval()(*inputs)
+            _copy(model).eval()(*(value.clone() for value in inputs))
     except Exception as error:
         shapes = ", ".join(str(list(value.shape)) for value in inputs) or "none"
         reason = " ".join(str(error).split())
@@ -296,7 +310,17 @@ def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         ) from error
 
 
-def _names(stem: str, count: int) -> list[str]:
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy, whose buffers may change; of what cannot be copied, the model itself."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # whatever a module's own __deepcopy__ raises
+        return model
+
+
+def _names(stem: str, count: int, taken: Container[str]) -> list[str]:
+    while stem in taken:
+        stem += "_"
     return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
 
 

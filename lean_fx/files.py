@@ -31,17 +31,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['a.txt']
     """
     target = Path(path)
-    if target.is_dir():
-        raise WriteError(f"{target}: is a folder; give the name of a file")
     try:
+        if target.is_dir():
+            raise WriteError(f"{target}: is a folder; give the name of a file")
         handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
+            dir=target.parent, prefix=f".{target.stem[:32]}.", suffix=target.suffix
         )
+    except WriteError:
+        raise
     except OSError as error:
         raise WriteError(
             f"{target}: cannot be written ({error.strerror}); give a path in a folder that exists "
             "and that you may write to"
         ) from error
+    except ValueError as error:  # a null byte
+        raise WriteError(f"{str(target)!r}: is no path ({error}); give another") from error
     os.close(handle)
     part = Path(name)
     try:

@@ -16,13 +16,7 @@ in any other divisor.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any
-
-from lean_fx.errors import require
 
 DOMAIN = "lean_fx"
 OPERATOR = "LEAN"
@@ -118,8 +112,6 @@ class _Body:
             self.put("tiny", "Pow(small, ten)")
         else:
             self.put("tiny", "Constant<value = float {1e-30}>()")
-        for axis in sorted({self.i, self.k}):
-            self.ints(f"axis{axis}".replace("-", "_"), [axis])
         self.matrix(x)
         v = self.seed(seed)
         if spec.normalize != "none":
@@ -131,11 +123,9 @@ class _Body:
             last = v
         else:  # [B, P, C', 1]: the positions go behind the channels again
             last = self.put("planes", f"Transpose<perm = [0, 2, 1, 3]>({v})")
+        self.put("shaped" if half else "out", f"Reshape({last}, {self.output_shape()})")
         if half:
-            last = self.put("wide", f"Reshape({last}, {self.output_shape()})")
-            self.put("out", f"CastLike({last}, x)")
-        else:
-            self.put("out", f"Reshape({last}, {self.output_shape()})")
+            self.put("out", "CastLike(shaped, x)")
 
     def put(self, name: str, expression: str) -> str:
         self.lines.append(f"{name} = {expression}")
@@ -145,7 +135,14 @@ class _Body:
         return self.put(name, f"Constant<value_ints = {values}>()")
 
     def axis(self, number: int) -> str:
-        return f"axis{number}".replace("-", "_")
+        """The name of a constant; its line is written where it is first used."""
+        name = f"axis{number}".replace("-", "_")
+        if name not in self.names():
+            self.ints(name, [number])
+        return name
+
+    def names(self) -> set[str]:
+        return {line.partition(" = ")[0] for line in self.lines}
 
     def matrix(self, x: str) -> None:
         """``X`` with the axes of ``i`` and ``k`` in their places."""
@@ -256,7 +253,7 @@ class _Body:
         outer, inner = self.spec.preserved, self.spec.reducible
         if self.i == 2:
             outer, inner = inner, outer
-        if "ones" not in {line.partition(" = ")[0] for line in self.lines}:
+        if "ones" not in self.names():
             row = ", ".join(["1"] * outer)
             self.put("ones", f"Constant<value = {self.real}[1,{outer}] {{{row}}}>()")
             self.ints("flat", [0, outer, -1])
@@ -267,82 +264,3 @@ class _Body:
 
     def turned(self) -> list[int]:
         return [0, 2, 1] if self.spec.rows else [0, 1, 3, 2]
-
-
-def define_functions(model: Any) -> None:
-    """Give every LEAN node of a model its shapes and its function.
-
-    Args:
-        model: an ``onnx_ir.Model``; changed in place.
-    """
-    onnx, ir = require("onnx", purpose="export"), require("onnx_ir", purpose="export")
-    opset = model.opset_imports[""]
-    for node in model.graph.all_nodes():
-        if (node.domain, node.op_type) != (DOMAIN, OPERATOR):
-            continue
-        x, seed = node.inputs
-        shape = [size if isinstance(size, int) else None for size in x.shape]
-        given = {name: attribute.value for name, attribute in node.attributes.items()}
-        preserved, axis = seed.shape[0], given.pop("axis")
-        function = LeanFunction(
-            preserved=preserved,
-            reducible=shape[axis] // preserved,
-            rows=axis == len(shape) - 1,
-            matrix=len(seed.shape) == 2,
-            dtype=_DTYPES[x.dtype.name],
-            **{**given, "nonnegative": bool(given["nonnegative"])},
-        )
-        shapes = _shapes(shape, axis, function)
-        if shapes is None:
-            function = dataclasses.replace(function, axis=axis)
-        else:
-            for name, sizes in zip(("matrix_shape", "output_shape"), shapes, strict=True):
-                node.attributes[name] = ir.AttrInt64s(name, sizes)
-        node.overload = function.overload
-        (output,) = node.outputs
-        node.name, output.name = _module_of(node) or node.name, value_name(output.name)
-        proto = onnx.parser.parse_function(function.text(opset))
-        proto.overload = function.overload
-        definition = ir.serde.deserialize_function(proto)
-        model.functions[definition.identifier()] = definition
-
-
-def value_name(node: str) -> str:
-    """The name in the file of the value that a node of torch's graph makes.
-
-    Example:
-        >>> value_name("_symbolic_1"), value_name("relu_1")
-        ('LEAN_1', 'relu_1')
-    """
-    return f"{OPERATOR}{node[9:]}" if node.startswith("_symbolic") else node
-
-
-def _module_of(node: Any) -> str:
-    """The qualified name of the reduction that a node was exported from, or nothing."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    return str(scopes[-2]) if len(scopes) > 1 else ""
-
-
-_DTYPES = {"FLOAT": "float", "DOUBLE": "double", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
-
-
-def _shapes(
-    shape: list[int | None], axis: int, function: LeanFunction
-) -> tuple[list[int], list[int]] | None:
-    """What to reshape the input and the output to; None if a length more than one is unknown."""
-    behind = shape[axis + 1 :]
-    matrix = [function.preserved, function.reducible]
-    if function.split == "interleaved":
-        matrix = matrix[::-1]
-    if function.rows:
-        matrix = [-1, *matrix]
-    elif axis <= 1:
-        matrix = [1 - axis, *matrix, -1]  # 0 copies a length
-    elif None not in behind:
-        matrix = [-1, *matrix, math.prod(size or 1 for size in behind)]
-    else:
-        return None
-    output = [*shape[:axis], function.preserved, *behind]
-    if output.count(None) > 1:
-        return None
-    return matrix, [-1 if size is None else size for size in output]

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.errors import ExportError, require
 from lean_fx.functional import lean_reduction
-from lean_fx.onnx_function import value_name
+from lean_fx.onnx_nodes import TORCH_NAME
 
 
 def greatest_difference(
@@ -19,14 +19,15 @@ def greatest_difference(
 ) -> float:
     """The greatest difference of a file's outputs from the module's, as a fraction.
 
-    The module is called as it is, without gradients; the file runs on ONNX Runtime's CPU.
+    The module is called as it is, without gradients, and may change its buffers: give a copy. The
+    file runs on ONNX Runtime's CPU.
 
     Returns:
         Over all outputs, the greatest absolute difference by the greatest magnitude of that
         output; NaN at the same place is no difference. Infinite where shapes differ.
     """
     with torch.no_grad():
-        expected = pytree.tree_leaves(model(*inputs))
+        expected = pytree.tree_leaves(model(*(value.clone() for value in inputs)))
     tensors = [value for value in expected if isinstance(value, Tensor)]
     found = _run(path, inputs)
     if len(tensors) != len(found):
@@ -75,7 +76,8 @@ def first_difference(
     expected = _Values(program.exported_program.module()).values_of(inputs)
     model = onnx.load(path)
     outputs = {value.name for value in model.graph.output}
-    nodes = [node for node in model.graph.node if node.output[0] in expected]
+    names_in_torch = {node.output[0]: _torch_name(node) for node in model.graph.node}
+    nodes = [node for node in model.graph.node if names_in_torch[node.output[0]] in expected]
     for node in nodes:
         if node.output[0] not in outputs:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
@@ -83,9 +85,14 @@ def first_difference(
     found = dict(zip(names, _run(model.SerializeToString(), inputs), strict=True))
     for node in nodes:
         value = node.output[0]
-        if difference(expected[value], found[value]) > tolerance:
+        if difference(expected[names_in_torch[value]], found[value]) > tolerance:
             return f"{node.name or value} ({node.op_type})"
     return None
+
+
+def _torch_name(node: Any) -> str:
+    stored = (each.value for each in node.metadata_props if each.key == TORCH_NAME)
+    return next(stored, str(node.output[0]))
 
 
 def _run(file: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -113,7 +120,7 @@ class _Values(torch.fx.Interpreter):
     def values_of(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         self.values: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.run(*inputs)
+            self.run(*(value.clone() for value in inputs))
         return self.values
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -122,7 +129,7 @@ class _Values(torch.fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             value = _lean(args, kwargs)
         if isinstance(value, Tensor) and n.op == "call_function":
-            self.values[value_name(n.name)] = value
+            self.values[n.name] = value
         return value
 
 

@@ -1,16 +1,16 @@
 """Models side by side."""
 
 import json
+import platform
 import sys
 import warnings
 
-import onnx
 import pytest
 import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.comparing import _off_path, _reorders
+from lean_fx.comparing import _files, _layout
 from lean_fx.errors import ArgumentError, MissingDependencyError, WriteError
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.energy import Energy
@@ -108,32 +108,84 @@ def test_energy_of_a_call(monkeypatch):
     assert any("meter cpu_load): an estimate" in note for note in result.footnotes())
 
 
-def test_layers_off_the_fast_path(tmp_path):
+@pytest.mark.parametrize(
+    ("layer", "shape", "reason"),
+    [
+        (nn.Conv2d(48, 8, 3), (2, 48, 8, 8), None),
+        (nn.Conv2d(7, 8, 3), (2, 7, 8, 8), None),
+        (nn.Conv2d(50, 8, 3), (2, 50, 8, 8), "50 input channels are not below"),
+        (nn.Conv2d(36, 8, 3, groups=2), (2, 36, 8, 8), "its 2 groups do not fill blocks of"),
+        (nn.Conv1d(16, 8, 3), (2, 16, 8), "it takes two-dimensional convolutions with"),
+    ],
+)
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs that layout")
+def test_layers_off_the_fast_path(layer, shape, reason, tmp_path):
     path = tmp_path / "net.onnx"
-    inputs = torch.rand(2, 3, 8, 8)
-    for width, off in ((48, []), (50, ["2 reads 50 channels"]), (7, [])):
-        lean_fx.export_onnx(net(width), path, inputs)
-        assert [text.partition(",")[0] for text in _off_path(path)] == off
-    with pytest.warns(lean_fx.LeanWarning, match="^wide: 2 reads 50 channels, which is off"):
-        lean_fx.compare({"wide": net(50)}, inputs, rounds=2)
+    model = nn.Sequential(nn.ReLU(), layer)
+    lean_fx.export_onnx(model, path, torch.rand(shape))
+    _, found = _layout(path)
+    assert len(found) == (reason is not None)
+    if reason:
+        assert found[0].startswith(f"1 is off ONNX Runtime's fast path: {reason}")
+        with pytest.warns(lean_fx.LeanWarning, match="^net: 1 is off ONNX Runtime's fast path: "):
+            lean_fx.compare({"net": model}, torch.rand(shape), rounds=2)
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs that layout")
 def test_reorders_are_counted(tmp_path):
     path = tmp_path / "net.onnx"
     lean_fx.export_onnx(net(), path, torch.rand(2, 3, 8, 8))
-    assert _reorders(path) == 1  # before the flatten
+    assert _layout(path) == (1, ())  # before the flatten
     lean_fx.export_onnx(nn.Linear(4, 4), path, torch.rand(2, 4))
-    assert _reorders(path) == 0
-    assert len(onnx.load(path).graph.node) == 1
+    assert _layout(path) == (0, ())
+
+
+def test_files_are_never_shared(tmp_path):
+    names = ["a/b", "a-b", "A-B", "..", "../x y", "a" * 300, "a" * 301]
+    files = [path.relative_to(tmp_path) for path in _files(tmp_path, names)]
+    assert len({str(path).casefold() for path in files}) == len(names)
+    assert all(len(path.parts) == 1 for path in files)
+    first, second = nn.Linear(16, 4), nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4))
+    inputs = torch.rand(2, 16)
+    pair = lean_fx.compare({"a/b": first, "a-b": second}, inputs, rounds=2)
+    assert pair.models[0].onnx_bytes < pair.models[1].onnx_bytes
+
+
+def test_shared_weights_and_other_buffers_count_once(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    model[1].weight = model[0].weight
+    model.register_buffer("table", torch.zeros(1000), persistent=False)
+    (one,) = lean_fx.compare({"tied": model}, torch.rand(2, 16), rounds=2).models
+    assert one.weight_bytes == 4 * (256 + 1000)
+    assert one.peak_inference_bytes > one.weight_bytes
+
+
+def test_nothing_of_the_callers_is_changed():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4, 4))
+    inputs = torch.randn(2, 4)
+    before, state = inputs.clone(), torch.random.get_rng_state()
+    lean_fx.compare({"net": model}, inputs, rounds=2)
+    assert torch.equal(inputs, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"models": {}}, "models is empty; give at least one name and model"),
+        ({"models": {}}, "models is no mapping, or empty; give names and models"),
+        ({"models": [net()]}, "models is no mapping, or empty; give names and models"),
+        ({"models": {"a\nb": net()}}, "the name 'a.*nb' is no printable text; give another"),
         ({"models": {"a": 3}}, "'a' is a int; give a module"),
         ({"example_inputs": torch.rand(0, 3, 8, 8)}, "example_inputs have no rows; give one or m"),
-        ({"batches": (0,)}, "batches=.0,. are not ints of 1 or more"),
+        ({"batches": (0,)}, "batches=.0,. is no list of ints of 1 or more"),
+        ({"batches": 3}, "batches=3 is no list of ints of 1 or more"),
+        ({"energy_s": "3"}, "energy_s='3' is not 0 or more seconds"),
+        (
+            {"models": {"n": nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))}}
+            | {"example_inputs": torch.rand(1, 3, 8, 8)},
+            "'n' cannot do a training step .*Expected more than 1 value.*; give a model whose out",
+        ),
         ({"rounds": 1}, "rounds=1 is not an int of 2 or more"),
         ({"energy_s": -1.0}, "energy_s=-1.0 is not 0 or more seconds"),
         ({"example_inputs": torch.rand(2, 4)}, "'base' fails on the example inputs .*; give inpu"),

@@ -17,7 +17,7 @@ from graphs import CHANGED, Residual
 from lean_fx.errors import ArgumentError, DataError, ExportError, MissingDependencyError, WriteError
 from lean_fx.experiment.models import PaperNet
 from lean_fx.export import _export
-from lean_fx.onnx_function import define_functions
+from lean_fx.onnx_nodes import define_functions
 from lean_fx.parity import first_difference, greatest_difference
 from lean_fx.registry import reductions
 
@@ -140,8 +140,6 @@ def test_each_reduction_is_one_readable_node(tmp_path):
 LEAN <axis,normalize,scale,split,iterations,nonnegative,matrix_shape,output_shape>(x, seed) => (out)
 {
    tiny = Constant <value: tensor = float {1e-30}> ()
-   axis1 = Constant <value_ints: ints = [1]> ()
-   axis2 = Constant <value_ints: ints = [2]> ()
    matrix_shape = Constant <value_ints: ints = @matrix_shape> ()
    X = Reshape (x, matrix_shape)
    seed_shape = Constant <value_ints: ints = [10, 1, 1]> ()
@@ -153,6 +151,7 @@ LEAN <axis,normalize,scale,split,iterations,nonnegative,matrix_shape,output_shap
    X_sum = MatMul (ones, X_flat)
    t = Reshape (X_sum, summed)
    d0X = Mul (X, t)
+   axis2 = Constant <value_ints: ints = [2]> ()
    d0 = ReduceSum (d0X, axis2)
    d = Add (d0, tiny)
    r = Div (V, d)
@@ -163,6 +162,7 @@ LEAN <axis,normalize,scale,split,iterations,nonnegative,matrix_shape,output_shap
    yX = Mul (X, u)
    y = ReduceSum (yX, axis2)
    a = Abs (y)
+   axis1 = Constant <value_ints: ints = [1]> ()
    s0 = ReduceSum (a, axis1)
    s = Add (s0, tiny)
    V1 = Div (y, s)
@@ -201,13 +201,15 @@ def test_the_plan_is_in_the_file(tmp_path):
 class Frozen(nn.Module):
     """Its exported form keeps what it saw at the export."""
 
+    calls = 0
+
     def __init__(self):
         super().__init__()
-        self.linear, self.calls = nn.Linear(4, 4), 0
+        self.linear = nn.Linear(4, 4)
 
     def forward(self, x):
-        self.calls += 1
-        return (self.linear(x) * self.calls).relu()
+        Frozen.calls += 1
+        return (self.linear(x) * Frozen.calls).relu()
 
 
 def test_a_file_that_differs_is_not_written(tmp_path):
@@ -217,7 +219,7 @@ def test_a_file_that_differs_is_not_written(tmp_path):
     assert re.fullmatch(
         r"export_onnx: at batch \d the file differs from Frozen by [0-9.e+-]+ of the greatest "
         r"output, tolerance=0.001; every node does what was captured, so the model acts otherwise "
-        r"from call to call; mend it, or give a greater tolerance",
+        r"from call to call \(state, chance, or a reduction's tol, which a file knows not\); mend it, or give a greater tolerance",
         str(caught.value),
     )
     assert not path.exists()
@@ -256,7 +258,10 @@ def test_a_static_batch(tmp_path):
         ({"batch": 3}, "batch=3 is not known; use dynamic or static"),
         ({"functions": "no"}, "functions='no' is not known; use keep or inline"),
         ({"tolerance": 0.0}, "tolerance=0.0 is not a float above 0 or None"),
-        ({"opset": "x"}, "opset='x' is not an int of 1 or more"),
+        (
+            {"opset": 17},
+            "opset=17 is not an int of 18 or more; leave it out for the exporter's own",
+        ),
     ],
 )
 def test_wrong_arguments(options, message, tmp_path):
@@ -339,3 +344,59 @@ def test_outputs_that_are_one_value(tmp_path):
     lean_fx.export_onnx(Echo(), path, torch.rand(2, 3))
     outputs = onnxruntime.InferenceSession(path).run(None, {"input": np.ones((4, 3), np.float32)})
     assert [float(value.max()) for value in outputs] == [1, 2, 2]
+
+
+class Twice(nn.Module):
+    """One reduction called twice, and names that the file wants too."""
+
+    def __init__(self):
+        super().__init__()
+        self.node_relu = lean_fx.LeanReduction(16, 4)
+        self.input = nn.Parameter(torch.ones(4))
+        self.register_buffer("LEAN", torch.ones(4))
+
+    def forward(self, a, b):
+        return self.node_relu(a.relu()) * self.LEAN + self.node_relu(b) * self.input
+
+
+def test_names_stay_apart(tmp_path):
+    path = tmp_path / "net.onnx"
+    lean_fx.export_onnx(Twice(), path, (torch.randn(2, 16), torch.randn(2, 16)))
+    names = [node.name for node in onnx.load(path).graph.node]
+    assert len(set(names)) == len(names)
+    assert sum(node.op_type == "LEAN" for node in onnx.load(path).graph.node) == 2
+
+
+class Counts(nn.Module):
+    """Changes a buffer, and its input, in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x.add_(1)) + self.calls
+
+
+def test_the_model_and_its_inputs_stay_as_they_are(tmp_path):
+    model, inputs = Counts(), torch.randn(2, 4)
+    before = inputs.clone()
+    lean_fx.export_onnx(model, tmp_path / "net.onnx", inputs)
+    assert model.calls == 0
+    assert torch.equal(inputs, before)
+
+
+def test_no_rows_and_no_path(tmp_path):
+    with pytest.raises(ArgumentError, match="example_inputs have no rows; give one or more"):
+        lean_fx.export_onnx(nn.Linear(4, 4), tmp_path / "net.onnx", torch.rand(0, 4))
+    with pytest.raises(WriteError, match="is no path .embedded null byte.; give another"):
+        lean_fx.export_onnx(nn.Linear(4, 4), "a\0.onnx", torch.rand(2, 4))
+    with pytest.raises(WriteError, match="cannot be written .File name too long"):
+        lean_fx.export_onnx(nn.Linear(4, 4), tmp_path / ("a" * 300), torch.rand(2, 4))
+
+
+def test_the_cause_of_a_failed_export_is_told(tmp_path):
+    with pytest.raises(ExportError, match="Could not guard|data-dependent"):
+        lean_fx.export_onnx(Unexportable(), tmp_path / "net.onnx", torch.rand(2, 4))

@@ -20,6 +20,7 @@ LAYERS = (
         "lean_fx.functional",
         "lean_fx.parity",
         "lean_fx.onnx_function",
+        "lean_fx.onnx_nodes",
         "lean_fx.reduction",
         "lean_fx.controls",
         "lean_fx.registry",
@@ -32,9 +33,9 @@ LAYERS = (
     {"lean_fx.experiment"},
 )
 OPTIONAL = {
-    "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_function", "lean_fx.comparing"}
+    "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_nodes", "lean_fx.comparing"}
     | {"lean_fx.measure"},
-    "onnx_ir": {"lean_fx.onnx_function"},
+    "onnx_ir": {"lean_fx.onnx_nodes"},
     "onnxscript": {"lean_fx.export", "lean_fx.comparing"},
     "onnxruntime": {
         "lean_fx.export",

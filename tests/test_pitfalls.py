@@ -531,7 +531,7 @@ def test_writes_through_every_view_undo_a_proof(change):
     [
         (torch.rand(2, 5), {}, "example_inputs: Annotated cannot run on [2, 5] ("),
         ((), {}, "example_inputs: Annotated cannot run on none ("),
-        (torch.rand(2, 4), {"opset": True}, "export_onnx: opset=True is not an int of 1 or more"),
+        (torch.rand(2, 4), {"opset": True}, "export_onnx: opset=True is not an int of 18 or more"),
         (torch.rand(2, 4), {"path": None}, "export_onnx: path=None is no path; give the name of "),
     ],
 )

@@ -57,7 +57,7 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
         5400
     """
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    inputs = tuple(x.detach().cpu() if isinstance(x, Tensor) else x for x in given)
+    inputs = tuple(x.detach().clone().cpu() if isinstance(x, Tensor) else x for x in given)
     replica = copy.deepcopy(model).cpu().eval()
     counter = FlopCounterMode(display=False)
     correction = _CorrectReductions(replica, counter)

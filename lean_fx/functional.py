@@ -30,12 +30,13 @@ shapes, AMD EPYC with AVX-512, 1 thread, torch 2.13, as ``examples/bench_reducti
 ======== ================= =================
 values   eager             torch.compile
 ======== ================= =================
->= 0     7.3x (5.7 - 10.5) 10.4x (8.0 - 16.3)
-any sign 1.3x (1.2 - 1.5)  1.4x (1.2 - 1.8)
+>= 0     5.4x (3.2 - 11.4) 7.4x (4.6 - 14.0)
+any sign 1.3x (1.0 - 1.6)  1.4x (1.2 - 1.6)
 ======== ================= =================
 
-A training step of the paper's net (50/100/150 and 48/96/144 channels) runs at 0.94 and 0.92 of
-its speed with a slice in place of the reductions. Compile a reduction alone with
+The literal form's large temporaries make the ratio differ from process to process: in two runs
+before it was 6.4x and 7.0x, compiled 9.3x and 10.3x, for any sign 1.7x and 1.8x. A training step of
+the paper's net (50/100/150 and 48/96/144 channels) runs at 1.00 and 0.93 of its speed with a slice in place of the reductions. Compile a reduction alone with
 ``reduction.compile(dynamic=False)``.
 
 A channel or a position whose values are all zero (frequent after ReLU) gives zeros, forward and

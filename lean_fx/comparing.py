@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 import re
 import tempfile
 import time
@@ -19,11 +18,12 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, LeanWarning, require
-from lean_fx.export import export_onnx
+from lean_fx.export import export_onnx, resized
 from lean_fx.files import make_folder
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import Energy, EnergyMeter
+from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import Latency, machine, open_session, time_in_turn, time_onnx
 
@@ -91,23 +91,20 @@ def compare(
         files = dict(zip(arms, _files(home, arms), strict=True))
         for name, arm in arms.items():
             export_onnx(arm, files[name], inputs)
-        latencies = [
-            time_onnx(files, _feeds(files, inputs, batch), threads=threads, rounds=rounds)
-            for batch in batches
-        ]
+        feeds = [_feeds(files, inputs, batch) for batch in batches]
+        latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
         eager, step = _time_pytorch(arms, inputs, threads, rounds)
         compared = []
         for name, arm in arms.items():
-            reorders, off_path = _layout(files[name])
+            reorders, off_path = blocked_layout(files[name])
             for text in off_path:
                 warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
-            feeds = _feeds({name: files[name]}, inputs, batches[0])
             compared.append(
                 Compared(
                     name=name,
                     parameters=count_parameters(arm),
                     weight_bytes=sum(value.nbytes for value in _held(arm)),
-                    macs=count_macs(arm, tuple(_resized(value, 1) for value in inputs)),
+                    macs=count_macs(arm, tuple(resized(value, 1) for value in inputs)),
                     peak_inference_bytes=_peak(arm, inputs, training=False),
                     peak_training_bytes=_peak(arm, inputs, training=True),
                     onnx_bytes=files[name].stat().st_size,
@@ -116,7 +113,7 @@ def compare(
                     latencies=tuple(latency[name] for latency in latencies),
                     eager=eager[name],
                     step=step[name],
-                    energy=_energy(files[name], feeds, threads, energy_s, country),
+                    energy=_energy(files[name], feeds[0], threads, energy_s, country),
                 )
             )
     return Comparison(tuple(compared), machine())
@@ -211,14 +208,10 @@ def _held(arm: nn.Module) -> list[Tensor]:
     return [*arm.parameters(), *arm.buffers()]
 
 
-def _resized(value: Tensor, batch: int) -> Tensor:
-    return value[torch.arange(batch) % value.shape[0]]
-
-
 def _feeds(files: Mapping[str, Path], inputs: tuple[Tensor, ...], batch: int) -> dict[str, Any]:
     session = open_session(next(iter(files)), next(iter(files.values())), threads=1)
     names = [value.name for value in session.get_inputs()]
-    arrays = [_resized(value, batch).numpy() for value in inputs]
+    arrays = [resized(value, batch).numpy() for value in inputs]
     return dict(zip(names, arrays, strict=True))
 
 
@@ -278,47 +271,6 @@ def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
         return peak_bytes(_training_step(arm, inputs), held)
     with torch.no_grad():
         return peak_bytes(lambda: arm(*inputs), held)
-
-
-def _optimised(file: Path) -> Any:
-    """The graph as ONNX Runtime runs it on this machine."""
-    onnx = require("onnx", purpose="comparing")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "optimised.onnx"
-        open_session(file.stem, file, threads=1, optimised=target)
-        return onnx.load(target)
-
-
-def _layout(file: Path) -> tuple[int, tuple[str, ...]]:
-    """What ONNX Runtime's blocked layout, its fast path for convolutions, makes of a file.
-
-    Returns:
-        The nodes that only change the layout, and the convolutions that miss it, with the reason:
-        it takes two-dimensional ones in float32 of one group whose input channels are fewer than a
-        block (16 numbers with AVX-512, 8 without) or a multiple of 4, and some with more groups.
-    """
-    nodes = _optimised(file).graph.node
-    reorders = sum(node.op_type in ("ReorderInput", "ReorderOutput") for node in nodes)
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return reorders, ()  # there is no such layout
-    onnx = require("onnx", purpose="comparing")
-    weights = {value.name: value for value in onnx.load(file).graph.initializer}
-    block = 16 if "AVX-512" in machine() else 8
-    found = []
-    for node in nodes:
-        if node.op_type not in ("Conv", "FusedConv") or node.domain == "com.microsoft.nchwc":
-            continue
-        layer = node.input[1].removesuffix(".weight") if node.input[1] in weights else node.name
-        groups = next((each.i for each in node.attribute if each.name == "group"), 1)
-        dims = weights[node.input[1]].dims if node.input[1] in weights else []
-        if len(dims) != 4 or weights[node.input[1]].data_type != onnx.TensorProto.FLOAT:
-            reason = "it takes two-dimensional convolutions with constant weights in float32 alone"
-        elif groups > 1:
-            reason = f"its {groups} groups do not fill blocks of {block} channels"
-        else:
-            reason = f"{dims[1]} input channels are not below {block}, and no multiple of 4"
-        found.append(f"{layer} is off ONNX Runtime's fast path: {reason}")
-    return reorders, tuple(found)
 
 
 def _energy(

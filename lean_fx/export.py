@@ -132,8 +132,8 @@ def export_onnx(
             _inline(part)
         if tolerance is not None:
             for size in (1, 2, 5) if dynamic else (None,):
-                resized = tuple(_resized(value, size) for value in inputs)
-                _check_parity(_copy(model), program, part, resized, tolerance)
+                batched = tuple(resized(value, size) for value in inputs)
+                _check_parity(_copy(model), program, part, batched, tolerance)
     target = Path(path)
     if quantize is None:
         return Exported(target)
@@ -277,7 +277,13 @@ def _check_parity(
         )
 
 
-def _resized(value: torch.Tensor, size: int | None) -> torch.Tensor:
+def resized(value: torch.Tensor, size: int | None) -> torch.Tensor:
+    """An input with ``size`` rows, its own over and over; as it is for None.
+
+    Example:
+        >>> resized(torch.tensor([7, 8]), 3)
+        tensor([7, 8, 7])
+    """
     return value if size is None else value[torch.arange(size) % value.shape[0]]
 
 

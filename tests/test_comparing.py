@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.comparing import _files, _layout
+from lean_fx.comparing import _files
 from lean_fx.errors import ArgumentError, MissingDependencyError, WriteError
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.energy import Energy
+from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import Latency
 
@@ -123,7 +124,7 @@ def test_layers_off_the_fast_path(layer, shape, reason, tmp_path):
     path = tmp_path / "net.onnx"
     model = nn.Sequential(nn.ReLU(), layer)
     lean_fx.export_onnx(model, path, torch.rand(shape))
-    _, found = _layout(path)
+    _, found = blocked_layout(path)
     assert len(found) == (reason is not None)
     if reason:
         assert found[0].startswith(f"1 is off ONNX Runtime's fast path: {reason}")
@@ -135,9 +136,9 @@ def test_layers_off_the_fast_path(layer, shape, reason, tmp_path):
 def test_reorders_are_counted(tmp_path):
     path = tmp_path / "net.onnx"
     lean_fx.export_onnx(net(), path, torch.rand(2, 3, 8, 8))
-    assert _layout(path) == (1, ())  # before the flatten
+    assert blocked_layout(path) == (1, ())  # before the flatten
     lean_fx.export_onnx(nn.Linear(4, 4), path, torch.rand(2, 4))
-    assert _layout(path) == (0, ())
+    assert blocked_layout(path) == (0, ())
 
 
 def test_files_are_never_shared(tmp_path):

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lean_fx.errors import ArgumentError, require
+from lean_fx.errors import ArgumentError
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.pictures import colour, new_figure, short
+from lean_fx.measure.tables import markdown_table, rich_table
 from lean_fx.measure.timing import Latency
 
 if TYPE_CHECKING:
@@ -178,25 +179,11 @@ class Comparison:
 
     def table(self) -> Table:
         """The table for a terminal."""
-        text = require("rich.text", extra="examples", purpose="the table").Text
-        table: Table = require("rich.table", extra="examples", purpose="the table").Table(
-            caption=text("\n".join(self.footnotes())),
-            caption_justify="left",
-            box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
-        )
-        head, *rows = self.rows()
-        for cell in head:
-            table.add_column(text(cell), justify="right" if cell else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*map(text, row))
-        return table
+        return rich_table(self.rows(), self.footnotes())
 
     def to_markdown(self) -> str:
         """The table and its footnotes in Markdown."""
-        head, *rows = self.rows()
-        lines = [head, ("---", *("---:" for _ in self.models)), *rows]
-        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in lines]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        table = markdown_table(self.rows())
         return table + "\n\n" + "\n".join(f"- {note}" for note in self.footnotes()) + "\n"
 
     def to_json(self) -> str:

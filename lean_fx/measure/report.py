@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from lean_fx.errors import ArgumentError, DataError, require
+from lean_fx.errors import ArgumentError, DataError
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.pictures import draw_bars, draw_curves, short
+from lean_fx.measure.tables import markdown_table, rich_table
 from lean_fx.measure.timing import Latency
 
 if TYPE_CHECKING:
@@ -124,19 +125,7 @@ class Report:
 
     def table(self) -> Table:
         """Return the table for a terminal: a column for each model, a row for each figure."""
-        text = require("rich.text", extra="examples", purpose="the table").Text
-        table: Table = require("rich.table", extra="examples", purpose="the table").Table(
-            title=text(self.title),
-            caption=text("\n".join(self.footnotes())),
-            caption_justify="left",
-            box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
-        )
-        head, *rows = self._rows()
-        for cell in head:
-            table.add_column(text(cell), justify="right" if cell else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*map(text, row))
-        return table
+        return rich_table(self._rows(), self.footnotes(), self.title)
 
     def to_markdown(self, pictures: Sequence[str] = ()) -> str:
         """Return the report in Markdown.
@@ -144,13 +133,10 @@ class Report:
         Args:
             pictures: addresses of pictures to show.
         """
-        head, *rows = self._rows()
-        lines = [head, ("---", *("---:" for _ in self.arms)), *rows]
-        cells = [[cell.strip().replace("|", "\\|") for cell in line] for line in lines]
         parts = [
             f"# {self.title}",
             f"```\n{self.command}\n```",
-            "\n".join(f"| {' | '.join(line)} |" for line in cells),
+            markdown_table(self._rows()),
             "\n".join(f"- {note}" for note in self.footnotes()),
             *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
             *(f"## {arm.name}\n\n```\n{arm.plan}\n```" for arm in self.arms if arm.plan),

@@ -37,8 +37,8 @@ any sign 1.3x (1.0 - 1.6)  1.4x (1.2 - 1.6)
 The literal form's large temporaries make the ratio differ from process to process: in two runs
 before it was 6.4x and 7.0x, compiled 9.3x and 10.3x, for any sign 1.7x and 1.8x. A training step of
 the paper's net (50/100/150 and 48/96/144 channels) runs at 1.00 and 0.93 of its speed
-with a slice in place of the reductions. Compile a reduction alone with
-``reduction.compile(dynamic=False)``.
+with a slice in place of the reductions. Compile the whole model, or a reduction
+alone with ``reduction.compile(dynamic=False)`` (torch keeps eight of these, then runs eagerly).
 
 A channel or a position whose values are all zero (frequent after ReLU) gives zeros, forward and
 backward, never NaN. Half-precision values are reduced in float32.
@@ -196,9 +196,9 @@ def lean_reduction(
         )
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seed = seed.to(wide.dtype)
-    fused = normalize == "column" and iterations == 1 and seed.dim() == 1
+    closed = normalize == "column" and iterations == 1 and seed.dim() == 1
     eager = _runs_eagerly(x)
-    if fused and eager:
+    if closed and (eager or torch.compiler.is_dynamo_compiling()):
         out = _fused(wide, seed, axis, nonnegative, split)
     else:
         limit = tol if eager else None

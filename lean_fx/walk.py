@@ -27,7 +27,8 @@ The gradient, for ``g`` that arrives at ``out``::
     through d, else:        sum_j sign(G[i,j]) (gd[i] + gd[j]) X[j,k]
 
 ``x`` and sums of C' (or C'') values a position are all that is kept for it. On a CPU positions are
-taken in blocks that stay in the cache, since each line above is one more pass over them.
+taken in blocks that stay in the cache, since each line above is one more pass over them; under
+``torch.compile`` they are taken at once, and the compiler fuses the lines.
 
 Where ``d`` or ``s`` is zero (a channel or position of zeros) it is taken as one: the numerators are
 zero there too, so the output and the gradient through it are zero.
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_fx.plain import absolute_affinity_sums, plain_walk
+from lean_fx.plain import absolute_affinity_sums, plain_walk, without_zeros
 
 # Bytes of X (and of G, where it is formed) in one block, for each thread: smaller blocks cost more
 # calls than the cache gives back.
@@ -61,11 +62,44 @@ def column_walk(x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
         - seed: ``[C']``
         - output: ``[N, C', 1, P]``
     """
-    out: Tensor = _ColumnWalk.apply(x, seed, nonnegative)  # type: ignore[no-untyped-call]
+    walk = _FusibleWalk if torch.compiler.is_compiling() else _BlockedWalk
+    out: Tensor = walk.apply(x, seed, nonnegative)  # type: ignore[no-untyped-call]
     return out
 
 
-class _ColumnWalk(torch.autograd.Function):
+class _FusibleWalk(torch.autograd.Function):
+    """The formulas one by one, for a compiler."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
+        t = x.sum(1, keepdim=True) if nonnegative else None
+        if t is not None:
+            d = (x * t).sum(2, keepdim=True)
+        else:
+            d = absolute_affinity_sums(x.permute(0, 3, 1, 2)).mT.unsqueeze(2)
+        d = without_zeros(d)
+        u = (x * (seed.view(-1, 1, 1) / d)).sum(1, keepdim=True)
+        y = (x * u).sum(2, keepdim=True)
+        s = without_zeros(y.abs().sum(1, keepdim=True))
+        ctx.save_for_backward(x, seed, t, d, u, y, s)
+        return y / s
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, seed, t, d, u, y, s = ctx.saved_tensors
+        r = seed.view(-1, 1, 1) / d
+        gy = (grad - y.sign() * (grad * y).sum(1, keepdim=True) / s) / s
+        gu = (x * gy).sum(1, keepdim=True)
+        gv = (x * gu).sum(2, keepdim=True) / d
+        gd = -gv * r
+        if t is not None:
+            through_d = gd * t + (x * gd).sum(1, keepdim=True)
+        else:
+            through_d = _through_absolute_sums(x, gd)
+        return gy * u + r * gu + through_d, gv.sum((0, 2, 3)), None
+
+
+class _BlockedWalk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
         count, preserved, reducible, positions = x.shape

@@ -232,6 +232,27 @@ def test_compiles_and_exports_whole(nonnegative):
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("split", ["contiguous", "interleaved"])
+@pytest.mark.parametrize(("shape", "dim"), [((3, 8, 5), 1), ((2, 3, 8), -1), ((3, 8), 1)])
+def test_compiled_gradients_are_the_eager_ones(shape, dim, split, nonnegative):
+    x = torch.rand(shape, dtype=torch.float64) if nonnegative else torch.randn(shape).double()
+    x.movedim(dim, 0)[:, 0] = 0  # a position of zeros
+    x.movedim(dim, 0)[::2, 1] = 0  # and, interleaved, channels of zeros
+    module = LeanReduction(8, 2, dim, split=split).double()
+    module.nonnegative = nonnegative
+    torch.compiler.reset()  # each case compiles the same code anew, of which torch keeps eight
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = []
+    for form in (compiled, module):
+        given = x.clone().requires_grad_()
+        out = form(given)
+        loss = (out * torch.arange(out.numel()).view_as(out)).sum()
+        found.append((out, *torch.autograd.grad(loss, (given, module.seed))))
+    for compiled_value, eager_value in zip(*found, strict=True):
+        torch.testing.assert_close(compiled_value, eager_value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

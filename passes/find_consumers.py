@@ -35,7 +35,8 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from lean_fx.passes.base import Pass, argument, facts
-from lean_fx.passes.track_channels import is_dropout, is_flatten
+from lean_fx.passes.flattens import is_flatten
+from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import REBUILDERS, input_channels
 from lean_fx.registry import is_reduction
 

@@ -44,8 +44,8 @@ from torch.fx import GraphModule, Node
 from lean_fx.errors import PassError, PlanError
 from lean_fx.passes.base import Pass, add_module, facts, forget_facts
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
+from lean_fx.passes.flattens import view_sizes
 from lean_fx.passes.sites import Consumer, Site
-from lean_fx.passes.track_channels import view_sizes
 from lean_fx.rebuild import REBUILDERS, input_channels, rebuild
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory

@@ -37,6 +37,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.passes.base import Pass, argument, called, facts
+from lean_fx.passes.flattens import is_flatten, source_of
 
 _CONVS = (
     nn.Conv1d,
@@ -135,63 +136,6 @@ def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return called(node, modules) in _DROPOUTS
 
 
-def is_flatten(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node flattens all axes but the first (rule 6)."""
-    if called(node, modules) is nn.Flatten:
-        module = modules[str(node.target)]
-        return _flattens_all(node, module.start_dim, module.end_dim)
-    if node.target in (torch.flatten, "flatten"):
-        return _flattens_all(
-            node, argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
-        )
-    sizes = view_sizes(node)
-    return sizes is not None and len(sizes) == 2 and _keeps_first_axis(node, sizes)
-
-
-def view_sizes(node: Node) -> tuple[Any, ...] | None:
-    """The sizes that a view or reshape asks for, or None if the node is neither."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if node.target not in (torch.reshape, "reshape", "view"):
-        return None
-    sizes = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size")),)
-    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-        sizes = tuple(sizes[0])
-    return sizes
-
-
-def _flattens_all(node: Node, start: Any, end: Any) -> bool:
-    source = _source(node)
-    shape = facts(source).shape if source else None
-    if shape is not None and isinstance(start, int) and isinstance(end, int):
-        return (start % len(shape), end % len(shape)) == (1, len(shape) - 1)
-    return (start, end) == (1, -1)
-
-
-def _keeps_first_axis(node: Node, sizes: tuple[Any, ...]) -> bool:
-    """Whether ``view(rows, features)`` keeps the first axis: by shape, else by what rows are."""
-    source = _source(node)
-    before = facts(source).shape if source else None
-    after = facts(node).shape
-    if before is not None and after is not None:
-        return before[0] == after[0]
-    return _is_first_size(sizes[0])
-
-
-def _is_first_size(rows: Any) -> bool:
-    """Whether ``rows`` is ``x.size(0)`` or ``x.shape[0]`` of some value."""
-    if not isinstance(rows, Node):
-        return False
-    if rows.target == "size":
-        return bool(argument(rows, 1, "dim") == 0)
-    if rows.target is not operator.getitem or rows.args[1] != 0:
-        return False
-    sizes = rows.args[0]
-    if not isinstance(sizes, Node):
-        return False
-    return bool(sizes.target == "size" or sizes.args[1:] == ("shape",))
-
-
 def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | None:
     if node.op == "placeholder":
         shape = facts(node).shape
@@ -206,7 +150,7 @@ def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | Non
 
 
 def _flattened(node: Node) -> Channels | None:
-    source, before = _source(node), _input(node)
+    source, before = source_of(node), _input(node)
     if before is None or source is None or before.whole:
         return before
     if before.axis == 0:  # no batch: flattening leaves this axis alone
@@ -250,14 +194,8 @@ def _of_call(node: Node) -> Channels | None:
     return None
 
 
-def _source(node: Node) -> Node | None:
-    """The first argument, or ``input=``, if it is a value of the graph."""
-    source = argument(node, 0, "input")
-    return source if isinstance(source, Node) else None
-
-
 def _input(node: Node) -> Channels | None:
-    source = _source(node)
+    source = source_of(node)
     return facts(source).channels if source else None
 
 
@@ -283,7 +221,7 @@ def _concatenated(node: Node) -> Channels | None:
 
 
 def _moved(node: Node) -> Channels | None:
-    source, before = _source(node), _input(node)
+    source, before = source_of(node), _input(node)
     if source is None or before is None or before.whole:
         return None
     permuting = node.target in (torch.permute, "permute")

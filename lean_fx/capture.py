@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import rnn
 
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.packed import SequenceDropout
 from lean_fx.passes.base import facts
 from lean_fx.passes.modularize_calls import ModularizeCalls, can_follow_mode
 from lean_fx.rebuild import REBUILDERS
@@ -26,19 +28,38 @@ _ROOT_HOOKS = (
 )
 
 
-class LeanTracer(Tracer):
-    """torch.fx's tracer, with two differences.
+_SEQUENCE_FUNCTIONS = (
+    *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
+    *(rnn.unpack_sequence, rnn.unpad_sequence),
+)
 
-    Subclasses of conv and linear layers are leaves too: they would otherwise dissolve into
-    functional calls; as leaves they are seen, and left alone with a reason. Buffers are values of
-    the graph, so that what forward computes of them is computed at every call, not once.
+
+class LeanTracer(Tracer):
+    """torch.fx's tracer, with three differences.
+
+    Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
+    into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
+    of the graph, so that what forward computes of them is computed at every call, not once. The
+    functions that pack and pad sequences are nodes, since they cannot run without lengths.
     """
 
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=_SEQUENCE_FUNCTIONS)
+        self._autowrap_search.append(rnn)  # for calls by the module's name
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in _SEQUENCE_FUNCTIONS:
+                node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
+        return graph
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
-        leaf = isinstance(m, tuple(REBUILDERS)) or is_reduction(m)
+        leaf = isinstance(m, (*REBUILDERS, SequenceDropout)) or is_reduction(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -105,7 +126,7 @@ def capture(model: nn.Module, inputs: Sequence[Any] = ()) -> GraphModule:
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as the tuple of a model's positional inputs.
+    """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
 
     Raises:
         ArgumentError: they are neither a tensor nor a tuple or list.
@@ -114,7 +135,7 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
         >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
         [torch.Size([2, 3])]
     """
-    if isinstance(example_inputs, torch.Tensor):
+    if isinstance(example_inputs, torch.Tensor | rnn.PackedSequence):
         return (example_inputs,)
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs)

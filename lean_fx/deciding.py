@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -18,8 +19,9 @@ from lean_fx.policy import (
     skipped_by,
     wanted_channels,
 )
-from lean_fx.rebuild import REBUILDERS
-from lean_fx.registry import ReductionFactory
+from lean_fx.rebuild import REBUILDERS, input_weights
+from lean_fx.reduction import LeanReduction
+from lean_fx.registry import ReductionFactory, make_reduction
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,28 @@ class Options:
     reduce_inputs: bool = False
 
 
-def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> Plan:
+def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, ...]:
+    """The stacks of recurrent layers that may be reduced, by name: ``graph_module`` analysed."""
+    found: list[str] = []
+    for node in graph_module.graph.nodes:
+        if facts(node).read is not None:
+            name = str(node.target)
+            layer = graph_module.get_submodule(name)
+            if getattr(layer, "num_layers", 1) > 1 and not _named_by_user(name, layer, options):
+                found.append(name)
+    return tuple(found)
+
+
+def make_plan(
+    graph_module: GraphModule, model: nn.Module, options: Options, split: tuple[str, ...] = ()
+) -> Plan:
     """Decide over the facts that the analyses have written.
 
     Args:
         graph_module: ``model``, captured and analysed.
         model: the model itself, for the layers that its forward never calls.
         options: what the user asked for.
+        split: the stacks of recurrent layers that are split in ``graph_module``.
 
     Returns:
         The plan.
@@ -66,7 +83,7 @@ def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> 
             else:
                 left.append(LeftAlone(name, type(layer).__name__, reason))
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    left += _never_called(model, graph_module, called)
+    left += _never_called(model, graph_module, called | set(split))
 
     names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
     check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
@@ -80,16 +97,15 @@ def make_plan(graph_module: GraphModule, model: nn.Module, options: Options) -> 
         left_alone=tuple(dict.fromkeys(left + refused)),
         reduction=options.reduction,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        split=split,
     )
 
 
 def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
     """Why the user does not want this layer to be reduced, or an empty string."""
-    reason = skipped_by(options.skip, name, layer)
+    reason = _named_by_user(name, layer, options)
     if reason:
         return reason
-    if options.filter is not None and not options.filter(layer, name):
-        return "filter(module, name) is false"
     if read.in_channels < options.min_channels:
         return f"in_channels={read.in_channels} is below min_channels={options.min_channels}"
     if not read.intermediate and not options.reduce_inputs:
@@ -97,8 +113,16 @@ def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
     return ""
 
 
+def _named_by_user(name: str, layer: nn.Module, options: Options) -> str:
+    """What the user's skip and filter say against a layer, or an empty string."""
+    reason = skipped_by(options.skip, name, layer)
+    if not reason and options.filter is not None and not options.filter(layer, name):
+        return "filter(module, name) is false"
+    return reason
+
+
 def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
-    weights = layer.get_parameter("weight").numel()
+    weights = sum(weight.numel() for weight in input_weights(layer).values())
     return Consumer(name, type(layer).__name__, node, read.spread, read.path, weights)
 
 
@@ -131,19 +155,20 @@ def _decide(
     options: Options,
 ) -> tuple[list[Site], list[LeftAlone]]:
     """Group the layers by value, and settle the channels of each group."""
-    groups: dict[tuple[str, int, int, int], list[Consumer]] = {}
+    groups: dict[tuple[str, int, int, bool, int], list[Consumer]] = {}
     for read, consumer in candidates:
-        key = (read.value, read.dim, read.in_channels, read.writes)
+        key = (read.value, read.dim, read.in_channels, read.packed, read.writes)
         groups.setdefault(key, []).append(consumer)
     sites: list[Site] = []
     refused: list[LeftAlone] = []
-    for (value, dim, in_channels, _), consumers in groups.items():
+    for (value, dim, in_channels, packed, _), consumers in groups.items():
         known = known_of[value]
         site = Site(
             value,
             dim,
             in_channels,
             tuple(consumers),
+            packed=packed,
             rms=known.rms or 1.0,
             nonnegative=known.nonnegative,
         )
@@ -161,11 +186,21 @@ def _decide(
                 site,
                 consumers=tuple(members),
                 out_channels=settled,
+                macs=_macs(site, settled, options.reduction),
                 name=_free_name(value, sites),
                 note=notes[settled],
             )
             sites.append(decided)
     return sites, refused
+
+
+def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> int | None:
+    with torch.random.fork_rng(devices=[]):  # what is drawn for it here is drawn in vain
+        module = make_reduction(reduction, site.in_channels, out_channels, site.dim)
+    if isinstance(module, LeanReduction):
+        module.nonnegative = site.nonnegative
+    macs = getattr(module, "macs_per_position", None)
+    return macs if isinstance(macs, int) else None
 
 
 def _settle(site: Site, layer: str, options: Options) -> tuple[int | None, str]:

@@ -28,8 +28,9 @@ from lean_fx.export import export_onnx
 from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import Consumer, Site, facts
 from lean_fx.planning import LeftAlone, Plan
+from lean_fx.rebuild import input_channels, input_weights
 from lean_fx.reduction import LeanReduction
-from lean_fx.registry import ReductionFactory, make_reduction
+from lean_fx.registry import ReductionFactory
 
 Keep = Literal["all", "saving", "measured"]
 
@@ -72,7 +73,8 @@ def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
 
 
 def _involved(site: Site, nodes: dict[str, Node]) -> list[Node]:
-    return [nodes[site.value], *(nodes[consumer.node] for consumer in site.consumers)]
+    convs = [each for each in site.consumers if "Conv" in each.kind]
+    return [nodes[site.value], *(nodes[consumer.node] for consumer in convs)]
 
 
 def _saving(
@@ -83,13 +85,12 @@ def _saving(
 ) -> tuple[bool, str]:
     """Whether a site saves MACs and bytes, and the figures."""
     assert site.out_channels is not None
-    module: Any = make_reduction(reduction, site.in_channels, site.out_channels, site.dim)
-    module.nonnegative = site.nonnegative
     positions = _numel(nodes[site.value]) // site.in_channels
-    size = graph_module.get_submodule(site.layers[0]).get_parameter("weight").element_size()
+    layer = graph_module.get_submodule(site.layers[0])
+    size = next(iter(input_weights(layer).values())).element_size()
     share = 1 - site.out_channels / site.in_channels
     macs_saved = share * sum(_macs(each, graph_module, nodes) for each in site.consumers)
-    macs_spent = getattr(module, "macs_per_position", site.in_channels) * positions
+    macs_spent = (site.in_channels if site.macs is None else site.macs) * positions
     read = sum(positions * site.in_channels + each.weights for each in site.consumers)
     bytes_saved = share * size * read
     bytes_spent = size * positions * (site.in_channels + site.out_channels)
@@ -101,12 +102,12 @@ def _saving(
 
 
 def _macs(consumer: Consumer, graph_module: GraphModule, nodes: dict[str, Node]) -> int:
+    """The products with the input: of a recurrent layer the others stay."""
     layer: Any = graph_module.get_submodule(consumer.layer)
-    if getattr(layer, "transposed", False):
-        positions = _numel(nodes[consumer.node].all_input_nodes[0]) // int(layer.in_channels)
-        return positions * consumer.weights
-    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    return _numel(nodes[consumer.node]) * consumer.weights // int(outputs)
+    if isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed:
+        return _numel(nodes[consumer.node]) * consumer.weights // int(layer.out_channels)
+    source = nodes[consumer.node].all_input_nodes[0]
+    return _numel(source) // input_channels(layer) * consumer.weights
 
 
 def _numel(node: Node) -> int:

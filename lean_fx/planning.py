@@ -13,7 +13,15 @@ from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture
 from lean_fx.errors import ArgumentError, PlanError
-from lean_fx.passes import Consumer, InferSign, InsertReductions, Pipeline, Site, TrackWrites
+from lean_fx.passes import (
+    Consumer,
+    InferSign,
+    InsertReductions,
+    Pipeline,
+    Site,
+    SplitRecurrent,
+    TrackWrites,
+)
 from lean_fx.reduction import check_channels
 from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
 
@@ -40,12 +48,17 @@ class LeftAlone:
 class Plan:
     """What a leanify would do; ``print(plan)`` is a table.
 
+    Its MACs are the multiply-adds of the reduction at one position, greater where the sign of the
+    value is not known; of a recurrent layer it saves the products with the input alone.
+
     Attributes:
         model: the name of the model's class.
         sites: the values to reduce, each with the layers that share its reduction.
         left_alone: every other conv, linear, recurrent and attention layer, and the reason.
         reduction: a registered name, or a factory.
         parameters: of the model, before.
+        split: the stacks of recurrent layers to split (:class:`~lean_fx.passes.SplitRecurrent`),
+            whose layers are named ``<stack>.0``, ``<stack>.1``, ...
 
     Example:
         >>> import lean_fx
@@ -54,8 +67,8 @@ class Plan:
         >>> print(plan)
         Plan for Sequential: 1 reduction (lean) before 1 of 2 layers
         their weights: 9,000 -> 1,800, of 10,420 parameters in all
-        value  sign  layer  type    channels  weights         note
-        _1     >= 0  2      Conv2d  50 -> 10  9,000 -> 1,800
+        value  sign  MACs  layer  type    channels  weights         note
+        _1     >= 0  200   2      Conv2d  50 -> 10  9,000 -> 1,800
         left alone
         0  Conv2d  in_channels=3 is below min_channels=16
         >>> Plan.from_json(plan.to_json()) == plan
@@ -67,6 +80,7 @@ class Plan:
     left_alone: tuple[LeftAlone, ...] = ()
     reduction: str | ReductionFactory = "lean"
     parameters: int = 0
+    split: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module, example_inputs: Any = ()) -> GraphModule:
         """Make the reduced model.
@@ -87,9 +101,8 @@ class Plan:
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
         """As :meth:`apply`, in place, to a model that has been captured already."""
-        Pipeline([TrackWrites(), InferSign(), InsertReductions(self.sites, self.reduction)])(
-            graph_module
-        )
+        insert = InsertReductions(self.sites, self.reduction)
+        Pipeline([SplitRecurrent(self.split), TrackWrites(), InferSign(), insert])(graph_module)
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
 
@@ -131,7 +144,8 @@ class Plan:
         try:
             sites = [_site_from(entry) for entry in content.pop("sites")]
             left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
-            plan = Plan(sites=tuple(sites), left_alone=tuple(left), **content)
+            split = tuple(content.pop("split", ()))
+            plan = Plan(sites=tuple(sites), left_alone=tuple(left), split=split, **content)
             for part in (plan, *left):
                 _check_types(part)
         except (TypeError, KeyError, AttributeError, ArgumentError) as error:
@@ -157,8 +171,10 @@ class Plan:
             lines.append(
                 f"their weights: {before:,} -> {after:,}, of {self.parameters:,} parameters in all"
             )
+        if self.split:
+            lines.append(f"split into single layers: {', '.join(self.split)}")
         if self.sites:
-            header = ("value", "sign", "layer", "type", "channels", "weights", "note")
+            header = ("value", "sign", "MACs", "layer", "type", "channels", "weights", "note")
             lines += _aligned([header, *(row for site in self.sites for row in _rows(site))])
         if self.left_alone:
             lines.append("left alone")
@@ -173,6 +189,7 @@ def _rows(site: Site) -> list[tuple[str, ...]]:
             (
                 "" if rows else site.value,
                 "" if rows else (">= 0" if site.nonnegative else "any"),
+                "" if rows or site.macs is None else f"{site.macs:,}",
                 consumer.layer,
                 consumer.kind,
                 f"{site.in_channels} -> {site.out_channels}",
@@ -197,7 +214,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _check_types(part: Any) -> None:
     """Check the plain fields of a dataclass by their annotations."""
-    kinds = {"str": str, "int": int, "int | None": int, "float": float | int, "bool": bool}
+    kinds = {"str": str, "int": int, "int | None": int | None, "float": float | int, "bool": bool}
     for field in dataclasses.fields(part):
         kind, value = kinds.get(str(field.type)), getattr(part, field.name)
         if kind is not None and (not isinstance(value, kind) or type(value) is bool is not kind):

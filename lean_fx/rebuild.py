@@ -1,18 +1,22 @@
 """A layer made anew for fewer input channels, on the same device, in the same dtype and mode.
 
-One function per kind of layer. Everything but the number of input channels stays. The parameters
-are drawn anew by torch's own rule for the layer, since the net is trained from scratch, then
-brought to the scale of the layer replaced: for inputs that are ``gain`` times smaller than before,
-with a fan-in that is ``k`` times smaller, weights of root mean square ``rms(old) gain sqrt(k)``
-give outputs of the same variance; biases get the root mean square of the old ones.
+One function per kind of layer. Everything but the number of input channels stays. The weights
+that multiply the input are drawn anew by torch's own rule for the layer, since the net is trained
+from scratch, then brought to the scale of the layer replaced: for inputs that are ``gain`` times
+smaller than before, with a fan-in that is ``k`` times smaller, weights of root mean square
+``rms(old) gain sqrt(k)`` give outputs of the same variance. The biases of conv and linear layers
+are drawn anew too, and get the root mean square of the old ones; all else of a recurrent layer
+(recurrent weights, biases, further layers) keeps its values, and with them an initialisation that
+was chosen for it, such as orthogonal weights or a forget gate's bias of 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lean_fx.errors import PassError
 
@@ -44,6 +48,29 @@ def _linear(layer: nn.Linear, in_channels: int) -> nn.Module:
     )
 
 
+def _recurrent(layer: Any, in_channels: int) -> nn.Module:
+    names = ["num_layers", "bias", "batch_first", "dropout", "bidirectional"]
+    names += ["nonlinearity"] * isinstance(layer, nn.RNN)
+    names += ["proj_size"] * isinstance(layer, nn.LSTM)
+    return _with_settings(layer, in_channels, names, layer.weight_ih_l0)
+
+
+def _cell(layer: Any, in_channels: int) -> nn.Module:
+    names = ["bias"] + ["nonlinearity"] * isinstance(layer, nn.RNNCell)
+    return _with_settings(layer, in_channels, names, layer.weight_ih)
+
+
+def _with_settings(layer: Any, in_channels: int, names: list[str], like: Tensor) -> nn.Module:
+    made: nn.Module = type(layer)(
+        in_channels,
+        layer.hidden_size,
+        device=like.device,
+        dtype=like.dtype,
+        **{name: getattr(layer, name) for name in names},
+    )
+    return made
+
+
 #: The layers that can be rebuilt, by exact type: a subclass may override what forward means.
 REBUILDERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv1d: _conv,
@@ -53,23 +80,48 @@ REBUILDERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.ConvTranspose2d: _conv,
     nn.ConvTranspose3d: _conv,
     nn.Linear: _linear,
+    nn.RNN: _recurrent,
+    nn.LSTM: _recurrent,
+    nn.GRU: _recurrent,
+    nn.RNNCell: _cell,
+    nn.LSTMCell: _cell,
+    nn.GRUCell: _cell,
 }
 
 
+def is_recurrent(layer: nn.Module) -> bool:
+    """Whether a layer is a recurrent one, or a cell of one."""
+    return isinstance(layer, nn.RNNBase | nn.RNNCellBase)
+
+
 def input_channels(layer: nn.Module) -> int:
-    """The input channels of a conv, or the input features of a linear layer.
+    """The input channels of a conv, or the input features of a linear or recurrent layer.
 
     Example:
         >>> input_channels(nn.Conv2d(3, 50, 3)), input_channels(nn.Linear(20, 10))
         (3, 20)
+        >>> input_channels(nn.GRU(40, 64))
+        40
     """
+    if is_recurrent(layer):
+        return int(layer.input_size)  # type: ignore[arg-type]
     value = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     return int(value)  # type: ignore[arg-type]
 
 
-def _rescale(made: nn.Module, layer: nn.Module, name: str, factor: float) -> None:
+def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that multiply the input, by name; of a stack of layers, the first one's.
+
+    Example:
+        >>> [*input_weights(nn.Linear(20, 10))], [*input_weights(nn.LSTM(8, 8, 2))]
+        (['weight'], ['weight_ih_l0'])
+    """
+    names = ("weight", "weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+    return {name: value for name, value in layer.named_parameters() if name in names}
+
+
+def _rescale(new: nn.Parameter, old: nn.Parameter, factor: float) -> None:
     """Give a parameter ``factor`` times the root mean square of the old layer's."""
-    new, old = made.get_parameter(name), layer.get_parameter(name)
     drawn = new.detach().float().square().mean().sqrt()
     wanted = old.detach().float().square().mean().sqrt() * factor
     with torch.no_grad():
@@ -80,14 +132,15 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
     """Make ``layer`` anew for ``in_channels`` input channels (or features).
 
     Args:
-        layer: a Conv, ConvTranspose or Linear, of exactly that type; it is not changed.
+        layer: a Conv, ConvTranspose, Linear, RNN, LSTM, GRU or a cell of these, of exactly that
+            type; it is not changed.
         in_channels: 1 or more, a multiple of the layer's groups.
         gain: how many times larger what the old layer read was than what the new one reads, by
             root mean squares; above 0.
 
     Returns:
-        A layer of the same type and settings, its parameters initialised anew; parameters that
-        do not require a gradient still do not.
+        A layer of the same type and settings, initialised as the module's docstring says;
+        parameters that do not require a gradient still do not.
 
     Raises:
         PassError: the type is none of these.
@@ -97,16 +150,22 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         Conv2d(10, 100, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
         >>> rebuild(nn.Linear(21600, 10, bias=False), 1440)
         Linear(in_features=1440, out_features=10, bias=False)
+        >>> rebuild(nn.GRU(64, 32, num_layers=2, batch_first=True), 8)
+        GRU(8, 32, num_layers=2, batch_first=True)
     """
     make = REBUILDERS.get(type(layer))
     if make is None:
         raise PassError(f"rebuild: {type(layer).__name__} is not a layer that can be rebuilt")
     made = make(layer, in_channels)
-    if not layer.get_parameter("weight").is_meta:
-        fan_ratio = input_channels(layer) / in_channels
-        _rescale(made, layer, "weight", gain * fan_ratio**0.5)
-        if layer.bias is not None:
-            _rescale(made, layer, "bias", 1.0)
+    factor = gain * (input_channels(layer) / in_channels) ** 0.5
     for name, parameter in layer.named_parameters():
-        made.get_parameter(name).requires_grad_(parameter.requires_grad)
+        new = made.get_parameter(name)
+        if not parameter.is_meta:
+            if name in input_weights(layer):
+                _rescale(new, parameter, factor)
+            elif is_recurrent(layer):
+                new.data.copy_(parameter)
+            else:
+                _rescale(new, parameter, 1.0)
+        new.requires_grad_(parameter.requires_grad)
     return made.train(layer.training)

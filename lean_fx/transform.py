@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
@@ -10,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture
-from lean_fx.deciding import Options, make_plan
+from lean_fx.deciding import Options, make_plan, stacks_to_split
 from lean_fx.errors import ArgumentError, LeanWarning
 from lean_fx.passes import (
     FindConsumers,
@@ -19,6 +20,7 @@ from lean_fx.passes import (
     Pass,
     Pipeline,
     PropagateShapes,
+    SplitRecurrent,
     TrackChannels,
     TrackWrites,
 )
@@ -41,16 +43,16 @@ def leanify(
     reduce_inputs: bool = False,
     keep: Keep = "all",
 ) -> GraphModule:
-    """Insert LEAN reductions before the conv and linear layers of a model, and shrink them.
+    """Insert LEAN reductions before the layers of a model, and shrink those.
 
     The result is to be trained from scratch: the layers behind a reduction have fewer input
     channels and new weights. ``model`` itself is not touched.
 
     Args:
         model: a module that torch.fx can trace.
-        example_inputs: a tensor, or a tuple of the positional inputs; optional. With them the
-            shapes of all values are known and checked, and the rebuilt layers start at the scale
-            of those that they replace.
+        example_inputs: a tensor, packed sequences, or a tuple of the positional inputs; optional.
+            With them the shapes of all values are known and checked, and the rebuilt layers start
+            at the scale of those that they replace.
         channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a part of
             C_in), ``"sqrt"`` (the divisor of C_in nearest to its root), ``"tenth"``, a function of
             the :class:`~lean_fx.Site` that returns one of these, or a mapping of layer names or
@@ -97,8 +99,7 @@ def leanify(
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
     if keep not in get_args(Keep):
         raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
-    captured = _analysed(model, example_inputs)
-    made = keep_paying(make_plan(captured, model, options), captured, keep)
+    made, captured = _planned(model, example_inputs, options, keep)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
@@ -138,26 +139,43 @@ def plan(
         >>> print(plan(model))
         Plan for Sequential: 1 reduction (lean) before 1 of 2 layers
         their weights: 640 -> 80, of 1,226 parameters in all
-        value  sign  layer  type    channels  weights    note
-        _1     >= 0  2      Linear  64 -> 8   640 -> 80
+        value  sign  MACs  layer  type    channels  weights    note
+        _1     >= 0  256   2      Linear  64 -> 8   640 -> 80
         left alone
         0  Linear  in_channels=8 is below min_channels=16
     """
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
     if keep not in get_args(Keep):
         raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
-    captured = _analysed(model, example_inputs)
-    return keep_paying(make_plan(captured, model, options), captured, keep)
+    return _planned(model, example_inputs, options, keep)[0]
 
 
-def _analysed(model: nn.Module, example_inputs: Any) -> GraphModule:
+def _planned(
+    model: nn.Module, example_inputs: Any, options: Options, keep: Keep
+) -> tuple[Plan, GraphModule]:
+    """The plan, and the model captured, its stacks split as the plan says."""
     inputs = as_inputs(example_inputs) if example_inputs is not None else ()
-    captured = capture(model, inputs)
     passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
     if inputs:
         passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
-    Pipeline(passes)(captured)
-    return captured
+    analyse = Pipeline(passes)
+    captured = capture(model, inputs)
+    analyse(captured)
+    stacks = stacks_to_split(captured, options)
+    while stacks:
+        graph_module = copy.deepcopy(captured)
+        Pipeline([SplitRecurrent(stacks), analyse])(graph_module)
+        made = keep_paying(make_plan(graph_module, model, options, stacks), graph_module, keep)
+        of_use = tuple(stack for stack in stacks if _reduces_inside(made, stack))
+        if of_use == stacks:
+            return made, graph_module
+        stacks = of_use  # the others stay whole
+    return keep_paying(make_plan(captured, model, options), captured, keep), captured
+
+
+def _reduces_inside(made: Plan, stack: str) -> bool:
+    layers = {layer for site in made.sites for layer in site.layers}
+    return any(layer.startswith(f"{stack}.") and layer != f"{stack}.0" for layer in layers)
 
 
 def _options(

@@ -41,7 +41,9 @@ class Facts:
     """What the analyses know of one node; None where they know nothing.
 
     Attributes:
-        shape: of the node's value, if that is one tensor (``PropagateShapes``).
+        shape: of the node's value, if that is one tensor, or of the data of packed sequences
+            (``PropagateShapes``).
+        packed: whether the value is packed sequences (``PropagateShapes``).
         rms: its root mean square, for inputs of unit variance (``MeasureScale``).
         storage: the node whose storage the value shares; its own name if none (``TrackWrites``).
         writes: whether the call changes values in place (``TrackWrites``).
@@ -53,6 +55,7 @@ class Facts:
     """
 
     shape: tuple[int, ...] | None = None
+    packed: bool = False
     rms: float | None = None
     follows_mode: bool = False
     storage: str = ""

@@ -1,9 +1,11 @@
 """Analysis: which layers read an intermediate value whose channels can be reduced, and where.
 
-A conv reads its value directly, channels on axis 1; a linear layer reads it directly, channels on
-the last axis, or through a flatten and dropouts::
+A conv reads its value directly, channels on axis 1; a recurrent layer too, channels on the last
+axis, of packed sequences in their data; a linear layer reads it directly, channels on the last
+axis, or through a flatten and dropouts::
 
     value -> conv                        Read(value, dim=1, in_channels=C)
+    value -> gru                         Read(value, dim=-1, in_channels=C)
     value -> linear                      Read(value, dim=-1, in_channels=C)
     value -> flatten -> dropout -> linear
                                          Read(value, dim=1, in_channels=C, spread=H*W,
@@ -34,19 +36,14 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
+from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.track_channels import is_dropout
-from lean_fx.rebuild import REBUILDERS, input_channels
+from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, is_recurrent
 from lean_fx.registry import is_reduction
 
 _NOT_YET = {
-    nn.RNN: "recurrent layers are not reduced yet",
-    nn.LSTM: "recurrent layers are not reduced yet",
-    nn.GRU: "recurrent layers are not reduced yet",
-    nn.RNNCell: "recurrent layers are not reduced yet",
-    nn.LSTMCell: "recurrent layers are not reduced yet",
-    nn.GRUCell: "recurrent layers are not reduced yet",
     nn.MultiheadAttention: "layers inside attention are not reduced yet",
     nn.TransformerEncoderLayer: "layers inside attention are not reduced yet",
     nn.TransformerDecoderLayer: "layers inside attention are not reduced yet",
@@ -72,6 +69,7 @@ class Read:
         in_channels: how many channels.
         spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
+        packed: whether the value is packed sequences.
         intermediate: whether a layer with weights stands between the model's inputs and the value.
         writes: how many in-place operations had changed the value when it was read.
     """
@@ -81,6 +79,7 @@ class Read:
     in_channels: int
     spread: int = 1
     path: tuple[str, ...] = ()
+    packed: bool = False
     intermediate: bool = True
     writes: int = 0
 
@@ -190,7 +189,7 @@ def _refusal(layer: nn.Module, graph: _Context) -> str:
             return f"its parameter is used elsewhere: {', '.join(names)}"
         if parameter._backward_hooks:
             return "its parameter has hooks, which a rebuilt layer would lose"
-    if not layer.get_parameter("weight").requires_grad:
+    if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
     groups = int(getattr(layer, "groups", 1))
     if groups > 1:
@@ -207,6 +206,10 @@ def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, 
     if reads_reduction(before, graph.modules):
         return None, "it reads a reduction already"
     known = facts(source).channels
+    if is_recurrent(layer):
+        packed = known is not None and known.packed
+        read = Read(source.name, -1, input_channels(layer), packed=packed)
+        return graph.placed(read, source, node), ""
     if not isinstance(layer, nn.Linear):
         dim = _channel_axis(layer, source)
         return graph.placed(Read(source.name, dim, input_channels(layer)), source, node), ""
@@ -254,5 +257,7 @@ def layer_input(node: Node) -> Node | None:
 
 
 def reads_reduction(source: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether ``source`` is the call of a reduction."""
+    """Whether ``source`` is the call of a reduction, or packed sequences of its result."""
+    if source.target is with_data:
+        source = source.args[1]  # type: ignore[assignment]
     return source.op == "call_module" and is_reduction(modules[str(source.target)])

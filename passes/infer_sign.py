@@ -14,10 +14,12 @@ Values are taken to be real and floating, as everything is that a reduction read
 3. Sums, products and maxima of non-negative values (and numbers) are, and their quotients by
    positive numbers (by a value they are not: 1 / -0.0 is minus infinity); a product of a value
    with itself is; a maximum is if one of its operands is.
-4. A concatenation or stack is if all its parts are.
-5. A value that an in-place operation may change afterwards, itself or through a view, is only if
+4. An RNN of ReLUs gives values and hidden states that are never negative; packing and padding
+   with 0 or more keep what their input is.
+5. A concatenation or stack is if all its parts are.
+6. A value that an in-place operation may change afterwards, itself or through a view, is only if
    the result of that operation is proved too.
-6. Of a module with hooks, or with a forward of its own, nothing is known.
+7. Of a module with hooks, or with a forward of its own, nothing is known.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils import rnn
 
+from lean_fx.packed import SequenceDropout
 from lean_fx.passes.base import Pass, argument, called, facts
 
 _NEVER_NEGATIVE: set[Any] = {
@@ -51,6 +55,7 @@ _KEEPS: set[Any] = {
     F.avg_pool1d,
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+    *(SequenceDropout, rnn.pack_padded_sequence),
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.pixel_unshuffle),
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
     *(torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.narrow, torch.clone),
@@ -106,6 +111,10 @@ def _is_nonnegative(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
     if target in _NEVER_NEGATIVE:
         return True
+    if target in (nn.RNN, nn.RNNCell):
+        return bool(option(0, "nonlinearity") == "relu")
+    if target is rnn.pad_packed_sequence:
+        return _proved(argument(node, 2, "padding_value", 0.0)) and _proved(source)
     if target in (nn.Softplus, F.softplus):
         return (option(1, "beta", 1), option(2, "threshold", 20)) == (1, 20)
     if target in (nn.Upsample, F.interpolate):

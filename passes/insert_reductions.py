@@ -19,6 +19,11 @@ from C*k to C'*k features (k = H*W)::
     pool -> flatten -> dropout -> linear(C*k -> B)
     pool -> reductions.pool(C -> C') -> flatten -> dropout -> linear(C'*k -> B)
 
+What packed sequences hold is reduced in their data::
+
+    packed -> gru(C -> H)
+    packed -> getattr data -> reductions.packed(C -> C') -> with_data(packed, ...) -> gru(C' -> H)
+
 Rules:
 
 1. The reduction is called right before the first layer of the site: were it put right after the
@@ -42,11 +47,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
+from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, add_module, facts, forget_facts
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.flattens import view_sizes
 from lean_fx.passes.sites import Consumer, Site
-from lean_fx.rebuild import REBUILDERS, input_channels, rebuild
+from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, rebuild
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
@@ -152,7 +158,7 @@ def _insert(
     calls = [nodes[consumer.node] for consumer in site.consumers]
     assert site.out_channels is not None
 
-    weight = graph_module.get_submodule(site.layers[0]).get_parameter("weight")
+    weight = next(iter(input_weights(graph_module.get_submodule(site.layers[0])).values()))
     module.to(device=weight.device, dtype=weight.dtype).train(graph_module.training)
     if isinstance(module, LeanReduction):
         # The plan may have been made from another model, or by hand.
@@ -160,7 +166,13 @@ def _insert(
     gain = _gain(module, site)
     target = add_module(graph_module, "reductions", site.name, module)
     with graph.inserting_before(calls[0]):
-        reduced = graph.call_module(target, (nodes[site.value],))
+        value = nodes[site.value]
+        if site.packed:
+            data = graph.call_function(getattr, (value, "data"))
+            data = graph.call_module(target, (data,))
+            reduced = graph.call_function(with_data, (value, data))
+        else:
+            reduced = graph.call_module(target, (value,))
 
     ours = set(calls) | {nodes[step] for each in site.consumers for step in each.path}
     private = {step.name for step in ours if set(step.users) <= ours}

@@ -6,6 +6,7 @@ normalisation they shrink from layer to layer), so it is measured: one forward p
 gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
 Where the model cannot take such inputs (it fails, or gives values that are not finite), the example
 inputs themselves are taken; where it cannot take those either, nothing is known.
+The shapes that depend on values, which ``PropagateShapes`` cannot know, are written on the way.
 Neither the modules' buffers nor torch's random numbers are changed by it.
 """
 
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn.utils.rnn import PackedSequence
 
+from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, facts, shallow
 
 
 class MeasureScale(Pass):
-    """Write ``facts(node).rms`` for every node whose value is one floating-point tensor.
+    """Write ``facts(node).rms`` for every node whose value is floating-point.
+
+    That is one tensor, or packed sequences.
 
     Args:
         example_inputs: the positional inputs of the model; of the floating-point ones only shape,
@@ -42,25 +47,29 @@ class MeasureScale(Pass):
             torch.manual_seed(0)
             for inputs in (tuple(map(_unit_variance, self.example_inputs)), self.example_inputs):
                 found = _measure(graph_module, inputs)
-                if found and all(map(math.isfinite, found.values())):
+                if found.rms and all(map(math.isfinite, found.rms.values())):
                     break
         for node in graph_module.graph.nodes:
-            rms = found.get(node.name, math.nan)
+            rms = found.rms.get(node.name, math.nan)
             facts(node).rms = rms if math.isfinite(rms) else None
+            if facts(node).shape is None:
+                facts(node).shape = found.shapes.get(node.name)
         return False
 
 
-def _measure(graph_module: GraphModule, inputs: tuple[Any, ...]) -> dict[str, float]:
-    """The root mean square of every value by name; none if the model fails on the inputs."""
+def _measure(graph_module: GraphModule, inputs: tuple[Any, ...]) -> _Measure:
+    """What is found of every value; nothing if the model fails on the inputs."""
     measure = _Measure(graph_module)
     try:
         measure.run(*inputs)
     except Exception:  # the model's own code may raise anything, and a scale is no necessity
-        return {}
-    return measure.rms
+        return _Measure(graph_module)
+    return measure
 
 
 def _unit_variance(value: Any) -> Any:
+    if isinstance(value, PackedSequence):
+        return with_data(value, _unit_variance(value.data))
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return torch.randn_like(value)
     return value
@@ -70,6 +79,7 @@ class _Measure(Interpreter):
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
         self.rms: dict[str, float] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.extra_traceback = False  # its errors are caught
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,6 +93,9 @@ class _Measure(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-            self.rms[n.name] = float(value.float().square().mean().sqrt())
+        found = value.data if isinstance(value, PackedSequence) else value
+        if isinstance(found, torch.Tensor):
+            self.shapes[n.name] = tuple(found.shape)
+            if found.is_floating_point() and found.numel():
+                self.rms[n.name] = float(found.float().square().mean().sqrt())
         return value

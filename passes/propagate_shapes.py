@@ -2,6 +2,8 @@
 
 Runs the graph on fake tensors: shapes, dtypes and devices are computed, numbers are not, so the
 cost does not grow with the size of the inputs and no buffer (such as a running mean) changes.
+Behind an operation whose shape depends on numbers (packing sequences, ``nonzero``), and behind
+packed sequences, it knows no shape.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
+from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError
 from lean_fx.passes.base import Pass, facts, shallow
 
+_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+
 
 class PropagateShapes(Pass):
-    """Write ``facts(node).shape`` for every node whose value is one tensor.
+    """Write ``facts(node).shape`` for every node whose value is one tensor, and ``packed``.
 
     Args:
         example_inputs: the positional inputs of the model.
@@ -57,13 +62,11 @@ class PropagateShapes(Pass):
             mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             for value in self.example_inputs
         ]
-        # Behind an operation whose shape depends on numbers, no shape is known.
-        unknown = (DataDependentOutputException, DynamicOutputShapeException)
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
         try:
-            with mode, torch.no_grad(), contextlib.suppress(*unknown):
+            with mode, torch.no_grad(), contextlib.suppress(*_UNKNOWN):
                 _ShapeWriter(graph_module, mode).run(*fakes)
         finally:
             logger.setLevel(level)
@@ -85,6 +88,8 @@ class _ShapeWriter(Interpreter):
         return self._fake_state[tensor]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(isinstance(value, PackedSequence) for value in args):
+            raise DynamicOutputShapeException(target)
         # Fake parameters and buffers: one would otherwise be written to, as batch norm does.
         module: nn.Module = self.fetch_attr(target)
         state = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -102,7 +107,7 @@ class _ShapeWriter(Interpreter):
     def run_node(self, n: Node) -> Any:
         try:
             value = super().run_node(n)
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except _UNKNOWN:
             raise
         except Exception as error:
             what = str(n.target) if n.op == "call_module" else n.name
@@ -112,6 +117,8 @@ class _ShapeWriter(Interpreter):
                 f"example_inputs: the model cannot run on them: {what}{_plain(shapes)} failed "
                 f"({reason}); give inputs of the shape and dtype that the model takes"
             ) from error
+        if isinstance(value, PackedSequence):
+            facts(n).packed, facts(n).shape = True, tuple(value.data.shape)
         if isinstance(value, torch.Tensor):
             facts(n).shape = tuple(value.shape)
         return value

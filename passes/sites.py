@@ -37,8 +37,10 @@ class Site:
         consumers: the layers, in the order in which they are called.
         out_channels: C', or None while it is not decided.
         name: of the reduction: ``reductions.<name>`` in the result, unless that is taken.
+        packed: whether the value is packed sequences, whose data is reduced.
         rms: the root mean square of the value for inputs of unit variance; 1 where not measured.
         nonnegative: whether the value is proved to have no element below 0.
+        macs: the multiply-adds of its reduction at one position, if the reduction tells.
         note: what the user should know, such as the nearest divisor that was taken.
     """
 
@@ -48,8 +50,10 @@ class Site:
     consumers: tuple[Consumer, ...]
     out_channels: int | None = None
     name: str = ""
+    packed: bool = False
     rms: float = 1.0
     nonnegative: bool = False
+    macs: int | None = None
     note: str = ""
 
     @property

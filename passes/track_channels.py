@@ -21,7 +21,10 @@ Rules:
 6. Flattening all axes but the first (``nn.Flatten``, ``flatten(x, 1)``,
    ``x.view(x.size(0), -1)``, or what known shapes show to be the same) marks the value as
    flattened and remembers where it was whole; elementwise layers and dropout keep that mark.
-7. Where the shape is known and contradicts the rules, nothing is said.
+7. What recurrent layers return has its channels on the last axis: the values of all time steps,
+   and the hidden states. Packed sequences have theirs on the last axis of their ``data``; packing,
+   padding and recurrent layers keep them. ``SequenceDropout`` does too.
+8. Where the shape is known and contradicts the rules, nothing is said.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils import rnn
 
+from lean_fx.packed import SequenceDropout
 from lean_fx.passes.base import Pass, argument, called, facts
 from lean_fx.passes.flattens import is_flatten, source_of
 
@@ -112,11 +117,13 @@ class Channels:
         count: how many.
         whole: if the value was flattened, the node where its channels were last whole;
             axis and count speak of that one.
+        packed: whether the value is packed sequences; axis and count speak of their data.
     """
 
     axis: int
     count: int
     whole: str | None = None
+    packed: bool = False
 
 
 class TrackChannels(Pass):
@@ -139,11 +146,15 @@ def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | None:
     if node.op == "placeholder":
         shape = facts(node).shape
+        if facts(node).packed and shape is not None:
+            return Channels(-1, shape[-1], packed=True)
         return Channels(1, shape[1]) if shape is not None and len(shape) > 2 else None
     if is_flatten(node, modules):
         return _flattened(node)
     if node.op == "call_module":
         return _of_module(node, modules[str(node.target)])
+    if node.target is operator.getitem:
+        return _of_item(node, modules)
     if node.op in ("call_function", "call_method"):
         return _of_call(node)
     return None
@@ -167,13 +178,42 @@ def _of_module(node: Node, module: nn.Module) -> Channels | None:
         return Channels(-1, module.out_features)
     if isinstance(module, nn.Embedding):
         return Channels(-1, module.embedding_dim)
-    if isinstance(module, _ELEMENTWISE + _NORMS):
+    if isinstance(module, nn.RNNCell | nn.GRUCell):
+        return Channels(-1, module.hidden_size)
+    if isinstance(module, (*_ELEMENTWISE, *_NORMS, SequenceDropout)):
         return _input(node)
     if isinstance(module, _SPATIAL):
         return _only_front(_input(node))
     if type(module) is nn.Flatten:
         return _in_front_of(_input(node), module.start_dim)
     return None
+
+
+def _of_item(node: Node, modules: Mapping[str, nn.Module]) -> Channels | None:
+    """Of what a recurrent layer, or padding, returns in a tuple (rule 7)."""
+    path: list[Any] = []
+    source: Any = node
+    while isinstance(source, Node) and source.target is operator.getitem:
+        path.insert(0, source.args[1])
+        source = source.args[0]
+    if not isinstance(source, Node):
+        return None
+    if source.target is rnn.pad_packed_sequence and path == [0]:
+        packed = _input(source)
+        return Channels(-1, packed.count) if packed else None
+    layer: Any = modules.get(str(source.target)) if source.op == "call_module" else None
+    if isinstance(layer, nn.LSTMCell) and path in ([0], [1]):
+        return Channels(-1, layer.hidden_size)
+    if not isinstance(layer, nn.RNNBase):
+        return None
+    width = layer.proj_size or layer.hidden_size
+    if path == [0]:
+        read = _input(source)
+        count = width * (2 if layer.bidirectional else 1)
+        return Channels(-1, count, packed=bool(read and read.packed))
+    if path == ([1, 0] if layer.mode == "LSTM" else [1]):
+        return Channels(-1, width)
+    return Channels(-1, layer.hidden_size) if path == [1, 1] and layer.mode == "LSTM" else None
 
 
 def _of_call(node: Node) -> Channels | None:
@@ -189,6 +229,9 @@ def _of_call(node: Node) -> Channels | None:
         return _concatenated(node)
     if node.target in (torch.permute, "permute", torch.transpose, "transpose"):
         return _moved(node)
+    if node.target is rnn.pack_padded_sequence:
+        padded = _input(node)
+        return Channels(-1, padded.count, packed=True) if padded else None
     if node.target in (torch.flatten, "flatten"):
         return _in_front_of(_input(node), argument(node, 1, "start_dim", 0))
     return None
@@ -246,6 +289,6 @@ def _moved(node: Node) -> Channels | None:
 
 
 def _agrees(channels: Channels | None, shape: tuple[int, ...] | None) -> bool:
-    if channels is None or shape is None or channels.whole:
+    if channels is None or shape is None or channels.whole or channels.packed:
         return True
     return -len(shape) <= channels.axis < len(shape) and shape[channels.axis] == channels.count

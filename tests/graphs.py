@@ -157,6 +157,25 @@ class Tied(nn.Module):
         return self.normed(self.hooked(self.other(self.one(x))))
 
 
+class Stacked(nn.Module):
+    """Recurrent layers of every kind, with and without given states, read in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(6, 16, 3, batch_first=True, bidirectional=True, dropout=0.2)
+        self.lstm = nn.LSTM(32, 24, 2, batch_first=True, proj_size=16)
+        self.rnn = nn.RNN(16, 16, 2, batch_first=True, nonlinearity="relu")
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x, states = self.gru(x)
+        x, (h, c) = self.lstm(
+            x, (states[:2, :, :16], torch.cat([states[2:4], states[:2]], -1)[..., :24])
+        )
+        pair = self.rnn(x, h)
+        return self.head(pair[0]), pair[1], c
+
+
 class MyConv(nn.Conv2d):
     """A subclass, which may mean anything."""
 
@@ -196,6 +215,7 @@ CHANGED = {
     "conv1d": (one_dimensional, (2, 1, 16)),
     "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
     "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "stacked": (Stacked, (3, 5, 6)),
     "linear": (fully_connected, (2, 20)),
 }
 

@@ -28,6 +28,7 @@ from lean_fx.passes import (
     Pass,
     Pipeline,
     PropagateShapes,
+    SplitRecurrent,
     TrackChannels,
     TrackWrites,
     facts,
@@ -37,8 +38,9 @@ MODELS = CHANGED | UNCHANGED
 
 
 def passes_for(model, inputs):
-    sites = lean_fx.plan(model, inputs).sites
+    plan = lean_fx.plan(model, inputs)
     return {
+        "SplitRecurrent": SplitRecurrent(plan.split),
         "TrackWrites": TrackWrites(),
         "InferSign": InferSign(),
         "MeasureScale": MeasureScale((inputs,)),
@@ -46,7 +48,7 @@ def passes_for(model, inputs):
         "TrackChannels": TrackChannels(),
         "FindConsumers": FindConsumers(),
         "ModularizeCalls": ModularizeCalls(),
-        "InsertReductions": InsertReductions(sites),
+        "InsertReductions": InsertReductions(plan.sites),
     }
 
 
@@ -66,6 +68,8 @@ def test_laws(name, model):
         graph_module
     )
     the_pass = passes_for(original, inputs)[name]
+    if name == "InsertReductions":
+        passes_for(original, inputs)["SplitRecurrent"](graph_module)
 
     before = description(graph_module)
     result = the_pass(graph_module)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lean_fx.errors import PassError
-from lean_fx.rebuild import input_channels, rebuild
+from lean_fx.rebuild import input_channels, input_weights, rebuild
 
 LAYERS = [
     (nn.Conv1d(8, 6, 3, stride=2, padding=1, dilation=2), (2, 4, 16)),
@@ -42,5 +42,39 @@ def test_mode_dtype_and_frozen_parameters_are_kept():
 
 
 def test_unknown_layer():
-    with pytest.raises(PassError, match="^rebuild: GRU is not a layer that can be rebuilt$"):
-        rebuild(nn.GRU(8, 8), 4)
+    with pytest.raises(PassError, match="^rebuild: Bilinear is not a layer that can be rebuilt$"):
+        rebuild(nn.Bilinear(8, 8, 4), 4)
+
+
+RECURRENT = [
+    nn.RNN(8, 6, 2, nonlinearity="relu", bias=False),
+    nn.LSTM(8, 6, 2, bidirectional=True, dropout=0.5, batch_first=True),
+    nn.LSTM(8, 6, proj_size=3),
+    nn.GRU(8, 6, bidirectional=True).double(),
+    nn.RNNCell(8, 6, nonlinearity="relu"),
+    nn.LSTMCell(8, 6, bias=False),
+    nn.GRUCell(8, 6),
+]
+
+
+@pytest.mark.parametrize("layer", RECURRENT, ids=str)
+def test_all_of_a_recurrent_layer_but_its_input_weights_stays(layer):
+    with torch.no_grad():
+        for value in layer.parameters():
+            value.mul_(3)  # an initialisation that is not torch's own
+    made = rebuild(layer, 4, gain=2.0)
+    assert str(made) == str(layer).replace("(8, 6", "(4, 6")
+    assert vars(made).get("dropout") == vars(layer).get("dropout")
+    drawn = input_weights(layer)
+    for name, value in layer.named_parameters():
+        new = made.get_parameter(name)
+        assert new.dtype == value.dtype
+        if name in drawn:
+            wanted = value.square().mean().sqrt() * 2 * 2**0.5
+            torch.testing.assert_close(new.square().mean().sqrt(), wanted)
+        else:
+            assert torch.equal(new, value)
+    x = torch.rand(2, 4, dtype=value.dtype)
+    assert torch.utils._pytree.tree_leaves(made(x))[0].shape[-1] == (
+        6 if "proj" not in str(layer) else 3
+    ) * (2 if getattr(layer, "bidirectional", False) else 1)

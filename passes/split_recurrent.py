@@ -1,0 +1,186 @@
+"""Transformation: a stack of n recurrent layers becomes n layers.
+
+What lies between the layers of ``nn.LSTM(..., num_layers=n)`` is an intermediate value like any
+other, but no node of the graph. Before::
+
+    x, (h0, c0) -> lstm -> (out, (h, c))
+
+After, with D = 2 directions, or 1::
+
+    x,   (h0[:D], c0[:D])       -> lstm.0 -> (out0, (h1, c1)) -> lstm.dropout
+    ..., (h0[D:2D], c0[D:2D])   -> lstm.1 -> (out,  (h2, c2))
+    h = cat(h1, h2), c = cat(c1, c2)
+
+Rules:
+
+1. It acts on the RNN, LSTM and GRU layers that it is given by name, of two layers or more and
+   called once.
+2. Weights are those of the stack, so outputs and hidden states equal its own; dropout in training
+   draws other values from the same distribution. ``SequenceDropout`` stands between the layers if
+   the stack has dropout, and takes packed sequences too.
+3. Hidden states that are given are cut along their first axis; those that are read are joined.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from lean_fx.errors import PlanError
+from lean_fx.packed import SequenceDropout
+from lean_fx.passes.base import Pass, argument, forget_facts
+
+_STACKS = (nn.RNN, nn.LSTM, nn.GRU)
+
+
+class SplitRecurrent(Pass):
+    """Split stacks of recurrent layers.
+
+    Args:
+        layers: their qualified names.
+
+    Raises:
+        PlanError: a name is not that of a stack that is called once.
+    """
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self.layers = tuple(layers)
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """Every layer is a stack that is called once, or is split already."""
+        calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+        modules = dict(graph_module.named_modules())
+        for name in self._open(modules):
+            stack: Any = modules.get(name)
+            if type(stack) not in _STACKS or stack.num_layers < 2 or calls.count(name) != 1:
+                raise PlanError(
+                    f"plan: layer {name!r} is no stack of recurrent layers that is called once in "
+                    "this model; make the plan anew from this model"
+                )
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Split them one by one."""
+        todo = self._open(dict(graph_module.named_modules()))
+        for node in list(graph_module.graph.nodes):
+            if node.op == "call_module" and node.target in todo:
+                _split(graph_module, node)
+        if todo:
+            forget_facts(graph_module)
+        return bool(todo)
+
+    def _open(self, modules: Mapping[str, nn.Module]) -> list[str]:
+        return [name for name in self.layers if type(modules.get(f"{name}.0")) not in _STACKS]
+
+
+def _split(graph_module: GraphModule, node: Node) -> None:
+    name, graph = str(node.target), node.graph
+    stack: Any = graph_module.get_submodule(name)
+    home = nn.Module().train(stack.training)
+    for index in range(stack.num_layers):
+        home.add_module(str(index), _layer(stack, index))
+    if stack.dropout:
+        home.add_module("dropout", SequenceDropout(stack.dropout).train(stack.training))
+    graph_module.set_submodule(name, home)
+
+    directions = 2 if stack.bidirectional else 1
+    value, states = argument(node, 0, "input"), argument(node, 1, "hx")
+    ends = []
+    with graph.inserting_before(node):
+        for index in range(stack.num_layers):
+            if index and stack.dropout:
+                value = graph.call_module(f"{name}.dropout", (value,))
+            part = slice(index * directions, (index + 1) * directions)
+            begin = () if states is None else (_cut(graph, states, part, stack),)
+            call = graph.call_module(f"{name}.{index}", (value, *begin))
+            value = _item(graph, call, 0, name=f"{call.name}_output")
+            ends.append(call)
+    _hand_over(node, value, ends, pair=isinstance(stack, nn.LSTM))
+
+
+def _layer(stack: Any, index: int) -> nn.Module:
+    """One layer of a stack, with its weights."""
+    directions = 2 if stack.bidirectional else 1
+    width = directions * (stack.proj_size or stack.hidden_size)
+    names = ["bias", "batch_first", "bidirectional"]
+    names += ["nonlinearity"] * isinstance(stack, nn.RNN)
+    names += ["proj_size"] * isinstance(stack, nn.LSTM)
+    weight = stack.weight_ih_l0
+    layer: nn.Module = type(stack)(
+        width if index else stack.input_size,
+        stack.hidden_size,
+        device=weight.device,
+        dtype=weight.dtype,
+        **{name: getattr(stack, name) for name in names},
+    )
+    for name, parameter in layer.named_parameters():
+        old = stack.get_parameter(name.replace("_l0", f"_l{index}"))
+        if not old.is_meta:
+            parameter.data.copy_(old)
+        parameter.requires_grad_(old.requires_grad)
+    return layer.train(stack.training)
+
+
+def _cut(graph: Graph, states: Any, part: slice, stack: nn.Module) -> Any:
+    """The states of one layer."""
+    if not isinstance(stack, nn.LSTM):
+        return _item(graph, states, part)
+    pair = states if isinstance(states, tuple | list) else [_item(graph, states, i) for i in (0, 1)]
+    return tuple(_item(graph, each, part) for each in pair)
+
+
+def _item(graph: Graph, value: Any, index: Any, name: str | None = None) -> Node:
+    return graph.create_node("call_function", operator.getitem, (value, index), name=name)
+
+
+def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> None:
+    """Give what read the stack's result the results of its layers."""
+    graph = node.graph
+
+    def joined(*path: int) -> Node:
+        """The states of all layers, along their first axis."""
+        parts = []
+        for end in ends:
+            state = _item(graph, end, 1)
+            for index in path:
+                state = _item(graph, state, index)
+            parts.append(state)
+        return graph.call_function(torch.cat, (parts,))
+
+    def states() -> Any:
+        return (joined(0), joined(1)) if pair else joined()
+
+    for user in list(node.users):
+        index = user.args[1] if user.target is operator.getitem and user.args[0] is node else None
+        with graph.inserting_before(user):
+            if not user.users and user.op != "output":  # unpacked and never read
+                graph.erase_node(user)
+            elif index in (0, -2):
+                _replace(user, output)
+            elif index in (1, -1):
+                _replace(user, states())
+            else:
+                _rewire(user, node, (output, states()))
+    graph.erase_node(node)
+
+
+def _replace(node: Node, value: Any) -> None:
+    """Put ``value``, a node or a tuple of nodes, in the place of ``node``."""
+    for user in list(node.users):
+        if isinstance(value, tuple) and user.target is operator.getitem and user.args[0] is node:
+            _replace(user, value[user.args[1]])  # type: ignore[index]
+        else:
+            _rewire(user, node, value)
+    node.graph.erase_node(node)
+
+
+def _rewire(user: Node, node: Node, value: Any) -> None:
+    def swapped(argument: Node) -> Any:
+        return value if argument is node else argument
+
+    user.args = torch.fx.map_arg(user.args, swapped)
+    user.kwargs = torch.fx.map_arg(user.kwargs, swapped)

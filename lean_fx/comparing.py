@@ -8,7 +8,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from lean_fx.export import export_onnx, resized
 from lean_fx.files import make_folder
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.eager import time_eager, training_step
 from lean_fx.measure.energy import Energy, EnergyMeter
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
-from lean_fx.measure.timing import Latency, machine, open_session, time_in_turn, time_onnx
+from lean_fx.measure.timing import machine, open_session, time_onnx
 
 
 def compare(
@@ -93,7 +94,7 @@ def compare(
             export_onnx(arm, files[name], inputs)
         feeds = [_feeds(files, inputs, batch) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
-        eager, step = _time_pytorch(arms, inputs, threads, rounds)
+        eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
         compared = []
         for name, arm in arms.items():
             reorders, off_path = blocked_layout(files[name])
@@ -172,7 +173,7 @@ def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) ->
 def _check_steps(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:
     for name, arm in arms.items():
         try:
-            _training_step(copy.deepcopy(arm).train(), inputs)()
+            training_step(copy.deepcopy(arm).train(), inputs)()
         except Exception as error:
             raise ArgumentError(
                 f"compare: {name!r} cannot do a training step on the example inputs "
@@ -215,60 +216,11 @@ def _feeds(files: Mapping[str, Path], inputs: tuple[Tensor, ...], batch: int) ->
     return dict(zip(names, arrays, strict=True))
 
 
-def _time_pytorch(
-    arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...], threads: int, rounds: int
-) -> tuple[dict[str, Latency], dict[str, Latency]]:
-    """A forward pass without gradients, and a training step, of each model."""
-
-    def forward(arm: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return arm(*(value.clone() for value in inputs))
-
-        return call
-
-    trained = {name: copy.deepcopy(arm) for name, arm in arms.items()}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        calls = {name: forward(arm) for name, arm in arms.items()}
-        eager = time_in_turn(calls, rounds=rounds)
-        steps = {name: _training_step(arm.train(), inputs) for name, arm in trained.items()}
-        step = time_in_turn(steps, rounds=rounds)
-    finally:
-        torch.set_num_threads(before)
-    batch = inputs[0].shape[0]
-    return (
-        {name: Latency(samples, batch, threads) for name, samples in eager.items()},
-        {name: Latency(samples, batch, threads) for name, samples in step.items()},
-    )
-
-
-def _training_step(arm: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Forward, the mean square of the outputs, backward, SGD."""
-    parameters = [each for each in arm.parameters() if each.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-6) if parameters else None
-
-    def step() -> None:
-        outputs = [
-            x
-            for x in pytree.tree_leaves(arm(*(value.clone() for value in inputs)))
-            if isinstance(x, Tensor)
-        ]
-        loss = torch.stack([x.float().square().mean() for x in outputs]).sum()
-        if optimizer is not None:
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-    return step
-
-
 def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
     arm = copy.deepcopy(arm).train(training)
     held = [*_held(arm), *inputs]
     if training:
-        return peak_bytes(_training_step(arm, inputs), held)
+        return peak_bytes(training_step(arm, inputs), held)
     with torch.no_grad():
         return peak_bytes(lambda: arm(*inputs), held)
 

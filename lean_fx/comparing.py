@@ -26,7 +26,7 @@ from lean_fx.measure.eager import time_eager, training_step
 from lean_fx.measure.energy import Energy, EnergyMeter
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
-from lean_fx.measure.timing import machine, open_session, time_onnx
+from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
 
 
 def compare(
@@ -92,7 +92,7 @@ def compare(
         files = dict(zip(arms, _files(home, arms), strict=True))
         for name, arm in arms.items():
             export_onnx(arm, files[name], inputs)
-        feeds = [_feeds(files, inputs, batch) for batch in batches]
+        feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
         compared = []
@@ -209,13 +209,6 @@ def _held(arm: nn.Module) -> list[Tensor]:
     return [*arm.parameters(), *arm.buffers()]
 
 
-def _feeds(files: Mapping[str, Path], inputs: tuple[Tensor, ...], batch: int) -> dict[str, Any]:
-    session = open_session(next(iter(files)), next(iter(files.values())), threads=1)
-    names = [value.name for value in session.get_inputs()]
-    arrays = [resized(value, batch).numpy() for value in inputs]
-    return dict(zip(names, arrays, strict=True))
-
-
 def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
     arm = copy.deepcopy(arm).train(training)
     held = [*_held(arm), *inputs]
@@ -226,17 +219,17 @@ def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
 
 
 def _energy(
-    file: Path, feeds: dict[str, Any], threads: int, seconds: float, country: str
+    file: Path, feeds: tuple[Any, ...], threads: int, seconds: float, country: str
 ) -> Energy | None:
     """The energy of one call, by as many as fill the seconds."""
     if not seconds:
         return None
-    session = open_session(file.stem, file, threads=threads)
-    session.run(None, feeds)
     calls = 0
-    with EnergyMeter(country) as meter:
-        end = time.perf_counter() + seconds
-        while not calls or time.perf_counter() < end:
-            session.run(None, feeds)
-            calls += 1
+    with flushing_denormals():
+        call = onnx_call(file.stem, file, feeds, threads)
+        with EnergyMeter(country) as meter:
+            end = time.perf_counter() + seconds
+            while not calls or time.perf_counter() < end:
+                call()
+                calls += 1
     return meter.energy.scaled(1 / calls)

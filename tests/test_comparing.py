@@ -152,6 +152,20 @@ def test_files_are_never_shared(tmp_path):
     assert pair.models[0].onnx_bytes < pair.models[1].onnx_bytes
 
 
+def test_every_file_is_fed_by_the_names_of_its_own_inputs():
+    class Named(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.input = nn.Parameter(torch.zeros(2))  # so the file's input is called input_
+
+        def forward(self, x):
+            return super().forward(x) + self.input
+
+    models = {"plain": nn.Linear(4, 2), "named": Named()}
+    result = lean_fx.compare(models, torch.rand(2, 4), rounds=2, energy_s=0.01)
+    assert [len(model.latencies) for model in result.models] == [2, 2]
+
+
 def test_shared_weights_and_other_buffers_count_once(tmp_path):
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     model[1].weight = model[0].weight

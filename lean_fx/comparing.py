@@ -6,7 +6,6 @@ import copy
 import os
 import re
 import tempfile
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from lean_fx.export import export_onnx, resized
 from lean_fx.files import make_folder
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
-from lean_fx.measure.eager import time_eager, training_step
-from lean_fx.measure.energy import Energy, EnergyMeter
+from lean_fx.measure.eager import time_eager, training_step, using_threads
+from lean_fx.measure.energy import Energy, energy_of_call
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
@@ -52,8 +51,8 @@ def compare(
         batches: of the calls of ONNX Runtime, each 1 or more.
         threads: of ONNX Runtime and PyTorch, 1 or more.
         rounds: samples of each time, 2 or more.
-        energy_s: seconds to meter calls of each file at the first batch; 0 for no energy.
-            Estimates need 30 or more.
+        energy_s: seconds to meter calls of each file at the first batch, and as many for training
+            steps of each model; 0 for no energy. Estimates need 30 or more.
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
         folder: where to keep the ONNX files, made if missing; they are dropped if it is None.
 
@@ -100,6 +99,9 @@ def compare(
             reorders, off_path = blocked_layout(files[name])
             for text in off_path:
                 warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
+            energy, step_energy = _energies(
+                arm, inputs, files[name], feeds[0], threads, energy_s, country
+            )
             compared.append(
                 Compared(
                     name=name,
@@ -114,7 +116,8 @@ def compare(
                     latencies=tuple(latency[name] for latency in latencies),
                     eager=eager[name],
                     step=step[name],
-                    energy=_energy(files[name], feeds[0], threads, energy_s, country),
+                    energy=energy,
+                    step_energy=step_energy,
                 )
             )
     return Comparison(tuple(compared), machine())
@@ -218,18 +221,20 @@ def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
         return peak_bytes(lambda: arm(*inputs), held)
 
 
-def _energy(
-    file: Path, feeds: tuple[Any, ...], threads: int, seconds: float, country: str
-) -> Energy | None:
-    """The energy of one call, by as many as fill the seconds."""
+def _energies(
+    arm: nn.Module,
+    inputs: tuple[Tensor, ...],
+    file: Path,
+    feeds: tuple[Any, ...],
+    threads: int,
+    seconds: float,
+    country: str,
+) -> tuple[Energy | None, Energy | None]:
+    """The energy of a call of the file and of a training step; none if there are no seconds."""
     if not seconds:
-        return None
-    calls = 0
+        return None, None
     with flushing_denormals():
-        call = onnx_call(file.stem, file, feeds, threads)
-        with EnergyMeter(country) as meter:
-            end = time.perf_counter() + seconds
-            while not calls or time.perf_counter() < end:
-                call()
-                calls += 1
-    return meter.energy.scaled(1 / calls)
+        call = energy_of_call(onnx_call(file.stem, file, feeds, threads), seconds, country)
+    with using_threads(threads):
+        step = training_step(copy.deepcopy(arm).train(), inputs)
+        return call, energy_of_call(step, seconds, country)

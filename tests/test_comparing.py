@@ -1,5 +1,6 @@
 """Models side by side."""
 
+import dataclasses
 import json
 import platform
 import sys
@@ -16,6 +17,7 @@ from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
+from lean_fx.measure.pictures import short
 from lean_fx.measure.timing import Latency
 
 
@@ -78,7 +80,8 @@ def test_compare(tmp_path):
     assert base.eager.batch == base.step.batch == 2
     assert base.onnx_bytes == (tmp_path / "base.onnx").stat().st_size
     assert base.peak_training_bytes > base.peak_inference_bytes > base.weight_bytes
-    assert base.energy is None
+    assert base.energy is base.step_energy is None
+    assert not [label for label, *_ in result.rows() if "energy" in label or "CO2" in label]
     assert lean.training
     assert all(torch.equal(value, state[name]) for name, value in lean.state_dict().items())
 
@@ -90,23 +93,62 @@ def test_compare(tmp_path):
     assert [column.header.plain for column in result.table().columns] == ["", "base", "lean"]
 
 
-def test_energy_of_a_call(monkeypatch):
+def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
+    steps, blocks = [], []
+
+    class SGD(torch.optim.SGD):
+        def step(self):
+            steps.append(torch.get_num_threads())
+            super().step()
+
     class Meter:
+        """A call costs a joule a block, a training step 3 J besides."""
+
         def __init__(self, country):
             assert country == "DEU"
 
         def __enter__(self):
+            self.before = len(steps)
             return self
 
         def __exit__(self, *error):
-            self.energy = Energy(energy_j=10.0, co2_g=1.0, seconds=0.05, meter="cpu_load")
+            blocks.append(steps[self.before :])
+            self.energy = Energy(1.0 + 3 * len(blocks[-1]), co2_g=2.0, seconds=1, meter="cpu_load")
 
-    monkeypatch.setattr("lean_fx.comparing.EnergyMeter", Meter)
+    monkeypatch.setattr("torch.optim.SGD", SGD)
+    monkeypatch.setattr("lean_fx.measure.energy.EnergyMeter", Meter)
+    threads = torch.get_num_threads() + 1
     result = lean_fx.compare(
-        {"base": net()}, torch.rand(1, 3, 8, 8), rounds=2, energy_s=0.05, country="DEU"
+        {"base": net(), "lean": net(8)},
+        torch.rand(2, 3, 8, 8),
+        rounds=2,
+        threads=threads,
+        energy_s=0.05,
+        country="DEU",
     )
-    assert 0 < result.models[0].energy.energy_j < 10
-    assert any("meter cpu_load): an estimate" in note for note in result.footnotes())
+    assert [bool(block) for block in blocks] == [False, True] * 2  # calls, then steps
+    assert len(blocks[1]) > 1
+    for model, block in zip(result.models, blocks[1::2], strict=True):
+        assert set(block) == {threads}
+        assert 0 < model.energy.energy_j < 1
+        assert model.step_energy.energy_j == pytest.approx(3 + 1 / len(block))
+        assert model.step_energy.co2_g == pytest.approx(2 / len(block))
+    assert torch.get_num_threads() == threads - 1
+
+    rows = {label: cells for label, *cells in result.rows()}
+    assert rows["energy of a training step, mJ (cpu_load)"] == [
+        short(1e3 * model.step_energy.energy_j) for model in result.models
+    ]
+    assert rows["CO2 of a call, ug (cpu_load)"] == [
+        short(1e6 * model.energy.co2_g) for model in result.models
+    ]
+    note = (
+        "Energy and CO2 (meter cpu_load): an estimate, which follows time: at equal load its "
+        "ratios are the ratios of time; a call at batch 1, a training step at batch 2."
+    )
+    assert note in result.footnotes()
+    stored = json.loads(result.to_json())["models"][1]["step_energy"]
+    assert stored == dataclasses.asdict(result.models[1].step_energy)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, LeanWarning, require
 from lean_fx.export import export_onnx, resized
-from lean_fx.files import make_folder
+from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
@@ -55,6 +56,7 @@ def compare(
             steps of each model; 0 for no energy. Estimates need 30 or more.
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
         folder: where to keep the ONNX files, made if missing; they are dropped if it is None.
+            Earlier ones are replaced when all models are exported.
 
     Returns:
         The figures: ``print(comparison.to_markdown())``, ``comparison.save(folder)``.
@@ -87,10 +89,14 @@ def compare(
     _check_outputs(arms, inputs)
     with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng(devices=[]):
         _check_steps(arms, inputs)
-        home = make_folder(folder) if folder is not None else Path(temporary)
-        files = dict(zip(arms, _files(home, arms), strict=True))
+        kept = make_folder(folder) if folder is not None else None
+        files = dict(zip(arms, _files(Path(temporary), arms), strict=True))
         for name, arm in arms.items():
             export_onnx(arm, files[name], inputs)
+        if kept is not None:  # only now, so that a failed export leaves the earlier files
+            for file in files.values():
+                with replacing(kept / file.name) as part:
+                    shutil.copyfile(file, part)
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)

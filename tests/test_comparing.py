@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx.comparing import _files
-from lean_fx.errors import ArgumentError, MissingDependencyError, WriteError
+from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.layout import blocked_layout
@@ -258,6 +259,53 @@ def test_errors(changed, message):
         lean_fx.compare(arguments.pop("models"), arguments.pop("example_inputs"), **arguments)
 
 
+class Wayward(nn.Linear):
+    """Runs and trains, but cannot be exported."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum() > 0 else y + 1
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A folder with the results of a comparison, and the comparison."""
+    models = {"a": nn.Linear(4, 2), "b": nn.Linear(4, 2)}
+    result = lean_fx.compare(models, torch.rand(2, 4), rounds=2, folder=tmp_path)
+    result.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+    return tmp_path, result
+
+
+def test_earlier_results_stay_when_a_later_comparison_fails(earlier, monkeypatch):
+    folder, _ = earlier
+    before = contents(folder)
+    inputs, fine = torch.rand(2, 4), nn.Linear(4, 2)
+    with pytest.raises(ExportError, match="cannot be exported"):
+        lean_fx.compare({"a": fine, "b": Wayward(4, 2)}, inputs, rounds=2, folder=folder)
+    with pytest.raises(ArgumentError, match="compare models whose outputs have one form"):
+        lean_fx.compare({"a": fine, "b": nn.Linear(4, 3)}, inputs, rounds=2, folder=folder)
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(MissingDependencyError, match="codecarbon is not installed"):
+        lean_fx.compare({"a": fine}, inputs, rounds=2, energy_s=1.0, folder=folder)
+    assert contents(folder) == before
+
+
+def test_earlier_reports_stay_when_the_picture_cannot_be_drawn(earlier, monkeypatch):
+    folder, result = earlier
+    before = contents(folder)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    other = dataclasses.replace(result, machine="another")
+    with pytest.raises(MissingDependencyError, match="matplotlib is not installed"):
+        other.save(folder)
+    assert contents(folder) == before
+
+
 def test_what_is_missing_is_told_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with pytest.raises(MissingDependencyError, match="codecarbon is not installed and metering"):
@@ -271,3 +319,12 @@ def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot be made .* give a folder that you may write to"):
         lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=tmp_path / "file")
+
+
+def test_a_read_only_folder_is_told_before_the_work(monkeypatch):
+    folder = Path("/sys/kernel")  # for root too
+    if not folder.is_dir():
+        pytest.skip("needs a folder that nobody may write to")
+    monkeypatch.setattr("lean_fx.comparing.export_onnx", None)
+    with pytest.raises(WriteError, match="kernel: cannot be written .*; give a folder that you m"):
+        lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=folder)

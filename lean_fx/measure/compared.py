@@ -209,10 +209,10 @@ class Comparison:
             WriteError: the folder cannot be made or written to.
             MissingDependencyError: matplotlib is not installed.
         """
+        figure = self.draw()  # first, as it may fail
         target = make_folder(folder)
         write_text(target / "comparison.md", self.to_markdown())
         write_text(target / "comparison.json", self.to_json())
-        figure = self.draw()
         with replacing(target / "latency.png") as part:
             figure.savefig(part, format="png", dpi=150)
         return [target / name for name in ("comparison.md", "comparison.json", "latency.png")]

@@ -83,17 +83,17 @@ def the_meter_alone(seconds: float) -> list[str]:
 
 
 def compare_arms(
-    call: Callable[[], object], args: argparse.Namespace, advance: Callable[[], None]
-) -> list[Latency]:
-    """The time of a call in each arm, all arms in turn."""
-    calls = calls_in(call, args.seconds)
+    call: Callable[[], object], rounds: int, seconds: float, advance: Callable[[], None]
+) -> list[list[float]]:
+    """Milliseconds of a call in each round, for each arm, all arms in turn."""
+    calls = calls_in(call, seconds)
     taken: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for done in range(args.rounds):
+    for done in range(rounds):
         first = done % len(ARMS)
         for arm in ARMS[first:] + ARMS[:first]:
             taken[arm].append(stretch(call, calls, arm == "metered")[0])
             advance()
-    return [Latency(tuple(taken[arm]), batch=1, threads=1) for arm in ARMS]
+    return [taken[arm] for arm in ARMS]
 
 
 def main() -> None:
@@ -104,33 +104,40 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--out", default="runs/metering")
     args = parser.parse_args()
-    if args.rounds < 2 or not args.seconds > 0 or min(args.threads) < 1:
-        raise ArgumentError("metering: rounds below 2, no seconds or no threads; give more")
+    for option, value, least in (
+        ("rounds", args.rounds, 2),
+        ("seconds", args.seconds, 0.1),
+        ("threads", min(args.threads), 1),
+    ):
+        if not value >= least:
+            raise ArgumentError(f"metering: {option}={value} is too little; give {least} or more")
     folder = make_folder(args.out)
     torch.manual_seed(0)
     progress = require("rich.progress", extra="examples", purpose="the progress bar").Progress
 
-    alone = the_meter_alone(args.seconds)
     model, images = PaperNet(), torch.rand(16, 3, 96, 96)
     rows, highest = [], 0.0
     with tempfile.TemporaryDirectory() as temporary, progress() as bar:
+        total = 2 * len(args.threads) * args.rounds * len(ARMS)
+        task = bar.add_task("the meter alone", total=total)
+        alone = the_meter_alone(args.seconds)
+        bar.update(task, description="stretches of work")
         file = Path(temporary) / "net.onnx"
         lean_fx.export_onnx(model, file, images)
-        total = 2 * len(args.threads) * args.rounds * len(ARMS)
-        task = bar.add_task("stretches", total=total)
         for threads in args.threads:
-            works = {
-                "training step, batch 16": training_step(model, (images,)),
-                "ONNX Runtime, batch 1": onnx_call("net", file, images[:1].numpy(), threads),
-            }
-            for work, call in works.items():
+            works = (
+                ("training step", 16, training_step(model, (images,))),
+                ("ONNX Runtime", 1, onnx_call("net", file, images[:1].numpy(), threads)),
+            )
+            for work, batch, call in works:
                 with using_threads(threads):
-                    plain, *others = compare_arms(call, args, lambda: bar.advance(task))
+                    taken = compare_arms(call, args.rounds, args.seconds, lambda: bar.advance(task))
+                plain, *others = (Latency(tuple(each), batch, threads) for each in taken)
                 ratios = [ratio_of(other, plain) for other in others]
                 highest = max(highest, ratios[0].high)
                 cells = [f"{each.median_ms:.2f}" for each in (plain, others[0])]
                 cells += [f"{each.median:.3f} [{each.low:.3f}-{each.high:.3f}]" for each in ratios]
-                rows.append(f"| {work} | {threads} | {' | '.join(cells)} |")
+                rows.append(f"| {work}, batch {batch} | {threads} | {' | '.join(cells)} |")
     lines = [
         "# What metering costs\n",
         f"```\n{command_line()}\n```\n",
@@ -141,7 +148,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *rows,
         f"\nThe highest end of an interval of the metered work: {highest:.3f}.\n",
-        "| the meter alone | median and quartiles of 20 |",
+        "| the meter alone | once, or median and quartiles of 20 |",
         "|---|---|",
         *alone,
     ]

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="training steps before the export")
     parser.add_argument("--out", default="runs/bench_onnx")
     args = parser.parse_args()
+    folder = make_folder(args.out)
     torch.manual_seed(0)
     track = require("rich.progress", extra="examples", purpose="the progress bar").track
 
@@ -55,7 +56,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     jobs = [(widths, channels, batch) for widths, channels in NETS for batch in (1, 16)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         for widths, channels, batch in track(jobs, description="nets"):
             model, images = PaperNet(widths), torch.rand(2, 3, 96, 96)
             arms = {"baseline": model}
@@ -63,7 +64,7 @@ def main() -> None:
                 arms[name] = lean_fx.leanify(model, images, channels=channels, reduction=name)
             files = {}
             for name, arm in arms.items():
-                files[name] = Path(folder) / f"{name}.onnx"
+                files[name] = Path(temporary) / f"{name}.onnx"
                 lean_fx.export_onnx(trained(arm, args.steps), files[name], images)
             inputs = torch.rand(batch, 3, 96, 96).numpy()
             taken = time_onnx(files, inputs, threads=args.threads, rounds=args.rounds)
@@ -76,8 +77,8 @@ def main() -> None:
             lines.append(f"| {widths} | {channels} | {batch} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)
-    write_text(make_folder(args.out) / "bench_onnx.md", text)
-    print(f"written to {Path(args.out) / 'bench_onnx.md'}")
+    write_text(folder / "bench_onnx.md", text)
+    print(f"written to {folder / 'bench_onnx.md'}")
 
 
 if __name__ == "__main__":

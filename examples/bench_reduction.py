@@ -14,7 +14,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +138,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--out", default="runs/bench_reduction")
     args = parser.parse_args()
+    folder = make_folder(args.out)
     torch.set_num_threads(args.threads)
     track = require("rich.progress", extra="examples", purpose="the progress bar").track
 
@@ -187,8 +187,8 @@ def main() -> None:
     lines += rows
     text = "\n".join(lines) + "\n"
     print(text)
-    write_text(make_folder(args.out) / "bench_reduction.md", text)
-    print(f"written to {Path(args.out) / 'bench_reduction.md'}")
+    write_text(folder / "bench_reduction.md", text)
+    print(f"written to {folder / 'bench_reduction.md'}")
 
 
 if __name__ == "__main__":

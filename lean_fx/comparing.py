@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, LeanWarning, require
 from lean_fx.export import export_onnx, resized
-from lean_fx.files import make_folder
+from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
-from lean_fx.measure.energy import Energy, EnergyMeter
+from lean_fx.measure.eager import time_eager, training_step, using_threads
+from lean_fx.measure.energy import Energy, energy_of_call
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
-from lean_fx.measure.timing import Latency, machine, open_session, time_in_turn, time_onnx
+from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
 
 
 def compare(
@@ -51,10 +52,11 @@ def compare(
         batches: of the calls of ONNX Runtime, each 1 or more.
         threads: of ONNX Runtime and PyTorch, 1 or more.
         rounds: samples of each time, 2 or more.
-        energy_s: seconds to meter calls of each file at the first batch; 0 for no energy.
-            Estimates need 30 or more.
+        energy_s: seconds to meter calls of each file at the first batch, and as many for training
+            steps of each model; 0 for no energy. Estimates need 30 or more.
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
         folder: where to keep the ONNX files, made if missing; they are dropped if it is None.
+            Earlier ones are replaced when all models are exported.
 
     Returns:
         The figures: ``print(comparison.to_markdown())``, ``comparison.save(folder)``.
@@ -87,18 +89,25 @@ def compare(
     _check_outputs(arms, inputs)
     with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng(devices=[]):
         _check_steps(arms, inputs)
-        home = make_folder(folder) if folder is not None else Path(temporary)
-        files = dict(zip(arms, _files(home, arms), strict=True))
+        kept = make_folder(folder) if folder is not None else None
+        files = dict(zip(arms, _files(Path(temporary), arms), strict=True))
         for name, arm in arms.items():
             export_onnx(arm, files[name], inputs)
-        feeds = [_feeds(files, inputs, batch) for batch in batches]
+        if kept is not None:  # only now, so that a failed export leaves the earlier files
+            for file in files.values():
+                with replacing(kept / file.name) as part:
+                    shutil.copyfile(file, part)
+        feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
-        eager, step = _time_pytorch(arms, inputs, threads, rounds)
+        eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
         compared = []
         for name, arm in arms.items():
             reorders, off_path = blocked_layout(files[name])
             for text in off_path:
                 warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
+            energy, step_energy = _energies(
+                arm, inputs, files[name], feeds[0], threads, energy_s, country
+            )
             compared.append(
                 Compared(
                     name=name,
@@ -113,7 +122,8 @@ def compare(
                     latencies=tuple(latency[name] for latency in latencies),
                     eager=eager[name],
                     step=step[name],
-                    energy=_energy(files[name], feeds[0], threads, energy_s, country),
+                    energy=energy,
+                    step_energy=step_energy,
                 )
             )
     return Comparison(tuple(compared), machine())
@@ -172,7 +182,7 @@ def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) ->
 def _check_steps(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:
     for name, arm in arms.items():
         try:
-            _training_step(copy.deepcopy(arm).train(), inputs)()
+            training_step(copy.deepcopy(arm).train(), inputs)()
         except Exception as error:
             raise ArgumentError(
                 f"compare: {name!r} cannot do a training step on the example inputs "
@@ -208,83 +218,29 @@ def _held(arm: nn.Module) -> list[Tensor]:
     return [*arm.parameters(), *arm.buffers()]
 
 
-def _feeds(files: Mapping[str, Path], inputs: tuple[Tensor, ...], batch: int) -> dict[str, Any]:
-    session = open_session(next(iter(files)), next(iter(files.values())), threads=1)
-    names = [value.name for value in session.get_inputs()]
-    arrays = [resized(value, batch).numpy() for value in inputs]
-    return dict(zip(names, arrays, strict=True))
-
-
-def _time_pytorch(
-    arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...], threads: int, rounds: int
-) -> tuple[dict[str, Latency], dict[str, Latency]]:
-    """A forward pass without gradients, and a training step, of each model."""
-
-    def forward(arm: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return arm(*(value.clone() for value in inputs))
-
-        return call
-
-    trained = {name: copy.deepcopy(arm) for name, arm in arms.items()}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        calls = {name: forward(arm) for name, arm in arms.items()}
-        eager = time_in_turn(calls, rounds=rounds)
-        steps = {name: _training_step(arm.train(), inputs) for name, arm in trained.items()}
-        step = time_in_turn(steps, rounds=rounds)
-    finally:
-        torch.set_num_threads(before)
-    batch = inputs[0].shape[0]
-    return (
-        {name: Latency(samples, batch, threads) for name, samples in eager.items()},
-        {name: Latency(samples, batch, threads) for name, samples in step.items()},
-    )
-
-
-def _training_step(arm: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Forward, the mean square of the outputs, backward, SGD."""
-    parameters = [each for each in arm.parameters() if each.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-6) if parameters else None
-
-    def step() -> None:
-        outputs = [
-            x
-            for x in pytree.tree_leaves(arm(*(value.clone() for value in inputs)))
-            if isinstance(x, Tensor)
-        ]
-        loss = torch.stack([x.float().square().mean() for x in outputs]).sum()
-        if optimizer is not None:
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-    return step
-
-
 def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
     arm = copy.deepcopy(arm).train(training)
     held = [*_held(arm), *inputs]
     if training:
-        return peak_bytes(_training_step(arm, inputs), held)
+        return peak_bytes(training_step(arm, inputs), held)
     with torch.no_grad():
         return peak_bytes(lambda: arm(*inputs), held)
 
 
-def _energy(
-    file: Path, feeds: dict[str, Any], threads: int, seconds: float, country: str
-) -> Energy | None:
-    """The energy of one call, by as many as fill the seconds."""
+def _energies(
+    arm: nn.Module,
+    inputs: tuple[Tensor, ...],
+    file: Path,
+    feeds: tuple[Any, ...],
+    threads: int,
+    seconds: float,
+    country: str,
+) -> tuple[Energy | None, Energy | None]:
+    """The energy of a call of the file and of a training step; none if there are no seconds."""
     if not seconds:
-        return None
-    session = open_session(file.stem, file, threads=threads)
-    session.run(None, feeds)
-    calls = 0
-    with EnergyMeter(country) as meter:
-        end = time.perf_counter() + seconds
-        while not calls or time.perf_counter() < end:
-            session.run(None, feeds)
-            calls += 1
-    return meter.energy.scaled(1 / calls)
+        return None, None
+    with flushing_denormals():
+        call = energy_of_call(onnx_call(file.stem, file, feeds, threads), seconds, country)
+    with using_threads(threads):
+        step = training_step(copy.deepcopy(arm).train(), inputs)
+        return call, energy_of_call(step, seconds, country)

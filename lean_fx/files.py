@@ -92,10 +92,10 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder and those above it, if they are not there yet.
+    """Make a folder and those above it, if they are not there yet, to write files into.
 
     Raises:
-        WriteError: it cannot be made, or a file is in the way.
+        WriteError: it cannot be made or written to, or a file is in the way.
     """
     folder = Path(path)
     try:
@@ -104,4 +104,5 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         raise WriteError(
             f"{folder}: cannot be made ({error.strerror}); give a folder that you may write to"
         ) from error
+    check_writable(folder)
     return folder

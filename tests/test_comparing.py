@@ -1,9 +1,11 @@
 """Models side by side."""
 
+import dataclasses
 import json
 import platform
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from torch import nn
 
 import lean_fx
 from lean_fx.comparing import _files
-from lean_fx.errors import ArgumentError, MissingDependencyError, WriteError
+from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
+from lean_fx.measure.pictures import short
 from lean_fx.measure.timing import Latency
 
 
@@ -78,7 +81,8 @@ def test_compare(tmp_path):
     assert base.eager.batch == base.step.batch == 2
     assert base.onnx_bytes == (tmp_path / "base.onnx").stat().st_size
     assert base.peak_training_bytes > base.peak_inference_bytes > base.weight_bytes
-    assert base.energy is None
+    assert base.energy is base.step_energy is None
+    assert not [label for label, *_ in result.rows() if "energy" in label or "CO2" in label]
     assert lean.training
     assert all(torch.equal(value, state[name]) for name, value in lean.state_dict().items())
 
@@ -90,23 +94,62 @@ def test_compare(tmp_path):
     assert [column.header.plain for column in result.table().columns] == ["", "base", "lean"]
 
 
-def test_energy_of_a_call(monkeypatch):
+def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
+    steps, blocks = [], []
+
+    class SGD(torch.optim.SGD):
+        def step(self):
+            steps.append(torch.get_num_threads())
+            super().step()
+
     class Meter:
+        """A call costs a joule a block, a training step 3 J besides."""
+
         def __init__(self, country):
             assert country == "DEU"
 
         def __enter__(self):
+            self.before = len(steps)
             return self
 
         def __exit__(self, *error):
-            self.energy = Energy(energy_j=10.0, co2_g=1.0, seconds=0.05, meter="cpu_load")
+            blocks.append(steps[self.before :])
+            self.energy = Energy(1.0 + 3 * len(blocks[-1]), co2_g=2.0, seconds=1, meter="cpu_load")
 
-    monkeypatch.setattr("lean_fx.comparing.EnergyMeter", Meter)
+    monkeypatch.setattr("torch.optim.SGD", SGD)
+    monkeypatch.setattr("lean_fx.measure.energy.EnergyMeter", Meter)
+    threads = torch.get_num_threads() + 1
     result = lean_fx.compare(
-        {"base": net()}, torch.rand(1, 3, 8, 8), rounds=2, energy_s=0.05, country="DEU"
+        {"base": net(), "lean": net(8)},
+        torch.rand(2, 3, 8, 8),
+        rounds=2,
+        threads=threads,
+        energy_s=0.05,
+        country="DEU",
     )
-    assert 0 < result.models[0].energy.energy_j < 10
-    assert any("meter cpu_load): an estimate" in note for note in result.footnotes())
+    assert [bool(block) for block in blocks] == [False, True] * 2  # calls, then steps
+    assert len(blocks[1]) > 1
+    for model, block in zip(result.models, blocks[1::2], strict=True):
+        assert set(block) == {threads}
+        assert 0 < model.energy.energy_j < 1
+        assert model.step_energy.energy_j == pytest.approx(3 + 1 / len(block))
+        assert model.step_energy.co2_g == pytest.approx(2 / len(block))
+    assert torch.get_num_threads() == threads - 1
+
+    rows = {label: cells for label, *cells in result.rows()}
+    assert rows["energy of a training step, mJ (cpu_load)"] == [
+        short(1e3 * model.step_energy.energy_j) for model in result.models
+    ]
+    assert rows["CO2 of a call, ug (cpu_load)"] == [
+        short(1e6 * model.energy.co2_g) for model in result.models
+    ]
+    note = (
+        "Energy and CO2 (meter cpu_load): an estimate, which follows time: at equal load its "
+        "ratios are the ratios of time; a call at batch 1, a training step at batch 2."
+    )
+    assert note in result.footnotes()
+    stored = json.loads(result.to_json())["models"][1]["step_energy"]
+    assert stored == dataclasses.asdict(result.models[1].step_energy)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +193,20 @@ def test_files_are_never_shared(tmp_path):
     inputs = torch.rand(2, 16)
     pair = lean_fx.compare({"a/b": first, "a-b": second}, inputs, rounds=2)
     assert pair.models[0].onnx_bytes < pair.models[1].onnx_bytes
+
+
+def test_every_file_is_fed_by_the_names_of_its_own_inputs():
+    class Named(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.input = nn.Parameter(torch.zeros(2))  # so the file's input is called input_
+
+        def forward(self, x):
+            return super().forward(x) + self.input
+
+    models = {"plain": nn.Linear(4, 2), "named": Named()}
+    result = lean_fx.compare(models, torch.rand(2, 4), rounds=2, energy_s=0.01)
+    assert [len(model.latencies) for model in result.models] == [2, 2]
 
 
 def test_shared_weights_and_other_buffers_count_once(tmp_path):
@@ -202,6 +259,53 @@ def test_errors(changed, message):
         lean_fx.compare(arguments.pop("models"), arguments.pop("example_inputs"), **arguments)
 
 
+class Wayward(nn.Linear):
+    """Runs and trains, but cannot be exported."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum() > 0 else y + 1
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A folder with the results of a comparison, and the comparison."""
+    models = {"a": nn.Linear(4, 2), "b": nn.Linear(4, 2)}
+    result = lean_fx.compare(models, torch.rand(2, 4), rounds=2, folder=tmp_path)
+    result.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+    return tmp_path, result
+
+
+def test_earlier_results_stay_when_a_later_comparison_fails(earlier, monkeypatch):
+    folder, _ = earlier
+    before = contents(folder)
+    inputs, fine = torch.rand(2, 4), nn.Linear(4, 2)
+    with pytest.raises(ExportError, match="cannot be exported"):
+        lean_fx.compare({"a": fine, "b": Wayward(4, 2)}, inputs, rounds=2, folder=folder)
+    with pytest.raises(ArgumentError, match="compare models whose outputs have one form"):
+        lean_fx.compare({"a": fine, "b": nn.Linear(4, 3)}, inputs, rounds=2, folder=folder)
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(MissingDependencyError, match="codecarbon is not installed"):
+        lean_fx.compare({"a": fine}, inputs, rounds=2, energy_s=1.0, folder=folder)
+    assert contents(folder) == before
+
+
+def test_earlier_reports_stay_when_the_picture_cannot_be_drawn(earlier, monkeypatch):
+    folder, result = earlier
+    before = contents(folder)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    other = dataclasses.replace(result, machine="another")
+    with pytest.raises(MissingDependencyError, match="matplotlib is not installed"):
+        other.save(folder)
+    assert contents(folder) == before
+
+
 def test_what_is_missing_is_told_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with pytest.raises(MissingDependencyError, match="codecarbon is not installed and metering"):
@@ -215,3 +319,12 @@ def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot be made .* give a folder that you may write to"):
         lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=tmp_path / "file")
+
+
+def test_a_read_only_folder_is_told_before_the_work(monkeypatch):
+    folder = Path("/sys/kernel")  # for root too
+    if not folder.is_dir():
+        pytest.skip("needs a folder that nobody may write to")
+    monkeypatch.setattr("lean_fx.comparing.export_onnx", None)
+    with pytest.raises(WriteError, match="kernel: cannot be written .*; give a folder that you m"):
+        lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=folder)

@@ -73,6 +73,8 @@ def test_scripts_end_with_one_line(capsys):
         ("examples/stl10.py --data nowhere", "error: nowhere: has not all of train_X.bin"),
         ("examples/digits.py --channels 0", "error: channels=0 is not 1 or more"),
         ("examples/digits.py --epochs 0", "error: Settings: epochs=0 is not a whole number"),
+        ("examples/metering.py --rounds 1", "error: metering: rounds=1 is too little; give 2"),
+        ("examples/bench_onnx.py --out /dev/null", "error: /dev/null: cannot be made (File exists"),
         (
             "examples/ablate.py --control slize",
             "error: control='slize' is not known; use lean_row, ",

@@ -127,6 +127,37 @@ def test_the_first_block_starts_its_joules_and_seconds_together(monkeypatch) -> 
     assert watts[0] < 2.5 * watts[1]
 
 
+def test_the_energy_of_a_call_is_the_mean_of_those_that_fill_the_seconds(monkeypatch) -> None:
+    taken: list[float] = []
+
+    class Meter:
+        def __init__(self, country: str) -> None:
+            assert country == "FRA"
+
+        def __enter__(self) -> "Meter":
+            self.before = len(taken)
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            within = taken[self.before :]
+            self.energy = Energy(7.0 * len(within), 3.0 * len(within), sum(within), "rapl")
+
+    def call() -> None:
+        start = time.perf_counter()
+        busy(0.01)
+        taken.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(energy, "EnergyMeter", Meter)
+    found = energy.energy_of_call(call, seconds=0.05, country="FRA")
+    assert (found.energy_j, found.co2_g, found.meter) == pytest.approx((7.0, 3.0, "rapl"))
+    assert found.seconds == pytest.approx(sum(taken[1:]) / len(taken[1:]))  # the first warms up
+    assert sum(taken[1:]) > 0.9 * 0.05
+
+    taken.clear()
+    energy.energy_of_call(call, seconds=0.0, country="FRA")
+    assert len(taken) == 2
+
+
 def test_no_network_and_no_output(monkeypatch, capfd, tmp_path) -> None:
     tried: list[object] = []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: tried.append(address))

@@ -1,10 +1,13 @@
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from lean_fx.errors import WriteError
 from lean_fx.files import check_writable, make_folder, replacing, write_text
+
+READ_ONLY = Path("/sys/kernel")  # for root too
 
 
 def test_an_existing_file_stays_whole_when_writing_fails(tmp_path):
@@ -37,6 +40,12 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(WriteError, match="no: cannot be written .No such file or directory.; give"):
         check_writable(tmp_path / "no")
+
+
+@pytest.mark.skipif(not READ_ONLY.is_dir(), reason="needs a folder that nobody may write to")
+def test_a_read_only_folder_is_told_when_it_is_made():
+    with pytest.raises(WriteError, match="kernel: cannot be written .*; give a folder that you ma"):
+        make_folder(READ_ONLY)
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path):

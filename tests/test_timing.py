@@ -42,7 +42,7 @@ def test_rounds_are_interleaved_and_start_at_another_arm_each(monkeypatch, tmp_p
     def prepare(name: str, *_: object, **__: object) -> object:
         return lambda: order.append(name)
 
-    monkeypatch.setattr(timing, "_prepare", prepare)
+    monkeypatch.setattr(timing, "onnx_call", prepare)
     monkeypatch.setattr(timing, "_repeats", lambda call, least: 2 if call is not None else 0)
     time_onnx({"a": "a", "b": "b", "c": "c"}, X, rounds=4)
     assert "".join(order) == "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"
@@ -72,6 +72,13 @@ def test_inputs_by_name(tmp_path: Path) -> None:
     assert time_onnx(files, {"z": X, "x": X}, rounds=2, min_round_ms=0.1)["two"].batch == 4
 
 
+def test_inputs_by_place_go_by_each_files_own_names(tmp_path: Path) -> None:
+    names = {"one": ("x", "z"), "other": ("z", "w")}
+    files = {arm: write_model(tmp_path / f"{arm}.onnx", names[arm]) for arm in names}
+    found = time_onnx(files, (X, X), rounds=2, min_round_ms=0.1)
+    assert [found[arm].batch for arm in names] == [4, 4]
+
+
 def test_a_wrong_name_is_told_with_the_arm(tmp_path: Path) -> None:
     files = {"arm": write_model(tmp_path / "m.onnx")}
     with pytest.raises(ArgumentError, match=r"^arm: the inputs given are image and the model's"):
@@ -80,7 +87,9 @@ def test_a_wrong_name_is_told_with_the_arm(tmp_path: Path) -> None:
 
 def test_one_array_for_two_inputs_is_told(tmp_path: Path) -> None:
     files = {"arm": write_model(tmp_path / "m.onnx", ("x", "z"))}
-    with pytest.raises(ArgumentError, match=r"^arm: one array was given .* inputs x, z; give"):
+    with pytest.raises(
+        ArgumentError, match=r"^arm: arrays given: 1; the model has the inputs x, z; "
+    ):
         time_onnx(files, X)
 
 

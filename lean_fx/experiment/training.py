@@ -25,7 +25,7 @@ from lean_fx.experiment.batches import batches
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import Processes, is_first_process, processes
 from lean_fx.experiment.resuming import read_checkpoint, unpack_history
-from lean_fx.files import check_writable, make_folder
+from lean_fx.files import make_folder
 from lean_fx.measure.energy import Energy, EnergyMeter
 from lean_fx.measure.report import Epoch
 
@@ -136,7 +136,6 @@ def train(
             history = train(PaperNet(), stl10("data"), Settings(), "runs/baseline", meter=meter)
     """
     last = make_folder(folder) / "last.ckpt"
-    check_writable(last.parent)
     made_with = {
         "name": name,
         "data": f"{data.name} ({len(data.train_y)} train, {len(data.test_y)} test)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import statistics
@@ -97,6 +98,7 @@ class Compared:
         eager: of a forward pass in PyTorch.
         step: of a training step in PyTorch: forward, backward, SGD.
         energy: of one call of the file at the first batch; None where it was not metered.
+        step_energy: of one training step, the same that ``step`` is of; None likewise.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Compared:
     eager: Latency
     step: Latency
     energy: Energy | None = None
+    step_energy: Energy | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,13 @@ class Comparison:
             add("  quartiles", lambda m: f"{short(of(m).q1_ms)}-{short(of(m).q3_ms)}")
             add("  ratio [95 %]", lambda m: str(ratio_of(of(m), of(base))))
 
+        def add_energy(label: str, of: Callable[[Compared], Energy | None]) -> None:
+            if (known := of(base)) is None:
+                return
+            meter, none = known.meter, Energy(math.nan, math.nan, math.nan, "none")
+            add(f"energy of {label}, mJ ({meter})", lambda m: short((of(m) or none).energy_j * 1e3))
+            add(f"CO2 of {label}, ug ({meter})", lambda m: short((of(m) or none).co2_g * 1e6))
+
         add("parameters", lambda m: f"{m.parameters:,}")
         add("weights, kB", lambda m: short(m.weight_bytes / 1e3))
         add("MACs, million", lambda m: short(m.macs / 1e6))
@@ -151,9 +161,8 @@ class Comparison:
             add_times(label, lambda m, index=index: m.latencies[index])  # type: ignore[misc]
         add_times(f"PyTorch forward, batch {base.eager.batch}", lambda m: m.eager)
         add_times(f"training step, batch {base.step.batch}", lambda m: m.step)
-        if base.energy is not None:
-            add("energy of a call, mJ", lambda m: short(m.energy.energy_j * 1e3 if m.energy else 0))
-            add("CO2 of a call, ug", lambda m: short(m.energy.co2_g * 1e6 if m.energy else 0))
+        add_energy("a call", lambda m: m.energy)
+        add_energy("a training step", lambda m: m.step_energy)
         return rows
 
     def footnotes(self) -> list[str]:
@@ -168,11 +177,14 @@ class Comparison:
         ]
         if base.energy is not None:
             estimate = (
-                "an estimate, which follows time: its ratios are the ratios of time"
+                "an estimate, which follows time: at equal load its ratios are the ratios of time"
                 if base.energy.is_estimate
                 else "read from a hardware counter"
             )
-            notes.append(f"Energy and CO2 (meter {base.energy.meter}): {estimate}.")
+            notes.append(
+                f"Energy and CO2 (meter {base.energy.meter}): {estimate}; a call at batch "
+                f"{timed.batch}, a training step at batch {base.step.batch}."
+            )
         return notes + [
             f"{model.name}: {text}." for model in self.models for text in model.off_path
         ]
@@ -197,10 +209,10 @@ class Comparison:
             WriteError: the folder cannot be made or written to.
             MissingDependencyError: matplotlib is not installed.
         """
+        figure = self.draw()  # first, as it may fail
         target = make_folder(folder)
         write_text(target / "comparison.md", self.to_markdown())
         write_text(target / "comparison.json", self.to_json())
-        figure = self.draw()
         with replacing(target / "latency.png") as part:
             figure.savefig(part, format="png", dpi=150)
         return [target / name for name in ("comparison.md", "comparison.json", "latency.png")]

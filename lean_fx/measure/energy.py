@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -169,6 +170,29 @@ class EnergyMeter:
         if self._tracker is not None:
             self._totals.meter = _meter_of(self._tracker._hardware)
         return Energy(*self._totals.latest, self._totals.meter)
+
+
+def energy_of_call(call: Callable[[], object], seconds: float, country: str = "USA") -> Energy:
+    """Measure the mean energy of a call, over as many as fill the seconds, at least one.
+
+    The first call is for warming up and is not metered.
+
+    Args:
+        call: what to meter.
+        seconds: 0 or more; an estimate needs 30 or more.
+        country: as in :class:`EnergyMeter`.
+
+    Raises:
+        ArgumentError, LeanError, MissingDependencyError: those of :class:`EnergyMeter`.
+    """
+    call()
+    calls = 0
+    with EnergyMeter(country) as meter:
+        end = time.perf_counter() + seconds
+        while not calls or time.perf_counter() < end:
+            call()
+            calls += 1
+    return meter.energy.scaled(1 / calls)
 
 
 class _Totals:

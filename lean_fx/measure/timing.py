@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array: TypeAlias = NDArray[np.generic]
+    Inputs: TypeAlias = Mapping[str, Array] | tuple[Array, ...] | Array
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Latency:
 
 def time_onnx(
     files: Mapping[str, Path | str],
-    inputs: Mapping[str, Array] | Array,
+    inputs: Inputs,
     *,
     threads: int = 1,
     rounds: int = 30,
@@ -90,8 +91,8 @@ def time_onnx(
 
     Args:
         files: the models ("arms") by name.
-        inputs: arrays by input name, the same for every model; or one array for models with a
-            single input. The batch is the first axis of the first array.
+        inputs: the same for every model: arrays by input name; or by place, as a tuple, or a
+            single array. The batch is the first axis of the first array.
         threads: threads of a session, 1 or more.
         rounds: samples of each model, 2 or more.
         min_round_ms: least milliseconds of a model's share of a round, above 0.
@@ -107,10 +108,11 @@ def time_onnx(
     """
     _check_range(files, threads, rounds, min_round_ms)
     names = list(files)
-    with _flushing_denormals():
-        calls = {name: _prepare(name, Path(files[name]), inputs, threads) for name in names}
+    with flushing_denormals():
+        calls = {name: onnx_call(name, Path(files[name]), inputs, threads) for name in names}
         samples = time_in_turn(calls, rounds=rounds, min_round_ms=min_round_ms, progress=progress)
-    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    arrays = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    first = arrays[0] if isinstance(arrays, tuple) else arrays
     batch = int(first.shape[0]) if first.ndim else 1
     return {name: Latency(samples[name], batch, threads) for name in names}
 
@@ -183,7 +185,7 @@ def _check_range(
 
 
 @contextlib.contextmanager
-def _flushing_denormals() -> Iterator[None]:
+def flushing_denormals() -> Iterator[None]:
     """Flush denormal numbers to zero on this thread, and put it back as it was.
 
     The session's own option reaches its pool of threads; the calling thread obeys only the first
@@ -197,21 +199,23 @@ def _flushing_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def _prepare(
-    name: str, file: Path, inputs: Mapping[str, Array] | Array, threads: int
-) -> Callable[[], object]:
-    """Load a model, warm it up, which checks its inputs, and return its call."""
+def onnx_call(name: str, file: Path, inputs: Inputs, threads: int) -> Callable[[], object]:
+    """Load a model, warm it up, which checks its inputs, and return its call.
+
+    The arguments and the errors are those of :func:`time_onnx`.
+    """
     session = open_session(name, file, threads)
     wanted = [value.name for value in session.get_inputs()]
     if isinstance(inputs, Mapping):
         feeds = dict(inputs)
-    elif len(wanted) == 1:
-        feeds = {wanted[0]: inputs}
     else:
-        raise ArgumentError(
-            f"{name}: one array was given and the model has the inputs {', '.join(wanted)}; "
-            "give a mapping from these names to arrays"
-        )
+        arrays = inputs if isinstance(inputs, tuple) else (inputs,)
+        if len(arrays) != len(wanted):
+            raise ArgumentError(
+                f"{name}: arrays given: {len(arrays)}; the model has the inputs "
+                f"{', '.join(wanted)}; give an array for each"
+            )
+        feeds = dict(zip(wanted, arrays, strict=True))
     if set(feeds) != set(wanted):
         raise ArgumentError(
             f"{name}: the inputs given are {', '.join(feeds)} and the model's are "

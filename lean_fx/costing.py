@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -80,9 +79,10 @@ def _run(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
             run.run(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ArgumentError(
-            f"costs_of: {name} fails on inputs of shape {shapes} "
-            f"({' '.join(str(error).split())}); give inputs that its forward takes"
+            f"costs_of: {name} fails on inputs of shape {shapes} ({reason}); give inputs that its "
+            "forward takes"
         ) from error
     return Costs(name, tuple(run.costs), tuple(run.without_formula))
 
@@ -119,7 +119,7 @@ class _Run(Interpreter):
         changed = [
             each for each, version in zip(given, versions, strict=True) if each._version != version
         ]
-        read, written = _moved(called, args, given, changed, output)
+        read, written = _moved(called, given, changed, output)
         weights = self._first_read(read)
         self.costs.append(
             NodeCost(
@@ -140,12 +140,9 @@ class _Run(Interpreter):
 
 
 def _moved(
-    called: Any, args: tuple[Any, ...], given: list[Tensor], changed: list[Tensor], output: Any
+    called: Any, given: list[Tensor], changed: list[Tensor], output: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What a call reads and writes; nothing, if it only gives another view."""
-    if called is operator.setitem:
-        target, index, value = args
-        return _tensors(value), [target[index]]
     known = {_storage(each) for each in given}
     fresh = [each for each in _distinct(_tensors(output)) if _storage(each) not in known]
     written = fresh + _distinct(changed)

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import ArgumentError
 from lean_fx.export import export_onnx
+from lean_fx.measure.formulas import layer_macs
 from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import Consumer, Site, facts
 from lean_fx.planning import LeftAlone, Plan
@@ -101,12 +101,9 @@ def _saving(
 
 
 def _macs(consumer: Consumer, graph_module: GraphModule, nodes: dict[str, Node]) -> int:
-    layer: Any = graph_module.get_submodule(consumer.layer)
-    if getattr(layer, "transposed", False):
-        positions = _numel(nodes[consumer.node].all_input_nodes[0]) // int(layer.in_channels)
-        return positions * consumer.weights
-    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    return _numel(nodes[consumer.node]) * consumer.weights // int(outputs)
+    node = nodes[consumer.node]
+    layer = graph_module.get_submodule(consumer.layer)
+    return layer_macs(layer, read=_numel(node.all_input_nodes[0]), written=_numel(node))
 
 
 def _numel(node: Node) -> int:

@@ -114,8 +114,10 @@ class Costs:
         return f"{markdown_table(self.rows())}\n\n{notes}\n"
 
     def to_json(self) -> str:
-        """Every figure as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """Every figure as JSON, those in total first."""
+        names = ("macs", "parameters", "weight_bytes", "moved_bytes")
+        totals = {name: getattr(self, name) for name in names}
+        return json.dumps(totals | dataclasses.asdict(self), indent=1) + "\n"
 
 
 def _row(node: NodeCost) -> tuple[str, ...]:

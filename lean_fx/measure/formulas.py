@@ -84,13 +84,13 @@ def _layer(layer: nn.Module, given: dict[str, Any], output: Tensor) -> int:
     return layer_macs(layer, given["input"].numel(), output.numel())
 
 
-def _bilinear(layer: nn.Bilinear, given: dict[str, Any], output: Tensor) -> int:
-    return output.numel() * layer.weight[0].numel()
+def _bilinear(layer: Any, given: dict[str, Any], output: Tensor) -> int:
+    return int(output.numel() * layer.weight[0].numel())
 
 
 def _recurrent(layer: Any, given: dict[str, Any], output: Any) -> int:
     steps = given["input"].data.numel() // layer.input_size  # .data is that of a PackedSequence too
-    return steps * sum(each.numel() for each in layer.parameters() if each.dim() == 2)
+    return int(steps * sum(each.numel() for each in layer.parameters() if each.dim() == 2))
 
 
 def _attention(layer: nn.MultiheadAttention, given: dict[str, Any], output: Any = None) -> int:

@@ -54,7 +54,10 @@ def small_models() -> dict[str, tuple[nn.Module, Tensor]]:
     return {
         "LSTM(32, 64)": (nn.LSTM(32, 64), torch.rand(9, 1, 32)),
         "GRU(32, 64)": (nn.GRU(32, 64), torch.rand(9, 1, 32)),
-        "TransformerEncoderLayer(32, 4)": (nn.TransformerEncoderLayer(32, 4), torch.rand(9, 1, 32)),
+        "TransformerEncoderLayer(32, 4)": (
+            nn.TransformerEncoderLayer(32, 4, batch_first=True),
+            torch.rand(1, 9, 32),
+        ),
         "PaperNet with LEAN": (lean, torch.rand(1, 3, 96, 96)),
     }
 
@@ -128,7 +131,7 @@ def count(model: nn.Module, inputs: Tensor) -> Counts:
     costs = lean_fx.costs_of(model, inputs)
     with watched() as (counter, operators):
         model(inputs)
-    conv = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    conv = counter.get_flop_counts().get("Global", {}).get(torch.ops.aten.convolution, 0)
     return Counts(
         macs=costs.macs,
         conv_macs=sum(node.macs for node in costs.nodes if "conv" in node.kind.lower()),
@@ -151,8 +154,8 @@ def markdown(counted: dict[str, Counts], versions: str) -> str:
             (name, *(f"{x:,}" for x in figures), equal, each.reason, str(each.without_formula))
         )
     return (
-        f"# Multiply-adds, counted twice\n\n```\n{command_line()}\n```\n\n{versions}; batch 1, eval "
-        "mode, CPU. A node without formula counts what the counter sees in it, with fused kernels "
+        f"# Multiply-adds, counted twice\n\n```\n{command_line()}\n```\n\n{versions}; batch 1, "
+        "eval mode, CPU. A node without formula counts what the counter sees in it, with fused kernels "
         "switched off.\n\n" + markdown_table(rows) + "\n"
     )
 

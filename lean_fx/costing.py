@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture import as_inputs, capture
+from lean_fx.capture import LeanTracer, as_inputs, capture
 from lean_fx.errors import ArgumentError
 from lean_fx.measure.cost import Counter, counting
 from lean_fx.measure.costed import Costs, NodeCost
@@ -68,8 +68,18 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
             value.detach().clone().cpu() if isinstance(value, Tensor) else value
             for value in as_inputs(example_inputs)
         )
-        captured = capture(model, inputs, evaluation=True)
+        leaf = isinstance(model, nn.Module) and LeanTracer().is_leaf_module(model, "")
+        root = _calling(model, len(inputs)) if leaf else model
+        captured = capture(root, inputs, evaluation=True)
         return _run(captured, inputs, type(model).__name__)
+
+
+def _calling(layer: nn.Module, inputs: int) -> GraphModule:
+    """A model of one layer, which the tracer would otherwise look into."""
+    graph = Graph()
+    holes = tuple(graph.placeholder(f"input_{number}") for number in range(inputs))
+    graph.output(graph.call_module("layer", holes))
+    return GraphModule({"layer": layer}, graph)
 
 
 def _run(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:

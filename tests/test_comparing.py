@@ -74,7 +74,7 @@ def test_compare(tmp_path):
     assert base.macs == 27 * 48 * 36 + 48 * 72 * 16 + 128 * 4
     assert base.weight_bytes == 4 * base.parameters
     assert reduced.macs == 27 * 48 * 36 + 8 * 72 * 16 + 128 * 4 + 4 * 48 * 36
-    read, written = 192 + 1728 + 1728 + 128 + 128, 1728 + 1728 + 128 + 4
+    read, written = 192 + 1728 + 1728 + 128, 1728 + 1728 + 128 + 4
     assert base.moved_bytes == 4 * (read + written + base.parameters)
     assert base.moved_bytes == lean_fx.costs_of(model, inputs[:1]).moved_bytes
     assert [each.batch for each in base.latencies] == [1, 3]

@@ -450,6 +450,16 @@ def test_it_counts_in_inference_mode():
         assert lean_fx.costs_of(nn.Sequential(nn.ReLU(inplace=True)), X(4)).moved_bytes == 32
 
 
+def test_a_layer_alone_is_a_model_too():
+    lean, x = lean_fx.LeanReduction(64, 8), X(2, 64)
+    assert lean_fx.costs_of(lean, x).macs == count_macs(lean, x) == 2 * (2 + 8) * 64
+    attention, x = nn.MultiheadAttention(8, 2), X(5, 1, 8)
+    (node,) = lean_fx.costs_of(attention, (x, x, x)).nodes
+    assert (node.name, node.kind) == ("layer", "MultiheadAttention")
+    assert node.macs == count_macs(attention, (x, x, x))
+    assert node.read_bytes == 4 * (3 * 40 + count_parameters(attention))
+
+
 def test_costs_add_up_and_are_shown():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(200, 10))
     costs = lean_fx.costs_of(net, X(1, 3, 5, 5))

@@ -171,7 +171,7 @@ class Comparison:
             f"Machine: {self.machine}; threads {timed.threads}.",
             f"Times: median of {timed.rounds} rounds, all models in turn; ratio: to {base.name}, "
             "below 1 is faster, with its bootstrap interval.",
-            "MACs and bytes moved: of one sample; every layer reads its inputs and weights and writes "
+            "MACs and bytes moved: of one sample; each layer reads its inputs and weights, and writes "
             "its result, once.",
             "Peak memory: tensors alive at once in PyTorch, weights included.",
         ]

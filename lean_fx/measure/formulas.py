@@ -93,13 +93,13 @@ def _recurrent(layer: Any, given: dict[str, Any], output: Any) -> int:
     return int(steps * sum(each.numel() for each in layer.parameters() if each.dim() == 2))
 
 
-def _attention(layer: nn.MultiheadAttention, given: dict[str, Any], output: Any = None) -> int:
+def _attention(layer: Any, given: dict[str, Any], output: Any = None) -> int:
     query, key = given["query"], given["key"]
     length = key.shape[1 if layer.batch_first and key.dim() == 3 else 0]
     length += (layer.bias_k is not None) + layer.add_zero_attn
     queries, keys = query.numel() // layer.embed_dim, key.numel() // layer.kdim
     projected = queries * 2 * layer.embed_dim + keys * (layer.kdim + layer.vdim)
-    return (projected + 2 * queries * length) * layer.embed_dim
+    return int((projected + 2 * queries * length) * layer.embed_dim
 
 
 def _encoder_layer(layer: Any, given: dict[str, Any], output: Any = None) -> int | None:
@@ -114,13 +114,13 @@ def _decoder_layer(layer: Any, given: dict[str, Any], output: Any = None) -> int
 
 def _block(layer: Any, x: Tensor, attended: list[tuple[Any, Tensor]]) -> int | None:
     """Attention of ``x`` to each value, then two linear layers; None if either was replaced."""
-    linear, attention = [layer.linear1, layer.linear2], [each for each, _ in attended]
-    kinds = [nn.Linear] * len(linear) + [nn.MultiheadAttention] * len(attention)
-    if [type(each) for each in linear + attention] != kinds:
+    linear = (layer.linear1, layer.linear2)
+    replaced = any(type(each) is not nn.Linear for each in linear)
+    if replaced or any(type(each) is not nn.MultiheadAttention for each, _ in attended):
         return None
-    return sum(
-        x.numel() // layer.self_attn.embed_dim * each.weight.numel() for each in linear
-    ) + sum(_attention(each, {"query": x, "key": value}) for each, value in attended)
+    tokens = x.numel() // layer.self_attn.embed_dim
+    products = sum(_attention(each, {"query": x, "key": value}) for each, value in attended)
+    return products + tokens * sum(each.weight.numel() for each in linear)
 
 
 def _stack(model: Any, given: dict[str, Any], output: Any = None) -> int | None:

@@ -155,8 +155,8 @@ def markdown(counted: dict[str, Counts], versions: str) -> str:
         )
     return (
         f"# Multiply-adds, counted twice\n\n```\n{command_line()}\n```\n\n{versions}; batch 1, "
-        "eval mode, CPU. A node without formula counts what the counter sees in it, with fused kernels "
-        "switched off.\n\n" + markdown_table(rows) + "\n"
+        "eval mode, CPU. A node without formula counts what the counter sees in it, with fused "
+        "kernels switched off.\n\n" + markdown_table(rows) + "\n"
     )
 
 

@@ -171,8 +171,8 @@ class Comparison:
             f"Machine: {self.machine}; threads {timed.threads}.",
             f"Times: median of {timed.rounds} rounds, all models in turn; ratio: to {base.name}, "
             "below 1 is faster, with its bootstrap interval.",
-            "MACs and bytes moved: of one sample; each layer reads its inputs and weights, and writes "
-            "its result, once.",
+            "MACs and bytes moved: of one sample; each layer reads its inputs and weights once and "
+            "writes its result.",
             "Peak memory: tensors alive at once in PyTorch, weights included.",
         ]
         if base.energy is not None:

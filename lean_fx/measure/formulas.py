@@ -99,7 +99,7 @@ def _attention(layer: Any, given: dict[str, Any], output: Any = None) -> int:
     length += (layer.bias_k is not None) + layer.add_zero_attn
     queries, keys = query.numel() // layer.embed_dim, key.numel() // layer.kdim
     projected = queries * 2 * layer.embed_dim + keys * (layer.kdim + layer.vdim)
-    return int((projected + 2 * queries * length) * layer.embed_dim
+    return int((projected + 2 * queries * length) * layer.embed_dim)
 
 
 def _encoder_layer(layer: Any, given: dict[str, Any], output: Any = None) -> int | None:
@@ -120,7 +120,7 @@ def _block(layer: Any, x: Tensor, attended: list[tuple[Any, Tensor]]) -> int | N
         return None
     tokens = x.numel() // layer.self_attn.embed_dim
     products = sum(_attention(each, {"query": x, "key": value}) for each, value in attended)
-    return products + tokens * sum(each.weight.numel() for each in linear)
+    return products + tokens * sum(int(each.weight.numel()) for each in linear)
 
 
 def _stack(model: Any, given: dict[str, Any], output: Any = None) -> int | None:
@@ -205,7 +205,7 @@ def _einsum(given: _Given, output: Tensor) -> int | None:
     repeated = any(len(set(term)) < len(term) for term in read)
     if not arrow or "." in equation or repeated or len(read) > 2:
         return None
-    sizes = {
+    sizes: dict[str, int] = {
         axis: size
         for term, x in zip(read, operands, strict=True)
         for axis, size in zip(term, x.shape, strict=True)

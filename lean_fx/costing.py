@@ -64,14 +64,13 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
         [('0', 'Conv2d', 1996), ('1', 'ReLU', 1600), ('2', 'Flatten', 0)]
     """
     with torch.inference_mode(False):
-        inputs = tuple(
-            value.detach().clone().cpu() if isinstance(value, Tensor) else value
-            for value in as_inputs(example_inputs)
+        inputs: tuple[Any, ...] = pytree.tree_map_only(
+            Tensor, lambda x: x.detach().clone().cpu(), as_inputs(example_inputs)
         )
         leaf = isinstance(model, nn.Module) and LeanTracer().is_leaf_module(model, "")
         root = _calling(model, len(inputs)) if leaf else model
         captured = capture(root, inputs, evaluation=True)
-        return _run(captured, inputs, type(model).__name__)
+        return _count(captured, inputs, type(model).__name__)
 
 
 def _calling(layer: nn.Module, inputs: int) -> GraphModule:
@@ -82,7 +81,7 @@ def _calling(layer: nn.Module, inputs: int) -> GraphModule:
     return GraphModule({"layer": layer}, graph)
 
 
-def _run(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
+def _count(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
     try:
         with torch.random.fork_rng(devices=[]), counting() as counter:
             run = _Run(captured.cpu(), counter)

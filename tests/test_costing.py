@@ -445,6 +445,13 @@ def test_it_is_counted_in_eval_mode():
     assert lean_fx.costs_of(Mode().train(), X(1, 4)).macs == 16
 
 
+def test_inputs_within_a_list_stay_as_they_were():
+    inputs = [torch.ones(3), torch.ones(3)]
+    costs = lean_fx.costs_of(Calls(lambda m, x: x[0].add_(x[1])), (inputs,))
+    assert costs.moved_bytes == 3 * 12
+    assert torch.equal(inputs[0], torch.ones(3))
+
+
 def test_it_counts_in_inference_mode():
     with torch.inference_mode():
         assert lean_fx.costs_of(nn.Sequential(nn.ReLU(inplace=True)), X(4)).moved_bytes == 32

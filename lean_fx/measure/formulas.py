@@ -118,9 +118,10 @@ def _block(layer: Any, x: Tensor, attended: list[tuple[Any, Tensor]]) -> int | N
     replaced = any(type(each) is not nn.Linear for each in linear)
     if replaced or any(type(each) is not nn.MultiheadAttention for each, _ in attended):
         return None
-    tokens = x.numel() // layer.self_attn.embed_dim
+    tokens = x.numel() // int(layer.self_attn.embed_dim)
     products = sum(_attention(each, {"query": x, "key": value}) for each, value in attended)
-    return products + tokens * sum(int(each.weight.numel()) for each in linear)
+    weights: int = sum(each.weight.numel() for each in linear)
+    return products + tokens * weights
 
 
 def _stack(model: Any, given: dict[str, Any], output: Any = None) -> int | None:

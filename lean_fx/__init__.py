@@ -8,6 +8,7 @@ Example:
 """
 
 from lean_fx.comparing import compare
+from lean_fx.costing import costs_of
 from lean_fx.errors import LeanError, LeanWarning
 from lean_fx.export import export_onnx, plan_of
 from lean_fx.functional import checking_signs, lean_reduction, power_iteration_embedding
@@ -29,6 +30,7 @@ __all__ = [
     "Site",
     "checking_signs",
     "compare",
+    "costs_of",
     "export_onnx",
     "lean_reduction",
     "leanify",

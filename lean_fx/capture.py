@@ -63,13 +63,16 @@ class LeanTracer(Tracer):
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
-def capture(model: nn.Module, inputs: Sequence[Any] = ()) -> GraphModule:
+def capture(
+    model: nn.Module, inputs: Sequence[Any] = (), *, evaluation: bool = False
+) -> GraphModule:
     """Capture a model as a torch.fx graph.
 
     Args:
         model: a module that torch.fx can trace; it is copied first and stays as it is.
         inputs: example inputs, as far as they are known. A parameter of forward that is None by
             default and that they do not give is None in the graph, which refuses another value.
+        evaluation: whether to capture what the model does in eval mode, and only that.
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
@@ -97,6 +100,8 @@ def capture(model: nn.Module, inputs: Sequence[Any] = ()) -> GraphModule:
         raise CaptureError(
             f"{name}: cannot be copied ({_reason(error)}); give a model that copy.deepcopy can copy"
         ) from error
+    if evaluation:
+        root.eval()
     try:
         absent = _absent(root, inputs)
         graph = LeanTracer().trace(root, absent)
@@ -113,7 +118,7 @@ def capture(model: nn.Module, inputs: Sequence[Any] = ()) -> GraphModule:
     for hooks in _ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
     stuck = [n for n in graph.nodes if facts(n).follows_mode and not can_follow_mode(n)]
-    if stuck:
+    if stuck and not evaluation:
         names = ", ".join(node.name for node in stuck)
         warnings.warn(
             f"{name}: {names} read self.training and keep the mode that they were captured in; "

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture import as_inputs
-from lean_fx.errors import ArgumentError, LeanWarning, require
+from lean_fx.costing import costs_of
+from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
 from lean_fx.export import export_onnx, resized
 from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
@@ -100,6 +101,7 @@ def compare(
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
+        sample = tuple(resized(value, 1) for value in inputs)
         compared = []
         for name, arm in arms.items():
             reorders, off_path = blocked_layout(files[name])
@@ -113,7 +115,8 @@ def compare(
                     name=name,
                     parameters=count_parameters(arm),
                     weight_bytes=sum(value.nbytes for value in _held(arm)),
-                    macs=count_macs(arm, tuple(resized(value, 1) for value in inputs)),
+                    macs=count_macs(arm, sample),
+                    moved_bytes=_moved_bytes(arm, sample),
                     peak_inference_bytes=_peak(arm, inputs, training=False),
                     peak_training_bytes=_peak(arm, inputs, training=True),
                     onnx_bytes=files[name].stat().st_size,
@@ -216,6 +219,14 @@ def _files(home: Path, names: Iterable[str]) -> Iterator[Path]:
 def _held(arm: nn.Module) -> list[Tensor]:
     """Its parameters and buffers, a shared one once."""
     return [*arm.parameters(), *arm.buffers()]
+
+
+def _moved_bytes(arm: nn.Module, sample: tuple[Tensor, ...]) -> int | None:
+    """None where the model cannot be captured, or does not run as captured."""
+    try:
+        return costs_of(arm, sample).moved_bytes
+    except (ArgumentError, CaptureError):
+        return None
 
 
 def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:

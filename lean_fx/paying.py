@@ -17,18 +17,18 @@ import dataclasses
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import ArgumentError
 from lean_fx.export import export_onnx
+from lean_fx.measure.formulas import layer_macs
 from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import Consumer, Site, facts
 from lean_fx.planning import LeftAlone, Plan
-from lean_fx.rebuild import input_channels, input_weights
+from lean_fx.rebuild import input_channels, input_weights, is_recurrent
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory
 
@@ -54,7 +54,7 @@ def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
     if keep == "all":
         return plan
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    if any(facts(node).shape is None for site in plan.sites for node in _involved(site, nodes)):
+    if any(facts(nodes[site.value]).shape is None for site in plan.sites):
         raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
     judge = _saving if keep == "saving" else _measured
     kept: list[Site] = []
@@ -70,11 +70,6 @@ def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
     return dataclasses.replace(
         plan, sites=tuple(kept), left_alone=tuple(plan.left_alone) + tuple(dropped)
     )
-
-
-def _involved(site: Site, nodes: dict[str, Node]) -> list[Node]:
-    convs = [each for each in site.consumers if "Conv" in each.kind]
-    return [nodes[site.value], *(nodes[consumer.node] for consumer in convs)]
 
 
 def _saving(
@@ -103,11 +98,11 @@ def _saving(
 
 def _macs(consumer: Consumer, graph_module: GraphModule, nodes: dict[str, Node]) -> int:
     """The products with the input: of a recurrent layer the others stay."""
-    layer: Any = graph_module.get_submodule(consumer.layer)
-    if isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed:
-        return _numel(nodes[consumer.node]) * consumer.weights // int(layer.out_channels)
-    source = nodes[consumer.node].all_input_nodes[0]
-    return _numel(source) // input_channels(layer) * consumer.weights
+    node, layer = nodes[consumer.node], graph_module.get_submodule(consumer.layer)
+    read = _numel(node.all_input_nodes[0])
+    if is_recurrent(layer):
+        return read // input_channels(layer) * consumer.weights
+    return layer_macs(layer, read=read, written=_numel(node))
 
 
 def _numel(node: Node) -> int:

@@ -88,8 +88,17 @@ def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:
     if node.op != "call_module":
         return node.target
     module = modules[str(node.target)]
-    altered = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
-    return module if altered else type(module)
+    return module if is_altered(module) else type(module)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its type says: it has hooks, or its own forward.
+
+    Example:
+        >>> is_altered(nn.ReLU())
+        False
+    """
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

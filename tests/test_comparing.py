@@ -77,6 +77,9 @@ def test_compare(tmp_path):
     assert base.macs == 27 * 48 * 36 + 48 * 72 * 16 + 128 * 4
     assert base.weight_bytes == 4 * base.parameters
     assert reduced.macs == 27 * 48 * 36 + 8 * 72 * 16 + 128 * 4 + 4 * 48 * 36
+    read, written = 192 + 1728 + 1728 + 128, 1728 + 1728 + 128 + 4
+    assert base.moved_bytes == 4 * (read + written + base.parameters)
+    assert base.moved_bytes == lean_fx.costs_of(model, inputs[:1]).moved_bytes
     assert [each.batch for each in base.latencies] == [1, 3]
     assert base.eager.batch == base.step.batch == 2
     assert base.onnx_bytes == (tmp_path / "base.onnx").stat().st_size
@@ -92,6 +95,25 @@ def test_compare(tmp_path):
     assert "| ratio [95 %] | 1.00 [1.00-1.00] |" in paths[0].read_text()
     assert paths[2].read_bytes()[:4] == b"\x89PNG"
     assert [column.header.plain for column in result.table().columns] == ["", "base", "lean"]
+
+
+class Branches(nn.Module):
+    """torch.fx cannot trace it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) if x.shape[1] > 2 else x
+
+
+def test_bytes_moved_of_what_cannot_be_captured_are_not_known():
+    models = {"plain": nn.Linear(4, 4), "branches": Branches()}
+    result = lean_fx.compare(models, torch.rand(2, 4), rounds=2)
+    assert [model.moved_bytes for model in result.models] == [112, None]
+    assert [model.macs for model in result.models] == [16, 16]
+    assert ("bytes moved, MB", "0.0001", "-") in result.rows()
 
 
 def test_energy_of_a_call_and_of_a_training_step(monkeypatch):

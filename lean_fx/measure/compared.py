@@ -89,6 +89,8 @@ class Compared:
         parameters: elements of all parameters.
         weight_bytes: of parameters and buffers.
         macs: multiply-adds of one sample.
+        moved_bytes: of activations and weights that one sample makes the layers read and write;
+            None where torch.fx cannot capture the model.
         peak_inference_bytes: of tensors alive at once in a forward pass of the example inputs.
         peak_training_bytes: the same in a training step, gradients included.
         onnx_bytes: size of the exported file.
@@ -105,6 +107,7 @@ class Compared:
     parameters: int
     weight_bytes: int
     macs: int
+    moved_bytes: int | None
     peak_inference_bytes: int
     peak_training_bytes: int
     onnx_bytes: int
@@ -152,6 +155,10 @@ class Comparison:
         add("parameters", lambda m: f"{m.parameters:,}")
         add("weights, kB", lambda m: short(m.weight_bytes / 1e3))
         add("MACs, million", lambda m: short(m.macs / 1e6))
+        add(
+            "bytes moved, MB",
+            lambda m: "-" if m.moved_bytes is None else short(m.moved_bytes / 1e6),
+        )
         add("peak memory, inference, MB", lambda m: short(m.peak_inference_bytes / 1e6))
         add("peak memory, training, MB", lambda m: short(m.peak_training_bytes / 1e6))
         add("ONNX file, kB", lambda m: short(m.onnx_bytes / 1e3))
@@ -173,6 +180,8 @@ class Comparison:
             f"Machine: {self.machine}; threads {timed.threads}.",
             f"Times: median of {timed.rounds} rounds, all models in turn; ratio: to {base.name}, "
             "below 1 is faster, with its bootstrap interval.",
+            "MACs and bytes moved: of one sample; each layer reads its inputs and weights once and "
+            "writes its result.",
             "Peak memory: tensors alive at once in PyTorch, weights included.",
         ]
         if base.energy is not None:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lean_fx.errors import ArgumentError
+
+_aten = torch.ops.aten
+
+#: FLOPs of products that FlopCounterMode takes for none, by the shapes of their arguments.
+_MORE_FORMULAS: dict[Any, Callable[..., int]] = {
+    _aten.mv: lambda matrix, vector, **_: 2 * math.prod(matrix),
+    _aten.addmv: lambda added, matrix, vector, **_: 2 * math.prod(matrix),
+    _aten.dot: lambda left, right, **_: 2 * math.prod(left),
+    _aten.vdot: lambda left, right, **_: 2 * math.prod(left),
+    _aten.addbmm: lambda added, left, right, **_: 2 * math.prod(left) * right[-1],
+    _aten._trilinear: lambda left, weight, *_, **__: 2 * left[0] * math.prod(weight),
+}
+
+#: How the names begin of PyTorch's own operators whose products have no formula here.
+_UNKNOWN = ("_fft", "_cdist", "cholesky", "triangular_solve", "lu_", "ormqr", "linalg_", "_linalg")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -29,10 +46,10 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> int:
     """Count the multiply-adds of one forward pass, in eval mode and without gradients.
 
-    Convolutions, linear and recurrent layers, matrix products and attention are counted by
-    :class:`torch.utils.flop_counter.FlopCounterMode` (two FLOPs are one multiply-add); biases,
-    activations, normalisation and pooling count nothing, nor does any operator that the counter
-    has no formula for (nn.Bilinear). A reduction, that is a submodule with
+    Convolutions, linear and recurrent layers, matrix products and attention are counted operator
+    by operator, so that any model that runs can be counted; where torch.fx can capture it,
+    :func:`lean_fx.costs_of` gives the same total by the formulas of its layers. Biases,
+    activations, normalisation and pooling count nothing. A reduction, that is a submodule with
     an integer attribute ``macs_per_position``, counts ``macs_per_position`` for every position
     of its input in place of whatever the counter saw inside it, since most of its products are
     element-wise and invisible to the counter.
@@ -59,10 +76,9 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     inputs = tuple(x.detach().clone().cpu() if isinstance(x, Tensor) else x for x in given)
     replica = copy.deepcopy(model).cpu().eval()
-    counter = FlopCounterMode(display=False)
-    correction = _CorrectReductions(replica, counter)
     try:
-        with torch.no_grad(), _countable_kernels(), counter:
+        with counting() as counter:
+            correction = _CorrectReductions(replica, counter)
             replica(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
@@ -70,13 +86,69 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
             f"count_macs: {type(model).__name__} fails on inputs of shape {shapes} "
             f"({' '.join(str(error).split())}); give inputs that its forward takes"
         ) from error
-    return counter.get_total_flops() // 2 + correction.macs
+    return counter.macs + correction.macs
+
+
+class Counter:
+    """What operators did since counting began.
+
+    Attributes:
+        foreign: names of the operators that may do products, of which nothing is known.
+    """
+
+    def __init__(self) -> None:
+        self.flop_counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
+        self.foreign: list[str] = []
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds; two FLOPs are one."""
+        return self.flop_counter.get_total_flops() // 2
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter]:
+    """Count the multiply-adds of every operator that runs, without gradients.
+
+    This is :class:`torch.utils.flop_counter.FlopCounterMode`, with formulas for the products that
+    it has none for (matrix by vector, bilinear), and without the fused kernels that it cannot see.
+
+    Example:
+        >>> with counting() as counter:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3)
+        >>> counter.macs
+        6
+    """
+    counter = Counter()
+    with torch.no_grad(), _countable_kernels(), _Foreign(counter.foreign), counter.flop_counter:
+        yield counter
+
+
+class _Foreign(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operators that are not PyTorch's own, and those whose products have no formula."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = names
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = func.name().partition("::")[2]
+        unknown = name.startswith(_UNKNOWN) and not name.startswith("linalg_vector_norm")
+        if func.namespace not in ("aten", "prim") or unknown:
+            self._names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 class _CorrectReductions:
     """Watch the reductions of a model; ``macs`` is what must be added to the counter's total."""
 
-    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+    def __init__(self, model: nn.Module, counter: Counter) -> None:
         self.macs = 0
         self._counter = counter
         self._seen_before: list[int] = []
@@ -86,10 +158,10 @@ class _CorrectReductions:
                 module.register_forward_hook(self._leave)
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._seen_before.append(self._counter.get_total_flops())
+        self._seen_before.append(self._counter.macs)
 
     def _leave(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        seen = (self._counter.get_total_flops() - self._seen_before.pop()) // 2
+        seen = self._counter.macs - self._seen_before.pop()
         positions = inputs[0].numel() // module.in_channels
         self.macs += module.macs_per_position * positions - seen
 

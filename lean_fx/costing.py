@@ -1,0 +1,207 @@
+"""costs_of(): what every node of a model computes, holds and moves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from lean_fx.capture import LeanTracer, as_inputs, capture
+from lean_fx.errors import ArgumentError
+from lean_fx.measure.cost import Counter, counting
+from lean_fx.measure.costed import Costs, NodeCost
+from lean_fx.measure.formulas import call_macs
+from lean_fx.registry import is_reduction
+
+# Modules that hold parameters and multiply by them element by element, or only look them up.
+_WITHOUT_SUMS = (
+    nn.modules.batchnorm._NormBase,
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag),
+)
+_LOOK_UPS = (F.embedding, F.embedding_bag)
+
+
+def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
+    """Count what every node of a model computes, holds and moves in one forward pass.
+
+    The model is captured as torch.fx sees it in eval mode, and that copy runs once on the CPU.
+
+    - Multiply-adds by the formulas of :mod:`lean_fx.measure.formulas`, reductions included. Where
+      there is none, those of the operators inside, as :func:`~lean_fx.measure.cost.count_macs`
+      counts them; such nodes are named in ``without_formula`` if they hold parameters or do
+      products.
+    - Bytes moved: every activation that a node reads, its parameters and buffers, and its result,
+      each once and whole; temporaries within a node are not seen. A view moves nothing (reshape,
+      transpose, chunk, dropout in eval mode; whether a reshape copies is seen when it runs), a
+      look-up reads the rows that it asks for, and what is computed in place is read and written.
+      This is the traffic of layers that run one by one, with nothing fused or kept in a cache.
+    - Parameters and their bytes count where they are first read; those that are never read do not
+      count.
+
+    Args:
+        model: a module that torch.fx can trace; it stays as it is.
+        example_inputs: the input, or the tuple of positional inputs. The costs are of the whole
+            batch: give a batch of 1 for those of one sample.
+
+    Returns:
+        The costs of each node and in total: ``print(costs.to_markdown())``.
+
+    Raises:
+        ArgumentError: the model is no module, or fails on these inputs.
+        CaptureError: it cannot be copied or traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
+        >>> costs = costs_of(model, torch.zeros(1, 3, 5, 5))
+        >>> costs.macs, costs.parameters, costs.moved_bytes
+        (5400, 224, 3596)
+        >>> [(node.name, node.kind, node.moved_bytes) for node in costs.nodes]
+        [('0', 'Conv2d', 1996), ('1', 'ReLU', 1600), ('2', 'Flatten', 0)]
+    """
+    with torch.inference_mode(False):
+        inputs: tuple[Any, ...] = pytree.tree_map_only(
+            Tensor, lambda x: x.detach().clone().cpu(), as_inputs(example_inputs)
+        )
+        leaf = isinstance(model, nn.Module) and LeanTracer().is_leaf_module(model, "")
+        root = _calling(model, len(inputs)) if leaf else model
+        captured = capture(root, inputs, evaluation=True)
+        return _count(captured, inputs, type(model).__name__)
+
+
+def _calling(layer: nn.Module, inputs: int) -> GraphModule:
+    """A model of one layer, which the tracer would otherwise look into."""
+    graph = Graph()
+    holes = tuple(graph.placeholder(f"input_{number}") for number in range(inputs))
+    graph.output(graph.call_module("layer", holes))
+    return GraphModule({"layer": layer}, graph)
+
+
+def _count(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
+    try:
+        with torch.random.fork_rng(devices=[]), counting() as counter:
+            run = _Run(captured.cpu(), counter)
+            run.run(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArgumentError(
+            f"costs_of: {name} fails on inputs of shape {shapes} ({reason}); give inputs that its "
+            "forward takes"
+        ) from error
+    return Costs(name, tuple(run.costs), tuple(run.without_formula))
+
+
+class _Run(Interpreter):
+    """Runs a graph and notes the cost of every call."""
+
+    def __init__(self, graph_module: GraphModule, counter: Counter) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False  # it would grow the message by many lines
+        self.costs: list[NodeCost] = []
+        self.without_formula: list[str] = []
+        self._counter = counter
+        self._unread: dict[int, list[Tensor]] = {}
+        for each in (*graph_module.parameters(), *graph_module.buffers()):
+            self._unread.setdefault(_storage(each), []).append(each)
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node, and note its cost if it calls something."""
+        if n.op not in ("call_module", "call_function", "call_method"):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        called = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+        given = _tensors((args, kwargs))
+        versions = [each._version for each in given]
+        before, foreign = self._counter.macs, len(self._counter.foreign)
+        output = super().run_node(n)
+
+        seen = self._counter.macs - before
+        macs = call_macs(called, args, kwargs, output)
+        unknown = seen or len(self._counter.foreign) > foreign or _holds_weights(called)
+        if macs is None and unknown:
+            self.without_formula.append(_name(n))
+        changed = [
+            each for each, version in zip(given, versions, strict=True) if each._version != version
+        ]
+        read, written = _moved(called, given, changed, output)
+        weights = self._first_read(read)
+        self.costs.append(
+            NodeCost(
+                name=_name(n),
+                kind=_kind(called),
+                macs=seen if macs is None else macs,
+                parameters=sum(x.numel() for x in weights if isinstance(x, nn.Parameter)),
+                weight_bytes=sum(x.nbytes for x in weights),
+                read_bytes=_read_bytes(called, read),
+                written_bytes=sum(map(_bytes, written)),
+            )
+        )
+        return output
+
+    def _first_read(self, read: list[Tensor]) -> list[Tensor]:
+        """The parameters and buffers that no node has read before."""
+        return [each for x in read for each in self._unread.pop(_storage(x), ())]
+
+
+def _moved(
+    called: Any, given: list[Tensor], changed: list[Tensor], output: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What a call reads and writes; nothing, if it only gives another view."""
+    known = {_storage(each) for each in given}
+    fresh = [each for each in _distinct(_tensors(output)) if _storage(each) not in known]
+    written = fresh + _distinct(changed)
+    if not written:
+        return [], []
+    state = [*called.parameters(), *called.buffers()] if isinstance(called, nn.Module) else []
+    return _distinct(given + state), written
+
+
+def _read_bytes(called: Any, read: list[Tensor]) -> int:
+    """Bytes of all of it, but of the rows alone that are looked up in a table."""
+    total = sum(map(_bytes, read))
+    if isinstance(called, nn.Embedding | nn.EmbeddingBag) or called in _LOOK_UPS:
+        indices, table = read[0], read[-1] if isinstance(called, nn.Module) else read[1]
+        total += indices.numel() * table[0].nbytes - table.nbytes
+    return total
+
+
+def _holds_weights(called: Any) -> bool:
+    if not isinstance(called, nn.Module) or isinstance(called, _WITHOUT_SUMS):
+        return False
+    return is_reduction(called) or any(True for _ in called.parameters())
+
+
+def _name(node: Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _kind(called: Any) -> str:
+    if isinstance(called, nn.Module):
+        return type(called).__name__
+    return str(getattr(called, "__name__", called))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(values)
+    return [x for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided]
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """Each part of a storage once."""
+    parts = {(_storage(x), x.storage_offset(), x.shape, x.stride()): x for x in tensors}
+    return list(parts.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of the elements in memory: an expanded axis holds one."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(min(n, 1) if step == 0 else n for n, step in axes)

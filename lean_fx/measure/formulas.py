@@ -1,0 +1,232 @@
+"""Multiply-adds (MACs) of one call, from the shapes of what it reads and writes.
+
+One multiply-add is one product that is summed into a result. Biases, activations, gates,
+normalisation, softmax, pooling and element-wise arithmetic count nothing. Positions are pixels,
+time steps or samples::
+
+    convolution, linear       elements written x weights of one output channel
+    transposed convolution    elements read x weights of one input channel
+    bilinear                  elements written x weights of one output
+    RNN, LSTM, GRU, cells     positions x the elements of all weight matrices: of the inputs, of
+                              the states and of the projections, of all layers and directions
+    attention                 queries x keys x (width of the keys + width of the values), a head,
+                              and the linear projections of a layer; a mask saves nothing
+    matrix product            elements written x the length that is summed over
+    einsum of two operands    the product of the sizes of all axes, but those of one operand alone
+                              that are summed away before; 0 if no axis is summed over
+    reduction                 positions x macs_per_position
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lean_fx.passes.base import is_altered
+
+
+def layer_macs(layer: nn.Module, read: int, written: int) -> int:
+    """MACs of a convolution or linear layer that reads and writes so many elements.
+
+    Example:
+        >>> layer_macs(nn.Conv2d(3, 8, 3, padding=1), read=3 * 25, written=8 * 25)
+        5400
+    """
+    elements = read if getattr(layer, "transposed", False) else written
+    return elements * layer.get_parameter("weight")[0].numel()
+
+
+def call_macs(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> int | None:
+    """MACs of one call by formula; None where there is none.
+
+    Args:
+        target: a module, a function, or the name of a method of tensors. A module of a subclass
+            has no formula, since its forward may mean anything; a reduction has its own.
+        args: what it was called with.
+        kwargs: the same, by name.
+        output: what it returned.
+
+    Example:
+        >>> x, y = torch.zeros(5, 2, 3), torch.zeros(3, 4)
+        >>> call_macs(torch.matmul, (x, y), {}, x @ y)
+        120
+        >>> call_macs(torch.add, (x, 1), {}, x) is None
+        True
+    """
+    if isinstance(target, nn.Module):
+        if isinstance(getattr(target, "macs_per_position", None), int):
+            return _reduction(target, *args, **kwargs)
+        bound = inspect.signature(target.forward).bind(*args, **kwargs)
+        return _module_macs(target, bound.arguments, output)
+    formula = _FUNCTIONS.get(target)
+    return formula(_Given(args, kwargs), output) if formula else None
+
+
+def _module_macs(layer: nn.Module, given: dict[str, Any], output: Any) -> int | None:
+    formula = None if is_altered(layer) else _MODULES.get(type(layer))
+    return formula(layer, given, output) if formula else None
+
+
+def _reduction(module: Any, x: Tensor) -> int:
+    return int(module.macs_per_position) * (x.numel() // int(module.in_channels))
+
+
+def _layer(layer: nn.Module, given: dict[str, Any], output: Tensor) -> int:
+    return layer_macs(layer, given["input"].numel(), output.numel())
+
+
+def _bilinear(layer: Any, given: dict[str, Any], output: Tensor) -> int:
+    return int(output.numel() * layer.weight[0].numel())
+
+
+def _recurrent(layer: Any, given: dict[str, Any], output: Any) -> int:
+    steps = given["input"].data.numel() // layer.input_size  # .data is that of a PackedSequence too
+    return int(steps * sum(each.numel() for each in layer.parameters() if each.dim() == 2))
+
+
+def _attention(layer: Any, given: dict[str, Any], output: Any = None) -> int:
+    query, key = given["query"], given["key"]
+    length = key.shape[1 if layer.batch_first and key.dim() == 3 else 0]
+    length += (layer.bias_k is not None) + layer.add_zero_attn
+    queries, keys = query.numel() // layer.embed_dim, key.numel() // layer.kdim
+    projected = queries * 2 * layer.embed_dim + keys * (layer.kdim + layer.vdim)
+    return int((projected + 2 * queries * length) * layer.embed_dim)
+
+
+def _encoder_layer(layer: Any, given: dict[str, Any], output: Any = None) -> int | None:
+    x = given["src"]
+    return _block(layer, x, [(layer.self_attn, x)])
+
+
+def _decoder_layer(layer: Any, given: dict[str, Any], output: Any = None) -> int | None:
+    x = given["tgt"]
+    return _block(layer, x, [(layer.self_attn, x), (layer.multihead_attn, given["memory"])])
+
+
+def _block(layer: Any, x: Tensor, attended: list[tuple[Any, Tensor]]) -> int | None:
+    """Attention of ``x`` to each value, then two linear layers; None if either was replaced."""
+    linear = (layer.linear1, layer.linear2)
+    replaced = any(type(each) is not nn.Linear for each in linear)
+    if replaced or any(type(each) is not nn.MultiheadAttention for each, _ in attended):
+        return None
+    tokens = x.numel() // int(layer.self_attn.embed_dim)
+    products = sum(_attention(each, {"query": x, "key": value}) for each, value in attended)
+    weights: int = sum(each.weight.numel() for each in linear)
+    return products + tokens * weights
+
+
+def _stack(model: Any, given: dict[str, Any], output: Any = None) -> int | None:
+    """The layers of a TransformerEncoder or TransformerDecoder; each reads what the first does."""
+    counts = [_module_macs(layer, given, None) for layer in model.layers]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _transformer(model: nn.Transformer, given: dict[str, Any], output: Any) -> int | None:
+    encoder = _module_macs(model.encoder, {"src": given["src"]}, None)
+    decoder = _module_macs(model.decoder, {"tgt": given["tgt"], "memory": given["src"]}, None)
+    return None if encoder is None or decoder is None else encoder + decoder
+
+
+_MODULES: dict[type[nn.Module], Callable[[Any, dict[str, Any], Any], int | None]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear), _layer),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _layer),
+    nn.Bilinear: _bilinear,
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), _recurrent),
+    **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), _recurrent),
+    nn.MultiheadAttention: _attention,
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerDecoderLayer: _decoder_layer,
+    nn.TransformerEncoder: _stack,
+    nn.TransformerDecoder: _stack,
+    nn.Transformer: _transformer,
+}
+
+
+class _Given:
+    """The arguments of a function without a signature."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self._kwargs = args, kwargs
+
+    def __call__(self, position: int, *names: str) -> Any:
+        if position < len(self.args):
+            return self.args[position]
+        return next(self._kwargs[name] for name in names if name in self._kwargs)
+
+
+def _weights(given: _Given, output: Tensor) -> int:
+    return int(output.numel() * given(1, "weight")[0].numel())
+
+
+def _transposed(given: _Given, output: Tensor) -> int:
+    return int(given(0, "input").numel() * given(1, "weight")[0].numel())
+
+
+def _bilinear_function(given: _Given, output: Tensor) -> int:
+    return int(output.numel() * given(2, "weight")[0].numel())
+
+
+def _product(given: _Given, output: Tensor) -> int:
+    return int(output.numel() * given(0, "input", "self").shape[-1])
+
+
+def _added_product(given: _Given, output: Tensor) -> int:
+    return int(output.numel() * given(1, "mat1", "batch1", "mat").shape[-1])
+
+
+def _summed_products(given: _Given, output: Tensor) -> int:
+    batches, length = given(1, "batch1").shape[::2]
+    return int(output.numel() * batches * length)
+
+
+def _attended(given: _Given, output: Tensor) -> int:
+    query, key = given(0, "query"), given(1, "key")
+    queries = output.numel() // output.shape[-1]
+    return int(queries * key.shape[-2] * (query.shape[-1] + output.shape[-1]))
+
+
+def _einsum(given: _Given, output: Tensor) -> int | None:
+    equation, *operands = given.args
+    if not isinstance(equation, str):
+        return None
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    terms, arrow, written = equation.replace(" ", "").partition("->")
+    read = terms.split(",")
+    repeated = any(len(set(term)) < len(term) for term in read)
+    if not arrow or "." in equation or repeated or len(read) > 2:
+        return None
+    sizes: dict[str, int] = {
+        axis: size
+        for term, x in zip(read, operands, strict=True)
+        for axis, size in zip(term, x.shape, strict=True)
+    }
+    shared = set(read[0]).intersection(*read[1:])
+    if len(read) == 1 or shared <= set(written):
+        return 0
+    return math.prod(sizes[axis] for axis in shared | set(written))
+
+
+_FUNCTIONS: dict[Any, Callable[[_Given, Any], int | None]] = {
+    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d), _weights),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed),
+    F.bilinear: _bilinear_function,
+    **dict.fromkeys((operator.matmul, torch.matmul, torch.linalg.matmul, "matmul"), _product),
+    **dict.fromkeys((torch.mm, "mm", torch.bmm, "bmm", torch.mv, "mv"), _product),
+    **dict.fromkeys((torch.dot, "dot", torch.inner, "inner"), _product),
+    **dict.fromkeys((torch.addmm, "addmm", torch.baddbmm, "baddbmm"), _added_product),
+    **dict.fromkeys((torch.addmv, "addmv"), _added_product),
+    **dict.fromkeys((torch.addbmm, "addbmm"), _summed_products),
+    F.scaled_dot_product_attention: _attended,
+    torch.einsum: _einsum,
+}

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture import as_inputs
 from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
-from lean_fx.export import export_onnx, resized
+from lean_fx.export import export_onnx
 from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
@@ -28,6 +28,7 @@ from lean_fx.measure.energy import Energy, energy_of_call
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
+from lean_fx.onnx_inputs import resized
 
 
 def compare(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,16 @@ from lean_fx.errors import ArgumentError, DataError, ExportError, require
 from lean_fx.files import replacing
 from lean_fx.functional import as_onnx_nodes
 from lean_fx.onnx_function import DOMAIN
+from lean_fx.onnx_inputs import (
+    Axes,
+    batch_axes,
+    check_axes,
+    sizes_to_check,
+    with_sizes,
+    without_ones,
+)
 from lean_fx.onnx_nodes import define_functions
+from lean_fx.onnx_recurrent import with_onnx_operators
 from lean_fx.parity import first_difference, greatest_difference
 from lean_fx.planning import Plan
 from lean_fx.quantization import Quantize, accuracy_of, quantize_onnx
@@ -40,6 +49,7 @@ def export_onnx(
     example_inputs: Any,
     *,
     batch: Batch = "dynamic",
+    dynamic_shapes: Sequence[Mapping[int, str]] | None = None,
     opset: int | None = None,
     functions: Functions = "keep",
     quantize: Quantize | None = None,
@@ -62,6 +72,10 @@ def export_onnx(
             is doubled, since torch's exporter would freeze it.
         batch: ``"dynamic"``, any batch, checked at 1, 2 and 5; or ``"static"``, that of the
             example inputs alone.
+        dynamic_shapes: for each input the axes that may have any size, by name, such as
+            ``({0: "batch", 1: "length"}, {1: "batch"})``: in place of axis 0 of all. One name is
+            one size. ``"batch"`` is checked at 1, 2 and 5, other names at half, once and twice the
+            size in the example inputs.
         opset: the ONNX opset, 18 or more, or None for the exporter's own.
         functions: ``"keep"`` for LEAN nodes, ``"inline"`` for standard operators alone, for
             runtimes that know no functions.
@@ -114,16 +128,17 @@ def export_onnx(
         tolerance is not None or quantize is not None
     ):
         require(package, purpose="export")
-    dynamic = batch == "dynamic"
-    inputs = tuple(_batch(value, dynamic) for value in as_inputs(example_inputs))
-    if dynamic and len({value.shape[0] for value in inputs}) > 1:
-        sizes = ", ".join(str(value.shape[0]) for value in inputs)
-        raise ArgumentError(f"example_inputs: batches of {sizes} differ; give one batch size")
-    if any(0 in value.shape[:1] for value in inputs):
-        raise ArgumentError("export_onnx: example_inputs have no rows; give one or more")
+    given = as_inputs(example_inputs)
+    if dynamic_shapes is None:
+        axes = batch_axes(given, batch == "dynamic")
+    elif batch == "static":
+        raise ArgumentError("export_onnx: batch='static' and dynamic_shapes exclude each other")
+    else:
+        axes = check_axes(given, dynamic_shapes)
+    inputs = without_ones(given, axes)
     _check_runs(model, inputs)
     with replacing(path) as part, _evaluating(model):
-        program = _export(model, inputs, dynamic, opset)
+        program = _export(model, inputs, axes, opset)
         plan = getattr(model, "meta", {}).get("lean_fx.plan")
         if plan is not None and isinstance(plan.reduction, str):
             program.model.metadata_props[_PLAN] = plan.to_json()
@@ -131,9 +146,9 @@ def export_onnx(
         if functions == "inline":
             _inline(part)
         if tolerance is not None:
-            for size in (1, 2, 5) if dynamic else (None,):
-                batched = tuple(resized(value, size) for value in inputs)
-                _check_parity(_copy(model), program, part, batched, tolerance)
+            for checked in sizes_to_check(inputs, axes):
+                values = with_sizes(inputs, axes, checked)
+                _check_parity(_copy(model), program, part, values, checked, tolerance)
     target = Path(path)
     if quantize is None:
         return Exported(target)
@@ -192,18 +207,19 @@ def plan_of(path: str | os.PathLike[str]) -> Plan:
 
 
 def _export(
-    model: nn.Module, inputs: tuple[Any, ...], dynamic: bool, opset: int | None
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], axes: Axes, opset: int | None
 ) -> torch.onnx.ONNXProgram:
-    size = torch.export.Dim("batch", min=1)
+    sizes = {name: torch.export.Dim(name, min=1) for of in axes for name in of.values()}
+    shapes = tuple({axis: sizes[name] for axis, name in of.items()} for of in axes)
     try:
         with _quiet(), as_onnx_nodes():
             program = torch.onnx.export(
-                model,
+                with_onnx_operators(model),
                 tuple(value.clone() for value in inputs),
                 dynamo=True,
                 opset_version=opset,
                 input_names=_names("input", len(inputs), model.state_dict()),
-                dynamic_shapes=tuple({0: size} for _ in inputs) if dynamic else None,
+                dynamic_shapes=shapes if sizes else None,
                 verbose=False,
             )
     except Exception as error:
@@ -249,9 +265,10 @@ def _check_parity(
     program: torch.onnx.ONNXProgram,
     part: Path,
     inputs: tuple[torch.Tensor, ...],
+    sizes: Mapping[str, int],
     tolerance: float,
 ) -> None:
-    batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    at = " and ".join(f"{name} {size}" for name, size in sizes.items()) or "these inputs"
     try:
         apart = greatest_difference(model, part, inputs)
     except ExportError:
@@ -259,7 +276,7 @@ def _check_parity(
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ExportError(
-            f"export_onnx: {type(model).__name__} cannot run at batch {batch} ({reason}); "
+            f"export_onnx: {type(model).__name__} cannot run at {at} ({reason}); "
             "export it with batch='static'"
         ) from error
     if apart > tolerance:
@@ -271,20 +288,10 @@ def _check_parity(
             "(state, chance, or a reduction's tol, which a file knows not)"
         )
         raise ExportError(
-            f"export_onnx: at batch {batch} the file differs from {type(model).__name__} by "
+            f"export_onnx: at {at} the file differs from {type(model).__name__} by "
             f"{apart:.2g} of the greatest output, tolerance={tolerance:g}; {cause}; mend it, or "
             "give a greater tolerance"
         )
-
-
-def resized(value: torch.Tensor, size: int | None) -> torch.Tensor:
-    """An input with ``size`` rows, its own over and over; as it is for None.
-
-    Example:
-        >>> resized(torch.tensor([7, 8]), 3)
-        tensor([7, 8, 7])
-    """
-    return value if size is None else value[torch.arange(size) % value.shape[0]]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -292,14 +299,6 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ArgumentError(
             f"export_onnx: {name}={value!r} is not known; use {' or '.join(choices)}"
         )
-
-
-def _batch(value: Any, dynamic: bool) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.dim() == 0:
-        raise ArgumentError(
-            "example_inputs: an input is no tensor with a batch axis; give tensors, batch first"
-        )
-    return torch.cat([value, value]) if dynamic and value.shape[0] == 1 else value
 
 
 def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -352,6 +351,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

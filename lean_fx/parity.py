@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import ExportError, require
 from lean_fx.functional import lean_reduction
 from lean_fx.onnx_nodes import TORCH_NAME
+from lean_fx.onnx_recurrent import recurrence
 
 
 def greatest_difference(
@@ -127,20 +128,23 @@ class _Values(torch.fx.Interpreter):
         value = super().run_node(n)
         if n.op == "call_function" and "onnx_symbolic" in str(n.target):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value = _lean(args, kwargs)
+            value = _symbolic(args, kwargs)
         if isinstance(value, Tensor) and n.op == "call_function":
             self.values[n.name] = value
         return value
 
 
-def _lean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a LEAN node stands for; the exporter's own operator computes nothing."""
+def _symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an ONNX node of ours stands for; the exporter's own operator computes nothing."""
+    inputs, operator, *_ = args
     stored = {"i": kwargs["attr_ints"], "s": kwargs["attr_strs"]}
-    kinds, places = kwargs["attr_types"], kwargs["attr_pos"]
+    places = zip(kwargs["attr_keys"], kwargs["attr_types"], kwargs["attr_pos"], strict=True)
     options = {
-        key: stored[kind][place[0]]
-        for key, kind, place in zip(kwargs["attr_keys"], kinds, places, strict=True)
+        key: stored[kind[0]][slice(*place)] if len(kind) > 1 else stored[kind][place[0]]
+        for key, kind, place in places
     }
-    x, seed = args[0]
+    if operator in ("RNN", "LSTM", "GRU"):
+        return recurrence(operator, inputs, options)
+    x, seed = inputs
     options["nonnegative"] = bool(options["nonnegative"])
     return lean_reduction(x, seed, options.pop("axis"), **options)

@@ -231,7 +231,7 @@ def test_the_first_node_that_differs_is_named(tmp_path):
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4), nn.Sigmoid())
     lean = lean_fx.leanify(model, torch.rand(2, 4), channels=4).eval()
     inputs = (torch.rand(2, 4),)
-    program = _export(lean, inputs, True, None)
+    program = _export(lean, inputs, ({0: "batch"},), None)
     path = tmp_path / "net.onnx"
     program.save(path)
     assert first_difference(program, path, inputs, 1e-4) is None

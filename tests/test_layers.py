@@ -22,6 +22,8 @@ LAYERS = (
         "lean_fx.parity",
         "lean_fx.onnx_function",
         "lean_fx.onnx_nodes",
+        "lean_fx.onnx_inputs",
+        "lean_fx.onnx_recurrent",
         "lean_fx.reduction",
         "lean_fx.controls",
         "lean_fx.registry",

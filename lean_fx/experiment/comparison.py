@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lean_fx.errors import require
 from lean_fx.experiment.datasets import Dataset
-from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths
+from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths, nearest_widths
 from lean_fx.experiment.processes import (
     Processes,
     is_first_process,
@@ -72,18 +73,68 @@ def paper_arms(
     Returns:
         The models by name, the baseline first.
     """
+    _, in_channels, size, _ = data.train_x.shape
+    return three_arms(
+        lambda widths: PaperNet(widths, in_channels, size, data.classes),
+        PAPER_WIDTHS,
+        data.train_x[:2].float(),
+        channels=channels,
+        reduction=reduction,
+        seed=seed,
+    )
+
+
+def three_arms(
+    make: Callable[[tuple[int, ...]], nn.Module],
+    widths: tuple[int, ...],
+    inputs: Tensor,
+    *,
+    channels: ChannelsPolicy,
+    reduction: str = "lean",
+    min_channels: int = 16,
+    seed: int = 0,
+) -> dict[str, nn.Module]:
+    """A net, the same leanified, and the same made narrower to the count of the leanified one.
+
+    Args:
+        make: builds the net from its widths.
+        widths: of the baseline.
+        inputs: example inputs.
+        channels: see :func:`lean_fx.leanify`, like the next two.
+        reduction: a registered name.
+        min_channels: layers that read fewer are left alone.
+        seed: of the first weights of each.
+
+    Returns:
+        The models by name, the baseline first.
+
+    Example:
+        >>> arms = three_arms(
+        ...     lambda widths: PaperNet(widths, image_size=8), (32, 64), torch.rand(2, 3, 8, 8),
+        ...     channels=8,
+        ... )
+        >>> {name: count_parameters(model) for name, model in arms.items()}
+        {'baseline': 21962, 'lean': 5914, 'narrow 15/31': 5886}
+    """
     torch.manual_seed(seed)
-    baseline = baseline_net(data)
+    baseline = make(widths)
     torch.manual_seed(seed)
-    lean = lean_net(data, channels, reduction)
+    lean = leanify(
+        make(widths), inputs, channels=channels, reduction=reduction, min_channels=min_channels
+    )
+
+    def count(some: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            return count_parameters(make(some))
+
+    narrow = nearest_widths(count_parameters(lean), widths, count)
     torch.manual_seed(seed)
-    narrow = narrow_net(data, count_parameters(lean))
-    names = ("baseline", reduction_name(reduction), f"narrow {'/'.join(map(str, narrow.widths))}")
-    return dict(zip(names, (baseline, lean, narrow), strict=True))
+    names = ("baseline", reduction_name(reduction), f"narrow {'/'.join(map(str, narrow))}")
+    return dict(zip(names, (baseline, lean, make(narrow)), strict=True))
 
 
 def run(
-    arms: Mapping[str, nn.Module],
+    arms: Mapping[int, Mapping[str, nn.Module]],
     data: Dataset,
     settings: Settings,
     folder: str | Path,
@@ -94,16 +145,16 @@ def run(
     batch: int = 1,
     threads: int = 1,
 ) -> Report:
-    """Train the models, export them, time and meter them, and save the report.
+    """Train the models with every seed, export, time and meter those of the first, and report.
 
     Training that is done already, or begun, goes on from its checkpoint in ``folder``. Under
     torchrun all processes train; then the first goes on alone, and the others exit.
 
     Args:
-        arms: models by name, with their first weights; the first is what the ratios refer to.
-            They end trained.
+        arms: by seed the models by name, the same names for each, with their first weights; the
+            first model is what the ratios refer to. They end trained.
         data: what to train and test on.
-        settings: of the training, the same for all.
+        settings: of the training, the same for all but for the seed.
         folder: for the checkpoints, the ONNX files and the report; made if it is missing.
         title: of the report.
         command: that a reader can run to make it again.
@@ -124,19 +175,27 @@ def run(
 
     require_all()
     target = make_folder(folder)
-    histories: dict[str, tuple[Epoch, ...]] = {}
-    for number, (name, model) in enumerate(arms.items(), start=1):
-        _say(f"{number}/{len(arms)} {name}: {count_parameters(model):,} parameters")
+    runs: dict[str, list[tuple[Epoch, ...]]] = {}
+    every = [(seed, name, model) for seed, models in arms.items() for name, model in models.items()]
+    for number, (seed, name, model) in enumerate(every, start=1):
+        _say(f"{number}/{len(every)} {name}, seed {seed}: {count_parameters(model):,} parameters")
         with EnergyMeter(country) if is_first_process() else contextlib.nullcontext() as meter:
-            histories[name] = train(
-                model, data, settings, target / _slug(name), meter=meter, name=name
+            history = train(
+                model,
+                data,
+                dataclasses.replace(settings, seed=seed),
+                target / f"{_slug(name)}-seed{seed}",
+                meter=meter,
+                name=name,
             )
+        runs.setdefault(name, []).append(history)
     leave_to_first_process()
     _say("metering the test, exporting to ONNX, timing in ONNX Runtime")
+    first = next(iter(arms.values()))
     energies = {
-        name: measure_test_energy(model, data, country=country) for name, model in arms.items()
+        name: measure_test_energy(model, data, country=country) for name, model in first.items()
     }
-    latencies = export_and_time(arms, data, target, batch=batch, threads=threads)
+    latencies = export_and_time(first, data, target, batch=batch, threads=threads)
     report = Report(
         title=title,
         command=command,
@@ -146,15 +205,15 @@ def run(
                 parameters=count_parameters(model),
                 macs=count_macs(model, data.normalised(data.test_x[:1])),
                 onnx_bytes=(target / f"{_slug(name)}.onnx").stat().st_size,
-                epochs=histories[name],
+                runs=tuple(runs[name]),
                 latency=latencies[name],
                 test_energy=energies[name],
                 plan=str(getattr(model, "meta", {}).get("lean_fx.plan", "")),
             )
-            for name, model in arms.items()
+            for name, model in first.items()
         ),
         machine=machine(),
-        seed=settings.seed,
+        seeds=tuple(arms),
         notes=_notes(processes()),
     )
     report.save(target)

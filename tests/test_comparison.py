@@ -8,7 +8,8 @@ from torch import nn
 
 from lean_fx.errors import DataError
 from lean_fx.experiment import script
-from lean_fx.experiment.comparison import paper_arms, run, three_arms
+from lean_fx.experiment.arms import paper_arms, three_arms
+from lean_fx.experiment.comparison import run
 from lean_fx.experiment.models import PaperNet
 from lean_fx.measure.cost import count_parameters
 from lean_fx.measure.report import Report
@@ -95,6 +96,11 @@ def test_scripts_end_with_one_line(capsys):
     ("command", "message"),
     [
         ("examples/stl10.py --data nowhere", "error: nowhere: has not all of train_X.bin"),
+        (
+            "examples/spoken_digits.py --data nowhere",
+            "error: nowhere: lacks 3000 of 3000 recordings, the first 0_george_0.wav; run again "
+            "with --download",
+        ),
         ("examples/digits.py --channels 0", "error: channels=0 is not 1 or more"),
         ("examples/digits.py --seeds 0,x", "error: seeds: 'x' is not a whole number of 0 or more"),
         ("examples/digits.py --epochs 0", "error: Settings: epochs=0 is not a whole number"),

@@ -16,13 +16,8 @@ import torch
 from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError, require
-from lean_fx.experiment.comparison import (
-    baseline_net,
-    export_and_time,
-    lean_net,
-    narrow_net,
-    require_all,
-)
+from lean_fx.experiment.arms import baseline_net, lean_net, narrow_net
+from lean_fx.experiment.comparison import export_and_time, require_all
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import is_first_process, leave_to_first_process
 from lean_fx.experiment.script import whole_numbers

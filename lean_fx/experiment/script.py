@@ -13,6 +13,7 @@ from torch import nn
 
 from lean_fx.errors import ArgumentError, LeanError, require
 from lean_fx.experiment import comparison
+from lean_fx.experiment.arms import paper_arms
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.measure.report import Report
 
@@ -36,13 +37,23 @@ def command_line() -> str:
     return shlex.join(["python", str(shown), *sys.argv[1:]])
 
 
-def experiment_parser(description: str, epochs: int, out: str) -> argparse.ArgumentParser:
-    """A parser with the options of the main job: baseline, LEAN and control on some data."""
+def experiment_parser(
+    description: str, epochs: int, out: str, *, channels: int = 10, seeds: str = "0"
+) -> argparse.ArgumentParser:
+    """A parser with the options of the main job: baseline, LEAN and control on some data.
+
+    Args:
+        description: of the script, one line.
+        epochs: a default, like the rest.
+        out: folder for the nets and the report.
+        channels: C' of every reduction.
+        seeds: numbers, separated by commas.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--channels", type=int, default=10, help="C' of every reduction")
+    parser.add_argument("--channels", type=int, default=channels, help="C' of every reduction")
     parser.add_argument("--reduction", default="lean", help="lean, or another registered name")
-    parser.add_argument("--seeds", default="0", help="seeds, separated by commas")
+    parser.add_argument("--seeds", default=seeds, help="seeds, separated by commas")
     parser.add_argument("--out", default=out, help="folder for the nets and the report")
     return parser
 
@@ -84,12 +95,12 @@ def run_experiment(
     """
     from lean_fx.experiment.training import Settings
 
-    def paper_arms(seed: int) -> Mapping[str, nn.Module]:
-        return comparison.paper_arms(data, args.channels, args.reduction, seed)
+    def papers(seed: int) -> Mapping[str, nn.Module]:
+        return paper_arms(data, args.channels, args.reduction, seed)
 
     settings = Settings(epochs=args.epochs)
     report = comparison.run(
-        {seed: (make_arms or paper_arms)(seed) for seed in whole_numbers("seeds", args.seeds, 0)},
+        {seed: (make_arms or papers)(seed) for seed in whole_numbers("seeds", args.seeds, 0)},
         data,
         settings,
         args.out,

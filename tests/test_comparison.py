@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lean_fx.errors import DataError
+from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment import script
 from lean_fx.experiment.arms import paper_arms, three_arms
 from lean_fx.experiment.comparison import run
@@ -57,6 +57,22 @@ def test_a_comparison_end_to_end(tmp_path, capfd):
     assert [arm.runs for arm in report_again.arms] == [arm.runs for arm in report.arms]
 
 
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({}, "run: arms is empty, or its seeds have models of different names"),
+        ({0: {"a": nn.Identity()}, 1: {"b": nn.Identity()}}, "run: arms is empty, or its seeds h"),
+        ({0: {"a": nn.Identity()}, 2**32: {"a": nn.Identity()}}, "Settings: seed=4294967296 is"),
+    ],
+)
+def test_arms_that_make_no_report_are_refused_before_anything_is_trained(tmp_path, arms, message):
+    from lean_fx.experiment.training import Settings
+
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        run(arms, small_digits(), Settings(), tmp_path, title="none", command="python x.py")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_arms_of_any_net_share_a_budget():
     def make(widths):
         layers = nn.Linear(20, widths[0]), nn.ReLU(), nn.Linear(*widths), nn.ReLU()
@@ -102,7 +118,6 @@ def test_scripts_end_with_one_line(capsys):
             "with --download",
         ),
         ("examples/digits.py --channels 0", "error: channels=0 is not 1 or more"),
-        ("examples/digits.py --seeds 0,x", "error: seeds: 'x' is not a whole number of 0 or more"),
         ("examples/digits.py --epochs 0", "error: Settings: epochs=0 is not a whole number"),
         (
             "examples/ablate.py --control slize",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lean_fx.errors import require
+from lean_fx.errors import ArgumentError, require
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import (
     Processes,
@@ -65,6 +65,7 @@ def run(
         ``figure3.png``.
 
     Raises:
+        ArgumentError: there are no arms, the seeds have other names, or one is out of range.
         LeanError: see :func:`~lean_fx.experiment.training.train`,
             :func:`~lean_fx.export_onnx` and :func:`~lean_fx.measure.timing.time_onnx`.
         SystemExit: of status 0, after the training, in all processes but the first.
@@ -72,6 +73,9 @@ def run(
     from lean_fx.experiment.training import measure_test_energy, train
 
     require_all()
+    if len({tuple(models) for models in arms.values()}) != 1:
+        raise ArgumentError("run: arms is empty, or its seeds have models of different names")
+    settings_of = {seed: dataclasses.replace(settings, seed=seed) for seed in arms}
     target = make_folder(folder)
     runs: dict[str, list[tuple[Epoch, ...]]] = {}
     every = [(seed, name, model) for seed, models in arms.items() for name, model in models.items()]
@@ -81,7 +85,7 @@ def run(
             history = train(
                 model,
                 data,
-                dataclasses.replace(settings, seed=seed),
+                settings_of[seed],
                 target / f"{_slug(name)}-seed{seed}",
                 meter=meter,
                 name=name,

@@ -7,7 +7,7 @@ training and testing. --net lstm, fc and conv1d do the same with an LSTM, a full
 1-D convolutional net. --download fetches the recordings (16 MB) into DIR.
 
     python examples/spoken_digits.py --data DIR --download
-    python examples/spoken_digits.py --data DIR --net lstm
+    python examples/spoken_digits.py --data DIR --net conv1d --epochs 60
 
 Reference: Z. Jackson and others: Free Spoken Digit Dataset, doi 10.5281/zenodo.1342401.
 """

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from lean_fx.errors import DataError
+from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment import script
-from lean_fx.experiment.comparison import paper_arms, run
+from lean_fx.experiment.arms import paper_arms, three_arms
+from lean_fx.experiment.comparison import run
 from lean_fx.experiment.models import PaperNet
 from lean_fx.measure.cost import count_parameters
 from lean_fx.measure.report import Report
@@ -29,11 +31,15 @@ def test_a_comparison_end_to_end(tmp_path, capfd):
     from lean_fx.experiment.training import Settings
 
     data = small_digits()
-    command = "python examples/digits.py"
-    report = run(
-        paper_arms(data), data, Settings(epochs=2), tmp_path, title="digits", command=command
-    )
+
+    def again():
+        arms = {seed: paper_arms(data, seed=seed) for seed in (0, 4)}
+        return run(arms, data, Settings(epochs=2), tmp_path, title="digits", command="python x.py")
+
+    report = again()
     assert [arm.name for arm in report.arms] == ["baseline", "lean", "narrow 18/35/53"]
+    assert report.seeds == (0, 4)
+    assert all(len(set(arm.runs)) == 2 for arm in report.arms)
     assert Report.from_json((tmp_path / "report.json").read_text()) == report
     assert "conv2" in report.arms[1].plan
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".onnx", ".json", ".md", ".png"}
@@ -45,11 +51,46 @@ def test_a_comparison_end_to_end(tmp_path, capfd):
 
     # A second run trains nothing anew.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("last.ckpt")}
-    again = run(
-        paper_arms(data), data, Settings(epochs=2), tmp_path, title="digits", command=command
-    )
+    assert len(before) == 6
+    report_again = again()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("last.ckpt")} == before
-    assert [arm.epochs for arm in again.arms] == [arm.epochs for arm in report.arms]
+    assert [arm.runs for arm in report_again.arms] == [arm.runs for arm in report.arms]
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({}, "run: arms is empty, or its seeds have models of different names"),
+        ({0: {"a": nn.Identity()}, 1: {"b": nn.Identity()}}, "run: arms is empty, or its seeds h"),
+        ({0: {"a": nn.Identity()}, 2**32: {"a": nn.Identity()}}, "Settings: seed=4294967296 is"),
+    ],
+)
+def test_arms_that_make_no_report_are_refused_before_anything_is_trained(tmp_path, arms, message):
+    from lean_fx.experiment.training import Settings
+
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        run(arms, small_digits(), Settings(), tmp_path, title="none", command="python x.py")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_arms_of_any_net_share_a_budget():
+    def make(widths):
+        layers = nn.Linear(20, widths[0]), nn.ReLU(), nn.Linear(*widths), nn.ReLU()
+        return nn.Sequential(*layers, nn.Linear(widths[1], 3))
+
+    arms = three_arms(make, (48, 60), torch.randn(4, 20), channels=6, min_channels=21, seed=2)
+    assert list(arms) == ["baseline", "lean", "narrow 25/32"]
+    assert [count_parameters(model) for model in arms.values()] == [
+        (20 * 48 + 48) + (48 * 60 + 60) + (60 * 3 + 3),
+        (20 * 48 + 48) + (6 * 60 + 60) + (6 * 3 + 3) + 2 * 6,
+        (20 * 25 + 25) + (25 * 32 + 32) + (32 * 3 + 3),
+    ]
+    assert arms["lean"].meta["lean_fx.plan"].left_alone[0].layer == "0"
+    again = three_arms(make, (48, 60), torch.randn(4, 20), channels=6, min_channels=21, seed=2)
+    assert all(
+        torch.equal(again[name].state_dict()["0.weight"], model.state_dict()["0.weight"])
+        for name, model in arms.items()
+    )
 
 
 def test_scripts_end_with_one_line(capsys):
@@ -71,6 +112,11 @@ def test_scripts_end_with_one_line(capsys):
     ("command", "message"),
     [
         ("examples/stl10.py --data nowhere", "error: nowhere: has not all of train_X.bin"),
+        (
+            "examples/spoken_digits.py --data nowhere",
+            "error: nowhere: lacks 3000 of 3000 recordings, the first 0_george_0.wav; run again "
+            "with --download",
+        ),
         ("examples/digits.py --channels 0", "error: channels=0 is not 1 or more"),
         ("examples/digits.py --epochs 0", "error: Settings: epochs=0 is not a whole number"),
         ("examples/metering.py --rounds 1", "error: metering: rounds=1 is too little; give 2"),

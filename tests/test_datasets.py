@@ -99,3 +99,50 @@ def test_a_channel_that_never_changes_stays_finite():
     labels = torch.zeros(4, dtype=torch.int64)
     data = Dataset.of("flat", (images, labels), (images, labels), classes=1)
     assert torch.equal(data.normalised(images), torch.zeros(4, 1, 2, 2))
+
+
+def test_sequences_are_normalised_by_channel():
+    sequences = torch.randn(300, 3, 7) * torch.tensor([1.0, 2.0, 5.0]).view(3, 1) - 4
+    labels = torch.zeros(300, dtype=torch.int64)
+    data = Dataset.of("sequences", (sequences, labels), (sequences, labels), classes=1)
+    exact = sequences.double()
+    torch.testing.assert_close(data.mean.double(), exact.mean((0, 2)), rtol=1e-6, atol=0)
+    expected = (exact - exact.mean((0, 2), keepdim=True)) / exact.std(
+        (0, 2), keepdim=True, correction=0
+    )
+    torch.testing.assert_close(data.normalised(sequences).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def broken(value: float) -> torch.Tensor:
+    sequences = torch.zeros(4, 2, 5)
+    sequences[2, 1, 3] = value
+    return sequences
+
+
+LABELS = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ((broken(0), LABELS[:3]), "has 4 samples and 3 labels; give one label each"),
+        ((torch.zeros(4, 2, 0), LABELS), r"has shape \[4, 2, 0\]; give \[N, C, H, W\] or \[N, "),
+        ((torch.zeros(0, 2, 5), LABELS[:0]), r"has shape \[0, 2, 5\]; give \[N, C, H, W\] or"),
+        ((broken(0), LABELS + 1), "has labels 1 to 1; classes=1 allows 0 to 0"),
+        ((broken(0), LABELS - 1), "has labels -1 to -1; classes=1 allows 0 to 0"),
+        ((broken(float("nan")), LABELS), "holds NaN or infinite values, first in sample 2; give"),
+        ((broken(float("inf")), LABELS), "holds NaN or infinite values, first in sample 2; give"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_no_data_is_refused_by_the_name_of_its_split(split, pair, message):
+    pairs = {"train": (broken(0), LABELS), "test": (broken(0), LABELS), split: pair}
+    with pytest.raises(ArgumentError, match=f"^heard: {split} {message}"):
+        Dataset.of("heard", pairs["train"], pairs["test"], classes=1)
+
+
+def test_splits_of_different_lengths_are_refused():
+    with pytest.raises(
+        ArgumentError, match=r"^heard: train has samples of shape \[2, 5\], test of \[2, 6\]; give"
+    ):
+        Dataset.of("heard", (broken(0), LABELS), (torch.zeros(4, 2, 6), LABELS), classes=1)

@@ -32,7 +32,7 @@ def make_arm(name: str = "baseline", factor: float = 1.0, meter: str = "cpu_load
         parameters=int(397_660 * factor),
         macs=int(194_097_600 * factor),
         onnx_bytes=int(1_593_210 * factor),
-        epochs=epochs,
+        runs=(epochs,),
         latency=Latency(tuple(factor * ms for ms in (6.1, 6.3, 6.2, 6.9)), batch=1, threads=1),
         test_energy=Energy(90.0 * factor, 0.009 * factor, 4.5 * factor, meter),
     )
@@ -40,15 +40,15 @@ def make_arm(name: str = "baseline", factor: float = 1.0, meter: str = "cpu_load
 
 def make_report(arms: tuple[Arm, ...] | None = None, **changes: object) -> Report:
     arms = arms or (make_arm(), make_arm("LEAN [10]", 0.25))
-    report = Report(
-        title="The paper's net [STL-10]",
-        command="python run.py --epochs 8",
-        arms=arms,
-        machine="Chip 9, AVX2, 2 cores",
-        seed=3,
-        notes=("A note.",),
-    )
-    return dataclasses.replace(report, **changes)
+    given = {
+        "title": "The paper's net [STL-10]",
+        "command": "python run.py --epochs 8",
+        "arms": arms,
+        "machine": "Chip 9, AVX2, 2 cores",
+        "seeds": (3,),
+        "notes": ("A note.",),
+    }
+    return Report(**given | changes)
 
 
 def shown(report: Report, width: int = 80) -> str:
@@ -59,7 +59,7 @@ def shown(report: Report, width: int = 80) -> str:
 
 def test_properties_of_an_arm() -> None:
     arm = make_arm()
-    assert arm.accuracy == arm.epochs[-1].test_accuracy
+    assert arm.accuracy == arm.runs[0][-1].test_accuracy
     assert arm.train_energy.energy_j == sum(820.0 + i for i in range(1, 9))
     assert arm.train_energy_per_epoch.seconds == pytest.approx(41.0)
     assert arm.train_energy.meter == "cpu_load"
@@ -113,6 +113,32 @@ def test_the_seed_is_named_as_the_only_one() -> None:
     assert any("one seed (3)" in note for note in make_report().footnotes())
 
 
+def test_several_seeds_are_told_by_mean_and_range(tmp_path: Path) -> None:
+    low, high = (
+        make_arm().runs[0],
+        tuple(
+            dataclasses.replace(e, test_accuracy=0.9, train_accuracy=1.0, train=e.train.scaled(3))
+            for e in make_arm().runs[0]
+        ),
+    )
+    arms = tuple(dataclasses.replace(make_arm(name), runs=(low, high)) for name in "ab")
+    report = make_report(arms, seeds=(3, 5))
+    assert arms[0].accuracies == pytest.approx((0.65, 0.9))
+    assert arms[0].accuracy == pytest.approx(0.775)
+    assert arms[0].train_accuracy == pytest.approx((0.925 + 1) / 2)
+    assert arms[0].train_energy_per_epoch.seconds == pytest.approx(41.0 * 2)
+    rows = {row[0].strip(): row[1:] for row in report._rows()}
+    assert rows["test accuracy, %"] == ("77.5", "77.5")
+    assert rows["range"] == ("65.0-90.0", "65.0-90.0")
+    notes = report.footnotes()
+    assert (
+        "Accuracy: mean and range over 2 seeds (3, 5); latency and testing: of the nets of seed 3."
+    ) in notes
+    assert "mean of 8 epochs" in "\n".join(notes)
+    assert len(report.draw(tmp_path)) == 2
+    assert "range" not in shown(make_report())
+
+
 def test_markdown_has_the_tables_rows() -> None:
     planned = dataclasses.replace(make_arm("a|b", 0.5), plan="conv2: 50 -> 10")
     lines = make_report((make_arm(), planned)).to_markdown(["curves.png"]).splitlines()
@@ -140,8 +166,8 @@ latencies = st.builds(
 def test_json_round_trip_is_exact(
     epochs: list[Epoch], latency: Latency, test: Energy, text: str, number: int
 ) -> None:
-    arm = Arm(text, number, number, number, tuple(epochs), latency, test, text)
-    report = make_report((arm,), title=text, seed=number)
+    arm = Arm(text, number, number, number, (tuple(epochs),) * 2, latency, test, text)
+    report = make_report((arm,), title=text, seeds=(number, 0))
     assert Report.from_json(report.to_json()) == report
 
 
@@ -157,18 +183,27 @@ def broken(change: object) -> str:
         ("{", "report: is not JSON"),
         ("[]", "report: has no format 'lean_fx.report'"),
         (broken(lambda d: d.pop("format")), "report: has no format 'lean_fx.report'"),
-        (broken(lambda d: d.update(version=2)), "report: version 2 is not 1"),
-        (broken(lambda d: d.pop("seed")), "report: does not have exactly the keys title, command"),
+        (broken(lambda d: d.update(version=1)), "report: version 1 is not 2"),
+        (broken(lambda d: d.pop("seeds")), "report: does not have exactly the keys title, command"),
         (broken(lambda d: d.update(more=1)), "report: does not have exactly the keys title"),
-        (broken(lambda d: d.update(seed="3")), "report.seed: '3' is not int"),
-        (broken(lambda d: d.update(seed=True)), "report.seed: True is not int"),
+        (broken(lambda d: d.update(seeds=["3"])), "report.seeds[0]: '3' is not int"),
+        (broken(lambda d: d.update(seeds=3)), "report.seeds: 3 is not tuple"),
         (broken(lambda d: d.update(arms=3)), "report.arms: 3 is not tuple"),
         (broken(lambda d: d.update(arms=[])), "Report: arms is empty"),
         (
-            broken(lambda d: d["arms"][1]["epochs"][0].update(train_loss=None)),
-            "report.arms[1].epochs[0].train_loss: None is not float",
+            broken(lambda d: d["arms"][1]["runs"][0][0].update(train_loss=None)),
+            "report.arms[1].runs[0][0].train_loss: None is not float",
         ),
-        (broken(lambda d: d["arms"][0].update(epochs=[])), "Arm: 'baseline' has no epochs"),
+        (broken(lambda d: d["arms"][0].update(runs=[])), "Arm: 'baseline' has no epochs"),
+        (broken(lambda d: d["arms"][0].update(runs=[[]])), "Arm: 'baseline' has no epochs"),
+        (
+            broken(lambda d: d["arms"][0]["runs"].append(d["arms"][0]["runs"][0][:2])),
+            "Arm: 'baseline' has runs of 8, 2 epochs; give equally long ones",
+        ),
+        (
+            broken(lambda d: d.update(seeds=[3, 4])),
+            "Report: 'baseline' has 1 runs for 2 seeds; give one each",
+        ),
     ],
 )
 def test_bad_json_is_told_in_one_line(text: str, message: str) -> None:
@@ -209,7 +244,7 @@ def test_save_writes_every_file_whole(tmp_path: Path, count: int) -> None:
 def test_drawing_one_epoch_and_leaving_pyplot_alone(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
-    arm = dataclasses.replace(make_arm(), epochs=make_arm().epochs[:1])
+    arm = dataclasses.replace(make_arm(), runs=(make_arm().runs[0][:1],))
     make_report((arm,)).draw(tmp_path)
     assert pyplot.get_fignums() == []
 

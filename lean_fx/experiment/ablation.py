@@ -16,15 +16,11 @@ import torch
 from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError, require
-from lean_fx.experiment.comparison import (
-    baseline_net,
-    export_and_time,
-    lean_net,
-    narrow_net,
-    require_all,
-)
+from lean_fx.experiment.arms import baseline_net, lean_net, narrow_net
+from lean_fx.experiment.comparison import export_and_time, require_all
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import is_first_process, leave_to_first_process
+from lean_fx.experiment.script import whole_numbers
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.pictures import colour, new_figure
@@ -114,18 +110,12 @@ def grid(channels: str, controls: str, seeds: str, epochs: int) -> list[Setting]
     for name in names:
         if name not in known:
             raise ArgumentError(f"control={name!r} is not known; use {', '.join(known[1:])}")
-    kept = [_number("channels", text, 1) for text in channels.split(",")]
+    kept = whole_numbers("channels", channels, 1)
     settings = []
-    for seed in (_number("seeds", text, 0) for text in seeds.split(",")):
+    for seed in whole_numbers("seeds", seeds, 0):
         settings.append(Setting("baseline", 0, seed, epochs))
         settings += [Setting(name, c, seed, epochs) for name in dict.fromkeys(names) for c in kept]
     return list(dict.fromkeys(settings))
-
-
-def _number(subject: str, text: str, least: int) -> int:
-    if not text.strip().isdecimal() or int(text) < least:
-        raise ArgumentError(f"{subject}: {text!r} is not a whole number of {least} or more")
-    return int(text)
 
 
 def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[Row]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from lean_fx.errors import require
+from lean_fx.errors import ArgumentError, require
 from lean_fx.experiment.datasets import Dataset
-from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths
 from lean_fx.experiment.processes import (
     Processes,
     is_first_process,
@@ -27,63 +26,13 @@ from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
 from lean_fx.measure.report import Arm, Epoch, Report
 from lean_fx.measure.timing import Latency, machine, time_onnx
-from lean_fx.policy import ChannelsPolicy
-from lean_fx.registry import ReductionFactory, reduction_name
-from lean_fx.transform import leanify
 
 if TYPE_CHECKING:
     from lean_fx.experiment.training import Settings
 
 
-def baseline_net(data: Dataset) -> PaperNet:
-    """The paper's net for the pictures of a data set, its weights drawn anew."""
-    _, channels, size, _ = data.train_x.shape
-    return PaperNet(PAPER_WIDTHS, channels, size, data.classes)
-
-
-def lean_net(
-    data: Dataset, channels: ChannelsPolicy, reduction: str | ReductionFactory = "lean"
-) -> nn.Module:
-    """The paper's net, leanified."""
-    return leanify(
-        baseline_net(data), data.train_x[:2].float(), channels=channels, reduction=reduction
-    )
-
-
-def narrow_net(data: Dataset, parameters: int) -> PaperNet:
-    """The control of equal budget: the paper's net made narrower, with as many parameters."""
-    _, channels, size, _ = data.train_x.shape
-    shape = {"in_channels": channels, "image_size": size, "classes": data.classes}
-    widths = narrow_widths(parameters, widths=PAPER_WIDTHS, **shape)
-    return PaperNet(widths, channels, size, data.classes)
-
-
-def paper_arms(
-    data: Dataset, channels: ChannelsPolicy = 10, reduction: str = "lean", seed: int = 0
-) -> dict[str, nn.Module]:
-    """The three models of the paper's experiment: baseline, LEAN, and a narrower net.
-
-    Args:
-        data: gives the size of the pictures and the number of classes.
-        channels: see :func:`lean_fx.leanify`.
-        reduction: see :func:`lean_fx.leanify`.
-        seed: of the first weights of each.
-
-    Returns:
-        The models by name, the baseline first.
-    """
-    torch.manual_seed(seed)
-    baseline = baseline_net(data)
-    torch.manual_seed(seed)
-    lean = lean_net(data, channels, reduction)
-    torch.manual_seed(seed)
-    narrow = narrow_net(data, count_parameters(lean))
-    names = ("baseline", reduction_name(reduction), f"narrow {'/'.join(map(str, narrow.widths))}")
-    return dict(zip(names, (baseline, lean, narrow), strict=True))
-
-
 def run(
-    arms: Mapping[str, nn.Module],
+    arms: Mapping[int, Mapping[str, nn.Module]],
     data: Dataset,
     settings: Settings,
     folder: str | Path,
@@ -94,16 +43,16 @@ def run(
     batch: int = 1,
     threads: int = 1,
 ) -> Report:
-    """Train the models, export them, time and meter them, and save the report.
+    """Train the models with every seed, export, time and meter those of the first, and report.
 
     Training that is done already, or begun, goes on from its checkpoint in ``folder``. Under
     torchrun all processes train; then the first goes on alone, and the others exit.
 
     Args:
-        arms: models by name, with their first weights; the first is what the ratios refer to.
-            They end trained.
+        arms: by seed the models by name, the same names for each, with their first weights; the
+            first model is what the ratios refer to. They end trained.
         data: what to train and test on.
-        settings: of the training, the same for all.
+        settings: of the training, the same for all but for the seed.
         folder: for the checkpoints, the ONNX files and the report; made if it is missing.
         title: of the report.
         command: that a reader can run to make it again.
@@ -116,6 +65,7 @@ def run(
         ``figure3.png``.
 
     Raises:
+        ArgumentError: there are no arms, the seeds have other names, or one is out of range.
         LeanError: see :func:`~lean_fx.experiment.training.train`,
             :func:`~lean_fx.export_onnx` and :func:`~lean_fx.measure.timing.time_onnx`.
         SystemExit: of status 0, after the training, in all processes but the first.
@@ -123,20 +73,31 @@ def run(
     from lean_fx.experiment.training import measure_test_energy, train
 
     require_all()
+    if len({tuple(models) for models in arms.values()}) != 1:
+        raise ArgumentError("run: arms is empty, or its seeds have models of different names")
+    settings_of = {seed: dataclasses.replace(settings, seed=seed) for seed in arms}
     target = make_folder(folder)
-    histories: dict[str, tuple[Epoch, ...]] = {}
-    for number, (name, model) in enumerate(arms.items(), start=1):
-        _say(f"{number}/{len(arms)} {name}: {count_parameters(model):,} parameters")
+    runs: dict[str, list[tuple[Epoch, ...]]] = {}
+    every = [(seed, name, model) for seed, models in arms.items() for name, model in models.items()]
+    for number, (seed, name, model) in enumerate(every, start=1):
+        _say(f"{number}/{len(every)} {name}, seed {seed}: {count_parameters(model):,} parameters")
         with EnergyMeter(country) if is_first_process() else contextlib.nullcontext() as meter:
-            histories[name] = train(
-                model, data, settings, target / _slug(name), meter=meter, name=name
+            history = train(
+                model,
+                data,
+                settings_of[seed],
+                target / f"{_slug(name)}-seed{seed}",
+                meter=meter,
+                name=name,
             )
+        runs.setdefault(name, []).append(history)
     leave_to_first_process()
     _say("metering the test, exporting to ONNX, timing in ONNX Runtime")
+    first = next(iter(arms.values()))
     energies = {
-        name: measure_test_energy(model, data, country=country) for name, model in arms.items()
+        name: measure_test_energy(model, data, country=country) for name, model in first.items()
     }
-    latencies = export_and_time(arms, data, target, batch=batch, threads=threads)
+    latencies = export_and_time(first, data, target, batch=batch, threads=threads)
     report = Report(
         title=title,
         command=command,
@@ -146,15 +107,15 @@ def run(
                 parameters=count_parameters(model),
                 macs=count_macs(model, data.normalised(data.test_x[:1])),
                 onnx_bytes=(target / f"{_slug(name)}.onnx").stat().st_size,
-                epochs=histories[name],
+                runs=tuple(runs[name]),
                 latency=latencies[name],
                 test_energy=energies[name],
                 plan=str(getattr(model, "meta", {}).get("lean_fx.plan", "")),
             )
-            for name, model in arms.items()
+            for name, model in first.items()
         ),
         machine=machine(),
-        seed=settings.seed,
+        seeds=tuple(arms),
         notes=_notes(processes()),
     )
     report.save(target)

@@ -12,23 +12,23 @@ from lean_fx.errors import ArgumentError, require
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Pictures and labels in memory, split into train and test.
+    """Pictures or sequences with their labels in memory, split into train and test.
 
-    Pictures are float32 in [0, 1], or uint8 in [0, 255], which takes a quarter of the memory and
-    is converted batch by batch in :meth:`normalised`.
+    They are float32, or uint8 in [0, 255], which stands for [0, 1], takes a quarter of the memory
+    and is converted batch by batch in :meth:`normalised`.
 
     Args:
         name: what tables and messages call it.
-        train_x: pictures to train on.
+        train_x: pictures or sequences to train on.
         train_y: their labels, 0 to ``classes - 1``.
-        test_x: pictures to test on.
+        test_x: those to test on.
         test_y: their labels.
         classes: number of classes.
         mean: per channel over the train split, of pictures in [0, 1].
         std: standard deviation, likewise.
 
     Shape:
-        - train_x, test_x: ``[N, C, H, W]``, float32 or uint8
+        - train_x, test_x: ``[N, C, H, W]`` or ``[N, C, L]``, float32 or uint8
         - train_y, test_y: ``[N]``, int64
         - mean, std: ``[C]``, float32
     """
@@ -52,12 +52,23 @@ class Dataset:
     ) -> Dataset:
         """Make a data set of (pictures, labels) pairs; mean and std come from ``train`` alone.
 
+        Raises:
+            ArgumentError: a split is empty, has not one label for each picture, labels out of
+                range, or values that are not finite; or the two differ in shape.
+
         Example:
             >>> x, y = torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([0, 1])
             >>> data = Dataset.of("two", (x.view(2, 1, 1, 1), y), (x.view(2, 1, 1, 1), y), 2)
             >>> data.mean, data.std
             (tensor([0.5000]), tensor([0.5000]))
         """
+        for split, (images, labels) in (("train", train), ("test", test)):
+            _check(f"{name}: {split}", images, labels, classes)
+        if train[0].shape[1:] != test[0].shape[1:]:
+            raise ArgumentError(
+                f"{name}: train has samples of shape {list(train[0].shape[1:])}, test of "
+                f"{list(test[0].shape[1:])}; give the same"
+            )
         mean, std = channel_statistics(train[0])
         return cls(name, *train, *test, classes, mean, std)
 
@@ -65,7 +76,7 @@ class Dataset:
         """Return pictures as float32 of mean 0 and standard deviation 1 over the train split.
 
         Shape:
-            - images: ``[N, C, H, W]``, as in ``train_x``, on any device
+            - images: ``[N, C, ...]``, as in ``train_x``, on any device
             - output: the same, float32, on the same device
 
         Example:
@@ -73,8 +84,8 @@ class Dataset:
             >>> abs(float(data.normalised(data.train_x).mean())) < 1e-6
             True
         """
-        mean = self.mean.to(images.device).view(-1, 1, 1)
-        std = self.std.to(images.device).view(-1, 1, 1)
+        mean = _along_channels(self.mean.to(images.device), images)
+        std = _along_channels(self.std.to(images.device), images)
         return (_in_unit_range(images) - mean) / std
 
 
@@ -128,18 +139,47 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     never changes gets a standard deviation of 1, as it is divided by.
 
     Shape:
-        - images: ``[N, C, H, W]``, float32 in [0, 1] or uint8
+        - images: ``[N, C, ...]``, float32 or uint8
         - output: two of ``[C]``, float32
     """
     places = images.numel() // images.shape[1]
     slices = torch.split(images, 256)
-    sums = [_in_unit_range(part).double().sum((0, 2, 3)) for part in slices]
+    across = [axis for axis in range(images.ndim) if axis != 1]
+    sums = [_in_unit_range(part).double().sum(across) for part in slices]
     mean = torch.stack(sums).sum(0) / places
-    centre = mean.view(-1, 1, 1)
-    squares = [(_in_unit_range(part) - centre).square().sum((0, 2, 3)) for part in slices]
+    centre = _along_channels(mean, images)
+    squares = [(_in_unit_range(part) - centre).square().sum(across) for part in slices]
     std = (torch.stack(squares).sum(0) / places).sqrt()
     return mean.float(), torch.where(std == 0, 1.0, std).float()
 
 
 def _in_unit_range(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def _along_channels(values: Tensor, images: Tensor) -> Tensor:
+    """Shape ``[C]`` so that it broadcasts against ``[N, C, ...]``."""
+    return values.view(-1, *[1] * (images.ndim - 2))
+
+
+def _check(subject: str, images: Tensor, labels: Tensor, classes: int) -> None:
+    if len(images) != len(labels):
+        raise ArgumentError(
+            f"{subject} has {len(images)} samples and {len(labels)} labels; give one label each"
+        )
+    if images.ndim < 3 or images.numel() == 0:
+        raise ArgumentError(
+            f"{subject} has shape {list(images.shape)}; give [N, C, H, W] or [N, C, L], none of 0"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ArgumentError(
+            f"{subject} has labels {int(labels.min())} to {int(labels.max())}; "
+            f"classes={classes} allows 0 to {classes - 1}"
+        )
+    if images.is_floating_point():
+        wrong = (~images.isfinite()).flatten(1).any(1).nonzero().flatten()
+        if len(wrong):
+            raise ArgumentError(
+                f"{subject} holds NaN or infinite values, first in sample {int(wrong[0])}; "
+                "give finite ones"
+            )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import ssl
 import tarfile
+import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from lean_fx.errors import DataError, WriteError
+from lean_fx.experiment.processes import is_first_process
 from lean_fx.files import make_folder, replacing
 
 _CHUNK = 1 << 20
@@ -28,14 +32,37 @@ Progress = Callable[[int, "int | None"], None]
 """Called with the bytes that are there and those in all, or None where the server hides it."""
 
 
-def fetch(url: str, part: Path, md5: str, progress: Progress | None = None) -> None:
+def find_or_download(
+    find: Callable[[], Path | None], download: Callable[[], Path] | None
+) -> Path | None:
+    """Return where data is, after downloading it if it is not there and may be.
+
+    Under torchrun the first process downloads and the others wait until they find it.
+
+    Args:
+        find: gives the folder of the whole data, or None.
+        download: brings it and gives its folder; None where that is not allowed.
+    """
+    root = find()
+    if root is not None or download is None:
+        return root
+    if is_first_process():
+        return download()
+    # Should the first process fail, torchrun ends this one.
+    while (root := find()) is None:
+        time.sleep(0.5)
+    return root
+
+
+def fetch(url: str, part: Path, md5: str | None, progress: Progress | None = None) -> None:
     """Fetch a file whole, going on from what an earlier call left at ``part``.
 
     Args:
         url: of the file.
         part: where it goes; its folder must exist. Whatever arrives stays there, unless the whole
             turns out to be damaged.
-        md5: of the file.
+        md5: of the file; None for one that has none to compare with, and is a gzip file: its own
+            checksum is compared.
         progress: told of each piece that arrives.
 
     Raises:
@@ -43,13 +70,10 @@ def fetch(url: str, part: Path, md5: str, progress: Progress | None = None) -> N
         WriteError: ``part`` cannot be written.
     """
     _bring(url, part, progress)
-    found = _md5_of(part)
-    if found != md5:
+    damage = _gzip_damage(part) if md5 is None else _md5_damage(part, md5)
+    if damage:
         part.unlink()
-        raise DataError(
-            f"{url}: what arrived has MD5 {found}, not {md5}; it was deleted, run again to fetch "
-            "it anew"
-        )
+        raise DataError(f"{url}: what arrived {damage}; it was deleted, run again to fetch it anew")
 
 
 def unpack(archive: Path, folder: Path, members: Mapping[str, str | None]) -> None:
@@ -124,12 +148,23 @@ def _append(
     return there
 
 
-def _md5_of(path: Path) -> str:
+def _md5_damage(path: Path, md5: str) -> str:
     digest = hashlib.md5()
     with path.open("rb") as file:
         while piece := file.read(_CHUNK):
             digest.update(piece)
-    return digest.hexdigest()
+    found = digest.hexdigest()
+    return "" if found == md5 else f"has MD5 {found}, not {md5}"
+
+
+def _gzip_damage(path: Path) -> str:
+    try:
+        with gzip.open(path) as file:
+            while file.read(_CHUNK):
+                pass  # the checksum is at the end
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        return f"is no whole gzip file ({error})"
+    return ""
 
 
 def _write(source: IO[bytes] | None, path: Path, md5: str | None) -> None:

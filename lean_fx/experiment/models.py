@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import floor
 
@@ -133,13 +133,31 @@ def narrow_widths(
     if parameters < 1:
         raise ArgumentError(f"narrow_widths: parameters={parameters} is below 1; give a budget")
     _last_side(widths, in_channels, image_size, classes)
+    shape = {"in_channels": in_channels, "image_size": image_size, "classes": classes}
+    return nearest_widths(parameters, widths, lambda net: parameters_of(net, **shape))
+
+
+def nearest_widths(
+    parameters: int, widths: Sequence[int], count: Callable[[tuple[int, ...]], int]
+) -> tuple[int, ...]:
+    """Scale the widths of any net by one factor in ]0, 1], as :func:`narrow_widths` does.
+
+    Args:
+        parameters: the budget.
+        widths: the widths to scale down.
+        count: gives the parameters of the net of some widths.
+
+    Example:
+        >>> nearest_widths(9, (8, 4), lambda widths: widths[0] * widths[1])
+        (4, 2)
+    """
     # Only at these factors does a width step up, so that they give every net there is.
     steps = {Fraction(2 * k + 1, 2 * width) for width in widths for k in range(width)}
     nets = {_scaled(widths, factor) for factor in {Fraction(0), *steps}}
 
     def distance(net: tuple[int, ...]) -> tuple[int, int]:
-        count = parameters_of(net, in_channels=in_channels, image_size=image_size, classes=classes)
-        return abs(count - parameters), count
+        there = count(net)
+        return abs(there - parameters), there
 
     return min(nets, key=distance)
 

@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from lean_fx.errors import LeanError, require
+from torch import nn
+
+from lean_fx.errors import ArgumentError, LeanError, require
 from lean_fx.experiment import comparison
+from lean_fx.experiment.arms import paper_arms
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.measure.report import Report
 
@@ -34,25 +37,72 @@ def command_line() -> str:
     return shlex.join(["python", str(shown), *sys.argv[1:]])
 
 
-def experiment_parser(description: str, epochs: int, out: str) -> argparse.ArgumentParser:
-    """A parser with the options of the main job: baseline, LEAN and control on some data."""
+def experiment_parser(
+    description: str, epochs: int, out: str, *, channels: int = 10, seeds: str = "0"
+) -> argparse.ArgumentParser:
+    """A parser with the options of the main job: baseline, LEAN and control on some data.
+
+    Args:
+        description: of the script, one line.
+        epochs: a default, like the rest.
+        out: folder for the nets and the report.
+        channels: C' of every reduction.
+        seeds: numbers, separated by commas.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--channels", type=int, default=10, help="C' of every reduction")
+    parser.add_argument("--channels", type=int, default=channels, help="C' of every reduction")
     parser.add_argument("--reduction", default="lean", help="lean, or another registered name")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default=seeds, help="seeds, separated by commas")
     parser.add_argument("--out", default=out, help="folder for the nets and the report")
     return parser
 
 
-def run_experiment(data: Dataset, args: argparse.Namespace, title: str) -> None:
-    """Run the main job with the options of :func:`experiment_parser`, and show its report."""
+def whole_numbers(subject: str, text: str, least: int) -> list[int]:
+    """Read whole numbers that are separated by commas; one that comes again counts once.
+
+    Args:
+        subject: what they are, for the error.
+        text: the numbers.
+        least: the smallest that is allowed, 0 or more.
+
+    Raises:
+        ArgumentError: one is not a whole number of ``least`` or more.
+
+    Example:
+        >>> whole_numbers("seeds", "0, 1,2", 0)
+        [0, 1, 2]
+    """
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < least:
+            raise ArgumentError(f"{subject}: {part!r} is not a whole number of {least} or more")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def run_experiment(
+    data: Dataset,
+    args: argparse.Namespace,
+    title: str,
+    make_arms: Callable[[int], Mapping[str, nn.Module]] | None = None,
+) -> None:
+    """Run the main job with the options of :func:`experiment_parser`, and show its report.
+
+    Args:
+        data: what to train and test on.
+        args: the options.
+        title: of the report.
+        make_arms: gives the models of a seed; without it, the paper's net, leanified and narrower.
+    """
     from lean_fx.experiment.training import Settings
 
+    def papers(seed: int) -> Mapping[str, nn.Module]:
+        return paper_arms(data, args.channels, args.reduction, seed)
+
+    settings = Settings(epochs=args.epochs)
     report = comparison.run(
-        comparison.paper_arms(data, args.channels, args.reduction, args.seed),
+        {seed: (make_arms or papers)(seed) for seed in whole_numbers("seeds", args.seeds, 0)},
         data,
-        Settings(epochs=args.epochs, seed=args.seed),
+        settings,
         args.out,
         title=title,
         command=command_line(),

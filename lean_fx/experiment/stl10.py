@@ -7,7 +7,6 @@ Learning", AISTATS 2011. 5000 labelled pictures to train on, 8000 to test on, 96
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from lean_fx.errors import DataError
 from lean_fx.experiment.datasets import Dataset
-from lean_fx.experiment.download import Progress, fetch, unpack
-from lean_fx.experiment.processes import is_first_process
+from lean_fx.experiment.download import Progress, fetch, find_or_download, unpack
 from lean_fx.files import make_folder
 
 URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
@@ -60,12 +58,12 @@ def stl10(
         DataError: a file is missing or damaged, or the download failed.
         WriteError: ``folder`` cannot be written.
     """
-    root = _find(Path(folder), files)
-    if root is None and download:
-        if is_first_process():
-            root = download_stl10(folder, url=url, md5=md5, files=files, progress=progress)
-        else:
-            root = _wait_for(Path(folder), files)
+    root = find_or_download(
+        lambda: _find(Path(folder), files),
+        (lambda: download_stl10(folder, url=url, md5=md5, files=files, progress=progress))
+        if download
+        else None,
+    )
     if root is None:
         raise DataError(
             f"{folder}: has not all of {', '.join(files)}; run again with --download "
@@ -118,13 +116,6 @@ def _find(folder: Path, files: Mapping[str, str]) -> Path | None:
         if all((root / name).is_file() for name in files):
             return root
     return None
-
-
-def _wait_for(folder: Path, files: Mapping[str, str]) -> Path:
-    # Should the first process fail, torchrun ends this one.
-    while (root := _find(folder, files)) is None:
-        time.sleep(0.5)
-    return root
 
 
 def _images(path: Path, files: Mapping[str, str]) -> Tensor:

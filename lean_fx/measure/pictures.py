@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +54,31 @@ def colour(index: int) -> str:
 
 
 def draw_curves(arms: Sequence[Arm]) -> Any:
-    """Draw loss and accuracy by epoch, training dashed and test solid; return the figure."""
+    """Draw loss and accuracy by epoch, training dashed and test solid; return the figure.
+
+    Of several runs it is the mean; a band shows the range of their tests.
+    """
     figure, axes = new_figure(10, 4.4 + 0.2 * (len(arms) // 4), 1, 2)
     panels = (("loss", 1.0, "mean loss"), ("accuracy", 100.0, "accuracy, %"))
     for ax, (field, scale, label) in zip(axes, panels, strict=True):
         for index, arm in enumerate(arms):
             for part, style in (("train", "--"), ("test", "-")):
-                values = [scale * getattr(epoch, f"{part}_{field}") for epoch in arm.epochs]
+                by_epoch = [
+                    [scale * getattr(epoch, f"{part}_{field}") for epoch in same_epoch]
+                    for same_epoch in zip(*arm.runs, strict=True)
+                ]
+                across = range(1, arm.epochs + 1)
                 ax.plot(
-                    range(1, len(values) + 1),
-                    values,
+                    across,
+                    [statistics.mean(values) for values in by_epoch],
                     style,
                     color=colour(index),
                     linewidth=1.6 if part == "test" else 1.1,
-                    marker="o" if len(values) == 1 else None,
+                    marker="o" if arm.epochs == 1 else None,
                 )
+                if part == "test" and len(arm.runs) > 1:
+                    low, high = ([end(values) for values in by_epoch] for end in (min, max))
+                    ax.fill_between(across, low, high, color=colour(index), alpha=0.2, linewidth=0)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
     line = require("matplotlib.lines", extra="examples", purpose="drawing").Line2D
@@ -85,7 +96,7 @@ def draw_bars(arms: Sequence[Arm]) -> Any:
     figure, axes = new_figure(max(11.0, 2.2 * len(arms)), 6.6, 2, 3)
     train = [arm.train_energy_per_epoch for arm in arms]
     test = [arm.test_energy for arm in arms]
-    accuracy = [100 * arm.epochs[-1].train_accuracy for arm in arms]
+    accuracy = [100 * arm.train_accuracy for arm in arms]
     groups = ("training,\nper epoch", "testing,\none pass")
     _bars(
         axes[0],

@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _FORMAT = "lean_fx.report"
-_VERSION = 1
-_HEADERS = (
-    "",
-    "parameters",
-    "MACs, million",
-    "ONNX file, kB",
-    "test accuracy, %",
-    "latency, ms",
-    "  quartiles",
-    "  ratio",
-    "training, s/epoch",
-    "training, J/epoch",
-    "training, mg CO2/epoch",
-    "testing, J",
-)
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ class Arm:
         parameters: elements of all parameters.
         macs: multiply-adds of one sample.
         onnx_bytes: size of the exported file.
-        epochs: its training, at least one epoch.
+        runs: its training with each seed, all of equally many epochs, at least one.
         latency: of the exported file.
         test_energy: of one pass over the test set.
         plan: the printed plan of its reductions; empty where there are none.
@@ -71,29 +58,49 @@ class Arm:
     parameters: int
     macs: int
     onnx_bytes: int
-    epochs: tuple[Epoch, ...]
+    runs: tuple[tuple[Epoch, ...], ...]
     latency: Latency
     test_energy: Energy
     plan: str = ""
 
     def __post_init__(self) -> None:
-        if not self.epochs:
+        if not self.runs or not self.runs[0]:
             raise ArgumentError(f"Arm: {self.name!r} has no epochs; give at least one")
+        if len({len(run) for run in self.runs}) > 1:
+            lengths = ", ".join(str(len(run)) for run in self.runs)
+            raise ArgumentError(
+                f"Arm: {self.name!r} has runs of {lengths} epochs; give equally long ones"
+            )
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs each run has."""
+        return len(self.runs[0])
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """The test accuracy after the last epoch of each run, in [0, 1]."""
+        return tuple(run[-1].test_accuracy for run in self.runs)
 
     @property
     def accuracy(self) -> float:
-        """The test accuracy after the last epoch, in [0, 1]."""
-        return self.epochs[-1].test_accuracy
+        """The mean of :attr:`accuracies`."""
+        return statistics.mean(self.accuracies)
+
+    @property
+    def train_accuracy(self) -> float:
+        """The training accuracy of the last epoch, in [0, 1]; the mean over the runs."""
+        return statistics.mean(run[-1].train_accuracy for run in self.runs)
 
     @property
     def train_energy(self) -> Energy:
-        """The whole training."""
-        return functools.reduce(operator.add, (epoch.train for epoch in self.epochs))
+        """The whole training, all runs together."""
+        return functools.reduce(operator.add, (epoch.train for run in self.runs for epoch in run))
 
     @property
     def train_energy_per_epoch(self) -> Energy:
         """The mean epoch of the training."""
-        return self.train_energy.scaled(1 / len(self.epochs))
+        return self.train_energy.scaled(1 / (len(self.runs) * self.epochs))
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Report:
         command: the command that made it.
         arms: the models; the first is the baseline that every ratio refers to.
         machine: see :func:`lean_fx.measure.timing.machine`.
-        seed: the one seed that every model was trained with.
+        seeds: those that every model was trained with, a run each.
         notes: sentences to stand below the table.
     """
 
@@ -113,7 +120,7 @@ class Report:
     command: str
     arms: tuple[Arm, ...]
     machine: str
-    seed: int
+    seeds: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -122,6 +129,12 @@ class Report:
             raise ArgumentError("Report: arms is empty; give at least the baseline")
         if len(set(names)) < len(names):
             raise ArgumentError(f"Report: the names {', '.join(names)} are not all different")
+        for arm in self.arms:
+            if len(arm.runs) != len(self.seeds):
+                raise ArgumentError(
+                    f"Report: {arm.name!r} has {len(arm.runs)} runs for {len(self.seeds)} seeds; "
+                    "give one each"
+                )
 
     def table(self) -> Table:
         """Return the table for a terminal: a column for each model, a row for each figure."""
@@ -210,37 +223,50 @@ class Report:
             f"{a.latency.rounds} rounds, batch {a.latency.batch}, threads {a.latency.threads}"
             for a in self.arms
         )
-        epochs = _listed(str(len(arm.epochs)) for arm in self.arms)
+        epochs = _listed(str(arm.epochs) for arm in self.arms)
         energies = [energy for arm in self.arms for energy in (arm.train_energy, arm.test_energy)]
         return [
             f"Machine: {self.machine}.",
             f"Latency: median of {calls}; ratio: to {self.arms[0].name}, below 1 is faster.",
             f"Training J, s, CO2: mean of {epochs} epochs. Test J: one pass over the test set.",
             *dict.fromkeys(map(_meter_note, energies)),
-            f"Accuracy rests on one seed ({self.seed}): a small difference may be chance.",
+            _seeds_note(self.seeds),
             *self.notes,
         ]
 
     def _rows(self) -> list[tuple[str, ...]]:
         columns = [_column(arm, self.arms[0]) for arm in self.arms]
-        return list(zip(_HEADERS, *columns, strict=True))
+        return [(label, *(column[label] for column in columns)) for label in columns[0]]
 
 
-def _column(arm: Arm, baseline: Arm) -> tuple[str, ...]:
+def _column(arm: Arm, baseline: Arm) -> dict[str, str]:
+    """What the table says of a model, by the labels of its rows."""
     train, latency = arm.train_energy_per_epoch, arm.latency
+    accuracies = [100 * accuracy for accuracy in arm.accuracies]
+    spread = f"{min(accuracies):.1f}-{max(accuracies):.1f}"
+    return {
+        "": arm.name,
+        "parameters": f"{arm.parameters:,}",
+        "MACs, million": short(arm.macs / 1e6),
+        "ONNX file, kB": short(arm.onnx_bytes / 1e3),
+        "test accuracy, %": f"{100 * arm.accuracy:.1f}",
+        **({"  range": spread} if len(accuracies) > 1 else {}),
+        "latency, ms": short(latency.median_ms),
+        "  quartiles": f"{short(latency.q1_ms)}-{short(latency.q3_ms)}",
+        "  ratio": f"{latency.median_ms / baseline.latency.median_ms:.2f}",
+        "training, s/epoch": short(train.seconds),
+        "training, J/epoch": short(train.energy_j),
+        "training, mg CO2/epoch": short(train.co2_g * 1e3),
+        "testing, J": short(arm.test_energy.energy_j),
+    }
+
+
+def _seeds_note(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"Accuracy rests on one seed ({seeds[0]}): a small difference may be chance."
     return (
-        arm.name,
-        f"{arm.parameters:,}",
-        short(arm.macs / 1e6),
-        short(arm.onnx_bytes / 1e3),
-        f"{100 * arm.accuracy:.1f}",
-        short(latency.median_ms),
-        f"{short(latency.q1_ms)}-{short(latency.q3_ms)}",
-        f"{latency.median_ms / baseline.latency.median_ms:.2f}",
-        short(train.seconds),
-        short(train.energy_j),
-        short(train.co2_g * 1e3),
-        short(arm.test_energy.energy_j),
+        f"Accuracy: mean and range over {len(seeds)} seeds ({', '.join(map(str, seeds))}); "
+        f"latency and testing: of the nets of seed {seeds[0]}."
     )
 
 

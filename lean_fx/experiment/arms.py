@@ -1,0 +1,164 @@
+"""The models of an experiment: a baseline, the same leanified, and the control of equal budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lean_fx.errors import ArgumentError
+from lean_fx.experiment.datasets import Dataset
+from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths, nearest_widths
+from lean_fx.experiment.sequence_nets import SEQUENCE_WIDTHS, sequence_net
+from lean_fx.measure.cost import count_parameters
+from lean_fx.policy import ChannelsPolicy, Skip
+from lean_fx.registry import ReductionFactory, reduction_name
+from lean_fx.transform import leanify
+
+
+def baseline_net(data: Dataset) -> PaperNet:
+    """The paper's net for the pictures of a data set, its weights drawn anew."""
+    _, channels, size, _ = data.train_x.shape
+    return PaperNet(PAPER_WIDTHS, channels, size, data.classes)
+
+
+def lean_net(
+    data: Dataset, channels: ChannelsPolicy, reduction: str | ReductionFactory = "lean"
+) -> nn.Module:
+    """The paper's net, leanified."""
+    return leanify(
+        baseline_net(data), data.train_x[:2].float(), channels=channels, reduction=reduction
+    )
+
+
+def narrow_net(data: Dataset, parameters: int) -> PaperNet:
+    """The control of equal budget: the paper's net made narrower, with as many parameters."""
+    _, channels, size, _ = data.train_x.shape
+    shape = {"in_channels": channels, "image_size": size, "classes": data.classes}
+    widths = narrow_widths(parameters, widths=PAPER_WIDTHS, **shape)
+    return PaperNet(widths, channels, size, data.classes)
+
+
+def paper_arms(
+    data: Dataset, channels: ChannelsPolicy = 10, reduction: str = "lean", seed: int = 0
+) -> dict[str, nn.Module]:
+    """The three models of the paper's experiment: baseline, LEAN, and a narrower net.
+
+    Args:
+        data: gives the size of the pictures and the number of classes.
+        channels: see :func:`lean_fx.leanify`.
+        reduction: see :func:`lean_fx.leanify`.
+        seed: of the first weights of each.
+
+    Returns:
+        The models by name, the baseline first.
+    """
+    _, in_channels, size, _ = data.train_x.shape
+    return three_arms(
+        lambda widths: PaperNet(widths, in_channels, size, data.classes),
+        PAPER_WIDTHS,
+        data.train_x[:2].float(),
+        channels=channels,
+        reduction=reduction,
+        seed=seed,
+    )
+
+
+def sequence_arms(
+    data: Dataset,
+    net: str = "gru",
+    channels: ChannelsPolicy = 16,
+    reduction: str = "lean",
+    skip: Skip = ("linear",),
+    seed: int = 0,
+) -> dict[str, nn.Module]:
+    """Baseline, LEAN and a narrower net for sequences.
+
+    The first layer, which reads the sequences themselves, is left as it is, and so is the last:
+    it reads a single position, of which LEAN would leave C' numbers whose absolute values sum
+    to 1, too few and too small to tell the classes apart, and it holds few parameters.
+
+    Args:
+        data: gives the size of the sequences and the number of classes.
+        net: see :func:`~lean_fx.experiment.sequence_nets.sequence_net`.
+        channels: see :func:`lean_fx.leanify`, like the next two.
+        reduction: a registered name.
+        skip: layers to leave alone.
+        seed: of the first weights of each.
+
+    Returns:
+        The models by name, the baseline first.
+
+    Raises:
+        ArgumentError: there is no such net.
+    """
+    if net not in SEQUENCE_WIDTHS:
+        raise ArgumentError(f"net={net!r} is unknown; use {', '.join(SEQUENCE_WIDTHS)}")
+    _, in_channels, frames = data.train_x.shape
+    return three_arms(
+        lambda widths: sequence_net(net, widths, in_channels, frames, data.classes),
+        SEQUENCE_WIDTHS[net],
+        data.normalised(data.train_x[:64]),
+        channels=channels,
+        reduction=reduction,
+        min_channels=in_channels + 1,
+        skip=skip,
+        seed=seed,
+    )
+
+
+def three_arms(
+    make: Callable[[tuple[int, ...]], nn.Module],
+    widths: tuple[int, ...],
+    inputs: Tensor,
+    *,
+    channels: ChannelsPolicy,
+    reduction: str = "lean",
+    min_channels: int = 16,
+    skip: Skip = (),
+    seed: int = 0,
+) -> dict[str, nn.Module]:
+    """A net, the same leanified, and the same made narrower to the count of the leanified one.
+
+    Args:
+        make: builds the net from its widths.
+        widths: of the baseline.
+        inputs: example inputs.
+        channels: see :func:`lean_fx.leanify`, like the next three.
+        reduction: a registered name.
+        min_channels: layers that read fewer are left alone.
+        skip: layers to leave alone.
+        seed: of the first weights of each.
+
+    Returns:
+        The models by name, the baseline first.
+
+    Example:
+        >>> arms = three_arms(
+        ...     lambda widths: PaperNet(widths, image_size=8), (32, 64), torch.rand(2, 3, 8, 8),
+        ...     channels=8,
+        ... )
+        >>> {name: count_parameters(model) for name, model in arms.items()}
+        {'baseline': 21962, 'lean': 5914, 'narrow 15/31': 5886}
+    """
+    torch.manual_seed(seed)
+    baseline = make(widths)
+    torch.manual_seed(seed)
+    lean = leanify(
+        make(widths),
+        inputs,
+        channels=channels,
+        reduction=reduction,
+        min_channels=min_channels,
+        skip=skip,
+    )
+
+    def count(some: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            return count_parameters(make(some))
+
+    narrow = nearest_widths(count_parameters(lean), widths, count)
+    torch.manual_seed(seed)
+    names = ("baseline", reduction_name(reduction), f"narrow {'/'.join(map(str, narrow))}")
+    return dict(zip(names, (baseline, lean, make(narrow)), strict=True))

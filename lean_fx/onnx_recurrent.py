@@ -127,7 +127,8 @@ def _weights(layer: Any, index: int) -> dict[str, Tensor]:
 
 def _projected(layer: Any, index: int, x: Tensor, begin: tuple[Tensor, ...] | None) -> list[Tensor]:
     """One layer of an LSTM with projections, step by step."""
-    if not isinstance(x.shape[0], int):
+    # torch tries a dynamo trace too where this fails, and that would freeze the length.
+    if torch.compiler.is_dynamo_compiling() or not isinstance(x.shape[0], int):
         raise ExportError(
             "an LSTM with projections has the length of the example inputs; leave that axis out of "
             "dynamic_shapes"

@@ -107,7 +107,13 @@ def test_arms_share_the_first_layer_and_the_budget(net):
 
 
 @pytest.mark.parametrize(
-    ("net", "reduced"), [("fc", ["linear2", "linear3"]), ("conv1d", ["conv2", "conv3"])]
+    ("net", "reduced"),
+    [
+        ("fc", ["linear2", "linear3"]),
+        ("conv1d", ["conv2", "conv3"]),
+        ("gru", ["rnn.1", "rnn.2"]),
+        ("lstm", ["rnn.1", "rnn.2"]),
+    ],
 )
 def test_the_first_and_the_last_layer_are_left_alone(net, reduced):
     lean = sequence_arms(sequences(), net)["lean"]

@@ -86,6 +86,7 @@ def make_plan(
     left += _never_called(model, graph_module, called | set(split))
 
     names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
+    names += [*split, *_parts(graph_module)]
     check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
     if isinstance(options.channels, dict):
         check_names("channels", options.channels, names)
@@ -99,6 +100,16 @@ def make_plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         split=split,
     )
+
+
+def _parts(graph_module: GraphModule) -> list[str]:
+    """What the layers of the stacks that are not split would be called."""
+    return [
+        f"{name}.{index}"
+        for name, module in graph_module.named_modules()
+        if isinstance(module, nn.RNNBase) and module.num_layers > 1
+        for index in range(module.num_layers)
+    ]
 
 
 def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:

@@ -79,8 +79,9 @@ def wanted_channels(channels: ChannelsPolicy, site: Site, layer: str) -> float |
     subject = f"channels of {layer}"
     value: Any = channels
     if isinstance(channels, Mapping):
-        if layer in channels:
-            value = channels[layer]
+        stack = layer.rpartition(".")[0]  # of recurrent layers: it may be named for all of them
+        if layer in channels or stack in channels:
+            value = channels[layer if layer in channels else stack]
         else:
             hits = [key for key in channels if fnmatch.fnmatchcase(layer, key)]
             if not hits:

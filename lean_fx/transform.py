@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
@@ -25,7 +26,7 @@ from lean_fx.passes import (
     TrackWrites,
 )
 from lean_fx.paying import Keep, keep_paying
-from lean_fx.planning import Plan
+from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
 from lean_fx.registry import ReductionFactory, reduction_factory
 
@@ -162,20 +163,31 @@ def _planned(
     captured = capture(model, inputs)
     analyse(captured)
     stacks = stacks_to_split(captured, options)
-    while stacks:
-        graph_module = copy.deepcopy(captured)
-        Pipeline([SplitRecurrent(stacks), analyse])(graph_module)
+    whole: list[LeftAlone] = []
+    while True:
+        graph_module = captured
+        if stacks:
+            graph_module = copy.deepcopy(captured)
+            Pipeline([SplitRecurrent(stacks), analyse])(graph_module)
         made = keep_paying(make_plan(graph_module, model, options, stacks), graph_module, keep)
-        of_use = tuple(stack for stack in stacks if _reduces_inside(made, stack))
-        if of_use == stacks:
-            return made, graph_module
-        stacks = of_use  # the others stay whole
-    return keep_paying(make_plan(captured, model, options), captured, keep), captured
+        reduced = {layer for site in made.sites for layer in site.layers}
+        in_vain = {stack for stack in stacks if not reduced & _inner(stack, made)}
+        if not in_vain:
+            return dataclasses.replace(made, left_alone=(*made.left_alone, *whole)), graph_module
+        whole += [
+            dataclasses.replace(each, reason=f"stays within {stack}: {each.reason}")
+            for stack in stacks
+            for each in made.left_alone
+            if stack in in_vain and each.layer in _inner(stack, made)
+        ]
+        stacks = tuple(stack for stack in stacks if stack not in in_vain)
 
 
-def _reduces_inside(made: Plan, stack: str) -> bool:
-    layers = {layer for site in made.sites for layer in site.layers}
-    return any(layer.startswith(f"{stack}.") and layer != f"{stack}.0" for layer in layers)
+def _inner(stack: str, made: Plan) -> set[str]:
+    """The layers of a split stack that read another one of it."""
+    names = {layer for site in made.sites for layer in site.layers}
+    names |= {each.layer for each in made.left_alone}
+    return {name for name in names if name.startswith(f"{stack}.") and name != f"{stack}.0"}
 
 
 def _options(

@@ -254,6 +254,20 @@ def test_a_stack_of_which_nothing_inside_is_reduced_stays_whole():
         assert isinstance(plan.apply(Tagger()).stack, nn.GRU)
 
 
+def test_a_stack_that_is_not_worth_splitting_says_so():
+    model = nn.Sequential(nn.Linear(8, 64), nn.GRU(64, 16, 2))
+    for channels in ({"1": 8}, {"1.0": 8, "1.1": 8}, {"1*": 8}):
+        plan = lean_fx.plan(model, torch.rand(10, 3, 8), channels=channels)
+        assert plan.split == ("1",)
+        assert [site.out_channels for site in plan.sites] == [8, 8]
+    plan = lean_fx.plan(model, torch.rand(10, 3, 8), channels={"1.0": 8, "1": 4}, min_channels=32)
+    assert plan.split == ()
+    assert plan.sites[0].layers == ("1",)
+    assert [each for each in plan.left_alone if each.layer == "1.1"] == [
+        lean_fx.LeftAlone("1.1", "GRU", "stays within 1: in_channels=16 is below min_channels=32")
+    ]
+
+
 def test_the_values_of_an_rnn_of_relus_are_not_negative():
     model = nn.Sequential(nn.Linear(4, 4), nn.RNN(4, 32, 2, nonlinearity="relu"))
     plan = lean_fx.plan(model)

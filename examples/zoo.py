@@ -5,19 +5,21 @@
     python examples/zoo.py [--models "torchvision/*"] [--rings trains] [--jobs 1] [--out runs/zoo]
 
 Of timm it takes the smallest variant of each module. Each model is asked in a process of its own,
-ring by ring: is it captured, leanified, does it run, train, export, is it cheaper, faster. Weights
+ring by ring: is it captured, leanified, does it run, train, export, is that quick, is it cheaper,
+faster. Weights
 are random, images small, one thread. Models that have ended are not asked again, so the same
 command goes on where it was stopped; --again repeats those that failed. A model of one's own is
 named MODULE:FUNCTION. Writes zoo.csv, a line a model, and zoo.md, the tables.
 """
 
 import argparse
+from pathlib import Path
 
 from lean_fx.errors import require
 from lean_fx.experiment.script import command_line, run_script
 from lean_fx.experiment.zoo_models import catalogue, choose
-from lean_fx.experiment.zoo_rings import RINGS
-from lean_fx.experiment.zoo_runs import run_zoo
+from lean_fx.experiment.zoo_rings import RINGS, Row
+from lean_fx.experiment.zoo_runs import read_rows, run_zoo
 from lean_fx.experiment.zoo_table import csv_text, report
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.timing import machine
@@ -40,17 +42,26 @@ def main() -> None:
     folder = make_folder(args.out)
     with progress.Progress(*progress.Progress.get_default_columns(), "{task.fields[last]}") as bar:
         task = bar.add_task("models", total=None, last="")
-        rows = run_zoo(
-            names,
-            folder,
-            upto=args.rings,
-            jobs=args.jobs,
-            timeout_s=args.timeout,
-            again=args.again,
-            progress=lambda name, done, count: bar.update(
-                task, completed=done, total=count, last=name
-            ),
-        )
+        try:
+            run_zoo(
+                names,
+                folder,
+                upto=args.rings,
+                jobs=args.jobs,
+                timeout_s=args.timeout,
+                again=args.again,
+                progress=lambda name, done, count: bar.update(
+                    task, completed=done, total=count, last=name
+                ),
+            )
+        finally:  # what is known when it is stopped is worth a table, too
+            write_tables(read_rows(names, folder), folder)
+    print((folder / "zoo.md").read_text())
+    print(f"written to {folder / 'zoo.csv'} and {folder / 'zoo.md'}")
+
+
+def write_tables(rows: list[Row], folder: Path) -> None:
+    """Write the CSV file and the report."""
     heading = [
         f"```\n{command_line()}\n```",
         f'{machine()}; 1 thread, weights as drawn, channels="sqrt". A ring counts the models that '
@@ -58,10 +69,7 @@ def main() -> None:
         "with weights and is not depthwise, found by running the model, not by the pass.",
     ]
     write_text(folder / "zoo.csv", csv_text(rows))
-    text = report(rows, heading)
-    write_text(folder / "zoo.md", text)
-    print(text)
-    print(f"written to {folder / 'zoo.csv'} and {folder / 'zoo.md'}")
+    write_text(folder / "zoo.md", report(rows, heading))
 
 
 if __name__ == "__main__":

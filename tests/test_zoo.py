@@ -14,7 +14,7 @@ from lean_fx.errors import ArgumentError, DataError, MissingDependencyError
 from lean_fx.experiment import zoo_rings, zoo_runs
 from lean_fx.experiment.zoo_models import build, catalogue, choose, fitting_images
 from lean_fx.experiment.zoo_rings import RINGS, Ring, Row, read_row, run_rings, write_row
-from lean_fx.experiment.zoo_runs import is_finished, row_file, run_zoo
+from lean_fx.experiment.zoo_runs import is_finished, read_rows, row_file, run_zoo
 from lean_fx.experiment.zoo_table import csv_text, report
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def ends(row):
 def test_a_net_that_passes_every_ring():
     saved = []
     row = run_rings(SMALL, RINGS, lambda row: saved.append(ends(row)))
-    assert {**ends(row), "faster": "ok"} == dict.fromkeys(RINGS, "ok")
+    assert {**ends(row), "quick": "ok", "faster": "ok"} == dict.fromkeys(RINGS, "ok")
     assert saved[0] == {"baseline": "running"}
     assert row.ended == "done"
     assert row.numbers["size"] == 64
@@ -110,6 +110,22 @@ def test_a_ring_sees_what_is_broken(monkeypatch, changes, ring, reason):
     assert row.rings[ring] == Ring("fail", reason, row.rings[ring].seconds)
 
 
+@pytest.mark.parametrize(
+    ("leanify_s", "trace_s", "ring"),
+    [
+        (3.0, 1.0, Ring("ok")),
+        (3.2, 1.0, Ring("fail", "leanify takes 3.2 times as long as torch.fx with shapes")),
+        (1.0, None, Ring("skip", "torch.fx alone cannot trace it")),
+    ],
+)
+def test_quick_is_three_times_a_trace(monkeypatch, leanify_s, trace_s, ring):
+    times = {"leanify_s": leanify_s} | ({"trace_s": trace_s} if trace_s else {})
+    monkeypatch.setattr(zoo_rings, "_times", lambda model, images: times)
+    row = run_rings(SMALL, RINGS[:6], lambda row: None)
+    assert (row.rings["quick"].status, row.rings["quick"].reason) == (ring.status, ring.reason)
+    assert row.numbers["leanify_s"] == leanify_s
+
+
 def test_an_error_that_is_not_ours_is_a_crash(monkeypatch):
     def leanify(model, inputs):
         raise KeyError("pack\npadded")
@@ -151,6 +167,12 @@ def test_rows_round_trip(tmp_path):
     (tmp_path / "row.json").write_text("[1]")
     with pytest.raises(DataError, match=r"row.json: is no row of the zoo .*; move it away"):
         read_row(tmp_path / "row.json")
+
+
+def test_rows_that_are_there_are_read(tmp_path):
+    (tmp_path / "models").mkdir()
+    write_row(Row("timm/b"), row_file(tmp_path, "timm/b"))
+    assert read_rows(["timm/a", "timm/b"], tmp_path) == [Row("timm/b")]
 
 
 def finished(ended="done", rings=TO_TRAINS, **ends):
@@ -254,8 +276,8 @@ def test_the_tables_of_some_rows():
     text = report([passed, other], ["Told above."])
     wanted = [
         "# The zoo\n\nTold above.\n",
-        "| timm | 1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 |",
-        "| torchvision | 1 | 1/1 | 0/1 | 0/0, 1 skipped | - | - | - | - | - |",
+        "| timm | 1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 |",
+        "| torchvision | 1 | 1/1 | 0/1 | 0/0, 1 skipped | - | - | - | - | - | - |",
         "| all | 2 | 2/2 | 1/2 | 1/1, 1 skipped | 1/1 |",
         "| timm | 9 | 0 | 0 | 0 | 0 | 4 | 3 | 75.0 |",
         "| torchvision | 0 | 0 | 0 | 0 | 0 | 0 | 0 | - |",

@@ -45,6 +45,16 @@ def rings_upto(last: str) -> tuple[str, ...]:
     return RINGS[: RINGS.index(last) + 1]
 
 
+def read_rows(names: Iterable[str], folder: Path) -> list[Row]:
+    """The rows that are there already, in the order of the names.
+
+    Raises:
+        DataError: a file there is no row.
+    """
+    files = (row_file(folder, name) for name in names)
+    return [read_row(file) for file in files if file.exists()]
+
+
 def is_finished(row: Row, rings: Sequence[str], again: bool = False) -> bool:
     """Whether a row needs no further run.
 
@@ -98,12 +108,13 @@ def run_zoo(
             raise ArgumentError(f"{subject}={value} is below 1; use 1 or more")
     wanted = list(names)
     make_folder(folder / "models")
-    there = {name: row_file(folder, name) for name in wanted}
-    rows = {name: read_row(file) for name, file in there.items() if file.exists()}
+    rows = {row.model: row for row in read_rows(wanted, folder)}
     todo = [name for name in wanted if not (name in rows and is_finished(rows[name], rings, again))]
     pool = ThreadPoolExecutor(jobs)
     try:
-        asked = {pool.submit(ask, name, there[name], upto, timeout_s): name for name in todo}
+        asked = {
+            pool.submit(ask, name, row_file(folder, name), upto, timeout_s): name for name in todo
+        }
         for done, future in enumerate(as_completed(asked), start=1):
             rows[asked[future]] = future.result()
             if progress is not None:

@@ -149,6 +149,6 @@ def _broken_table(rows: Sequence[Row]) -> list[list[str]]:
     table = [["model", "ring", "end", "reason"]]
     for row in rows:
         for name, ring in row.rings.items():
-            if ring.status in ("fail", "crash") and name not in ("cheaper", "faster"):
+            if ring.status in ("fail", "crash") and name not in ("quick", "cheaper", "faster"):
                 table.append([row.model, name, ring.status, ring.reason])
     return table if len(table) > 1 else []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lean_fx
 from lean_fx.errors import ArgumentError, require
 from lean_fx.experiment.script import command_line, run_script
-from lean_fx.experiment.zoo_rings import trace_with_shapes
+from lean_fx.experiment.zoo_times import trace_with_shapes
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.pictures import colour, new_figure
 from lean_fx.measure.tables import markdown_table

@@ -5,11 +5,10 @@
     python examples/zoo.py [--models "torchvision/*"] [--rings trains] [--jobs 1] [--out runs/zoo]
 
 Of timm it takes the smallest variant of each module. Each model is asked in a process of its own,
-ring by ring: is it captured, leanified, does it run, train, export, is that quick, is it cheaper,
-faster. Weights
-are random, images small, one thread. Models that have ended are not asked again, so the same
-command goes on where it was stopped; --again repeats those that failed. A model of one's own is
-named MODULE:FUNCTION. Writes zoo.csv, a line a model, and zoo.md, the tables.
+ring by ring: is it captured, leanified, does it run, train, export, is that quick, is the result
+cheaper and faster. Weights are random, images small, one thread. Models that have ended are not
+asked again, so the same command goes on where it was stopped; --again repeats those that failed. A
+model of one's own is named MODULE:FUNCTION. Writes zoo.csv, a line a model, and zoo.md, the tables.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 from lean_fx.errors import require
 from lean_fx.experiment.script import command_line, run_script
 from lean_fx.experiment.zoo_models import catalogue, choose
-from lean_fx.experiment.zoo_rings import RINGS, Row
+from lean_fx.experiment.zoo_rows import RINGS, Row
 from lean_fx.experiment.zoo_runs import read_rows, run_zoo
 from lean_fx.experiment.zoo_table import csv_text, report
 from lean_fx.files import make_folder, write_text

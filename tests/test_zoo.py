@@ -13,7 +13,8 @@ import lean_fx
 from lean_fx.errors import ArgumentError, DataError, MissingDependencyError
 from lean_fx.experiment import zoo_rings, zoo_runs
 from lean_fx.experiment.zoo_models import build, catalogue, choose, fitting_images
-from lean_fx.experiment.zoo_rings import RINGS, Ring, Row, read_row, run_rings, write_row
+from lean_fx.experiment.zoo_rings import run_rings
+from lean_fx.experiment.zoo_rows import RINGS, Ring, Row, read_row, write_row
 from lean_fx.experiment.zoo_runs import is_finished, read_rows, row_file, run_zoo
 from lean_fx.experiment.zoo_table import csv_text, report
 
@@ -120,7 +121,7 @@ def test_a_ring_sees_what_is_broken(monkeypatch, changes, ring, reason):
 )
 def test_quick_is_three_times_a_trace(monkeypatch, leanify_s, trace_s, ring):
     times = {"leanify_s": leanify_s} | ({"trace_s": trace_s} if trace_s else {})
-    monkeypatch.setattr(zoo_rings, "_times", lambda model, images: times)
+    monkeypatch.setattr(zoo_rings, "time_leanify", lambda model, images: times)
     row = run_rings(SMALL, RINGS[:6], lambda row: None)
     assert (row.rings["quick"].status, row.rings["quick"].reason) == (ring.status, ring.reason)
     assert row.numbers["leanify_s"] == leanify_s
@@ -148,6 +149,8 @@ def test_models_are_chosen():
     with pytest.raises(ArgumentError) as caught:
         choose("resnet*", names)
     assert str(caught.value) == "models: 'resnet*' matches no name; use torchvision/*, timm/*"
+    with pytest.raises(ArgumentError, match="models: '' names none; use torchvision/"):
+        choose("", names)
 
 
 def test_missing_packages_are_named(monkeypatch):

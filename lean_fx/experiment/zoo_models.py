@@ -68,7 +68,7 @@ def choose(patterns: str, names: Sequence[str]) -> list[str]:
     A name outside ``names`` is taken as it is.
 
     Raises:
-        ArgumentError: a glob pattern matches none.
+        ArgumentError: a glob pattern matches none, or there is no name.
 
     Example:
         >>> choose("torchvision/res*,timm/vit", ["torchvision/resnet18", "torchvision/vgg11"])
@@ -80,6 +80,8 @@ def choose(patterns: str, names: Sequence[str]) -> list[str]:
         if not found and set(pattern) & set("*?["):
             raise ArgumentError(f"models: {pattern!r} matches no name; use torchvision/*, timm/*")
         chosen += found or [pattern]
+    if not chosen:
+        raise ArgumentError(f"models: {patterns!r} names none; use torchvision/*, timm/*")
     return list(dict.fromkeys(chosen))
 
 

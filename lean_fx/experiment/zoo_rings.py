@@ -19,10 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
-import json
 import re
-import statistics
 import tempfile
 import time
 import warnings
@@ -34,85 +31,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture import capture
-from lean_fx.errors import DataError, LeanError
+from lean_fx.errors import LeanError
 from lean_fx.experiment.zoo_models import build, fitting_images, why_not
+from lean_fx.experiment.zoo_rows import RINGS, Ring, Row, write_row
 from lean_fx.experiment.zoo_sites import CallSite, find_call_sites, worth_reducing
+from lean_fx.experiment.zoo_times import time_leanify
 from lean_fx.export import export_onnx
-from lean_fx.files import write_text
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.timing import time_onnx
 from lean_fx.parity import difference
 from lean_fx.planning import Plan
 from lean_fx.transform import leanify
-
-RINGS = (
-    *("baseline", "captured", "leanified", "runs", "trains"),
-    *("quick", "exported", "cheaper", "faster"),
-)
-#: How a ring can end; a crash is an error that is none of lean_fx's own.
-STATUSES = ("ok", "skip", "fail", "crash")
-
-
-@dataclass
-class Ring:
-    """How a ring ended.
-
-    Attributes:
-        status: one of ``STATUSES``, or ``"running"``.
-        reason: one line; empty if it went well.
-        seconds: that it took.
-    """
-
-    status: str
-    reason: str = ""
-    seconds: float = 0.0
-
-
-@dataclass
-class Row:
-    """What is known of one model.
-
-    Attributes:
-        model: its name.
-        rings: by name, in order, as far as it came.
-        numbers: what was counted and timed, by name.
-        reasons: of the call sites that were not reduced, how often each.
-        ended: empty while it runs; then ``"done"``, or how its process ended before.
-    """
-
-    model: str
-    rings: dict[str, Ring] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-    reasons: dict[str, int] = field(default_factory=dict)
-    ended: str = ""
-
-
-def write_row(row: Row, file: Path) -> None:
-    """Write a row as JSON, whole or not at all.
-
-    Raises:
-        WriteError: the file cannot be written.
-    """
-    write_text(file, json.dumps(dataclasses.asdict(row), indent=1))
-
-
-def read_row(file: Path) -> Row:
-    """Read what :func:`write_row` wrote.
-
-    Raises:
-        DataError: the file is no such row.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        rings = {name: Ring(**ring) for name, ring in content.pop("rings").items()}
-        return Row(rings=rings, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{file}: is no row of the zoo ({error}); move it away") from error
 
 
 def run_rings(name: str, rings: Sequence[str], save: Callable[[Row], None]) -> Row:
@@ -300,40 +232,13 @@ def _step(model: nn.Module, images: Tensor) -> set[str] | None:
 
 def _quick(subject: _Subject, row: Row) -> None:
     model, _ = subject.both()
-    times = _times(model, subject.images)
+    times = time_leanify(model, subject.images)
     row.numbers |= times
     if "trace_s" not in times:
         raise _Skipped("torch.fx alone cannot trace it")
     ratio = times["leanify_s"] / times["trace_s"]
     if ratio > 3:
         raise _Failed(f"leanify takes {ratio:.1f} times as long as torch.fx with shapes")
-
-
-def _times(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Seconds of leanify, and of a plain trace with shapes, in turn, medians."""
-    taken: dict[str, list[float]] = {"leanify_s": [], "trace_s": []}
-    for _ in range(3):
-        replica = copy.deepcopy(model)  # a plain trace may leave a proxy in what it traces
-        for name, call in (("leanify_s", leanify), ("trace_s", trace_with_shapes)):
-            begun = time.perf_counter()
-            try:
-                call(replica, images)
-            except Exception:  # torch.fx alone traces less than leanify does
-                continue
-            taken[name].append(time.perf_counter() - begun)
-        if sum(map(sum, taken.values())) > 5:
-            break
-    return {name: statistics.median(times) for name, times in taken.items() if times}
-
-
-def trace_with_shapes(model: nn.Module, images: Tensor) -> None:
-    """What leanify's time is compared with: torch.fx's own trace, then the shape of every value.
-
-    Example:
-        >>> trace_with_shapes(nn.Conv2d(3, 8, 3), torch.rand(2, 3, 8, 8))
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(torch.fx.symbolic_trace(model), mode).propagate(images)
 
 
 def _exported(subject: _Subject, row: Row) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from lean_fx.errors import ArgumentError
-from lean_fx.experiment.zoo_rings import RINGS, Row, read_row, write_row
+from lean_fx.experiment.zoo_rows import RINGS, Row, read_row, write_row
 from lean_fx.files import make_folder
 
 

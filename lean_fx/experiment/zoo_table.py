@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from lean_fx.experiment.zoo_rings import RINGS, Row
+from lean_fx.experiment.zoo_rows import RINGS, Row
 from lean_fx.measure.tables import markdown_table
 
 NUMBERS = (

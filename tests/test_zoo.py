@@ -142,6 +142,21 @@ def test_no_images_fit():
         fitting_images(nn.Bilinear(2, 2, 2))
 
 
+def test_images_fit_in_training_too():
+    model = build("zoo_nets:Larger")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert fitting_images(model).shape == (2, 3, 128, 128)
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_trained_is_skipped():
+    row = run_rings("zoo_nets:Fixed", TO_TRAINS, lambda row: None)
+    assert row.numbers["size"] == 64
+    assert (row.rings["runs"].status, row.rings["trains"].status) == ("ok", "skip")
+    assert row.rings["trains"].reason == "the baseline cannot take a training step: only eval"
+
+
 def test_models_are_chosen():
     names = ["torchvision/resnet18", "torchvision/vgg11", "timm/vgg11"]
     assert choose("*", names) == names

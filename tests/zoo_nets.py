@@ -56,3 +56,29 @@ class Endless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(1000)
         return x
+
+
+class Larger(nn.Module):
+    """Takes pictures of 64x64, but to be trained only those of 128x128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[-1] < 128:
+            raise ValueError("too small")
+        return self.layers(x)
+
+
+class Fixed(nn.Module):
+    """Cannot be trained at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise NotImplementedError("only eval")
+        return self.layers(x)

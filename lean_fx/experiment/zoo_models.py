@@ -6,6 +6,7 @@ A model is named ``torchvision/resnet18``, ``torchvision.segmentation/fcn_resnet
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import importlib
 from collections.abc import Sequence
@@ -123,6 +124,8 @@ def build(name: str) -> nn.Module:
 def fitting_images(model: nn.Module, batch: int = 2) -> Tensor:
     """Random images ``[batch, 3, size, size]`` of the smallest of ``SIZES`` that a model takes.
 
+    It is to take them in training too, unless it takes no size in training.
+
     Raises:
         ArgumentError: it takes none.
 
@@ -133,12 +136,18 @@ def fitting_images(model: nn.Module, batch: int = 2) -> Tensor:
         lean_fx.errors.ArgumentError: Sequential: takes no images of 64 to 512 pixels a side (mat1 \
 and mat2 shapes cannot be multiplied (2x2080800 and 8x2))
     """
+    taken: list[Tensor] = []
     reason = ""
     for size in SIZES:
         images = torch.rand(batch, 3, size, size)
         reason = why_not(model, images)
         if not reason:
-            return images
+            taken.append(images)
+            # A copy, as batch norm changes its statistics.
+            if not why_not(copy.deepcopy(model).train(), images):
+                return images
+    if taken:
+        return taken[0]
     raise ArgumentError(
         f"{type(model).__name__}: takes no images of {SIZES[0]} to {SIZES[-1]} pixels a side "
         f"({reason})"

@@ -204,9 +204,12 @@ def _check_alike(where: str, expected: list[Tensor], lean: nn.Module, images: Te
 
 def _trains(subject: _Subject, row: Row) -> None:
     model, lean = subject.both()
-    missed = _step(copy.deepcopy(model), subject.images)
+    try:
+        missed = _step(copy.deepcopy(model), subject.images)
+    except Exception as error:
+        raise _Skipped(f"the baseline cannot take a training step: {_one_line(error)}") from error
     if missed is None:
-        raise _Skipped("the baseline cannot take a training step")
+        raise _Skipped("the baseline has nothing to train")
     unreached = _step(copy.deepcopy(lean), subject.images)
     if unreached is None:
         raise _Failed("it has no loss to go down")

@@ -15,7 +15,7 @@ from lean_fx.transform import leanify
 
 
 def time_leanify(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Seconds of leanify and of :func:`trace_with_shapes`, in turn, medians of 3 rounds.
+    """CPU seconds of leanify and of :func:`trace_with_shapes`, in turn, medians of 3 rounds.
 
     What takes more than 5 seconds is not repeated. A time is missing where torch.fx alone cannot
     trace the model.
@@ -29,12 +29,12 @@ def time_leanify(model: nn.Module, images: Tensor) -> dict[str, float]:
     for _ in range(3):
         replica = copy.deepcopy(model)  # a plain trace may leave a proxy in what it traces
         for name, call in (("leanify_s", leanify), ("trace_s", trace_with_shapes)):
-            begun = time.perf_counter()
+            begun = time.process_time()
             try:
                 call(replica, images)
             except Exception:  # torch.fx alone traces less than leanify does
                 continue
-            taken[name].append(time.perf_counter() - begun)
+            taken[name].append(time.process_time() - begun)
         if sum(map(sum, taken.values())) > 5:
             break
     return {name: statistics.median(times) for name, times in taken.items() if times}

@@ -57,6 +57,8 @@ def test_a_net_that_cannot_be_captured_fails_and_is_not_asked_further():
     wanted = dict.fromkeys(RINGS, "skip") | {"baseline": "ok"} | dict.fromkeys(failed, "fail")
     assert ends(row) == wanted
     assert row.rings["captured"].reason.startswith("Branching: torch.fx cannot trace its forward")
+    assert (row.numbers["sites"], row.numbers["sites_reduced"]) == (2, 0)
+    assert row.reasons == {"the model is not leanified": 2}
 
 
 def test_a_name_that_is_none_fails_in_the_first_ring():
@@ -287,24 +289,25 @@ def test_the_tables_of_some_rows():
     )
     other = Row(
         "torchvision/b",
-        {"baseline": Ring("ok"), "captured": Ring("fail", "a | b"), "leanified": Ring("skip")},
-        {"sites": 7},
+        {"baseline": Ring("ok"), "captured": Ring("fail", "a | b"), "leanified": Ring("fail")},
+        {"sites": 7, "sites_reduced": 0},
         ended="done",
     )
     text = report([passed, other], ["Told above."])
     wanted = [
         "# The zoo\n\nTold above.\n",
         "| timm | 1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 | 1/1 |",
-        "| torchvision | 1 | 1/1 | 0/1 | 0/0, 1 skipped | - | - | - | - | - | - |",
-        "| all | 2 | 2/2 | 1/2 | 1/1, 1 skipped | 1/1 |",
+        "| torchvision | 1 | 1/1 | 0/1 | 0/1 | - | - | - | - | - | - |",
+        "| all | 2 | 2/2 | 1/2 | 1/2 | 1/1 |",
         "| timm | 9 | 0 | 0 | 0 | 0 | 4 | 3 | 75.0 |",
-        "| torchvision | 0 | 0 | 0 | 0 | 0 | 0 | 0 | - |",
+        "| torchvision | 0 | 0 | 0 | 0 | 0 | 7 | 0 | 0.0 |",
         "| groups=N | 1 | 1 | timm/a (1) |",
         "| timm | 1.50 [1.50-1.50], 1 | - | 0.50 [0.50-0.50], 1 | - |",
         "| torchvision/b | captured | fail | a \\| b |",
     ]
     for line in wanted:
         assert line in text
+    assert text.count("torchvision/b") == 1
     _, first, second = csv.reader(csv_text([passed, other]).splitlines())
     assert first[:3] == ["timm/a", "done", "ok"]
     assert first[-2:] == ["1 groups=N", ""]

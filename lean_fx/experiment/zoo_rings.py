@@ -123,6 +123,8 @@ def _baseline(subject: _Subject, row: Row) -> None:
     row.numbers["parameters"] = count_parameters(model)
     row.numbers["calls"] = len(subject.sites)
     row.numbers["sites"] = sum(map(worth_reducing, subject.sites))
+    row.numbers["sites_reduced"] = 0
+    row.reasons = {"the model is not leanified": int(row.numbers["sites"])}
     row.numbers |= {f"{k}_calls": n for k, n in Counter(s.kind for s in subject.sites).items()}
 
 

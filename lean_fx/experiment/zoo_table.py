@@ -145,10 +145,11 @@ def _ratio_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _broken_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Every ring that failed or crashed, its model and the reason."""
+    """The first ring of each model that failed or crashed, unless it is one of a ratio."""
     table = [["model", "ring", "end", "reason"]]
     for row in rows:
         for name, ring in row.rings.items():
             if ring.status in ("fail", "crash") and name not in ("quick", "cheaper", "faster"):
                 table.append([row.model, name, ring.status, ring.reason])
+                break
     return table if len(table) > 1 else []

@@ -79,9 +79,14 @@ def test_attention_is_two_sites_also_where_torch_has_a_fast_path():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_recurrent_layers_count_once_a_layer_and_direction():
-    lstm = nn.LSTM(16, 20, num_layers=2, bidirectional=True)
-    assert calls(lstm, torch.rand(7, 2, 16)) == [
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("fused", [True, False])
+def test_recurrent_layers_count_once_a_layer_and_direction(kind, fused):
+    layers = kind(16, 20, num_layers=2, bidirectional=True)
+    with torch.backends.mkldnn.flags(enabled=fused):
+        found = calls(layers, torch.rand(7, 2, 16))
+    assert found == [
         ("recurrent", "", 16),
         ("recurrent", "", 16),
         ("recurrent", "", 40),

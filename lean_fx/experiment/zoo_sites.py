@@ -93,11 +93,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.sites: list[CallSite] = []
         self._running: list[tuple[str, nn.Module]] = []
-        self._owners: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        self._read: set[int] = set()  # by the recurrent layer that runs
         self._kinds: dict[int, str] = {}  # of a storage: "weight", "constant" or "reduced"
         self._alive: list[Tensor] = []  # so that no address is used twice
         for name, tensor in model.named_parameters():
-            self._owners.setdefault(_address(tensor), name.rpartition(".")[0])
+            self._names.setdefault(_address(tensor), name)
             self._set(tensor, "weight")
         for buffer in model.buffers():
             self._set(buffer, "constant")
@@ -115,7 +116,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
 
     def _enter(self, name: str) -> Any:
-        return lambda module, args: self._running.append((name, module))
+        def enter(module: nn.Module, args: Any) -> None:
+            self._running.append((name, module))
+            self._read.clear()
+
+        return enter
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()
@@ -177,7 +182,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         running, module = self._running[-1] if self._running else ("", None)
         if kind == "linear" and isinstance(module, nn.MultiheadAttention):
             kind = "attention"
-        layer = self._owners.get(_address(weight), running)
+        name = self._names.get(_address(weight), f"{running}.")
+        if kind == "linear" and isinstance(module, nn.RNNBase):
+            if "weight_ih" not in name or _address(weight) in self._read:
+                return  # the steps of a layer are one site, and its state is no input
+            self._read.add(_address(weight))
+            kind = "recurrent"
+        layer = name.rpartition(".")[0]
         reduced = self._kind(read) == "reduced"
         self.sites.append(CallSite(kind, layer, int(channels), int(groups), reduced))
 

@@ -21,6 +21,7 @@ from torch import nn
 import lean_fx
 from lean_fx.errors import require
 from lean_fx.experiment.script import command_line, run_script
+from lean_fx.experiment.zoo_models import torchvision_models
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.timing import machine, time_onnx
@@ -73,13 +74,7 @@ def build(name: str, size: int) -> nn.Module:
     """The model, with fresh weights."""
     if name == "small_vit":
         return SmallViT(size)
-    # Without its C extension torchvision lacks these operators, and its import asks for them.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-    models = require("torchvision.models", purpose=f"{name}")
-    return getattr(models, name)(weights=None)
+    return getattr(torchvision_models(), name)(weights=None)
 
 
 def measure(name: str, size: int, rounds: int) -> list[dict[str, object]]:

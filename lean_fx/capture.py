@@ -10,57 +10,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Tracer
+from torch.fx import Graph, GraphModule
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import rnn
 
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
-from lean_fx.packed import SequenceDropout
-from lean_fx.passes.base import facts
+from lean_fx.following import FollowingTracer
+from lean_fx.passes.base import facts, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls, can_follow_mode
 from lean_fx.rebuild import REBUILDERS
-from lean_fx.registry import is_reduction
+from lean_fx.tracing import LeanTracer
 
 _ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks"),
 )
-
-
-_SEQUENCE_FUNCTIONS = (
-    *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
-    *(rnn.unpack_sequence, rnn.unpad_sequence),
-)
-
-
-class LeanTracer(Tracer):
-    """torch.fx's tracer, with three differences.
-
-    Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
-    into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
-    of the graph, so that what forward computes of them is computed at every call, not once. The
-    functions that pack and pad sequences are nodes, since they cannot run without lengths.
-    """
-
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=_SEQUENCE_FUNCTIONS)
-        self._autowrap_search.append(rnn)  # for calls by the module's name
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
-        """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
-        graph = super().trace(root, concrete_args)
-        for node in graph.nodes:
-            if node.target in _SEQUENCE_FUNCTIONS:
-                node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
-        return graph
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a call of ``m`` becomes one node."""
-        leaf = isinstance(m, (*REBUILDERS, SequenceDropout)) or is_reduction(m)
-        return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
 def capture(
@@ -103,14 +68,13 @@ def capture(
     if evaluation:
         root.eval()
     try:
-        absent = _absent(root, inputs)
-        graph = LeanTracer().trace(root, absent)
-        _mark_mode(graph, root, absent)
-        captured = GraphModule(root, graph, name)
+        traced, graph = _trace(root, inputs)
+        captured = GraphModule(traced, graph, name)
     except Exception as error:
+        hint = "" if inputs else "give example inputs, by whose sizes branches are followed, or "
         raise CaptureError(
-            f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
-            "depends on values out of forward, or leanify its submodules one by one"
+            f"{name}: torch.fx cannot trace its forward ({_reason(error)}); {hint}move the part "
+            "that depends on values out of forward, or leanify its submodules one by one"
         ) from error
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
@@ -175,6 +139,27 @@ def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
     parameters = list(inspect.signature(root.forward).parameters.values())
     given = dict(zip((each.name for each in parameters), inputs, strict=False))
     return {each.name: None for each in parameters if given.get(each.name, each.default) is None}
+
+
+def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
+    """Trace copies of a module until it goes; the copy that went, and its graph."""
+    copied = sharing_copy(root)
+    absent = _absent(root, inputs)
+    try:
+        return copied, LeanTracer().trace(copied, absent)
+    except Exception:
+        opaque: frozenset[str] = frozenset()
+        while True:
+            copied = sharing_copy(root)
+            tracer = (
+                FollowingTracer(inputs, opaque, give_up=True)
+                if inputs
+                else LeanTracer(opaque, give_up=True)
+            )
+            graph = tracer.trace(copied, absent)
+            if tracer.opaque == opaque:
+                return copied, graph
+            opaque = tracer.opaque
 
 
 def _mark_mode(graph: Graph, root: nn.Module, absent: dict[str, Any]) -> None:

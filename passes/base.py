@@ -16,6 +16,7 @@ Four laws hold for every pass, and one test checks them all:
 from __future__ import annotations
 
 import abc
+import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -108,11 +109,23 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 def shallow(module: nn.Module) -> nn.Module:
     """A copy to run without a trace: no hooks, and attributes that forward sets are not kept."""
+    if next(module.children(), None) is not None:
+        copied = sharing_copy(module)
+        for each in copied.modules():
+            for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                setattr(each, hooks, OrderedDict())
+        return copied
     copied = object.__new__(type(module))  # copy.copy refuses parametrized modules
     copied.__dict__.update(module.__dict__)
     for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(copied, hooks, OrderedDict())
     return copied
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """A deep copy with the same parameters and buffers, to run or trace without a trace left."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Module) -> str:

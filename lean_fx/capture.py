@@ -16,8 +16,9 @@ from torch.nn.utils import rnn
 
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.following import FollowingTracer
-from lean_fx.passes.base import facts, sharing_copy
-from lean_fx.passes.modularize_calls import ModularizeCalls, can_follow_mode
+from lean_fx.merging import CannotMerge, merge_modes
+from lean_fx.passes.base import sharing_copy
+from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer
 
@@ -41,9 +42,9 @@ def capture(
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
-        of each, and of the hooks of the model itself. Functional dropout that follows the mode has
-        become a module; any other call that follows it keeps the mode that it was captured in, and
-        a LeanWarning names it.
+        of each, and of the hooks of the model itself. What forward does in one mode only, it does
+        there too (see :mod:`lean_fx.merging`), and functional dropout has become a module. Where
+        the two modes cannot be joined, it keeps its own, and a LeanWarning says so.
 
     Raises:
         ArgumentError: ``model`` is not a module, or has lazy layers without a shape.
@@ -81,15 +82,8 @@ def capture(
             node.type = None
     for hooks in _ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
-    stuck = [n for n in graph.nodes if facts(n).follows_mode and not can_follow_mode(n)]
-    if stuck and not evaluation:
-        names = ", ".join(node.name for node in stuck)
-        warnings.warn(
-            f"{name}: {names} read self.training and keep the mode that they were captured in; "
-            "use modules (such as torch.nn.BatchNorm2d) in their place",
-            LeanWarning,
-            stacklevel=4,
-        )
+    if not evaluation:
+        _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
     return captured
 
@@ -162,31 +156,34 @@ def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
             opaque = tracer.opaque
 
 
-def _mark_mode(graph: Graph, root: nn.Module, absent: dict[str, Any]) -> None:
-    """Write ``facts(node).follows_mode``: traced in the opposite mode, its arguments differ."""
-    if not any(_holds_flag(node.args) or _holds_flag(node.kwargs) for node in graph.nodes):
-        return
+def _follow_mode(
+    captured: GraphModule, traced: nn.Module, root: nn.Module, inputs: Sequence[Any]
+) -> None:
+    """Make a captured model do in the opposite mode what the model does there."""
     modules = list(root.modules())
     for module in modules:
         module.training = not module.training
     try:
-        opposite = LeanTracer().trace(root, absent)
+        other, opposite = _trace(root, inputs)
+    except Exception as error:
+        reason = _reason(error)
+    else:
+        try:
+            merge_modes(captured, traced, opposite, other)
+            return
+        except CannotMerge as error:
+            reason = str(error)
     finally:
         for module in modules:
             module.training = not module.training
-    if [node.name for node in graph.nodes] != [node.name for node in opposite.nodes]:
-        return
-    for node, other in zip(graph.nodes, opposite.nodes, strict=True):
-        same = str(node.args) == str(other.args) and str(node.kwargs) == str(other.kwargs)
-        facts(node).follows_mode = not same
-
-
-def _holds_flag(arguments: object) -> bool:
-    if isinstance(arguments, dict):
-        arguments = tuple(value for name, value in arguments.items() if name != "inplace")
-    if isinstance(arguments, tuple | list):
-        return any(_holds_flag(each) for each in arguments)
-    return isinstance(arguments, bool)
+    mode = "train" if root.training else "eval"
+    warnings.warn(
+        f"{type(root).__name__}: does what it does in {mode} mode after train() and eval() alike, "
+        f"since its graph in the other mode cannot be joined to it ({reason}); capture it in the "
+        "mode that you need",
+        LeanWarning,
+        stacklevel=5,
+    )
 
 
 def _reason(error: Exception) -> str:

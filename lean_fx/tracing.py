@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import Graph, Tracer
 from torch.nn.utils import rnn
 
+from lean_fx.modes import ByMode, InMode
 from lean_fx.packed import SequenceDropout
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.registry import is_reduction
@@ -59,7 +60,7 @@ class LeanTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
-        leaf = isinstance(m, (*REBUILDERS, SequenceDropout)) or is_reduction(m)
+        leaf = isinstance(m, (*REBUILDERS, SequenceDropout, ByMode, InMode)) or is_reduction(m)
         leaf = leaf or module_qualified_name in self.opaque
         return leaf or super().is_leaf_module(m, module_qualified_name)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
+from torch.fx.proxy import TraceError
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import rnn
 
@@ -60,22 +61,17 @@ def capture(
     """
     _check(model)
     name = type(model).__name__
-    try:
-        root = copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{name}: cannot be copied ({_reason(error)}); give a model that copy.deepcopy can copy"
-        ) from error
+    root = copied_whole(model)
     if evaluation:
         root.eval()
     try:
         traced, graph = _trace(root, inputs)
         captured = GraphModule(traced, graph, name)
     except Exception as error:
-        hint = "" if inputs else "give example inputs, by whose sizes branches are followed, or "
         raise CaptureError(
-            f"{name}: torch.fx cannot trace its forward ({_reason(error)}); {hint}move the part "
-            "that depends on values out of forward, or leanify its submodules one by one"
+            f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
+            "depends on values out of forward, or give example_inputs: then each layer reduces its "
+            "own input"
         ) from error
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
@@ -86,6 +82,21 @@ def capture(
         _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
     return captured
+
+
+def copied_whole(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        CaptureError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
+            "copy.deepcopy can copy"
+        ) from error
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -152,8 +163,16 @@ def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
             )
             graph = tracer.trace(copied, absent)
             if tracer.opaque == opaque:
-                return copied, graph
+                break
             opaque = tracer.opaque
+    if opaque and not _layers_called(copied, graph):
+        raise TraceError(f"{', '.join(sorted(opaque))} cannot be traced, and no layer is elsewhere")
+    return copied, graph
+
+
+def _layers_called(root: nn.Module, graph: Graph) -> bool:
+    targets = (str(node.target) for node in graph.nodes if node.op == "call_module")
+    return any(isinstance(root.get_submodule(target), tuple(REBUILDERS)) for target in targets)
 
 
 def _follow_mode(

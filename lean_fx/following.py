@@ -335,8 +335,12 @@ class _Recording(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
-        leaves += [end for each in leaves if isinstance(each, slice)
-                   for end in (each.start, each.stop, each.step)]
+        leaves += [
+            end
+            for each in leaves
+            if isinstance(each, slice)
+            for end in (each.start, each.stop, each.step)
+        ]
         proxied = any(issubclass(type(each), Proxy) for each in leaves)
         if not proxied and func not in _MAKERS:
             return func(*args, **kwargs)
@@ -367,4 +371,3 @@ def _only_decides(node: Node) -> bool:
     if node.op == "call_method":
         return node.target in _DECIDING_METHODS
     return node.op == "call_function" and node.target in _DECIDING
-

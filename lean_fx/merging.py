@@ -43,9 +43,7 @@ class CannotMerge(Exception):  # noqa: N818
     """The graphs of the two modes differ in a way that one graph cannot follow."""
 
 
-def merge_modes(
-    captured: GraphModule, model: nn.Module, opposite: Graph, other: nn.Module
-) -> None:
+def merge_modes(captured: GraphModule, model: nn.Module, opposite: Graph, other: nn.Module) -> None:
     """Make a captured model follow train() and eval(), in place.
 
     Functional dropout whose flag follows the mode is only marked, for
@@ -131,7 +129,9 @@ class _Merger:
     def _join(self, mine: Node, their: Node) -> None:
         """One node for both (rule 1)."""
         self.found[their] = mine
-        args, kwargs = (map_arg(each, self.found.__getitem__) for each in (their.args, their.kwargs))
+        args, kwargs = (
+            map_arg(each, self.found.__getitem__) for each in (their.args, their.kwargs)
+        )
         if mine.target in FUNCTIONS:
             facts(mine).follows_mode = (mine.args, mine.kwargs) != (args, kwargs)
             if can_follow_mode(mine):

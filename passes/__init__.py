@@ -15,6 +15,7 @@ from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.propagate_shapes import PropagateShapes
 from lean_fx.passes.sites import Consumer, Site
 from lean_fx.passes.split_recurrent import SplitRecurrent
+from lean_fx.passes.swap_layers import SwapLayers
 from lean_fx.passes.track_channels import Channels, TrackChannels
 from lean_fx.passes.track_writes import TrackWrites
 
@@ -33,6 +34,7 @@ __all__ = [
     "Read",
     "Site",
     "SplitRecurrent",
+    "SwapLayers",
     "TrackChannels",
     "TrackWrites",
     "facts",

@@ -14,7 +14,8 @@ axis, or through a flatten and dropouts::
 Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
 
 1. its type is not exactly one that can be rebuilt (a subclass may override forward);
-2. it is called more than once, or a parameter of it is shared or read elsewhere, or frozen;
+2. a parameter of it is shared or read elsewhere, or frozen; or it is called more than once, and
+   reads through a flatten, or along different axes, or one of the calls is refused;
 3. it has hooks or parametrizations, which would be lost;
 4. it is a grouped (or depthwise) convolution, whose channels are split already;
 5. it reads a reduction already, or no value of the graph;
@@ -37,7 +38,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from lean_fx.packed import with_data
-from lean_fx.passes.base import Pass, argument, facts
+from lean_fx.passes.base import Facts, Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, is_recurrent
@@ -93,6 +94,7 @@ class FindConsumers(Pass):
     def run(self, graph_module: GraphModule) -> bool:
         """Judge every layer that is called."""
         graph = _Context.of(graph_module)
+        several: dict[int, list[Facts]] = {}
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.refusal = None, ""
@@ -100,10 +102,26 @@ class FindConsumers(Pass):
                 known.refusal = "a functional call; only layers (modules) are rebuilt yet"
             elif node.op == "call_module":
                 layer = graph.modules[str(node.target)]
-                known.refusal = _refusal(layer, graph)
+                known.refusal = refusal_of(layer, graph.owners)
                 if not known.refusal and type(layer) in REBUILDERS:
                     known.read, known.refusal = _judge(node, layer, graph)
+                    if graph.calls[id(layer)] > 1:
+                        several.setdefault(id(layer), []).append(known)
+        for calls in several.values():
+            _judge_together(calls)
         return False
+
+
+def _judge_together(calls: list[Facts]) -> None:
+    """Refuse the calls of one layer that cannot share a reduction inside it (rule 2)."""
+    reasons = [known.refusal for known in calls if not known.read]
+    reads = [known.read for known in calls if known.read]
+    if len({read.dim for read in reads}) > 1 or any(read.path for read in reads):
+        reasons.append("on unlike values")
+    if reasons:
+        for known in calls:
+            known.read = None
+            known.refusal = f"called {len(calls)} times in one forward pass: {reasons[0]}"
 
 
 @dataclass(frozen=True)
@@ -130,9 +148,7 @@ class _Context:
     def of(cls, graph_module: GraphModule) -> _Context:
         modules = dict(graph_module.named_modules())
         calls: Counter[int] = Counter()
-        owners: dict[int, list[str]] = {}
-        for name, parameter in graph_module.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
+        owners = owners_of(graph_module)
         learned: set[Node] = set()
         order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
         writes: dict[str, list[int]] = {}
@@ -170,7 +186,21 @@ def _attribute(root: nn.Module, name: str) -> Any:
     return getattr(root.get_submodule(owner), attribute, None)
 
 
-def _refusal(layer: nn.Module, graph: _Context) -> str:
+def owners_of(module: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
+    """Why a layer is refused, whatever it reads (rules 1 to 4); empty if it is not.
+
+    Args:
+        layer: any module.
+        owners: the names of each parameter, by its id.
+    """
     kind = next((base for base in REBUILDERS if isinstance(layer, base)), None)
     if kind is None:
         return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
@@ -179,12 +209,10 @@ def _refusal(layer: nn.Module, graph: _Context) -> str:
     if type(layer) is not kind:
         own = f"{type(layer).__module__}.{type(layer).__qualname__}"
         return f"{own} is a subclass of {kind.__name__} and may mean more"
-    if graph.calls[id(layer)] > 1:
-        return f"called {graph.calls[id(layer)]} times in one forward pass"
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters(recurse=False):
-        names = graph.owners[id(parameter)]
+        names = owners[id(parameter)]
         if len(names) > 1:
             return f"its parameter is used elsewhere: {', '.join(names)}"
         if parameter._backward_hooks:

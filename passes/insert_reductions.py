@@ -63,7 +63,8 @@ class InsertReductions(Pass):
     """Apply decided sites to a graph.
 
     Args:
-        sites: what to reduce; each has its ``out_channels`` and a ``name`` of its own.
+        sites: what to reduce; each has its ``out_channels`` and a ``name`` of its own. Those
+            without a value are left to ``SwapLayers``.
         reduction: a registered name or a factory; it makes one module for each site.
 
     Raises:
@@ -72,7 +73,7 @@ class InsertReductions(Pass):
     """
 
     def __init__(self, sites: Iterable[Site], reduction: str | ReductionFactory = "lean") -> None:
-        self.sites = tuple(sites)
+        self.sites = tuple(site for site in sites if site.value)
         self.reduction = reduction
         reduction_factory(reduction)
 
@@ -163,7 +164,7 @@ def _insert(
     if isinstance(module, LeanReduction):
         # The plan may have been made from another model, or by hand.
         module.nonnegative = site.nonnegative and facts(nodes[site.value]).nonnegative
-    gain = _gain(module, site)
+    gain = match_scale(module, site)
     target = add_module(graph_module, "reductions", site.name, module)
     with graph.inserting_before(calls[0]):
         value = nodes[site.value]
@@ -195,10 +196,13 @@ def _insert(
             _erase_unused(nodes[step])
 
 
-def _gain(module: nn.Module, site: Site) -> float:
+def match_scale(module: nn.Module, site: Site) -> float:
     """How many times larger the value of a site is than its reduction, by root mean squares.
 
     The sample is normal, or what ReLU makes of that, brought to the rms of the value.
+
+    Raises:
+        PlanError: the module gives another number of channels than the site's.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors) or not site.rms:

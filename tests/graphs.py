@@ -139,12 +139,11 @@ class FunctionalDropout(nn.Module):
 
 
 class Tied(nn.Module):
-    """A layer called twice, two layers with one weight, and a layer with a hook."""
+    """Two layers with one weight, a layer with a hook, and one with a parametrization."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(8, 32)
-        self.twice = nn.Linear(32, 32)
         self.one = nn.Linear(32, 32, bias=False)
         self.other = nn.Linear(32, 32, bias=False)
         self.other.weight = self.one.weight
@@ -153,8 +152,7 @@ class Tied(nn.Module):
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.twice(self.twice(self.first(x)))
-        return self.normed(self.hooked(self.other(self.one(x))))
+        return self.normed(self.hooked(self.other(self.one(self.first(x)))))
 
 
 class Stacked(nn.Module):
@@ -162,18 +160,32 @@ class Stacked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = nn.Linear(6, 6)
         self.gru = nn.GRU(6, 16, 3, batch_first=True, bidirectional=True, dropout=0.2)
         self.lstm = nn.LSTM(32, 24, 2, batch_first=True, proj_size=16)
         self.rnn = nn.RNN(16, 16, 2, batch_first=True, nonlinearity="relu")
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x, states = self.gru(x)
+        x, states = self.gru(self.first(x))
         x, (h, c) = self.lstm(
             x, (states[:2, :, :16], torch.cat([states[2:4], states[:2]], -1)[..., :24])
         )
         pair = self.rnn(x, h)
         return self.head(pair[0]), pair[1], c
+
+
+class Again(nn.Module):
+    """One layer called three times, on values of two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.again = nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.again(F.relu(self.first(x))))
+        return self.again(self.again(x).abs())
 
 
 class MyConv(nn.Conv2d):
@@ -215,6 +227,7 @@ CHANGED = {
     "conv1d": (one_dimensional, (2, 1, 16)),
     "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
     "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "again": (Again, (2, 3, 5, 5)),
     "stacked": (Stacked, (3, 5, 6)),
     "linear": (fully_connected, (2, 20)),
 }

@@ -17,12 +17,11 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import linecache
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_aggregate
-from torch.fx.proxy import Attribute, TraceError
+from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lean_fx.guards import check_branch
-from lean_fx.passes.base import shallow
+from lean_fx.guards import check_branch, count_items, round_number
+from lean_fx.passes.base import shallow, sharing_copy
+from lean_fx.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
 from lean_fx.tracing import LeanTracer
 
-_VALUE = "lean_fx.value"
 _FIXED = "lean_fx.fixed"
-_UNKNOWN = object()
 _NO_VALUE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -57,7 +55,11 @@ _MAKERS: tuple[Callable[..., Any], ...] = (
     *(torch.rand, torch.randint, torch.randn, torch.randperm),
 )
 _MAKERS_OF_VALUES: tuple[Callable[..., Any], ...] = (torch.tensor, torch.as_tensor)
-_DECIDING = {getattr(operator, name) for name in operator.__all__} | {getattr, len, round}
+_DECIDING = {getattr(operator, name) for name in operator.__all__} | {
+    getattr,
+    count_items,
+    round_number,
+}
 _DECIDING -= {operator.setitem, operator.delitem}
 _DECIDING_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"}
 
@@ -72,7 +74,11 @@ class FollowingTracer(LeanTracer):
     """
 
     def __init__(
-        self, inputs: Sequence[Any], opaque: frozenset[str] = frozenset(), *, give_up: bool = False
+        self,
+        inputs: Sequence[Any] = (),
+        opaque: frozenset[str] = frozenset(),
+        *,
+        give_up: bool = False,
     ) -> None:
         super().__init__(opaque, give_up=give_up, wrapped=(*_MAKERS, *_MAKERS_OF_VALUES))
         self._autowrap_search.append(torch)
@@ -90,7 +96,7 @@ class FollowingTracer(LeanTracer):
             if not node.users and _only_decides(node):
                 graph.erase_node(node)
         for node in graph.nodes:
-            node.meta.pop(_VALUE, None)
+            drop_value(node)
             node.meta.pop(_FIXED, None)
         return graph
 
@@ -100,7 +106,7 @@ class FollowingTracer(LeanTracer):
         """Make a node, and its value."""
         node = super().create_node(kind, target, *args, **kwargs)
         try:
-            node.meta[_VALUE] = self._value_of(node)
+            keep_value(node, self._value_of(node))
         except Exception:  # the model's own code may expect it
             if not node.users:
                 self.graph.erase_node(node)
@@ -115,16 +121,12 @@ class FollowingTracer(LeanTracer):
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy of the kind that the value calls for."""
-        value = node.meta[_VALUE]
-        if value is _UNKNOWN:
-            return Proxy(node, self)
-        kind = FollowedProxy if hasattr(type(value), "__iter__") else FollowedNumber
-        return kind(node, self)
+        return followed(node, self)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """A proxy; None itself where an item or attribute is None."""
         proxy = super().create_proxy(*args, **kwargs)
-        absent = proxy.node.meta[_VALUE] is None
+        absent = value_of(proxy.node) is None
         return None if absent and proxy.node.target in (operator.getitem, getattr) else proxy
 
     def call_module(
@@ -147,7 +149,7 @@ class FollowingTracer(LeanTracer):
 
     def keys(self, obj: Proxy) -> Any:
         """The names in a dictionary."""
-        value = obj.node.meta[_VALUE]
+        value = value_of(obj.node)
         return list(value) if isinstance(value, dict) else super().keys(obj)
 
     # What proxies ask.
@@ -159,8 +161,8 @@ class FollowingTracer(LeanTracer):
             TraceError: it is not known without the numbers in a tensor.
         """
         node = proxy.node
-        value = node.meta[_VALUE]
-        if value is _UNKNOWN or isinstance(value, Tensor):
+        value = value_of(node)
+        if value is UNKNOWN or isinstance(value, Tensor):
             raise TraceError(f"{self._place()} depends on the numbers in a tensor")
         outcome = kind(value)
         self._check(node, outcome)
@@ -168,15 +170,15 @@ class FollowingTracer(LeanTracer):
 
     def count(self, proxy: Proxy, checked: bool = True) -> int:
         """How many items a value has."""
-        value = proxy.node.meta[_VALUE]
+        value = value_of(proxy.node)
         found = len(value)
         if checked and not isinstance(value, torch.Size):
-            self._check(self.create_node("call_function", len, (proxy.node,), {}), found)
+            self._check(self.create_node("call_function", count_items, (proxy.node,), {}), found)
         return found
 
     def count_axes(self, proxy: Proxy) -> int:
         """How many axes a tensor has: as many as the inputs make."""
-        value = proxy.node.meta[_VALUE]
+        value = value_of(proxy.node)
         if proxy.node.op == "placeholder":
             axes = self.create_node("call_method", "dim", (proxy.node,), {})
             self._check(axes, value.dim())
@@ -205,15 +207,15 @@ class FollowingTracer(LeanTracer):
     def _value_of(self, node: Node) -> Any:
         if node.op == "output" or node.target is check_branch:
             return None
-        if any(each.meta[_VALUE] is _UNKNOWN for each in node.all_input_nodes):
-            return _UNKNOWN
+        if any(value_of(each) is UNKNOWN for each in node.all_input_nodes):
+            return UNKNOWN
         args, kwargs = (map_aggregate(each, _value) for each in (node.args, node.kwargs))
         before, self._evaluating = self._evaluating, True
         try:
             with self._fakes, torch.no_grad(), torch._C.DisableTorchFunction():
                 return self._run(node, args, kwargs)
         except _NO_VALUE:
-            return _UNKNOWN
+            return UNKNOWN
         finally:
             self._evaluating = before
 
@@ -223,6 +225,8 @@ class FollowingTracer(LeanTracer):
                 return self._input(str(node.target), args)
             case "get_attr":
                 value = self._fetch(str(node.target))
+                if isinstance(value, nn.Module):
+                    return sharing_copy(value, self._fake)
                 return self._fake(value) if isinstance(value, Tensor) else value
             case "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -245,82 +249,13 @@ class FollowingTracer(LeanTracer):
         elif place < len(self._inputs):
             given = self._inputs[place]
         else:
-            return default[0] if default else _UNKNOWN
+            return default[0] if default else UNKNOWN
         return pytree.tree_map_only(Tensor, self._fakes.from_tensor, given)
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if tensor not in self._state:
             self._state[tensor] = self._fakes.from_tensor(tensor)
         return self._state[tensor]
-
-
-class FollowedNumber(Proxy):
-    """A proxy of a known value that has no items; it says that it is of the type of that."""
-
-    tracer: FollowingTracer
-    __iter__ = None  # type: ignore[assignment]
-    __len__ = None  # type: ignore[assignment]
-
-    @property
-    def __class__(self) -> Any:
-        """The type of the value, for isinstance."""
-        return type(self.node.meta.get(_VALUE))
-
-    @__class__.setter
-    def __class__(self, kind: Any) -> None:
-        raise AttributeError("a proxy keeps its type")
-
-    def __getattr__(self, k: str) -> Any:
-        value = self.node.meta.get(_VALUE, _UNKNOWN)
-        if value is _UNKNOWN:  # after the trace
-            return Attribute(self, k)
-        if isinstance(value, Tensor) and k in ("ndim", "dim", "ndimension"):
-            axes = functools.partial(self.tracer.count_axes, self)
-            return axes() if k == "ndim" else axes
-        with torch._C.DisableTorchFunction():
-            found = getattr(value, k)
-        if k == "_is_param":
-            return found
-        if callable(found) and not isinstance(found, type | nn.Module):
-            return lambda *args, **kwargs: self.tracer.create_proxy(
-                "call_method", k, (self, *args), kwargs
-            )
-        return self.tracer.create_proxy("call_function", getattr, (self, k), {})
-
-    def __int__(self) -> int:
-        return int(self.tracer.decide(self, int))
-
-    def __index__(self) -> int:
-        return int(self.tracer.decide(self, operator.index))
-
-    def __float__(self) -> float:
-        return float(self.tracer.decide(self, float))
-
-    def __round__(self, digits: int | None = None) -> Any:
-        return self.tracer.create_proxy("call_function", round, (self, digits), {})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
-        return self
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-class FollowedProxy(FollowedNumber):
-    """A proxy of a known value that has items, such as a tensor."""
-
-    def __iter__(self) -> Iterator[Any]:
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame else None
-        # Unpacking counts by itself.
-        counted = caller is None or not _unpacks(caller)
-        value = self.node.meta[_VALUE]
-        if isinstance(value, dict):
-            return iter(value)
-        return iter([self[i] for i in range(self.tracer.count(self, counted))])
-
-    def __len__(self) -> int:
-        return self.tracer.count(self)
 
 
 class _Recording(TorchFunctionMode):
@@ -350,23 +285,18 @@ class _Recording(TorchFunctionMode):
 
 
 def _value(argument: Any) -> Any:
-    return argument.meta[_VALUE] if isinstance(argument, Node) else argument
+    return value_of(argument) if isinstance(argument, Node) else argument
 
 
 def _is_machinery(module: str) -> bool:
-    return module in ("torch", __name__) or module.startswith("torch.")
-
-
-def _unpacks(frame: Any) -> bool:
-    """Whether a frame is about to unpack something into a known number of names."""
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "UNPACK_SEQUENCE"
+    return module in ("torch", __name__, followed.__module__) or module.startswith("torch.")
 
 
 def _only_decides(node: Node) -> bool:
     """Whether a node without users has no effect: it led to a decision."""
     if node.op == "get_attr":
         return True
-    if isinstance(node.meta[_VALUE], Tensor) or node.meta[_VALUE] is _UNKNOWN:
+    if isinstance(value_of(node), Tensor) or value_of(node) is UNKNOWN:
         return False
     if node.op == "call_method":
         return node.target in _DECIDING_METHODS

@@ -3,11 +3,12 @@
 Tracing freezes ``self.training``. So a model is traced in its own mode and in the opposite one, and
 the two graphs are laid side by side::
 
-    x = self.body(x)                       x = self.body(x)                      x = self.body(x)
-    aux = self.aux(x)                                                 aux, = self.calls.training(x, ...)
-    y = F.dropout(x, 0.5, True)            y = F.dropout(x, 0.5, False)
-                                                             y = F.dropout(x, 0.5, by_mode(True, False))
-    return y, aux                          return y                   return by_mode((y, aux), y)
+    # training                     # evaluation                   # both
+    x = self.body(x)               x = self.body(x)               x = self.body(x)
+    aux = self.aux(x)                                             aux, = in_training(x, self.aux)
+                                                                  flag = by_mode(True, False)
+    y = F.rrelu(x, training=True)  y = F.rrelu(x, training=False) y = F.rrelu(x, training=flag)
+    return y, aux                  return y                       return by_mode((y, aux), y)
 
 Rules:
 
@@ -178,15 +179,15 @@ class _Merger:
                 copies[node] = part.call_method("__call__", (module, *args), kwargs)
             else:
                 copies[node] = part.node_copy(node, copies.__getitem__)
-        given_back = [node for node in ordered if any(each not in inside for each in node.users)]
-        part.output(tuple(copies[node] for node in given_back))
+        returned = [node for node in ordered if any(each not in inside for each in node.users)]
+        part.output(tuple(copies[node] for node in returned))
 
         trains = self._trains(ordered[0])
         mode = trains == own
-        module = InMode(GraphModule(nn.Module(), part), mode)
+        alone = InMode(GraphModule(nn.Module(), part), mode)
         name = "in_training" if mode else "in_evaluation"
-        call = self._call(module, name, tuple(given), before, trains)
-        for place, node in enumerate(given_back):
+        call = self._call(alone, name, tuple(given), before, trains)
+        for place, node in enumerate(returned):
             with self.graph.inserting_before(before):
                 item = self.graph.call_function(operator.getitem, (call, place))
             if own:

@@ -19,11 +19,12 @@ import abc
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -122,10 +123,19 @@ def shallow(module: nn.Module) -> nn.Module:
     return copied
 
 
-def sharing_copy(module: nn.Module) -> nn.Module:
-    """A deep copy with the same parameters and buffers, to run or trace without a trace left."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+def sharing_copy(
+    module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda each: each
+) -> nn.Module:
+    """A deep copy to run or trace without a trace left, with the same parameters and buffers.
+
+    Args:
+        module: what to copy.
+        tensor: gives what takes the place of a parameter or buffer.
+    """
+    state = [*module.parameters(), *module.buffers()]
+    replaced = {id(each): tensor(each) for each in state}
+    with unset_fake_temporarily():  # which cannot copy other tensors
+        return copy.deepcopy(module, replaced)
 
 
 def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Module) -> str:

@@ -1,4 +1,13 @@
-"""From a module to a torch.fx graph, without touching the module."""
+"""From a module to a torch.fx graph, without touching the module.
+
+Copies of the model are traced until it goes:
+
+1. by torch.fx's tracer, with the leaves of :class:`~lean_fx.tracing.LeanTracer`;
+2. with example inputs, by one that follows branches on sizes (:mod:`lean_fx.following`);
+3. with the modules that still cannot be traced as leaves, the innermost that will do.
+
+Then it is traced in the opposite mode, and the two graphs become one (:mod:`lean_fx.merging`).
+"""
 
 from __future__ import annotations
 
@@ -36,9 +45,11 @@ def capture(
     """Capture a model as a torch.fx graph.
 
     Args:
-        model: a module that torch.fx can trace; it is copied first and stays as it is.
-        inputs: example inputs, as far as they are known. A parameter of forward that is None by
-            default and that they do not give is None in the graph, which refuses another value.
+        model: a module; it is copied first and stays as it is.
+        inputs: example inputs, as far as they are known. With them branches on sizes are followed,
+            and a call whose sizes lead elsewhere raises a BranchError. A parameter of forward that
+            is None by default and that they do not give is None in the graph, which refuses
+            another value.
         evaluation: whether to capture what the model does in eval mode, and only that.
 
     Returns:

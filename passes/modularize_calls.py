@@ -34,6 +34,10 @@ _MODULES: dict[Any, type[nn.Module]] = {
 }
 
 
+#: Functions that it makes modules of.
+FUNCTIONS = frozenset(_MODULES)
+
+
 class ModularizeCalls(Pass):
     """Give functional dropout that follows the mode a module of its own."""
 

@@ -15,6 +15,8 @@ FILES += sorted(ROOT.glob("lean_fx/measure/*.py")) + sorted(ROOT.glob("lean_fx/e
 LAYERS = (
     {"lean_fx.errors", "lean_fx.files"},
     {
+        "lean_fx.guards",
+        "lean_fx.modes",
         "lean_fx.packed",
         "lean_fx.plain",
         "lean_fx.walk",
@@ -28,9 +30,11 @@ LAYERS = (
         "lean_fx.controls",
         "lean_fx.registry",
         "lean_fx.rebuild",
+        "lean_fx.tracing",
     },
     {"lean_fx.passes", "lean_fx.measure"},
-    {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
+    {"lean_fx.following", "lean_fx.proxies", "lean_fx.merging", "lean_fx.capture"}
+    | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
     | {"lean_fx.layerwise"}
     | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"}
     | {"lean_fx.quantization", "lean_fx.costing"},

@@ -150,9 +150,7 @@ def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str])
     for name, layer in modules.items():
         if type(layer) not in REBUILDERS or not name or name in called:
             continue
-        parts = name.split(".")
-        holders = (".".join(parts[:length]) for length in range(1, len(parts)))
-        holder = next((each for each in holders if each in called), "")
+        holder = _holder(name, called)
         if holder and LeanTracer().is_leaf_module(modules[holder], holder):
             continue  # it is of the module that is called, which speaks for itself
         reason = "forward reads its weight itself" if name in owners else "not called in forward"
@@ -162,6 +160,26 @@ def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str])
             reason = f"inside {holder}, which torch.fx cannot trace"
         left.append(LeftAlone(name, type(layer).__name__, reason))
     return left
+
+
+def hidden_layers(graph_module: GraphModule) -> frozenset[str]:
+    """The layers inside modules that torch.fx cannot trace, by name."""
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    modules = dict(graph_module.named_modules())
+    return frozenset(
+        name
+        for name, layer in modules.items()
+        if type(layer) in REBUILDERS
+        and (holder := _holder(name, called))
+        and not LeanTracer().is_leaf_module(modules[holder], holder)
+    )
+
+
+def _holder(name: str, called: set[str]) -> str:
+    """The module that is called and has the layer inside, or an empty string."""
+    parts = name.split(".")
+    holders = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((each for each in holders if each in called), "")
 
 
 def _decide(

@@ -12,7 +12,8 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
    tensor, which follows from that of the inputs, except that of the inputs themselves.
 4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
 5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments.
-6. Nodes that only led to a decision, and compute no tensor, are removed in the end.
+6. A cell that is called again is in a loop, whose steps would be frozen: an error too.
+7. Nodes that only led to a decision, and compute no tensor, are removed in the end.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class FollowingTracer(LeanTracer):
         self._state: dict[Tensor, Tensor] = {}
         self._evaluating = False
         self._decided: set[tuple[str, Any]] = set()
+        self._cells: set[nn.Module] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """Trace; the values are dropped in the end."""
@@ -135,6 +137,10 @@ class FollowingTracer(LeanTracer):
         """As the base class, unless a value is being computed."""
         if self._evaluating:
             return forward(*args, **kwargs)
+        if isinstance(m, nn.RNNCellBase):
+            if m in self._cells:
+                raise TraceError(f"{self.path_of_module(m)} is called in a loop")
+            self._cells.add(m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

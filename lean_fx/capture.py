@@ -71,6 +71,10 @@ def capture(
             return _1
     """
     _check(model)
+    if isinstance(model, nn.RNNBase):
+        raise ArgumentError(
+            f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
+        )
     name = type(model).__name__
     root = copied_whole(model)
     if evaluation:
@@ -93,6 +97,15 @@ def capture(
         _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
     return captured
+
+
+def copied_graph(graph_module: GraphModule) -> GraphModule:
+    """A deep copy of a captured model, with its class name and the hooks of the model."""
+    copied = copy.deepcopy(graph_module)
+    named = GraphModule(copied, copied.graph, type(graph_module).__name__)
+    for hooks in _ROOT_HOOKS:
+        setattr(named, hooks, getattr(graph_module, hooks))
+    return named
 
 
 def copied_whole(model: nn.Module) -> nn.Module:

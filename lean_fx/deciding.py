@@ -47,8 +47,16 @@ def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, .
         for name, count in calls.items()
         if count == 1
         and getattr(layer := graph_module.get_submodule(name), "num_layers", 1) > 1
-        and not _named_by_user(name, layer, options)
+        and not skipped_by(options.skip, name, layer)
+        and _passes_inside(name, layer, options)
     )
+
+
+def _passes_inside(name: str, stack: nn.Module, options: Options) -> bool:
+    """Whether the user's filter lets a stack pass, or a layer of it but the first."""
+    count = int(stack.num_layers)  # type: ignore[arg-type]
+    names = (name, *(f"{name}.{index}" for index in range(1, count)))
+    return options.filter is None or any(options.filter(stack, each) for each in names)
 
 
 def make_plan(
@@ -120,6 +128,8 @@ def _parts(graph_module: GraphModule) -> list[str]:
 def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
     """Why the user does not want this layer to be reduced, or an empty string."""
     reason = _named_by_user(name, layer, options)
+    if getattr(layer, "num_layers", 1) > 1:  # as a stack, it is its first layer that is reduced
+        reason = reason or _named_by_user(f"{name}.0", layer, options)
     if reason:
         return reason
     if read.in_channels < options.min_channels:

@@ -15,6 +15,7 @@ the example inputs alone.
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import torch
@@ -32,81 +33,78 @@ def with_onnx_operators(model: nn.Module) -> nn.Module:
         model: it stays as it is.
 
     Returns:
-        A copy with such layers replaced; the model itself if it has none, or cannot be copied.
+        A copy whose recurrent layers have another forward, and all that they had besides; the
+        model itself if it has none, or cannot be copied.
     """
-    if type(model) in _ORDERS:
-        return _OnnxRecurrent(model)
-    names = [name for name, module in model.named_modules() if type(module) in _ORDERS]
+    if not any(map(_is_ours, model.modules())):
+        return model
     try:
-        copied = copy.deepcopy(model) if names else model
+        copied = copy.deepcopy(model)
     except Exception:  # whatever a module's own __deepcopy__ raises
         return model
-    for name in names:
-        copied.set_submodule(name, _OnnxRecurrent(copied.get_submodule(name)))
+    layers: list[Any] = [layer for layer in copied.modules() if _is_ours(layer)]
+    for layer in layers:
+        weights = [_weights(layer, index) for index in range(layer.num_layers)]
+        for index, named in enumerate(weights):
+            for name, value in named.items():
+                layer.register_buffer(f"{name}_{index}", value)
+        layer.forward = types.MethodType(_forward, layer)
     return copied
 
 
-class _OnnxRecurrent(nn.Module):
-    """A recurrent layer of torch, in eval mode."""
+def _is_ours(layer: Any) -> bool:
+    return type(layer) in _ORDERS and "forward" not in vars(layer)
 
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = copy.copy(layer)  # for its settings
-        self.operator = type(layer).__name__
-        for index in range(layer.num_layers):
-            for name, value in _weights(layer, index).items():
-                self.register_buffer(f"{name}_{index}", value)
-        self.train(layer.training)
 
-    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        layer = self.layer
-        unbatched = input.dim() == 2
-        pair = None if hx is None else (tuple(hx) if layer.mode == "LSTM" else (hx,))
-        x = input.unsqueeze(1) if unbatched else input
-        if pair is not None and unbatched:
-            pair = tuple(state.unsqueeze(1) for state in pair)
-        if layer.batch_first and not unbatched:
-            x = x.transpose(0, 1)
-        directions = 2 if layer.bidirectional else 1
-        ends = []
-        for index in range(layer.num_layers):
-            rows = slice(index * directions, (index + 1) * directions)
-            begin = None if pair is None else tuple(state[rows] for state in pair)
-            x, *end = self._one(x, index, begin)
-            ends.append(end)
-        states = tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
-        if layer.batch_first and not unbatched:
-            x = x.transpose(0, 1)
-        if unbatched:
-            x, states = x.squeeze(1), tuple(state.squeeze(1) for state in states)
-        return x, states if layer.mode == "LSTM" else states[0]
+def _forward(layer: Any, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+    """What a recurrent layer of torch gives in eval mode."""
+    unbatched = input.dim() == 2
+    pair = None if hx is None else (tuple(hx) if layer.mode == "LSTM" else (hx,))
+    x = input.unsqueeze(1) if unbatched else input
+    if pair is not None and unbatched:
+        pair = tuple(state.unsqueeze(1) for state in pair)
+    if layer.batch_first and not unbatched:
+        x = x.transpose(0, 1)
+    directions = 2 if layer.bidirectional else 1
+    ends = []
+    for index in range(layer.num_layers):
+        rows = slice(index * directions, (index + 1) * directions)
+        begin = None if pair is None else tuple(state[rows] for state in pair)
+        x, *end = _one(layer, x, index, begin)
+        ends.append(end)
+    states = tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+    if layer.batch_first and not unbatched:
+        x = x.transpose(0, 1)
+    if unbatched:
+        x, states = x.squeeze(1), tuple(state.squeeze(1) for state in states)
+    return x, states if layer.mode == "LSTM" else states[0]
 
-    def _one(self, x: Tensor, index: int, begin: tuple[Tensor, ...] | None) -> list[Tensor]:
-        """The values and last states of one layer of the stack."""
-        layer = self.layer
-        if layer.proj_size:
-            return _projected(layer, index, x, begin)
-        directions, hidden = (2 if layer.bidirectional else 1), layer.hidden_size
-        length, batch, _ = x.shape
-        attributes: dict[str, Any] = {"hidden_size": hidden}
-        if layer.bidirectional:
-            attributes["direction"] = "bidirectional"
-        if layer.mode == "GRU":
-            attributes["linear_before_reset"] = 1
-        if layer.mode == "RNN_RELU":
-            attributes["activations"] = ["Relu"] * directions
-        weights = [getattr(self, f"{name}_{index}", None) for name in ("W", "R", "B")]
-        count = 2 if layer.mode == "LSTM" else 1
-        y, *states = torch.onnx.ops.symbolic_multi_out(
-            self.operator,
-            (x, *weights, None, *(begin or ())),
-            attributes,
-            dtypes=[x.dtype] * (1 + count),
-            shapes=[(length, directions, batch, hidden)] + [(directions, batch, hidden)] * count,
-            version=14,
-        )
-        y = y.permute(0, 2, 1, 3).flatten(2) if directions == 2 else y.squeeze(1)
-        return [y, *states]
+
+def _one(layer: Any, x: Tensor, index: int, begin: tuple[Tensor, ...] | None) -> list[Tensor]:
+    """The values and last states of one layer of a stack."""
+    if layer.proj_size:
+        return _projected(layer, index, x, begin)
+    directions, hidden = (2 if layer.bidirectional else 1), layer.hidden_size
+    length, batch, _ = x.shape
+    attributes: dict[str, Any] = {"hidden_size": hidden}
+    if layer.bidirectional:
+        attributes["direction"] = "bidirectional"
+    if layer.mode == "GRU":
+        attributes["linear_before_reset"] = 1
+    if layer.mode == "RNN_RELU":
+        attributes["activations"] = ["Relu"] * directions
+    weights = [getattr(layer, f"{name}_{index}", None) for name in ("W", "R", "B")]
+    count = 2 if layer.mode == "LSTM" else 1
+    y, *states = torch.onnx.ops.symbolic_multi_out(
+        type(layer).__name__,
+        (x, *weights, None, *(begin or ())),
+        attributes,
+        dtypes=[x.dtype] * (1 + count),
+        shapes=[(length, directions, batch, hidden)] + [(directions, batch, hidden)] * count,
+        version=14,
+    )
+    y = y.permute(0, 2, 1, 3).flatten(2) if directions == 2 else y.squeeze(1)
+    return [y, *states]
 
 
 def _weights(layer: Any, index: int) -> dict[str, Tensor]:
@@ -162,7 +160,7 @@ def recurrence(operator: str, inputs: list[Tensor | None], options: dict[str, An
     Args:
         operator: ``"RNN"``, ``"LSTM"`` or ``"GRU"``.
         inputs: X, W, R, B, sequence_lens (None) and the initial states, None where missing.
-        options: its attributes, as :class:`_OnnxRecurrent` sets them.
+        options: its attributes, as the layers' export sets them.
 
     Returns:
         Y, Y_h and, of an LSTM, Y_c.

@@ -7,12 +7,14 @@ padding.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
-def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
-    """The same sequences with other values.
+def with_data(packed: PackedSequence | Tensor, data: Tensor) -> PackedSequence | Tensor:
+    """The same sequences with other values; of a tensor, the values themselves.
 
     Args:
         packed: the sequences, which stay as they are.
@@ -24,7 +26,22 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
         >>> with_data(packed, packed.data[:, :2]).data.shape
         torch.Size([3, 2])
     """
-    return packed._replace(data=data)
+    if not isinstance(packed, PackedSequence):
+        return data
+    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+def layer_states(states: Any, start: int, stop: int | None) -> Any:
+    """The hidden states of some layers of a stack: rows of each tensor; None of none.
+
+    Example:
+        >>> import torch
+        >>> layer_states((torch.ones(4, 2, 3), torch.ones(4, 2, 5)), 2, None)[1].shape
+        torch.Size([2, 2, 5])
+    """
+    if isinstance(states, tuple | list):
+        return tuple(layer_states(each, start, stop) for each in states)
+    return None if states is None else states[start:stop]
 
 
 class SequenceDropout(nn.Dropout):

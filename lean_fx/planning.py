@@ -28,6 +28,8 @@ from lean_fx.reduction import check_channels
 from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
 
 _FORMAT = "lean_fx.plan"
+#: How the reason begins for a layer of a stack that stays whole: the stack stands for it.
+WITHIN = "stays within "
 _VERSION = 1
 
 
@@ -162,7 +164,10 @@ class Plan:
         try:
             sites = [_site_from(entry) for entry in content.pop("sites")]
             left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
-            split = tuple(content.pop("split", ()))
+            split = content.pop("split", ())
+            split = tuple(split) if isinstance(split, list | tuple) else (None,)
+            if not all(isinstance(name, str) and name for name in split):
+                raise TypeError("split= is no list of names of layers")
             plan = Plan(sites=tuple(sites), left_alone=tuple(left), split=split, **content)
             for part in (plan, *left):
                 _check_types(part)
@@ -176,10 +181,11 @@ class Plan:
     def __str__(self) -> str:
         """The plan as a table of plain text."""
         count = sum(len(site.consumers) for site in self.sites)
+        layers = sum(not each.reason.startswith(WITHIN) for each in self.left_alone) + count
         plural = "" if len(self.sites) == 1 else "s"
         head = (
             f"Plan for {self.model}: {len(self.sites)} reduction{plural} "
-            f"({reduction_name(self.reduction)}) before {count} of {count + len(self.left_alone)} "
+            f"({reduction_name(self.reduction)}) before {count} of {layers} "
             "layers"
         )
         lines = [head]

@@ -79,14 +79,13 @@ def wanted_channels(channels: ChannelsPolicy, site: Site, layer: str) -> float |
     subject = f"channels of {layer}"
     value: Any = channels
     if isinstance(channels, Mapping):
-        stack = layer.rpartition(".")[0]  # of recurrent layers: it may be named for all of them
-        if layer in channels or stack in channels:
-            value = channels[layer if layer in channels else stack]
-        else:
-            hits = [key for key in channels if fnmatch.fnmatchcase(layer, key)]
-            if not hits:
-                return None
-            value = channels[hits[0]]
+        # A stack of recurrent layers may be named for all of them, or as the first of them.
+        names = (layer, layer.rpartition(".")[0], f"{layer}.0")
+        hits = [name for name in names if name in channels]
+        hits += [key for key in channels if any(fnmatch.fnmatchcase(n, key) for n in names[::2])]
+        if not hits:
+            return None
+        value = channels[hits[0]]
     elif callable(channels):
         value = channels(site)
     _check_scalar(value, subject)

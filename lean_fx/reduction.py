@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError
 from lean_fx.functional import (
@@ -17,6 +18,7 @@ from lean_fx.functional import (
     check_options,
     lean_reduction,
 )
+from lean_fx.packed import with_data
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("lean_reduction")
@@ -159,11 +161,13 @@ use 1, 2, 4 or 8
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reduce ``x``; see :func:`~lean_fx.lean_reduction`.
+        """Reduce ``x``, of packed sequences their data; see :func:`~lean_fx.lean_reduction`.
 
         Raises:
             ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
         """
+        if isinstance(x, PackedSequence):
+            return with_data(x, self.forward(x.data))
         if (
             isinstance(x, Tensor)
             and -x.dim() <= self.dim < x.dim()

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.fx import Graph, Tracer
+from torch.fx import Graph, Tracer, _symbolic_trace
 from torch.nn.utils import rnn
 
 from lean_fx.modes import ByMode, InMode
-from lean_fx.packed import SequenceDropout
+from lean_fx.packed import SequenceDropout, layer_states, with_data
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.registry import is_reduction
 
-_SEQUENCE_FUNCTIONS = (
+# What is a node, and never looked into: torch.fx's own check of an absent input is one.
+_NODES = (
     *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
-    *(rnn.unpack_sequence, rnn.unpad_sequence),
+    *(rnn.unpack_sequence, rnn.unpad_sequence, with_data, layer_states),
+    _symbolic_trace._assert_is_none,
 )
 
 
@@ -45,8 +47,8 @@ class LeanTracer(Tracer):
         give_up: bool = False,
         wrapped: tuple[Callable[..., Any], ...] = (),
     ) -> None:
-        super().__init__(autowrap_functions=(*_SEQUENCE_FUNCTIONS, *wrapped))
-        self._autowrap_search.append(rnn)  # for calls by the module's name
+        super().__init__(autowrap_functions=(*_NODES, *wrapped))
+        self._autowrap_search += [rnn, _symbolic_trace]  # for calls by the module's name
         self.opaque = opaque
         self.give_up = give_up
 

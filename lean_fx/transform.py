@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from typing import Any, get_args
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import as_inputs, capture
+from lean_fx.capture import as_inputs, capture, copied_graph
 from lean_fx.deciding import Options, hidden_layers, make_plan, stacks_to_split
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.layerwise import plan_layers
@@ -27,7 +26,7 @@ from lean_fx.passes import (
     TrackWrites,
 )
 from lean_fx.paying import Keep, keep_paying
-from lean_fx.planning import LeftAlone, Plan
+from lean_fx.planning import WITHIN, LeftAlone, Plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
 from lean_fx.registry import ReductionFactory, reduction_factory
 
@@ -179,7 +178,7 @@ def _planned(
     while True:
         graph_module = captured
         if stacks:
-            graph_module = copy.deepcopy(captured)
+            graph_module = copied_graph(captured)
             Pipeline([SplitRecurrent(stacks), analyse])(graph_module)
         made = keep_paying(make_plan(graph_module, model, options, stacks), graph_module, keep)
         reduced = {layer for site in made.sites for layer in site.layers}
@@ -190,7 +189,7 @@ def _planned(
                 made = _with_hidden(made, graph_module, inputs, options)
             return made, graph_module
         whole += [
-            dataclasses.replace(each, reason=f"stays within {stack}: {each.reason}")
+            dataclasses.replace(each, reason=f"{WITHIN}{stack}: {each.reason}")
             for stack in stacks
             for each in made.left_alone
             if stack in in_vain and each.layer in _inner(stack, made)

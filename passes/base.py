@@ -45,7 +45,7 @@ class Facts:
     Attributes:
         shape: of the node's value, if that is one tensor, or of the data of packed sequences
             (``PropagateShapes``).
-        packed: whether the value is packed sequences (``PropagateShapes``).
+        packed: whether the value is packed sequences (``PropagateShapes``, ``MeasureScale``).
         rms: its root mean square, for inputs of unit variance (``MeasureScale``).
         storage: the node whose storage the value shares; its own name if none (``TrackWrites``).
         writes: whether the call changes values in place (``TrackWrites``).

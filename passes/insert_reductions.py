@@ -48,7 +48,7 @@ from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
 from lean_fx.packed import with_data
-from lean_fx.passes.base import Pass, add_module, facts, forget_facts
+from lean_fx.passes.base import Pass, add_module, facts, forget_facts, is_altered
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.flattens import view_sizes
 from lean_fx.passes.sites import Consumer, Site
@@ -136,6 +136,8 @@ def _check(
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
+    if is_altered(layer):
+        raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
     planned = site.in_channels * consumer.spread
     if input_channels(layer) != planned or getattr(layer, "groups", 1) != 1:
         groups = f" in {layer.groups} groups" if getattr(layer, "groups", 1) != 1 else ""

@@ -6,7 +6,8 @@ normalisation they shrink from layer to layer), so it is measured: one forward p
 gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
 Where the model cannot take such inputs (it fails, or gives values that are not finite), the example
 inputs themselves are taken; where it cannot take those either, nothing is known.
-The shapes that depend on values, which ``PropagateShapes`` cannot know, are written on the way.
+What depends on values, and ``PropagateShapes`` cannot know (some shapes, and which values are
+packed sequences), is written on the way.
 Neither the modules' buffers nor torch's random numbers are changed by it.
 """
 
@@ -54,6 +55,7 @@ class MeasureScale(Pass):
             facts(node).rms = rms if math.isfinite(rms) else None
             if facts(node).shape is None:
                 facts(node).shape = found.shapes.get(node.name)
+                facts(node).packed |= node.name in found.packed
         return False
 
 
@@ -81,6 +83,7 @@ class _Measure(Interpreter):
         super().__init__(graph_module)
         self.rms: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.packed: set[str] = set()
         self.extra_traceback = False  # its errors are caught
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,7 +99,10 @@ class _Measure(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        found = value.data if isinstance(value, PackedSequence) else value
+        found = value
+        if isinstance(value, PackedSequence):
+            self.packed.add(n.name)
+            found = value.data
         if isinstance(found, torch.Tensor):
             self.shapes[n.name] = tuple(found.shape)
             if found.is_floating_point() and found.numel():

@@ -88,7 +88,7 @@ class _ShapeWriter(Interpreter):
         return self._fake_state[tensor]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(isinstance(value, PackedSequence) for value in args):
+        if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
             raise DynamicOutputShapeException(target)
         # Fake parameters and buffers: one would otherwise be written to, as batch norm does.
         module: nn.Module = self.fetch_attr(target)

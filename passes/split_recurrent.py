@@ -13,8 +13,8 @@ After, with D = 2 directions, or 1::
 
 Rules:
 
-1. It acts on the RNN, LSTM and GRU layers that it is given by name, of two layers or more and
-   called once.
+1. It acts on the RNN, LSTM and GRU layers that it is given by name, of two layers or more, called
+   once and without hooks.
 2. Weights are those of the stack, so outputs and hidden states equal its own; dropout in training
    draws other values from the same distribution. ``SequenceDropout`` stands between the layers if
    the stack has dropout, and takes packed sequences too.
@@ -32,8 +32,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import PlanError
-from lean_fx.packed import SequenceDropout
-from lean_fx.passes.base import Pass, argument, forget_facts
+from lean_fx.packed import SequenceDropout, layer_states
+from lean_fx.passes.base import Pass, argument, forget_facts, is_altered
 
 _STACKS = (nn.RNN, nn.LSTM, nn.GRU)
 
@@ -57,7 +57,8 @@ class SplitRecurrent(Pass):
         modules = dict(graph_module.named_modules())
         for name in self._open(modules):
             stack: Any = modules.get(name)
-            if type(stack) not in _STACKS or stack.num_layers < 2 or calls.count(name) != 1:
+            able = type(stack) in _STACKS and stack.num_layers > 1 and not is_altered(stack)
+            if not able or calls.count(name) != 1:
                 raise PlanError(
                     f"plan: layer {name!r} is no stack of recurrent layers that is called once in "
                     "this model; make the plan anew from this model"
@@ -94,8 +95,12 @@ def _split(graph_module: GraphModule, node: Node) -> None:
         for index in range(stack.num_layers):
             if index and stack.dropout:
                 value = graph.call_module(f"{name}.dropout", (value,))
-            part = slice(index * directions, (index + 1) * directions)
-            begin = () if states is None else (_cut(graph, states, part, stack),)
+            begin: tuple[Any, ...] = ()
+            if states is not None:
+                last = index == stack.num_layers - 1  # which refuses whatever is too many
+                ends_at = None if last else (index + 1) * directions
+                cut = (states, index * directions, ends_at)
+                begin = (graph.call_function(layer_states, cut),)
             call = graph.call_module(f"{name}.{index}", (value, *begin))
             value = _item(graph, call, 0, name=f"{call.name}_output")
             ends.append(call)
@@ -113,24 +118,17 @@ def _layer(stack: Any, index: int) -> nn.Module:
     layer: nn.Module = type(stack)(
         width if index else stack.input_size,
         stack.hidden_size,
-        device=weight.device,
+        device="meta",  # drawing values would move torch's random numbers
         dtype=weight.dtype,
         **{name: getattr(stack, name) for name in names},
     )
+    layer.to_empty(device=weight.device)
     for name, parameter in layer.named_parameters():
         old = stack.get_parameter(name.replace("_l0", f"_l{index}"))
         if not old.is_meta:
             parameter.data.copy_(old)
         parameter.requires_grad_(old.requires_grad)
     return layer.train(stack.training)
-
-
-def _cut(graph: Graph, states: Any, part: slice, stack: nn.Module) -> Any:
-    """The states of one layer."""
-    if not isinstance(stack, nn.LSTM):
-        return _item(graph, states, part)
-    pair = states if isinstance(states, tuple | list) else [_item(graph, states, i) for i in (0, 1)]
-    return tuple(_item(graph, each, part) for each in pair)
 
 
 def _item(graph: Graph, value: Any, index: Any, name: str | None = None) -> Node:

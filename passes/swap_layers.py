@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import PlanError
 from lean_fx.packed import with_data
-from lean_fx.passes.base import Pass, facts
+from lean_fx.passes.base import Pass, facts, is_altered
 from lean_fx.passes.find_consumers import layer_input
 from lean_fx.passes.insert_reductions import match_scale
 from lean_fx.passes.sites import Site
@@ -98,6 +98,8 @@ def swap_layer(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
     assert layer is not None
+    if is_altered(layer):
+        raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
     assert site.out_channels is not None
     if input_channels(layer) != site.in_channels:
         raise PlanError(

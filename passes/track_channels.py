@@ -146,10 +146,10 @@ def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | None:
+    shape = facts(node).shape
+    if facts(node).packed and shape is not None:
+        return Channels(-1, shape[-1], packed=True)
     if node.op == "placeholder":
-        shape = facts(node).shape
-        if facts(node).packed and shape is not None:
-            return Channels(-1, shape[-1], packed=True)
         return Channels(1, shape[1]) if shape is not None and len(shape) > 2 else None
     if is_flatten(node, modules):
         return _flattened(node)

@@ -8,7 +8,7 @@ from torch import nn
 import lean_fx
 from lean_fx import onnx_recurrent
 from lean_fx.errors import ArgumentError, ExportError
-from lean_fx.onnx_recurrent import _OnnxRecurrent, recurrence
+from lean_fx.onnx_recurrent import _weights, recurrence
 
 KINDS = [(nn.RNN, {}), (nn.RNN, {"nonlinearity": "relu"}), (nn.LSTM, {}), (nn.GRU, {})]
 
@@ -44,9 +44,9 @@ def test_the_equations_of_onnx_give_what_torch_gives(kind, own, bidirectional, b
     layer = kind(6, 5, bidirectional=bidirectional, bias=bias, **own).double()
     x = torch.randn(4, 3, 6, dtype=torch.float64)
     states = [state.double() for state in states_of(layer, 3)] if given else []
-    made = _OnnxRecurrent(layer)
+    made = _weights(layer, 0)
     options = {"hidden_size": 5, "activations": ["Relu"] if own else []}
-    weights = [getattr(made, f"{name}_0", None) for name in "WRB"]
+    weights = [made.get(name) for name in "WRB"]
     y, *ends = recurrence(kind.__name__, [x, *weights, None, *states], options)
     pair = tuple(states) if kind is nn.LSTM else states[0] if states else None
     out, last = layer(x, pair if given else None)
@@ -100,6 +100,28 @@ def test_the_model_stays_as_it_is(tmp_path):
     net = nn.ModuleDict({"inner": layer})
     assert onnx_recurrent.with_onnx_operators(net) is not net
     assert net["inner"] is layer
+
+
+class Reads(nn.Module):
+    """It reads more of its layer than what the call gives, and the layer has a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(6, 5, 2)
+        self.layer.register_forward_hook(lambda module, given, out: (out[0] * 2, out[1]))
+
+    def forward(self, x):
+        self.layer.flatten_parameters()
+        h = x.new_zeros(self.layer.num_layers, x.shape[1], self.layer.hidden_size)
+        return self.layer(x, h)[0] + self.layer.bias_ih_l0.sum()
+
+
+def test_a_layer_keeps_its_hooks_and_attributes(tmp_path):
+    shapes = ({0: "length", 1: "batch"},)
+    path = tmp_path / "net.onnx"
+    lean_fx.export_onnx(Reads(), path, torch.randn(4, 2, 6), dynamic_shapes=shapes, tolerance=1e-5)
+    names = {value.name for value in onnx.load(path).graph.initializer}
+    assert not any("weight" in name for name in names)  # none is there twice
 
 
 def test_a_reduced_stack(tmp_path):

@@ -1,12 +1,19 @@
 """Recurrent layers: split, reduced, packed."""
 
 import itertools
+import json
+import pickle
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
 
 import lean_fx
 from graphs import graph_text
@@ -325,3 +332,124 @@ def test_it_learns(cell):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+class Chain(nn.Module):
+    """A stack that is given states, or none."""
+
+    def __init__(self, layers=2):
+        super().__init__()
+        self.first = nn.Linear(6, 32)
+        self.stack = nn.GRU(32, 32, layers)
+
+    def forward(self, x, states=None):
+        return self.stack(self.first(x), states)
+
+
+def reduced(model, **options):
+    plan = lean_fx.plan(model, **options)
+    return {layer: site.out_channels for site in plan.sites for layer in site.layers}
+
+
+def test_skip_channels_and_filter_name_layers_of_a_stack():
+    assert reduced(Chain(), skip=["stack.0", "stack.1"]) == {}
+    assert reduced(Chain(), skip=["stack.*"]) == {}
+    assert reduced(Chain(), skip=["stack.1"]) == {"stack": 4}
+    assert reduced(Chain(), skip=["stack.0"]) == {"stack.1": 4}
+    assert reduced(Chain(), channels={"stack.0": 8}) == {"stack": 8}
+    assert reduced(Chain(), channels={"stack.1": 8}) == {"stack.1": 8}
+    assert reduced(Chain(), filter=lambda module, name: name == "stack.1") == {"stack.1": 4}
+
+
+def test_hooks_and_name_of_the_model_are_kept():
+    model, x = Chain(), torch.randn(4, 2, 6)
+    model.register_forward_hook(lambda module, given, out: (out[0] * 0, out[1]))
+    lean = lean_fx.leanify(model, x)
+    assert type(lean).__name__ == "Chain"
+    assert not lean(x)[0].any()
+
+
+def test_states_are_given_or_not_and_counted():
+    model, x = Chain(), torch.randn(4, 2, 6)
+    lean = lean_fx.leanify(model, (x, torch.randn(2, 2, 32)))
+    assert_equal(lean(x), lean(x, torch.zeros(2, 2, 32)))
+    for rows in (1, 3, 4):
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            lean(x, torch.randn(rows, 2, 32))
+
+
+def test_a_plan_is_made_without_chance():
+    torch.manual_seed(3)
+    lean_fx.plan(_CHAIN, torch.randn(4, 2, 6))
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    torch.randn(4, 2, 6)
+    assert_equal(after, torch.rand(1))
+
+
+_CHAIN = Chain()
+
+
+@pytest.mark.parametrize("layer", ["first", "stack"])
+def test_a_plan_refuses_layers_with_hooks(layer):
+    plan, other = lean_fx.plan(Chain(), reduce_inputs=True, min_channels=6), Chain()
+    other.get_submodule(layer).register_forward_hook(lambda module, given, out: None)
+    with pytest.raises(PlanError, match=f"layer '{layer}' .*"):
+        plan.apply(other)
+
+
+def test_pickle_leaves_torch_fx_as_it_was():
+    x = torch.randn(4, 2, 6)
+    lean = lean_fx.leanify(Chain(), x)
+    assert_equal(pickle.loads(pickle.dumps(lean))(x), lean(x))
+    torch.fx.symbolic_trace(Chain(), {"states": None})
+    lean_fx.leanify(Chain())
+    with pytest.raises(AssertionError):
+        lean(x, torch.zeros(2, 2, 32))  # the plan was made without states
+
+
+class Packs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 32)
+        self.one = nn.GRU(32, 32)
+        self.two = nn.GRU(32, 32)
+
+    def forward(self, a, b):
+        packed, _ = self.one(pack_sequence([self.first(a), self.first(b)]))
+        return self.two(packed._replace(data=packed.data.relu()))[1]
+
+
+def test_however_sequences_are_packed():
+    a, b = torch.randn(5, 6), torch.randn(3, 6)
+    for inputs in ((), ((a, b),)):
+        lean = lean_fx.leanify(Packs(), *inputs)
+        assert len(lean.meta["lean_fx.plan"].sites) == 2
+        together = lean(a, b)
+        for row, value in enumerate((a, b)):
+            x = lean.first(value)
+            for name in ("one", "two"):
+                site = next(s for s in lean.meta["lean_fx.plan"].sites if name in s.layers)
+                reduction = lean.get_submodule(f"reductions.{site.name}")
+                x, last = lean.get_submodule(name)(reduction(x))
+                x = x.relu()
+            torch.testing.assert_close(together[:, row], last)
+
+
+def test_a_reduced_packed_model_is_left_alone_and_compiles():
+    x, lengths = torch.randn(3, 7, 6), torch.tensor([2, 7, 4])
+    lean = lean_fx.leanify(Tagger(), (x, lengths)).eval()
+    plan = lean_fx.plan(lean, (x, lengths))
+    assert not plan.sites
+    assert sum("reads a reduction already" in each.reason for each in plan.left_alone) == 3
+    compiled = torch.compile(lean, backend="eager")
+    torch.testing.assert_close(compiled(x, lengths)[0], lean(x, lengths)[0])
+
+
+@pytest.mark.parametrize("split", ['"1"', '{"1": 2}', '[["1"]]', "[1]"])
+def test_a_split_that_is_no_list_of_names(split):
+    text = lean_fx.plan(Chain()).to_json()
+    whole = json.dumps(["stack"], indent=1).replace("\n", "\n ")
+    assert whole in text
+    with pytest.raises(PlanError, match="split="):
+        lean_fx.Plan.from_json(text.replace(whole, split))

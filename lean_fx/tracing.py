@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Tracer, _symbolic_trace
 from torch.nn.utils import rnn
 
@@ -38,8 +38,6 @@ class LeanTracer(Tracer):
         wrapped: further functions that are nodes.
     """
 
-    proxy_buffer_attributes = True
-
     def __init__(
         self,
         opaque: frozenset[str] = frozenset(),
@@ -51,9 +49,12 @@ class LeanTracer(Tracer):
         self._autowrap_search += [rnn, _symbolic_trace]  # for calls by the module's name
         self.opaque = opaque
         self.give_up = give_up
+        self._names: dict[int, str] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
+        named = (*root.named_buffers(), *root.named_parameters())
+        self._names = {id(tensor): name for name, tensor in named}
         graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if id(node.target) in self._autowrap_function_ids:
@@ -65,6 +66,15 @@ class LeanTracer(Tracer):
         leaf = isinstance(m, (*REBUILDERS, SequenceDropout, ByMode, InMode)) or is_reduction(m)
         leaf = leaf or module_qualified_name in self.opaque
         return leaf or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A node for a parameter or buffer; found by its id, where torch.fx searches them all."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any

@@ -118,7 +118,8 @@ def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
     if reason:
         return reason
     if read.in_channels < options.min_channels:
-        return f"in_channels={read.in_channels} is below min_channels={options.min_channels}"
+        each = f" of each of {read.groups} groups" if read.groups > 1 else ""
+        return f"in_channels={read.in_channels}{each} is below min_channels={options.min_channels}"
     if not read.intermediate and not options.reduce_inputs:
         return "reads the model's input, no intermediate value; reduce_inputs=True reduces it too"
     return ""
@@ -166,13 +167,13 @@ def _decide(
     options: Options,
 ) -> tuple[list[Site], list[LeftAlone]]:
     """Group the layers by value, and settle the channels of each group."""
-    groups: dict[tuple[str, int, int, bool, int], list[Consumer]] = {}
+    shared: dict[tuple[str, int, int, bool, int, int], list[Consumer]] = {}
     for read, consumer in candidates:
-        key = (read.value, read.dim, read.in_channels, read.packed, read.writes)
-        groups.setdefault(key, []).append(consumer)
+        key = (read.value, read.dim, read.in_channels, read.packed, read.groups, read.writes)
+        shared.setdefault(key, []).append(consumer)
     sites: list[Site] = []
     refused: list[LeftAlone] = []
-    for (value, dim, in_channels, packed, _), consumers in groups.items():
+    for (value, dim, in_channels, packed, groups, _), consumers in shared.items():
         known = known_of[value]
         site = Site(
             value,
@@ -180,6 +181,7 @@ def _decide(
             in_channels,
             tuple(consumers),
             packed=packed,
+            groups=groups,
             rms=known.rms or 1.0,
             nonnegative=known.nonnegative,
         )
@@ -207,7 +209,7 @@ def _decide(
 
 def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> int | None:
     with torch.random.fork_rng(devices=[]):  # what is drawn for it here is drawn in vain
-        module = make_reduction(reduction, site.in_channels, out_channels, site.dim)
+        module = make_reduction(reduction, site.in_channels, out_channels, site.reduced_dim)
     if isinstance(module, LeanReduction):
         module.nonnegative = site.nonnegative
     macs = getattr(module, "macs_per_position", None)

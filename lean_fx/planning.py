@@ -49,7 +49,8 @@ class Plan:
     """What a leanify would do; ``print(plan)`` is a table.
 
     Its MACs are the multiply-adds of the reduction at one position, greater where the sign of the
-    value is not known; of a recurrent layer it saves the products with the input alone.
+    value is not known; of a recurrent layer it saves the products with the input alone. The
+    channels of a grouped convolution are those of one group.
 
     Attributes:
         model: the name of the model's class.
@@ -192,7 +193,8 @@ def _rows(site: Site) -> list[tuple[str, ...]]:
                 "" if rows or site.macs is None else f"{site.macs:,}",
                 consumer.layer,
                 consumer.kind,
-                f"{site.in_channels} -> {site.out_channels}",
+                f"{site.in_channels} -> {site.out_channels}"
+                + (f" in {site.groups} groups" if site.groups > 1 else ""),
                 f"{consumer.weights:,} -> {_after(consumer, site):,}",
                 "" if rows else site.note,
             )
@@ -232,4 +234,6 @@ def _site_from(entry: dict[str, Any]) -> Site:
     if not consumers or not all(isinstance(text, str) and text for text in texts):
         raise TypeError(f"site {site.value!r} has no consumers, or a part without a name")
     check_channels("site", site.in_channels, site.out_channels or 0)
+    if site.groups < 1:
+        raise TypeError(f"site {site.value!r} has groups={site.groups}")
     return site

@@ -109,6 +109,16 @@ def input_channels(layer: nn.Module) -> int:
     return int(value)  # type: ignore[arg-type]
 
 
+def groups_of(layer: nn.Module) -> int:
+    """The groups of a conv; 1 for any other layer.
+
+    Example:
+        >>> groups_of(nn.Conv2d(8, 8, 3, groups=4)), groups_of(nn.Linear(8, 8))
+        (4, 1)
+    """
+    return int(getattr(layer, "groups", 1))
+
+
 def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that multiply the input, by name; of a stack of layers, the first one's.
 

@@ -62,7 +62,8 @@ def leanify(
         align: prefer C' that are multiples of this number, such as 8; 1 or more.
         reduction: a registered name (:func:`lean_fx.reductions`) or a module class with the
             arguments ``(in_channels, out_channels, dim)``.
-        min_channels: leave layers alone that read fewer channels; 1 or more.
+        min_channels: leave layers alone that read fewer channels; 1 or more. As ``channels``, it
+            speaks of one group of a grouped convolution.
         skip: names, glob patterns or types of layers to leave alone.
         filter: called as ``filter(module, name)``; layers for which it is false are left alone.
         reduce_inputs: reduce the model's own inputs too, not only intermediate values.

@@ -5,6 +5,7 @@ axis, of packed sequences in their data; a linear layer reads it directly, chann
 axis, or through a flatten and dropouts::
 
     value -> conv                        Read(value, dim=1, in_channels=C)
+    value -> conv in G groups            Read(value, dim=1, in_channels=C/G, groups=G)
     value -> gru                         Read(value, dim=-1, in_channels=C)
     value -> linear                      Read(value, dim=-1, in_channels=C)
     value -> flatten -> dropout -> linear
@@ -16,7 +17,7 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 1. its type is not exactly one that can be rebuilt (a subclass may override forward);
 2. it is called more than once, or a parameter of it is shared or read elsewhere, or frozen;
 3. it has hooks or parametrizations, which would be lost;
-4. it is a grouped (or depthwise) convolution, whose channels are split already;
+4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
 5. it reads a reduction already, or no value of the graph;
 6. it reads through a flatten of a value whose channels are unknown, something other than dropout
    stands between the two, or an in-place operation changes the value between the two.
@@ -40,7 +41,13 @@ from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.track_channels import is_dropout
-from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, is_recurrent
+from lean_fx.rebuild import (
+    REBUILDERS,
+    groups_of,
+    input_channels,
+    input_weights,
+    is_recurrent,
+)
 from lean_fx.registry import is_reduction
 
 _NOT_YET = {
@@ -66,10 +73,11 @@ class Read:
     Attributes:
         value: the node whose channels are whole.
         dim: the axis of the channels there.
-        in_channels: how many channels.
+        in_channels: how many channels; of one group, where there are several.
         spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
         packed: whether the value is packed sequences.
+        groups: of the layer that reads it, a convolution.
         intermediate: whether a layer with weights stands between the model's inputs and the value.
         writes: how many in-place operations had changed the value when it was read.
     """
@@ -80,6 +88,7 @@ class Read:
     spread: int = 1
     path: tuple[str, ...] = ()
     packed: bool = False
+    groups: int = 1
     intermediate: bool = True
     writes: int = 0
 
@@ -191,9 +200,8 @@ def _refusal(layer: nn.Module, graph: _Context) -> str:
             return "its parameter has hooks, which a rebuilt layer would lose"
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
-    groups = int(getattr(layer, "groups", 1))
-    if groups > 1:
-        return f"groups={groups}: its input channels are split already"
+    if 1 < groups_of(layer) == input_channels(layer):
+        return f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
     return ""
 
 
@@ -211,8 +219,9 @@ def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, 
         read = Read(source.name, -1, input_channels(layer), packed=packed)
         return graph.placed(read, source, node), ""
     if not isinstance(layer, nn.Linear):
-        dim = _channel_axis(layer, source)
-        return graph.placed(Read(source.name, dim, input_channels(layer)), source, node), ""
+        dim, groups = _channel_axis(layer, source), groups_of(layer)
+        read = Read(source.name, dim, input_channels(layer) // groups, groups=groups)
+        return graph.placed(read, source, node), ""
     through = known is not None and known.whole is not None
     if any(is_flatten(step, graph.modules) for step in path) and not through:
         return None, "the channels of what is flattened before it are unknown"
@@ -257,7 +266,11 @@ def layer_input(node: Node) -> Node | None:
 
 
 def reads_reduction(source: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether ``source`` is the call of a reduction, or packed sequences of its result."""
+    """Whether ``source`` is the call of a reduction, or holds its result packed or by groups."""
+    held: Any = source
     if source.target is with_data:
-        source = source.args[1]  # type: ignore[assignment]
+        held = source.args[1]
+    elif source.target is torch.flatten:
+        held = argument(source, 0, "input")
+    source = held
     return source.op == "call_module" and is_reduction(modules[str(source.target)])

@@ -19,6 +19,12 @@ from C*k to C'*k features (k = H*W)::
     pool -> flatten -> dropout -> linear(C*k -> B)
     pool -> reductions.pool(C -> C') -> flatten -> dropout -> linear(C'*k -> B)
 
+The channels of a grouped convolution are reduced group by group, all by one reduction::
+
+    pool -> conv(C -> B, groups=G)
+    pool -> unflatten(1, (G, C/G)) -> reductions.pool(C/G -> C') -> flatten(1, 2)
+         -> conv(G*C' -> B, groups=G)
+
 What packed sequences hold is reduced in their data::
 
     packed -> gru(C -> H)
@@ -52,7 +58,7 @@ from lean_fx.passes.base import Pass, add_module, facts, forget_facts
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.flattens import view_sizes
 from lean_fx.passes.sites import Consumer, Site
-from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, rebuild
+from lean_fx.rebuild import REBUILDERS, groups_of, input_channels, input_weights, rebuild
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
@@ -88,7 +94,9 @@ class InsertReductions(Pass):
         """Insert the reductions and rebuild the layers, site by site."""
         todo = self._open(graph_module)
         made = [
-            make_reduction(self.reduction, site.in_channels, site.out_channels or 0, site.dim)
+            make_reduction(
+                self.reduction, site.in_channels, site.out_channels or 0, site.reduced_dim
+            )
             for site in todo
         ]
         nodes = {node.name: node for node in graph_module.graph.nodes}
@@ -135,13 +143,11 @@ def _check(
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
-    planned = site.in_channels * consumer.spread
-    if input_channels(layer) != planned or getattr(layer, "groups", 1) != 1:
-        groups = f" in {layer.groups} groups" if getattr(layer, "groups", 1) != 1 else ""
-        raise PlanError(
-            f"{subject} reads {input_channels(layer)} channels{groups}, but the plan says "
-            f"{planned}; {remedy}"
-        )
+    found = (input_channels(layer), groups_of(layer))
+    planned = (site.in_channels * consumer.spread * site.groups, site.groups)
+    if found != planned:
+        reads, says = (f"{n} channels" + f" in {g} groups" * (g > 1) for n, g in (found, planned))
+        raise PlanError(f"{subject} reads {reads}, but the plan says {says}; {remedy}")
     source = layer_input(node)
     for step in (*reversed(consumer.path), site.value):
         if source is None or source.name != step:
@@ -171,6 +177,11 @@ def _insert(
             data = graph.call_function(getattr, (value, "data"))
             data = graph.call_module(target, (data,))
             reduced = graph.call_function(with_data, (value, data))
+        elif site.groups > 1:
+            sizes = (site.groups, site.in_channels)
+            parts = graph.call_function(torch.unflatten, (value, site.dim, sizes))
+            parts = graph.call_module(target, (parts,))
+            reduced = graph.call_function(torch.flatten, (parts, site.dim, site.dim + 1))
         else:
             reduced = graph.call_module(target, (value,))
 
@@ -178,7 +189,7 @@ def _insert(
     private = {step.name for step in ours if set(step.users) <= ours}
     carried: dict[str, Node] = {}
     for consumer, call in zip(site.consumers, calls, strict=True):
-        features = site.out_channels * consumer.spread
+        features = site.out_channels * consumer.spread * site.groups
         source = reduced
         for step in consumer.path:
             if step not in carried:
@@ -210,16 +221,19 @@ def _gain(module: nn.Module, site: Site) -> float:
         sample = sample.relu() * 2**0.5
     if site.dim == 0:
         sample = sample.T
+    if site.groups > 1:
+        sample = sample.unsqueeze(site.dim)
     try:
         with torch.no_grad():
             reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()
     except (RuntimeError, ValueError, IndexError, TypeError):
         return 1.0  # a user's own reduction that takes values of another rank only
-    wanted = (site.out_channels, _POSITIONS) if site.dim == 0 else (_POSITIONS, site.out_channels)
-    if reduced.shape != wanted:
+    wanted = list(sample.shape)
+    wanted[site.reduced_dim] = site.out_channels or 0
+    if list(reduced.shape) != wanted:
         raise PlanError(
             f"plan: {type(module).__name__} makes {list(reduced.shape)} of {list(sample.shape)}, "
-            f"not {list(wanted)}; a reduction gives out_channels along dim"
+            f"not {wanted}; a reduction gives out_channels along dim"
         )
     rms = float(reduced.square().mean().sqrt())
     return site.rms / rms if rms else 1.0

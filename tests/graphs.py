@@ -176,6 +176,22 @@ class Stacked(nn.Module):
         return self.head(pair[0]), pair[1], c
 
 
+class Grouped(nn.Module):
+    """One value that a conv and two grouped convs read, and a transposed grouped conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.plain = nn.Conv2d(64, 48, 1)
+        self.left = nn.Conv2d(64, 48, 3, padding=1, groups=4)
+        self.right = nn.Conv2d(64, 48, 1, groups=2, bias=False)
+        self.up = nn.ConvTranspose2d(48, 4, 2, stride=2, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.up(F.relu(self.plain(x) + self.left(x) + self.right(x)))
+
+
 class MyConv(nn.Conv2d):
     """A subclass, which may mean anything."""
 
@@ -215,6 +231,7 @@ CHANGED = {
     "conv1d": (one_dimensional, (2, 1, 16)),
     "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
     "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "grouped": (Grouped, (2, 3, 8, 8)),
     "stacked": (Stacked, (3, 5, 6)),
     "linear": (fully_connected, (2, 20)),
 }
@@ -224,7 +241,7 @@ UNCHANGED = {
     "tied": (Tied, (2, 8)),
     "narrow": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), (2, 3, 8, 8)),
     "subclass": (lambda: nn.Sequential(nn.Conv2d(3, 16, 1), MyConv(16, 4, 1)), (2, 3, 8, 8)),
-    "grouped": (
+    "depthwise": (
         lambda: nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=16)),
         (2, 3, 8, 8),
     ),

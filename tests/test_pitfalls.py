@@ -398,6 +398,26 @@ def test_a_plan_for_a_layer_that_has_groups_now():
 
     with pytest.raises(PlanError, match="'2' reads 32 channels in 4 groups, but the plan says 32"):
         lean_fx.plan(net(1)).apply(net(4))
+    with pytest.raises(PlanError, match="reads 32 channels, but the plan says 32 channels in 2 gr"):
+        lean_fx.plan(net(2)).apply(net(1))
+
+
+def test_min_channels_speaks_of_one_group():
+    def net(groups):
+        return nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1, groups=groups))
+
+    assert sites(net(4)) == [("_1", 1, 16, ("2",))]
+    assert reasons(net(8))["2"] == "in_channels=8 of each of 8 groups is below min_channels=16"
+    assert reasons(net(64))["2"] == "groups=64: one input channel a group, nothing to reduce"
+    assert " 16 -> 4 in 4 groups  1,024 -> 256" in str(lean_fx.plan(net(4)))
+
+
+def test_groups_without_a_batch():
+    model = nn.Sequential(nn.Conv1d(3, 64, 1), nn.ReLU(), nn.Conv1d(64, 8, 1, groups=4))
+    inputs = torch.rand(3, 7)
+    assert sites(model, inputs) == [("_1", 0, 16, ("2",))]
+    lean = lean_fx.leanify(model, inputs)
+    assert lean(inputs).shape == model(inputs).shape
 
 
 def test_writes_are_tracked_through_views():

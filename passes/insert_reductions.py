@@ -143,10 +143,10 @@ def _check(
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
-    found = (input_channels(layer), groups_of(layer))
+    there = (input_channels(layer), groups_of(layer))
     planned = (site.in_channels * consumer.spread * site.groups, site.groups)
-    if found != planned:
-        reads, says = (f"{n} channels" + f" in {g} groups" * (g > 1) for n, g in (found, planned))
+    if there != planned:
+        reads, says = (f"{n} channels" + f" in {g} groups" * (g > 1) for n, g in (there, planned))
         raise PlanError(f"{subject} reads {reads}, but the plan says {says}; {remedy}")
     source = layer_input(node)
     for step in (*reversed(consumer.path), site.value):

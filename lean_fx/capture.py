@@ -126,6 +126,7 @@ def capture(
             LeanWarning,
             stacklevel=4,
         )
+    _keep_layers(captured, root)
     ModularizeCalls()(captured)
     return captured
 
@@ -194,6 +195,14 @@ def _mark_mode(graph: Graph, root: nn.Module, absent: dict[str, Any]) -> None:
     for node, other in zip(graph.nodes, opposite.nodes, strict=True):
         same = str(node.args) == str(other.args) and str(node.kwargs) == str(other.kwargs)
         facts(node).follows_mode = not same
+
+
+def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
+    """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
+    for node in captured.graph.nodes:
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and owner and type(root.get_submodule(owner)) in REBUILDERS:
+            captured.set_submodule(owner, root.get_submodule(owner))
 
 
 def _holds_flag(arguments: object) -> bool:

@@ -192,6 +192,24 @@ class Grouped(nn.Module):
         return self.up(F.relu(self.plain(x) + self.left(x) + self.right(x)))
 
 
+class WrittenOut(nn.Module):
+    """Layers whose forward is written out at their parameters, one with a bias from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 32, 1)
+        self.conv = nn.Conv1d(32, 32, 3, padding=1, bias=False)
+        self.qkv = nn.Linear(32, 48, bias=False)
+        self.q_bias = nn.Parameter(torch.randn(16))
+        self.register_buffer("k_bias", torch.zeros(32))
+        self.proj = nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv1d(F.relu(self.stem(x)), self.conv.weight, self.k_bias, 1, 1)
+        x = F.linear(x.mT, self.qkv.weight, bias=torch.cat((self.q_bias, self.k_bias)))
+        return F.linear(F.relu(x), weight=self.proj.weight, bias=self.proj.bias)
+
+
 class MyConv(nn.Conv2d):
     """A subclass, which may mean anything."""
 
@@ -231,6 +249,7 @@ CHANGED = {
     "conv1d": (one_dimensional, (2, 1, 16)),
     "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
     "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "written out": (WrittenOut, (2, 3, 8)),
     "grouped": (Grouped, (2, 3, 8, 8)),
     "stacked": (Stacked, (3, 5, 6)),
     "linear": (fully_connected, (2, 20)),

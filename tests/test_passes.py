@@ -4,7 +4,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
-from torch.fx import symbolic_trace
+from torch.fx import GraphModule, symbolic_trace
 from torch.nn import functional as F
 
 import lean_fx
@@ -17,9 +17,10 @@ from graphs import (
     Residual,
     SharedFlatten,
     Tokens,
+    WrittenOut,
     graph_text,
 )
-from lean_fx.capture import capture
+from lean_fx.capture import LeanTracer, capture
 from lean_fx.errors import ArgumentError, PassError, PlanError
 from lean_fx.passes import (
     FindConsumers,
@@ -336,6 +337,56 @@ output = output(outer)
         torch.testing.assert_close(captured(inputs), captured(inputs))
         captured.train()
         assert not torch.equal(captured(inputs), captured(inputs))
+
+
+def test_layers_that_are_written_out_are_called():
+    model, inputs = WrittenOut().eval(), torch.rand(2, 3, 8)
+    captured = capture(model)
+    assert_expected_inline(
+        graph_text(captured),
+        """\
+x = x()
+stem = stem(x)  # Conv1d(3, 32, kernel_size=(1,), stride=(1,))
+relu = relu(stem, inplace=False)
+k_bias = k_bias()
+conv = conv(relu)  # Conv1d(32, 32, kernel_size=(3,), stride=(1,), padding=(1,), bias=False)
+reshape = reshape(k_bias, (-1, 1))
+add = add(conv, reshape)
+q_bias = q_bias()
+cat = cat((q_bias, k_bias))
+getattr_1 = getattr(add, mT)
+qkv = qkv(getattr_1)  # Linear(in_features=32, out_features=48, bias=False)
+add_1 = add(qkv, cat)
+relu_1 = relu(add_1, inplace=False)
+proj = proj(relu_1)  # Linear(in_features=48, out_features=32, bias=True)
+output = output(proj)
+""",
+    )
+    torch.testing.assert_close(captured(inputs), model(inputs))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: F.linear(x, self.a.weight),  # without its bias
+        lambda self, x: F.linear(x, self.a.weight, self.c.bias),
+        lambda self, x: F.linear(F.linear(x, self.b.weight), self.b.weight),
+        lambda self, x: F.linear(self.b(x), self.b.weight),
+        lambda self, x: F.linear(x, self.a.weight, self.a.bias) + self.a.weight.sum(),
+        lambda self, x: F.conv1d(x, self.c.weight, self.c.bias, stride=2),
+        lambda self, x: F.conv2d(x[None], self.c.weight[..., None], self.c.bias),
+    ],
+)
+def test_calls_that_are_not_a_layers_stay(forward):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+            self.c = nn.Conv1d(8, 8, 1)
+
+    Net.forward = forward
+    model = Net()
+    assert graph_text(capture(model)) == graph_text(GraphModule(model, LeanTracer().trace(model)))
 
 
 def test_shapes_are_written_and_buffers_stay():

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Tracer
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import rnn
 
+from lean_fx.attention import AttentionHeads
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.packed import SequenceDropout
 from lean_fx.passes.base import facts
@@ -59,7 +60,7 @@ class LeanTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
-        leaf = isinstance(m, (*REBUILDERS, SequenceDropout)) or is_reduction(m)
+        leaf = isinstance(m, (*REBUILDERS, SequenceDropout, AttentionHeads)) or is_reduction(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 

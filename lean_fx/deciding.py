@@ -38,13 +38,22 @@ class Options:
 
 
 def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, ...]:
-    """The stacks of recurrent layers that may be reduced, by name: ``graph_module`` analysed."""
+    """The layers of attention, and stacks of recurrent ones, whose inner layers may be reduced.
+
+    Args:
+        graph_module: captured and analysed.
+        options: what the user asked for.
+
+    Returns:
+        Their names.
+    """
     found: list[str] = []
     for node in graph_module.graph.nodes:
-        if facts(node).read is not None:
+        if facts(node).read is not None or facts(node).splits:
             name = str(node.target)
             layer = graph_module.get_submodule(name)
-            if getattr(layer, "num_layers", 1) > 1 and not _named_by_user(name, layer, options):
+            splits = facts(node).splits or getattr(layer, "num_layers", 1) > 1
+            if splits and not _named_by_user(name, layer, options):
                 found.append(name)
     return tuple(found)
 
@@ -78,6 +87,8 @@ def make_plan(
             reason = known.refusal
             if known.read:
                 reason = _unwanted(known.read, name, layer, options)
+            elif known.splits:
+                reason = _named_by_user(name, layer, options) or reason
             if known.read and not reason:
                 candidates.append((known.read, _consumer(node.name, name, layer, known.read)))
             else:
@@ -103,13 +114,16 @@ def make_plan(
 
 
 def _parts(graph_module: GraphModule) -> list[str]:
-    """What the layers of the stacks that are not split would be called."""
-    return [
-        f"{name}.{index}"
-        for name, module in graph_module.named_modules()
-        if isinstance(module, nn.RNNBase) and module.num_layers > 1
-        for index in range(module.num_layers)
-    ]
+    """What the layers of the stacks, and of attention, that are not split would be called."""
+    names: list[str] = []
+    for name, module in graph_module.named_modules():
+        parts: Iterable[object] = ()
+        if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+            parts = range(module.num_layers)
+        elif isinstance(module, nn.MultiheadAttention):
+            parts = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
+        names += [f"{name}.{part}" for part in parts]
+    return names
 
 
 def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:

@@ -19,7 +19,7 @@ from lean_fx.passes import (
     InsertReductions,
     Pipeline,
     Site,
-    SplitRecurrent,
+    SplitLayers,
     TrackWrites,
 )
 from lean_fx.reduction import check_channels
@@ -58,8 +58,9 @@ class Plan:
         left_alone: every other conv, linear, recurrent and attention layer, and the reason.
         reduction: a registered name, or a factory.
         parameters: of the model, before.
-        split: the stacks of recurrent layers to split (:class:`~lean_fx.passes.SplitRecurrent`),
-            whose layers are named ``<stack>.0``, ``<stack>.1``, ...
+        split: the stacks of recurrent layers, and the layers of attention, to split first
+            (:class:`~lean_fx.passes.SplitLayers`): into ``<stack>.0``, ``<stack>.1``, ..., and into
+            ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
 
     Example:
         >>> import lean_fx
@@ -103,7 +104,7 @@ class Plan:
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
         """As :meth:`apply`, in place, to a model that has been captured already."""
         insert = InsertReductions(self.sites, self.reduction)
-        Pipeline([SplitRecurrent(self.split), TrackWrites(), InferSign(), insert])(graph_module)
+        Pipeline([SplitLayers(self.split), TrackWrites(), InferSign(), insert])(graph_module)
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
 

@@ -21,7 +21,7 @@ from lean_fx.passes import (
     Pass,
     Pipeline,
     PropagateShapes,
-    SplitRecurrent,
+    SplitLayers,
     TrackChannels,
     TrackWrites,
 )
@@ -169,7 +169,7 @@ def _planned(
         graph_module = captured
         if stacks:
             graph_module = copy.deepcopy(captured)
-            Pipeline([SplitRecurrent(stacks), analyse])(graph_module)
+            Pipeline([SplitLayers(stacks), analyse])(graph_module)
         made = keep_paying(make_plan(graph_module, model, options, stacks), graph_module, keep)
         reduced = {layer for site in made.sites for layer in site.layers}
         in_vain = {stack for stack in stacks if not reduced & _inner(stack, made)}

@@ -18,8 +18,9 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 2. it is called more than once, or a parameter of it is shared or read elsewhere, or frozen;
 3. it has hooks or parametrizations, which would be lost;
 4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
-5. it reads a reduction already, or no value of the graph;
-6. it reads through a flatten of a value whose channels are unknown, something other than dropout
+5. it is attention, which is first to be split into its linear layers (:class:`SplitAttention`);
+6. it reads a reduction already, or no value of the graph;
+7. it reads through a flatten of a value whose channels are unknown, something other than dropout
    stands between the two, or an in-place operation changes the value between the two.
 """
 
@@ -40,6 +41,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
+from lean_fx.passes.split_attention import can_split
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import (
     REBUILDERS,
@@ -51,7 +53,6 @@ from lean_fx.rebuild import (
 from lean_fx.registry import is_reduction
 
 _NOT_YET = {
-    nn.MultiheadAttention: "layers inside attention are not reduced yet",
     nn.TransformerEncoderLayer: "layers inside attention are not reduced yet",
     nn.TransformerDecoderLayer: "layers inside attention are not reduced yet",
     nn.Transformer: "layers inside attention are not reduced yet",
@@ -104,7 +105,7 @@ class FindConsumers(Pass):
         graph = _Context.of(graph_module)
         for node in graph_module.graph.nodes:
             known = facts(node)
-            known.read, known.refusal = None, ""
+            known.read, known.refusal, known.splits = None, "", False
             if node.op == "call_function" and node.target in _CALLS:
                 known.refusal = "a functional call; only layers (modules) are rebuilt yet"
             elif node.op == "call_module":
@@ -112,6 +113,9 @@ class FindConsumers(Pass):
                 known.refusal = _refusal(layer, graph)
                 if not known.refusal and type(layer) in REBUILDERS:
                     known.read, known.refusal = _judge(node, layer, graph)
+                known.splits = not known.refusal and can_split(layer)
+                if known.splits:
+                    known.refusal = "none of its layers is reduced"
         return False
 
 
@@ -180,7 +184,8 @@ def _attribute(root: nn.Module, name: str) -> Any:
 
 
 def _refusal(layer: nn.Module, graph: _Context) -> str:
-    kind = next((base for base in REBUILDERS if isinstance(layer, base)), None)
+    kinds = (*REBUILDERS, nn.MultiheadAttention)
+    kind = next((base for base in kinds if isinstance(layer, base)), None)
     if kind is None:
         return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
     if is_parametrized(layer):
@@ -192,7 +197,7 @@ def _refusal(layer: nn.Module, graph: _Context) -> str:
         return f"called {graph.calls[id(layer)]} times in one forward pass"
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "it has hooks, which a rebuilt layer would lose"
-    for parameter in layer.parameters(recurse=False):
+    for parameter in layer.parameters():
         names = graph.owners[id(parameter)]
         if len(names) > 1:
             return f"its parameter is used elsewhere: {', '.join(names)}"
@@ -200,6 +205,8 @@ def _refusal(layer: nn.Module, graph: _Context) -> str:
             return "its parameter has hooks, which a rebuilt layer would lose"
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
+    if kind is nn.MultiheadAttention:
+        return "" if can_split(layer) else "its out_proj is not torch's own"
     if 1 < groups_of(layer) == input_channels(layer):
         return f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
     return ""

@@ -192,6 +192,23 @@ class Grouped(nn.Module):
         return self.up(F.relu(self.plain(x) + self.left(x) + self.right(x)))
 
 
+class Attention(nn.Module):
+    """Attention to itself and to another value, the weights read once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 32)
+        self.norm = nn.LayerNorm(32)
+        self.inner = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.outer = nn.MultiheadAttention(32, 2, batch_first=True, kdim=6, vdim=32, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(self.stem(x))
+        y = y + self.inner(y, y, value=y, need_weights=False)[0]
+        out, weights = self.outer(y, x, y)
+        return out, weights
+
+
 class WrittenOut(nn.Module):
     """Layers whose forward is written out at their parameters, one with a bias from elsewhere."""
 
@@ -249,6 +266,7 @@ CHANGED = {
     "conv1d": (one_dimensional, (2, 1, 16)),
     "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
     "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "attention": (Attention, (2, 5, 6)),
     "written out": (WrittenOut, (2, 3, 8)),
     "grouped": (Grouped, (2, 3, 8, 8)),
     "stacked": (Stacked, (3, 5, 6)),

@@ -15,6 +15,7 @@ FILES += sorted(ROOT.glob("lean_fx/measure/*.py")) + sorted(ROOT.glob("lean_fx/e
 LAYERS = (
     {"lean_fx.errors", "lean_fx.files"},
     {
+        "lean_fx.attention",
         "lean_fx.packed",
         "lean_fx.plain",
         "lean_fx.walk",

@@ -31,7 +31,7 @@ from lean_fx.passes import (
     Pass,
     Pipeline,
     PropagateShapes,
-    SplitRecurrent,
+    SplitLayers,
     TrackChannels,
     TrackWrites,
     facts,
@@ -43,7 +43,7 @@ MODELS = CHANGED | UNCHANGED
 def passes_for(model, inputs):
     plan = lean_fx.plan(model, inputs)
     return {
-        "SplitRecurrent": SplitRecurrent(plan.split),
+        "SplitLayers": SplitLayers(plan.split),
         "TrackWrites": TrackWrites(),
         "InferSign": InferSign(),
         "MeasureScale": MeasureScale((inputs,)),
@@ -72,7 +72,7 @@ def test_laws(name, model):
     )
     the_pass = passes_for(original, inputs)[name]
     if name == "InsertReductions":
-        passes_for(original, inputs)["SplitRecurrent"](graph_module)
+        passes_for(original, inputs)["SplitLayers"](graph_module)
 
     before = description(graph_module)
     result = the_pass(graph_module)

@@ -110,7 +110,7 @@ def test_what_is_not_rebuilt_is_as_it_was(model):
         if name.rpartition(".")[0] not in rebuilt:
             assert torch.equal(lean.state_dict()[name], value)
             checked += 1
-    assert checked
+    assert checked or plan.split
 
 
 @pytest.mark.parametrize("reduction", reductions())

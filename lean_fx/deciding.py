@@ -19,7 +19,7 @@ from lean_fx.policy import (
     skipped_by,
     wanted_channels,
 )
-from lean_fx.rebuild import REBUILDERS, input_weights
+from lean_fx.rebuild import REBUILDERS, input_weights, plain_type
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction
 
@@ -149,7 +149,7 @@ def _named_by_user(name: str, layer: nn.Module, options: Options) -> str:
 
 def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
     weights = sum(weight.numel() for weight in input_weights(layer).values())
-    return Consumer(name, type(layer).__name__, node, read.spread, read.path, weights)
+    return Consumer(name, plain_type(layer).__name__, node, read.spread, read.path, weights)
 
 
 def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:

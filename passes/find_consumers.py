@@ -14,9 +14,11 @@ axis, or through a flatten and dropouts::
 
 Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
 
-1. its type is not exactly one that can be rebuilt (a subclass may override forward);
+1. it cannot be rebuilt: it is of a subclass that does not keep the meaning of its type
+   (:mod:`lean_fx.subclasses`), or its weight is parametrized by more than torch's weight norm or
+   spectral norm;
 2. it is called more than once, or a parameter of it is shared or read elsewhere, or frozen;
-3. it has hooks or parametrizations, which would be lost;
+3. it has hooks, which would be lost;
 4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
 5. it is attention, which is first to be split into its linear layers (:class:`SplitAttention`);
 6. it reads a reduction already, or no value of the graph;
@@ -36,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn.utils.parametrize import is_parametrized
 
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, argument, facts
@@ -49,6 +50,7 @@ from lean_fx.rebuild import (
     input_channels,
     input_weights,
     is_recurrent,
+    why_not_rebuilt,
 )
 from lean_fx.registry import is_reduction
 
@@ -111,7 +113,7 @@ class FindConsumers(Pass):
             elif node.op == "call_module":
                 layer = graph.modules[str(node.target)]
                 known.refusal = _refusal(layer, graph)
-                if not known.refusal and type(layer) in REBUILDERS:
+                if not known.refusal and isinstance(layer, tuple(REBUILDERS)):
                     known.read, known.refusal = _judge(node, layer, graph)
                 known.splits = not known.refusal and can_split(layer)
                 if known.splits:
@@ -188,11 +190,6 @@ def _refusal(layer: nn.Module, graph: _Context) -> str:
     kind = next((base for base in kinds if isinstance(layer, base)), None)
     if kind is None:
         return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
-    if is_parametrized(layer):
-        return "its weight is parametrized"
-    if type(layer) is not kind:
-        own = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        return f"{own} is a subclass of {kind.__name__} and may mean more"
     if graph.calls[id(layer)] > 1:
         return f"called {graph.calls[id(layer)]} times in one forward pass"
     if any(getattr(layer, hooks) for hooks in _HOOKS):
@@ -207,6 +204,9 @@ def _refusal(layer: nn.Module, graph: _Context) -> str:
         return "its weight is frozen, so a new one could not learn"
     if kind is nn.MultiheadAttention:
         return "" if can_split(layer) else "its out_proj is not torch's own"
+    reason = why_not_rebuilt(layer)
+    if reason:
+        return reason
     if 1 < groups_of(layer) == input_channels(layer):
         return f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
     return ""

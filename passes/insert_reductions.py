@@ -58,7 +58,14 @@ from lean_fx.passes.base import Pass, add_module, facts, forget_facts
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.flattens import view_sizes
 from lean_fx.passes.sites import Consumer, Site
-from lean_fx.rebuild import REBUILDERS, groups_of, input_channels, input_weights, rebuild
+from lean_fx.rebuild import (
+    groups_of,
+    input_channels,
+    input_weights,
+    plain_type,
+    rebuild,
+    why_not_rebuilt,
+)
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
@@ -139,15 +146,18 @@ def _check(
     node, layer = nodes.get(consumer.node), modules.get(consumer.layer)
     if layer is None or node is None or node.target != consumer.layer:
         raise PlanError(f"{subject} is not called by {consumer.node!r} in this model; {remedy}")
-    if type(layer) not in REBUILDERS or type(layer).__name__ != consumer.kind:
+    if why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
     there = (input_channels(layer), groups_of(layer))
     planned = (site.in_channels * consumer.spread * site.groups, site.groups)
     if there != planned:
-        reads, says = (f"{n} channels" + f" in {g} groups" * (g > 1) for n, g in (there, planned))
-        raise PlanError(f"{subject} reads {reads}, but the plan says {says}; {remedy}")
+        groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
+        raise PlanError(
+            f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
+            f"{remedy}"
+        )
     source = layer_input(node)
     for step in (*reversed(consumer.path), site.value):
         if source is None or source.name != step:

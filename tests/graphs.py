@@ -150,11 +150,11 @@ class Tied(nn.Module):
         self.other.weight = self.one.weight
         self.hooked = nn.Linear(32, 32)
         self.hooked.register_forward_hook(lambda module, args, output: output)
-        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+        self.turning = nn.utils.parametrizations.orthogonal(nn.Linear(32, 32))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.first(x)))
-        return self.normed(self.hooked(self.other(self.one(x))))
+        return self.turning(self.hooked(self.other(self.one(x))))
 
 
 class Stacked(nn.Module):
@@ -228,7 +228,49 @@ class WrittenOut(nn.Module):
 
 
 class MyConv(nn.Conv2d):
-    """A subclass, which may mean anything."""
+    """A subclass that means more: it weighs each position by all of its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.var(1, keepdim=True)
+
+
+class SameConv(nn.Conv2d):
+    """A subclass that pads its input by its size, as some nets of TensorFlow do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (-n % s for n, s in zip(x.shape[2:], self.stride, strict=True))
+        return super().forward(F.pad(x, (0, width, 0, height)))
+
+
+class StandardConv(nn.Conv2d):
+    """A subclass that standardises its weight, with a gain to learn."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size)
+        self.scale = self.weight[0].numel() ** -0.5
+        self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight * self.gain * self.scale, self.bias)
+
+
+class Kinds(nn.Module):
+    """Layers of subclasses that keep the meaning of theirs, and with a norm of their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norms = nn.utils.parametrizations
+        self.stem = nn.Conv2d(3, 32, 1)
+        self.same = SameConv(32, 32, 3, stride=2, groups=2)
+        self.standard = StandardConv(32, 32, 1)
+        self.normed = norms.weight_norm(nn.Conv2d(32, 32, 1))
+        self.head = norms.spectral_norm(nn.Linear(32, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normed(F.relu(self.standard(F.relu(self.same(F.relu(self.stem(x)))))))
+        return self.head(F.relu(x).mean((2, 3)))
 
 
 def one_dimensional() -> nn.Module:
@@ -266,6 +308,7 @@ CHANGED = {
     "conv1d": (one_dimensional, (2, 1, 16)),
     "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
     "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "kinds": (Kinds, (2, 3, 7, 7)),
     "attention": (Attention, (2, 5, 6)),
     "written out": (WrittenOut, (2, 3, 8)),
     "grouped": (Grouped, (2, 3, 8, 8)),

@@ -29,6 +29,7 @@ LAYERS = (
         "lean_fx.controls",
         "lean_fx.registry",
         "lean_fx.rebuild",
+        "lean_fx.subclasses",
     },
     {"lean_fx.passes", "lean_fx.measure"},
     {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}

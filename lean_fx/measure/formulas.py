@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lean_fx.passes.base import is_altered
+from lean_fx.rebuild import input_weights
 
 
 def layer_macs(layer: nn.Module, read: int, written: int) -> int:
@@ -40,7 +41,8 @@ def layer_macs(layer: nn.Module, read: int, written: int) -> int:
         5400
     """
     elements = read if getattr(layer, "transposed", False) else written
-    return elements * layer.get_parameter("weight")[0].numel()
+    weight = next(iter(input_weights(layer).values()))  # under a norm of it, too
+    return elements * weight[0].numel()
 
 
 def call_macs(

@@ -23,11 +23,14 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 5. it is attention, which is first to be split into its linear layers (:class:`SplitAttention`);
 6. it reads a reduction already, or no value of the graph;
 7. it reads through a flatten of a value whose channels are unknown, something other than dropout
-   stands between the two, or an in-place operation changes the value between the two.
+   stands between the two, or an in-place operation changes the value between the two. The flatten
+   of a value with one position changes nothing; and an in-place dropout may stand there if nobody
+   else reads what it changes.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -173,6 +176,23 @@ class _Context:
         """How many in-place operations have changed ``value`` when ``reader`` reads it."""
         return bisect_left(self.writes.get(facts(value).storage, []), self.order[reader])
 
+    def moves_with_path(self, step: Node, path: list[Node], reader: Node) -> bool:
+        """Whether an in-place dropout on the way to a layer changes nothing that others read."""
+        ours = {*path, reader}
+        module = self.modules.get(str(step.target)) if step.op == "call_module" else None
+        return (
+            facts(step).writes
+            and module is not None
+            and is_dropout(step, self.modules)
+            and self.calls[id(module)] == 1
+            and all(
+                user in ours or self.order[user] < self.order[step]
+                for node in self.order
+                if facts(node).storage == facts(step).storage
+                for user in node.users
+            )
+        )
+
     def placed(self, read: Read, value: Node, reader: Node) -> Read:
         """``read``, with what depends on where in the graph it happens."""
         return replace(
@@ -230,7 +250,8 @@ def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, 
         read = Read(source.name, dim, input_channels(layer) // groups, groups=groups)
         return graph.placed(read, source, node), ""
     through = known is not None and known.whole is not None
-    if any(is_flatten(step, graph.modules) for step in path) and not through:
+    flattens = any(is_flatten(step, graph.modules) for step in path)
+    if flattens and not through and not _one_position(before):
         return None, "the channels of what is flattened before it are unknown"
     if not through or known is None or input_channels(layer) % known.count:
         return graph.placed(Read(source.name, -1, input_channels(layer)), source, node), ""
@@ -243,9 +264,17 @@ def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, 
         spread=input_channels(layer) // known.count,
         path=tuple(step.name for step in path),
     )
-    if graph.writes_before(before, path[0]) != graph.writes_before(before, node):
+    moving = {step for step in path if graph.moves_with_path(step, path, node)}
+    between = graph.writes_before(before, node) - graph.writes_before(before, path[0])
+    if between > len(moving):
         return None, "an in-place operation stands between the flatten and it"
-    return graph.placed(read, before, node), ""
+    return graph.placed(read, before, path[0] if path else node), ""
+
+
+def _one_position(value: Node) -> bool:
+    """Whether a value is known to have one element a channel: a flatten changes nothing there."""
+    shape = facts(value).shape
+    return shape is not None and math.prod(shape[2:]) == 1
 
 
 def _channel_axis(layer: nn.Module, source: Node) -> int:

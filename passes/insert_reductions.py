@@ -35,7 +35,8 @@ Rules:
 1. The reduction is called right before the first layer of the site: were it put right after the
    value, an in-place operation between the two would be missed.
 2. What stands between the value and the layer moves with it if nobody else reads it; else the
-   layer gets a copy.
+   layer gets a copy. In-place dropout that moves is in place no more: a reduction may need what it
+   returned for its gradient.
 3. A ``view`` or ``reshape`` on that way may hold the old number of features: it becomes a
    ``reshape`` that holds the new one, or -1.
 4. A site whose reduction is there already is left alone.
@@ -259,6 +260,10 @@ def _carry(step: Node, source: Node, call: Node, *, features: int, move: bool) -
             return graph.call_function(torch.reshape, (source, shape))
     old = step.all_input_nodes[0]
     if move:
+        if step.op == "call_module":
+            module = graph.owning_module.get_submodule(str(step.target))  # type: ignore[union-attr]
+            if getattr(module, "inplace", False):
+                module.inplace = False
         call.prepend(step)
         step.replace_input_with(old, source)
         return step

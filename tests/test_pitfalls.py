@@ -204,6 +204,70 @@ def test_an_in_place_change_between_flatten_and_layer_is_refused():
     assert reasons(model)["b"] == "an in-place operation stands between the flatten and it"
 
 
+def test_an_in_place_dropout_between_flatten_and_layer_moves():
+    def forward(self, x):
+        return self.b(self.drop(self.pool(F.relu(self.a(x))).flatten(1)))
+
+    model = Net(
+        forward,
+        a=nn.Conv2d(3, 32, 1),
+        pool=nn.AdaptiveMaxPool2d(2),
+        drop=nn.Dropout(0.5, inplace=True),
+        b=nn.Linear(128, 4),
+    )
+    inputs = torch.rand(2, 3, 4, 4)
+    for given in (None, inputs):
+        assert sites(model, given) == [("pool", 1, 32, ("b",))]
+    for reduction in ("lean", "max"):  # the gradient of a maximum needs the maximum
+        lean = lean_fx.leanify(model, inputs, reduction=reduction)
+        assert not lean.drop.inplace
+        lean(inputs).square().sum().backward()
+        lean.eval()
+        pooled = lean.pool(F.relu(lean.a(inputs)))
+        wanted = lean.b(lean.reductions.pool(pooled).flatten(1))
+        torch.testing.assert_close(lean(inputs), wanted)
+    assert model.drop.inplace
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x, y, flat: self.b(self.drop(flat)) + y.mean((1, 2, 3))[:, None],
+        lambda self, x, y, flat: self.b(self.drop(flat)) + flat[:, :4],
+        lambda self, x, y, flat: self.b(self.drop(self.drop(flat))),
+        lambda self, x, y, flat: self.b(F.dropout(flat, 0.5, True, True)),
+    ],
+)
+def test_an_in_place_dropout_that_others_see_is_refused(forward):
+    def whole(self, x):
+        y = self.a(x)
+        return forward(self, x, y, y.flatten(1))
+
+    model = Net(whole, a=nn.Conv2d(3, 32, 1), b=nn.Linear(512, 4), drop=nn.Dropout(inplace=True))
+    for inputs in (None, torch.rand(2, 3, 4, 4)):
+        assert reasons(model, inputs)["b"].startswith("an in-place operation stands between")
+
+
+def test_the_flatten_of_one_position_changes_nothing():
+    model = Net(
+        lambda self, x: self.b(self.a(x).roll(1, 1).mean((2, 3), keepdim=True).flatten(1)),
+        a=nn.Conv2d(3, 32, 1),
+        b=nn.Linear(32, 4),
+    )
+    inputs = torch.rand(2, 3, 4, 4)
+    assert sites(model, inputs) == [("flatten", -1, 32, ("b",))]
+    assert lean_fx.leanify(model, inputs)(inputs).shape == (2, 4)
+    assert reasons(model)["b"] == "the channels of what is flattened before it are unknown"
+
+
+def test_functional_norms_keep_the_channels():
+    def forward(self, x):
+        return self.b(F.batch_norm(self.a(x), None, None, training=True).flatten(1))
+
+    model = Net(forward, a=nn.Conv2d(3, 32, 1), b=nn.Linear(512, 4))
+    assert sites(model) == [("batch_norm", 1, 32, ("b",))]
+
+
 @pytest.mark.parametrize(
     "move",
     [

@@ -95,12 +95,7 @@ def capture(
     """
     _check(model)
     name = type(model).__name__
-    try:
-        root = copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{name}: cannot be copied ({_reason(error)}); give a model that copy.deepcopy can copy"
-        ) from error
+    root = copied_whole(model)
     if evaluation:
         root.eval()
     try:
@@ -111,7 +106,8 @@ def capture(
     except Exception as error:
         raise CaptureError(
             f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
-            "depends on values out of forward, or leanify its submodules one by one"
+            "depends on values out of forward, or give example_inputs: then each layer reduces its "
+            "own input"
         ) from error
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
@@ -130,6 +126,21 @@ def capture(
     _keep_layers(captured, root)
     ModularizeCalls()(captured)
     return captured
+
+
+def copied_whole(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        CaptureError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
+            "copy.deepcopy can copy"
+        ) from error
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -47,15 +48,18 @@ def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, .
     Returns:
         Their names.
     """
-    found: list[str] = []
+    calls: Counter[str] = Counter()
     for node in graph_module.graph.nodes:
-        if facts(node).read is not None or facts(node).splits:
+        known = facts(node)
+        if known.read or known.splits:
             name = str(node.target)
-            layer = graph_module.get_submodule(name)
-            splits = facts(node).splits or getattr(layer, "num_layers", 1) > 1
-            if splits and not _named_by_user(name, layer, options):
-                found.append(name)
-    return tuple(found)
+            layers = getattr(graph_module.get_submodule(name), "num_layers", 1)
+            calls[name] += known.splits or layers > 1
+    return tuple(
+        name
+        for name, count in calls.items()
+        if count == 1 and not _named_by_user(name, graph_module.get_submodule(name), options)
+    )
 
 
 def make_plan(
@@ -86,7 +90,7 @@ def make_plan(
             name, layer = str(node.target), modules[str(node.target)]
             reason = known.refusal
             if known.read:
-                reason = _unwanted(known.read, name, layer, options)
+                reason = unwanted(known.read, name, layer, options)
             elif known.splits:
                 reason = _named_by_user(name, layer, options) or reason
             if known.read and not reason:
@@ -102,7 +106,10 @@ def make_plan(
     if isinstance(options.channels, dict):
         check_names("channels", options.channels, names)
     known_of = {node.name: facts(node) for node in graph_module.graph.nodes}
-    sites, refused = _decide(candidates, known_of, options)
+    shared, once = _called_again(candidates, known_of)
+    sites, refused = _decide(once, known_of, options)
+    for site in shared:
+        settle(site, options, sites, refused)
     return Plan(
         model=type(model).__name__,
         sites=tuple(sites),
@@ -126,7 +133,7 @@ def _parts(graph_module: GraphModule) -> list[str]:
     return names
 
 
-def _unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
+def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
     """Why the user does not want this layer to be reduced, or an empty string."""
     reason = _named_by_user(name, layer, options)
     if reason:
@@ -199,26 +206,58 @@ def _decide(
             rms=known.rms or 1.0,
             nonnegative=known.nonnegative,
         )
-        by_channels: dict[int, list[Consumer]] = {}
-        notes: dict[int, str] = {}
-        for consumer in consumers:
-            settled, text = _settle(site, consumer.layer, options)
-            if settled is None:
-                refused.append(LeftAlone(consumer.layer, consumer.kind, text))
-            else:
-                by_channels.setdefault(settled, []).append(consumer)
-                notes[settled] = text
-        for settled, members in by_channels.items():
-            decided = dataclasses.replace(
-                site,
-                consumers=tuple(members),
-                out_channels=settled,
-                macs=_macs(site, settled, options.reduction),
-                name=_free_name(value, sites),
-                note=notes[settled],
-            )
-            sites.append(decided)
+        settle(site, options, sites, refused)
     return sites, refused
+
+
+def _called_again(
+    candidates: Iterable[tuple[Read, Consumer]], known_of: Mapping[str, Facts]
+) -> tuple[list[Site], list[tuple[Read, Consumer]]]:
+    """A site without a value for each layer that is called several times; and the rest."""
+    by_layer: dict[str, list[tuple[Read, Consumer]]] = {}
+    for candidate in candidates:
+        by_layer.setdefault(candidate[1].layer, []).append(candidate)
+    shared = []
+    for calls in by_layer.values():
+        read, consumer = calls[0]
+        if len(calls) > 1:
+            known = [known_of[each.value] for each, _ in calls]
+            squares = [(each.rms or 1.0) ** 2 for each in known]
+            site = Site(
+                "",
+                read.dim,
+                read.in_channels,
+                (dataclasses.replace(consumer, node=""),),
+                groups=read.groups,
+                rms=(sum(squares) / len(squares)) ** 0.5,
+                nonnegative=all(each.nonnegative for each in known),
+                note=f"called {len(calls)} times",
+            )
+            shared.append(site)
+    return shared, [calls[0] for calls in by_layer.values() if len(calls) == 1]
+
+
+def settle(site: Site, options: Options, sites: list[Site], refused: list[LeftAlone]) -> None:
+    """Settle the channels of a site: one site more for each number that its layers get."""
+    by_channels: dict[int, list[Consumer]] = {}
+    notes: dict[int, str] = {}
+    for consumer in site.consumers:
+        settled, text = _channels(site, consumer.layer, options)
+        if settled is None:
+            refused.append(LeftAlone(consumer.layer, consumer.kind, text))
+        else:
+            by_channels.setdefault(settled, []).append(consumer)
+            notes[settled] = text
+    for settled, members in by_channels.items():
+        decided = dataclasses.replace(
+            site,
+            consumers=tuple(members),
+            out_channels=settled,
+            macs=_macs(site, settled, options.reduction),
+            name=_free_name(site.value or members[0].layer, sites),
+            note="; ".join(filter(None, (site.note, notes[settled]))),
+        )
+        sites.append(decided)
 
 
 def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> int | None:
@@ -230,7 +269,7 @@ def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> i
     return macs if isinstance(macs, int) else None
 
 
-def _settle(site: Site, layer: str, options: Options) -> tuple[int | None, str]:
+def _channels(site: Site, layer: str, options: Options) -> tuple[int | None, str]:
     """The channels for one layer and a note on them, or None and the reason."""
     wanted = wanted_channels(options.channels, site, layer)
     if wanted is None:

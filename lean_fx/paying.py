@@ -54,7 +54,7 @@ def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
     if keep == "all":
         return plan
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    if any(facts(nodes[site.value]).shape is None for site in plan.sites):
+    if any(facts(value).shape is None for site in plan.sites for value, _ in _calls(site, nodes)):
         raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
     judge = _saving if keep == "saving" else _measured
     kept: list[Site] = []
@@ -72,6 +72,15 @@ def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
     )
 
 
+def _calls(site: Site, nodes: dict[str, Node]) -> list[tuple[Node, list[tuple[Consumer, Node]]]]:
+    """Each value that is reduced, and the calls of layers that read its reduction."""
+    if site.value:
+        return [(nodes[site.value], [(each, nodes[each.node]) for each in site.consumers])]
+    (consumer,) = site.consumers
+    calls = [node for node in nodes.values() if node.target == consumer.layer]
+    return [(node.all_input_nodes[0], [(consumer, node)]) for node in calls]
+
+
 def _saving(
     site: Site,
     reduction: str | ReductionFactory,
@@ -80,13 +89,18 @@ def _saving(
 ) -> tuple[bool, str]:
     """Whether a site saves MACs and bytes, and the figures."""
     assert site.out_channels is not None
-    positions = _numel(nodes[site.value]) // site.in_channels
+    values = _calls(site, nodes)
+    positions = sum(_numel(value) for value, _ in values) // site.in_channels
+    calls = [call for _, calls in values for call in calls]
     layer = graph_module.get_submodule(site.layers[0])
     size = next(iter(input_weights(layer).values())).element_size()
     share = 1 - site.out_channels / site.in_channels
-    macs_saved = share * sum(_macs(each, graph_module, nodes) for each in site.consumers)
+    macs_saved = share * sum(_macs(*call, graph_module) for call in calls)
     macs_spent = (site.in_channels if site.macs is None else site.macs) * positions
-    read = sum(positions * site.in_channels + each.weights for each in site.consumers)
+    read = sum(
+        len(calls) * _numel(value) + sum(consumer.weights for consumer, _ in calls)
+        for value, calls in values
+    )
     bytes_saved = share * size * read
     bytes_spent = size * positions * (site.in_channels + site.out_channels)
     figures = (
@@ -96,9 +110,9 @@ def _saving(
     return macs_saved > macs_spent and bytes_saved > bytes_spent, figures
 
 
-def _macs(consumer: Consumer, graph_module: GraphModule, nodes: dict[str, Node]) -> int:
+def _macs(consumer: Consumer, node: Node, graph_module: GraphModule) -> int:
     """The products with the input: of a recurrent layer the others stay."""
-    node, layer = nodes[consumer.node], graph_module.get_submodule(consumer.layer)
+    layer = graph_module.get_submodule(consumer.layer)
     read = _numel(node.all_input_nodes[0])
     if is_recurrent(layer):
         return read // input_channels(layer) * consumer.weights
@@ -124,7 +138,7 @@ def _measured(
         if isinstance(module, LeanReduction):
             module.nonnegative = site.nonnegative  # as proved of the whole graph
     arms = {"without": bare, "with": reduced}
-    shape = facts(nodes[site.value]).shape
+    shape = facts(_calls(site, nodes)[0][0]).shape
     assert shape is not None
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     inputs = inputs.abs() if site.nonnegative else inputs
@@ -154,4 +168,7 @@ def _alone(site: Site, graph_module: GraphModule) -> tuple[GraphModule, Site]:
         consumers.append(dataclasses.replace(consumer, node=calls[-1].name, path=path))
     graph.output(tuple(calls))
     bare = copy.deepcopy(GraphModule(graph_module, graph, "site"))
-    return bare, dataclasses.replace(site, value=value.name, consumers=tuple(consumers))
+    own = dataclasses.replace(
+        site, value=value.name, packed=False, consumers=tuple(consumers), name=value.name
+    )
+    return bare, own

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import as_inputs, capture
+from lean_fx.capture import as_inputs, capture, copied_whole
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.passes import (
     Consumer,
@@ -20,8 +20,10 @@ from lean_fx.passes import (
     Pipeline,
     Site,
     SplitLayers,
+    SwapLayers,
     TrackWrites,
 )
+from lean_fx.passes.swap_layers import swap_layer
 from lean_fx.reduction import check_channels
 from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
 
@@ -61,6 +63,8 @@ class Plan:
         split: the stacks of recurrent layers, and the layers of attention, to split first
             (:class:`~lean_fx.passes.SplitLayers`): into ``<stack>.0``, ``<stack>.1``, ..., and into
             ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
+        traced: whether the model can be captured as a graph; if not, every site is a layer that
+            reduces its own input, and the model keeps its class.
 
     Example:
         >>> import lean_fx
@@ -83,8 +87,9 @@ class Plan:
     reduction: str | ReductionFactory = "lean"
     parameters: int = 0
     split: tuple[str, ...] = ()
+    traced: bool = True
 
-    def apply(self, model: nn.Module, example_inputs: Any = ()) -> GraphModule:
+    def apply(self, model: nn.Module, example_inputs: Any = ()) -> nn.Module:
         """Make the reduced model.
 
         Args:
@@ -93,18 +98,29 @@ class Plan:
                 inputs.
 
         Returns:
-            An ordinary module (a GraphModule) with the plan in its ``meta["lean_fx.plan"]``;
-            deepcopy keeps that, pickle does not.
+            An ordinary module (a GraphModule, if the model can be traced) with the plan in its
+            ``meta["lean_fx.plan"]``; deepcopy keeps that, pickle of a GraphModule does not.
 
         Raises:
             PlanError: the plan does not fit the model.
         """
-        return self.apply_to_graph(capture(model, as_inputs(example_inputs)))
+        if self.traced:
+            return self.apply_to_graph(capture(model, as_inputs(example_inputs)))
+        copied = copied_whole(model)
+        for site in self.sites:
+            swap_layer(copied, site, self.reduction, nonnegative=False)
+        held = getattr(copied, "meta", None)
+        if held is None:
+            copied.meta = {"lean_fx.plan": self}  # type: ignore[assignment]
+        elif isinstance(held, dict):
+            held["lean_fx.plan"] = self
+        return copied
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
         """As :meth:`apply`, in place, to a model that has been captured already."""
+        swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
-        Pipeline([SplitLayers(self.split), TrackWrites(), InferSign(), insert])(graph_module)
+        Pipeline([SplitLayers(self.split), TrackWrites(), InferSign(), swap, insert])(graph_module)
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
 
@@ -189,7 +205,7 @@ def _rows(site: Site) -> list[tuple[str, ...]]:
     for consumer in site.consumers:
         rows.append(
             (
-                "" if rows else site.value,
+                "" if rows else site.value or "its input",
                 "" if rows else (">= 0" if site.nonnegative else "any"),
                 "" if rows or site.macs is None else f"{site.macs:,}",
                 consumer.layer,
@@ -231,7 +247,11 @@ def _site_from(entry: dict[str, Any]) -> Site:
     site = Site(consumers=tuple(consumers), **entry)
     for part in (site, *consumers):
         _check_types(part)
-    texts = [site.value, site.name, *(t for c in consumers for t in (c.layer, c.node, *c.path))]
+    texts = [site.name, *(t for c in consumers for t in (c.layer, *c.path))]
+    if site.value:
+        texts += [consumer.node for consumer in consumers]
+    elif len(consumers) != 1:
+        raise TypeError("a site without a value has one layer")
     if not consumers or not all(isinstance(text, str) and text for text in texts):
         raise TypeError(f"site {site.value!r} has no consumers, or a part without a name")
     check_channels("site", site.in_channels, site.out_channels or 0)

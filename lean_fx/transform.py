@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture
 from lean_fx.deciding import Options, make_plan, stacks_to_split
-from lean_fx.errors import ArgumentError, LeanWarning
+from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.layerwise import plan_layers
 from lean_fx.passes import (
     FindConsumers,
     InferSign,
@@ -43,14 +44,15 @@ def leanify(
     filter: Callable[[nn.Module, str], bool] | None = None,
     reduce_inputs: bool = False,
     keep: Keep = "all",
-) -> GraphModule:
+) -> nn.Module:
     """Insert LEAN reductions before the layers of a model, and shrink those.
 
     The result is to be trained from scratch: the layers behind a reduction have fewer input
     channels and new weights. ``model`` itself is not touched.
 
     Args:
-        model: a module that torch.fx can trace.
+        model: any module. One that torch.fx cannot trace needs example inputs; each of its layers
+            then reduces its own input, and a LeanWarning says so (:mod:`lean_fx.layerwise`).
         example_inputs: a tensor, packed sequences, or a tuple of the positional inputs; optional.
             With them the shapes of all values are known and checked, and the rebuilt layers start
             at the scale of those that they replace.
@@ -73,12 +75,13 @@ def leanify(
             example inputs.
 
     Returns:
-        A torch.fx.GraphModule. Its plan is in ``meta["lean_fx.plan"]``. If no layer can be
-        reduced it equals ``model``, and a LeanWarning says why.
+        A torch.fx.GraphModule, or, if ``model`` cannot be traced, a module of its own class. The
+        plan is in ``meta["lean_fx.plan"]``. If no layer can be reduced the result equals ``model``,
+        and a LeanWarning says why.
 
     Raises:
         ArgumentError: an option is out of its range, or the example inputs do not fit.
-        CaptureError: the model cannot be traced.
+        CaptureError: the model cannot be traced, and there are no example inputs.
 
     Example:
         >>> import torch
@@ -111,7 +114,7 @@ def leanify(
             LeanWarning,
             stacklevel=2,
         )
-    return made.apply_to_graph(captured)
+    return made.apply_to_graph(captured) if captured is not None else made.apply(model)
 
 
 def plan(
@@ -134,7 +137,7 @@ def plan(
 
     Raises:
         ArgumentError: an option is out of its range, or the example inputs do not fit.
-        CaptureError: the model cannot be traced.
+        CaptureError: the model cannot be traced, and there are no example inputs.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -154,14 +157,23 @@ def plan(
 
 def _planned(
     model: nn.Module, example_inputs: Any, options: Options, keep: Keep
-) -> tuple[Plan, GraphModule]:
-    """The plan, and the model captured, its stacks split as the plan says."""
+) -> tuple[Plan, GraphModule | None]:
+    """The plan, and the model captured, its stacks split as the plan says; None if it cannot be."""
     inputs = as_inputs(example_inputs) if example_inputs is not None else ()
     passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
     if inputs:
         passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
     analyse = Pipeline(passes)
-    captured = capture(model, inputs)
+    try:
+        captured = capture(model, inputs)
+    except CaptureError as error:
+        if not inputs:
+            raise
+        if keep != "all":
+            raise ArgumentError(f"keep={keep!r} needs a graph; {error}") from error
+        reason = str(error).partition("; ")[0]
+        warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
+        return plan_layers(model, inputs, options), None
     analyse(captured)
     stacks = stacks_to_split(captured, options)
     whole: list[LeftAlone] = []

@@ -17,6 +17,7 @@ from lean_fx.passes.sites import Consumer, Site
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.split_layers import SplitLayers
 from lean_fx.passes.split_recurrent import SplitRecurrent
+from lean_fx.passes.swap_layers import SwapLayers
 from lean_fx.passes.track_channels import Channels, TrackChannels
 from lean_fx.passes.track_writes import TrackWrites
 
@@ -37,6 +38,7 @@ __all__ = [
     "SplitAttention",
     "SplitLayers",
     "SplitRecurrent",
+    "SwapLayers",
     "TrackChannels",
     "TrackWrites",
     "facts",

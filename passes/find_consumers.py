@@ -17,7 +17,8 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 1. it cannot be rebuilt: it is of a subclass that does not keep the meaning of its type
    (:mod:`lean_fx.subclasses`), or its weight is parametrized by more than torch's weight norm or
    spectral norm;
-2. it is called more than once, or a parameter of it is shared or read elsewhere, or frozen;
+2. a parameter of it is shared or read elsewhere, or frozen; or it is called more than once, and
+   reads through a flatten, or along different axes, or one of the calls is refused;
 3. it has hooks, which would be lost;
 4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
 5. it is attention, which is first to be split into its linear layers (:class:`SplitAttention`);
@@ -43,7 +44,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.packed import with_data
-from lean_fx.passes.base import Pass, argument, facts
+from lean_fx.passes.base import Facts, Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.split_attention import can_split
 from lean_fx.passes.track_channels import is_dropout
@@ -108,6 +109,7 @@ class FindConsumers(Pass):
     def run(self, graph_module: GraphModule) -> bool:
         """Judge every layer that is called."""
         graph = _Context.of(graph_module)
+        several: dict[int, list[Facts]] = {}
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.refusal, known.splits = None, "", False
@@ -115,13 +117,32 @@ class FindConsumers(Pass):
                 known.refusal = "a functional call; only layers (modules) are rebuilt yet"
             elif node.op == "call_module":
                 layer = graph.modules[str(node.target)]
-                known.refusal = _refusal(layer, graph)
+                known.refusal = refusal_of(layer, graph.owners)
+                count = graph.calls[id(layer)]
                 if not known.refusal and isinstance(layer, tuple(REBUILDERS)):
                     known.read, known.refusal = _judge(node, layer, graph)
-                known.splits = not known.refusal and can_split(layer)
-                if known.splits:
+                    if count > 1:
+                        several.setdefault(id(layer), []).append(known)
+                elif not known.refusal and can_split(layer):
+                    known.splits = count == 1
                     known.refusal = "none of its layers is reduced"
+                    if count > 1:
+                        known.refusal = f"called {count} times in one forward pass"
+        for calls in several.values():
+            _judge_together(calls)
         return False
+
+
+def _judge_together(calls: list[Facts]) -> None:
+    """Refuse the calls of one layer that cannot share a reduction inside it (rule 2)."""
+    reasons = [known.refusal for known in calls if not known.read]
+    reads = [known.read for known in calls if known.read]
+    if len({read.dim for read in reads}) > 1 or any(read.path for read in reads):
+        reasons.append("on unlike values")
+    if reasons:
+        for known in calls:
+            known.read = None
+            known.refusal = f"called {len(calls)} times in one forward pass: {reasons[0]}"
 
 
 @dataclass(frozen=True)
@@ -148,9 +169,7 @@ class _Context:
     def of(cls, graph_module: GraphModule) -> _Context:
         modules = dict(graph_module.named_modules())
         calls: Counter[int] = Counter()
-        owners: dict[int, list[str]] = {}
-        for name, parameter in graph_module.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
+        owners = owners_of(graph_module)
         learned: set[Node] = set()
         order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
         writes: dict[str, list[int]] = {}
@@ -205,17 +224,29 @@ def _attribute(root: nn.Module, name: str) -> Any:
     return getattr(root.get_submodule(owner), attribute, None)
 
 
-def _refusal(layer: nn.Module, graph: _Context) -> str:
+def owners_of(module: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
+    """Why a layer is refused, whatever it reads (rules 1 to 4); empty if it is not.
+
+    Args:
+        layer: any module.
+        owners: the names of each parameter, by its id.
+    """
     kinds = (*REBUILDERS, nn.MultiheadAttention)
     kind = next((base for base in kinds if isinstance(layer, base)), None)
     if kind is None:
         return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
-    if graph.calls[id(layer)] > 1:
-        return f"called {graph.calls[id(layer)]} times in one forward pass"
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters():
-        names = graph.owners[id(parameter)]
+        names = owners[id(parameter)]
         if len(names) > 1:
             return f"its parameter is used elsewhere: {', '.join(names)}"
         if parameter._backward_hooks:

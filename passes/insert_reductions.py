@@ -77,7 +77,8 @@ class InsertReductions(Pass):
     """Apply decided sites to a graph.
 
     Args:
-        sites: what to reduce; each has its ``out_channels`` and a ``name`` of its own.
+        sites: what to reduce; each has its ``out_channels`` and a ``name`` of its own. Those
+            without a value are left to ``SwapLayers``.
         reduction: a registered name or a factory; it makes one module for each site.
 
     Raises:
@@ -86,7 +87,7 @@ class InsertReductions(Pass):
     """
 
     def __init__(self, sites: Iterable[Site], reduction: str | ReductionFactory = "lean") -> None:
-        self.sites = tuple(sites)
+        self.sites = tuple(site for site in sites if site.value)
         self.reduction = reduction
         reduction_factory(reduction)
 
@@ -180,7 +181,7 @@ def _insert(
     if isinstance(module, LeanReduction):
         # The plan may have been made from another model, or by hand.
         module.nonnegative = site.nonnegative and facts(nodes[site.value]).nonnegative
-    gain = _gain(module, site)
+    gain = match_scale(module, site)
     target = add_module(graph_module, "reductions", site.name, module)
     with graph.inserting_before(calls[0]):
         value = nodes[site.value]
@@ -217,10 +218,13 @@ def _insert(
             _erase_unused(nodes[step])
 
 
-def _gain(module: nn.Module, site: Site) -> float:
+def match_scale(module: nn.Module, site: Site) -> float:
     """How many times larger the value of a site is than its reduction, by root mean squares.
 
     The sample is normal, or what ReLU makes of that, brought to the rms of the value.
+
+    Raises:
+        PlanError: the module gives another number of channels than the site's.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors) or not site.rms:
@@ -230,10 +234,10 @@ def _gain(module: nn.Module, site: Site) -> float:
     sample = torch.randn(_POSITIONS, site.in_channels, generator=generator) * site.rms
     if site.nonnegative:
         sample = sample.relu() * 2**0.5
-    if site.dim == 0:
-        sample = sample.T
-    if site.groups > 1:
-        sample = sample.unsqueeze(site.dim)
+    rank = max(2, site.reduced_dim + 1, -site.reduced_dim)
+    axis, sizes = site.reduced_dim % rank, [1] * rank
+    sizes[axis], sizes[0 if axis else 1] = site.in_channels, _POSITIONS
+    sample = (sample if axis else sample.T).reshape(sizes)
     try:
         with torch.no_grad():
             reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()

@@ -45,7 +45,7 @@ class MeasureScale(Pass):
         cuda = {each.device for each in tensors if each.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(0)
-            for inputs in (tuple(map(_unit_variance, self.example_inputs)), self.example_inputs):
+            for inputs in (tuple(map(unit_variance, self.example_inputs)), self.example_inputs):
                 found = _measure(graph_module, inputs)
                 if found.rms and all(map(math.isfinite, found.rms.values())):
                     break
@@ -67,9 +67,10 @@ def _measure(graph_module: GraphModule, inputs: tuple[Any, ...]) -> _Measure:
     return measure
 
 
-def _unit_variance(value: Any) -> Any:
+def unit_variance(value: Any) -> Any:
+    """Values of the same shape from a standard normal; what is not floating-point, as it is."""
     if isinstance(value, PackedSequence):
-        return with_data(value, _unit_variance(value.data))
+        return with_data(value, unit_variance(value.data))
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return torch.randn_like(value)
     return value

@@ -12,7 +12,7 @@ class Consumer:
     Attributes:
         layer: its qualified name.
         kind: its type, such as ``"Conv2d"``.
-        node: the node that calls it.
+        node: the node that calls it; empty if the site has no value.
         spread: the features it reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
         weights: the number of its weights that are multiplied with the input, before.
@@ -31,7 +31,8 @@ class Site:
     """A value, and the layers that share one reduction of it.
 
     Attributes:
-        value: the node that gives the value.
+        value: the node that gives the value; empty where the one layer of the site reduces its
+            own input at every call (``SwapLayers``).
         dim: the axis of its channels.
         in_channels: C_in; of one group, where there are several.
         consumers: the layers, in the order in which they are called.
@@ -62,7 +63,7 @@ class Site:
     @property
     def reduced_dim(self) -> int:
         """The axis that the reduction itself is given: several groups get an axis before it."""
-        return self.dim + 1 if self.groups > 1 else self.dim
+        return self.dim + 1 if self.groups > 1 and self.dim >= 0 else self.dim
 
     @property
     def layers(self) -> tuple[str, ...]:

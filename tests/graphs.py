@@ -139,12 +139,11 @@ class FunctionalDropout(nn.Module):
 
 
 class Tied(nn.Module):
-    """A layer called twice, two layers with one weight, and a layer with a hook."""
+    """Two layers with one weight, a layer with a hook, and one with a parametrization."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(8, 32)
-        self.twice = nn.Linear(32, 32)
         self.one = nn.Linear(32, 32, bias=False)
         self.other = nn.Linear(32, 32, bias=False)
         self.other.weight = self.one.weight
@@ -153,8 +152,7 @@ class Tied(nn.Module):
         self.turning = nn.utils.parametrizations.orthogonal(nn.Linear(32, 32))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.twice(self.twice(self.first(x)))
-        return self.turning(self.hooked(self.other(self.one(x))))
+        return self.turning(self.hooked(self.other(self.one(self.first(x)))))
 
 
 class Stacked(nn.Module):
@@ -162,13 +160,14 @@ class Stacked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = nn.Linear(6, 6)
         self.gru = nn.GRU(6, 16, 3, batch_first=True, bidirectional=True, dropout=0.2)
         self.lstm = nn.LSTM(32, 24, 2, batch_first=True, proj_size=16)
         self.rnn = nn.RNN(16, 16, 2, batch_first=True, nonlinearity="relu")
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x, states = self.gru(x)
+        x, states = self.gru(self.first(x))
         x, (h, c) = self.lstm(
             x, (states[:2, :, :16], torch.cat([states[2:4], states[:2]], -1)[..., :24])
         )
@@ -225,6 +224,19 @@ class WrittenOut(nn.Module):
         x = F.conv1d(F.relu(self.stem(x)), self.conv.weight, self.k_bias, 1, 1)
         x = F.linear(x.mT, self.qkv.weight, bias=torch.cat((self.q_bias, self.k_bias)))
         return F.linear(F.relu(x), weight=self.proj.weight, bias=self.proj.bias)
+
+
+class Again(nn.Module):
+    """One layer called three times, on values of two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.again = nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.again(F.relu(self.first(x))))
+        return self.again(self.again(x).abs())
 
 
 class MyConv(nn.Conv2d):
@@ -312,6 +324,7 @@ CHANGED = {
     "attention": (Attention, (2, 5, 6)),
     "written out": (WrittenOut, (2, 3, 8)),
     "grouped": (Grouped, (2, 3, 8, 8)),
+    "again": (Again, (2, 3, 5, 5)),
     "stacked": (Stacked, (3, 5, 6)),
     "linear": (fully_connected, (2, 20)),
 }

@@ -63,6 +63,8 @@ def test_the_layers_of_a_site_alone_compute_what_they_did(model):
 
     Keeps(captured).run(torch.randn(shape))
     for site in plan.sites:
+        if not site.value:
+            continue
         assert facts(nodes[site.value]).shape is not None
         bare, _ = _alone(site, captured)
         outputs = bare.eval()(values[site.value])

@@ -137,7 +137,7 @@ def _captured(subject: _Subject, row: Row) -> None:
 def _leanified(subject: _Subject, row: Row) -> None:
     if subject.model is None:
         raise _Skipped("there is no baseline")
-    lean = leanify(subject.model, subject.images)
+    lean: Any = leanify(subject.model, subject.images)
     subject.lean = lean.eval()
     plan: Plan = lean.meta["lean_fx.plan"]
     left = [

@@ -1,0 +1,183 @@
+"""A plan for a model that cannot be traced: every layer reduces its own input.
+
+Without a graph there is no knowing what else reads a value, or its sign; what the layers read is
+seen in one forward pass on the example inputs. A layer is left alone by the rules of
+:class:`~lean_fx.passes.FindConsumers` that speak of the layer itself, and where
+
+1. the pass does not call it, or it reads the model's input itself (or a view of it);
+2. it belongs to a module of torch.nn that reads its weights (attention, Transformer layers);
+3. the model fails once it reduces its input: its code asks more of it than to be called.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lean_fx.deciding import Options, settle, unwanted
+from lean_fx.errors import ArgumentError
+from lean_fx.passes import Consumer, Read, Site
+from lean_fx.passes.find_consumers import owners_of, refusal_of
+from lean_fx.passes.measure_scale import unit_variance
+from lean_fx.planning import LeftAlone, Plan
+from lean_fx.policy import check_names
+from lean_fx.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
+
+_LAYERS: Any = tuple(REBUILDERS)  # for isinstance
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass
+class _Seen:
+    """What a layer read in one forward pass."""
+
+    calls: int = 0
+    squares: float = 0.0
+    is_input: bool = False
+
+
+def plan_layers(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> Plan:
+    """Decide for each layer of a model by itself.
+
+    Args:
+        model: it stays as it is.
+        inputs: example inputs, which it must take.
+        options: what the user asked for.
+
+    Raises:
+        ArgumentError: the model fails on the inputs, or an option does not fit it.
+    """
+    seen = _observe(model, inputs)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    owners = owners_of(model)
+    sites: list[Site] = []
+    left: list[LeftAlone] = []
+    for name, layer in modules.items():
+        if not name or not isinstance(layer, _LAYERS):
+            continue
+        reason = _inside(name, modules) or refusal_of(layer, owners)
+        groups = groups_of(layer)
+        read = Read(
+            "",
+            _axis(layer),
+            input_channels(layer) // groups,
+            groups=groups,
+            intermediate=not seen[name].is_input,
+        )
+        if not reason and not seen[name].calls:
+            reason = "not called in forward on the example inputs"
+        reason = reason or unwanted(read, name, layer, options)
+        if reason:
+            left.append(LeftAlone(name, type(layer).__name__, reason))
+            continue
+        weights = sum(weight.numel() for weight in input_weights(layer).values())
+        consumer = Consumer(name, plain_type(layer).__name__, "", weights=weights)
+        rms = math.sqrt(seen[name].squares / seen[name].calls)
+        rms = rms if 0 < rms < math.inf else 1.0
+        site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms)
+        settle(site, options, sites, left)
+    names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
+    check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
+    if isinstance(options.channels, dict):
+        check_names("channels", options.channels, names)
+    made = Plan(
+        model=type(model).__name__,
+        sites=tuple(sites),
+        left_alone=tuple(left),
+        reduction=options.reduction,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        traced=False,
+    )
+    return _without_failing(made, model, inputs)
+
+
+def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
+    """What every layer reads, for inputs of unit variance; else for the inputs themselves."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            return _seen(model, tuple(map(unit_variance, inputs)))
+        except Exception:  # the model's own code may raise anything on such numbers
+            pass
+    try:
+        return _seen(model, inputs)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ArgumentError(
+            f"example_inputs: {type(model).__name__} cannot run on them ({reason}); give inputs of "
+            "the shape and dtype that the model takes"
+        ) from error
+
+
+def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
+    copied = copy.deepcopy(model).eval()
+    own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
+    found: dict[str, _Seen] = {}
+    for name, layer in copied.named_modules():
+        seen = found[name] = _Seen()
+        if isinstance(layer, _LAYERS):
+            layer.register_forward_pre_hook(_record(seen, own), with_kwargs=True)
+    with torch.no_grad():
+        copied(*inputs)
+    return found
+
+
+def _record(seen: _Seen, own: set[int]) -> Any:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = args[0] if args else kwargs.get("input")
+        value = value.data if isinstance(value, PackedSequence) else value
+        if not isinstance(value, Tensor):
+            return  # of a subclass that is called otherwise
+        seen.calls += 1
+        seen.squares += float(value.float().square().mean())
+        seen.is_input |= value.untyped_storage().data_ptr() in own
+
+    return hook
+
+
+def _axis(layer: nn.Module) -> int:
+    """The axis of the channels that a layer reads, from the end: a batch may be missing."""
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
+    return -1 - len(kernel)
+
+
+def _inside(name: str, modules: dict[str, nn.Module]) -> str:
+    while name := name.rpartition(".")[0]:
+        holder = modules[name]
+        if type(holder).__module__.startswith("torch.nn.") and not isinstance(holder, _CONTAINERS):
+            return f"inside {type(holder).__name__}, which reads its weights itself"
+    return ""
+
+
+def _without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
+    """The plan without the layers whose reduction the model's code does not take (rule 3)."""
+    if not _failure(made, model, inputs):
+        return made
+    kept: list[Site] = []
+    left = list(made.left_alone)
+    for site in made.sites:
+        reason = _failure(dataclasses.replace(made, sites=(*kept, site)), model, inputs)
+        if reason:
+            (consumer,) = site.consumers
+            text = f"the model fails where it reduces its input: {reason}"
+            left.append(LeftAlone(consumer.layer, consumer.kind, text))
+        else:
+            kept.append(site)
+    return dataclasses.replace(made, sites=tuple(kept), left_alone=tuple(left))
+
+
+def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Why a model fails with its layers swapped, in one line; empty if it does not."""
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            made.apply(model).eval()(*inputs)
+        except Exception as error:  # the model's own code
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""

@@ -1,0 +1,143 @@
+"""Transformation: a layer reduces its own input, wherever it is called.
+
+What a graph shows gets its reductions as nodes (:class:`~lean_fx.passes.InsertReductions`). Two
+things it does not show: the calls of a model that cannot be traced, and one layer called several
+times, whose weights fit one width alone. There the layer itself is changed::
+
+    cell(x)                                  before
+    cell(cell.reduction(x))                  after: a forward pre-hook of the rebuilt layer
+
+so that the code stays as it is, and every call of the layer shares one reduction.
+
+Rules:
+
+1. It acts on sites without a value. A layer that holds a ``reduction`` is left alone.
+2. The reduction is promised values of 0 or more where every value that the layer reads is proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn.utils.rnn import PackedSequence
+
+from lean_fx.errors import PlanError
+from lean_fx.packed import with_data
+from lean_fx.passes.base import Pass, facts
+from lean_fx.passes.find_consumers import layer_input
+from lean_fx.passes.insert_reductions import match_scale
+from lean_fx.passes.sites import Site
+from lean_fx.rebuild import (
+    groups_of,
+    input_channels,
+    input_weights,
+    plain_type,
+    rebuild,
+    why_not_rebuilt,
+)
+from lean_fx.reduction import LeanReduction
+from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
+
+
+class SwapLayers(Pass):
+    """Apply the sites that have no value to a graph.
+
+    ``InferSign`` comes before it.
+
+    Args:
+        sites: those with a value are left to ``InsertReductions``.
+        reduction: a registered name or a factory.
+
+    Raises:
+        PlanError: a site does not fit the model.
+    """
+
+    def __init__(self, sites: Iterable[Site], reduction: str | ReductionFactory = "lean") -> None:
+        self.sites = tuple(site for site in sites if not site.value)
+        self.reduction = reduction
+        reduction_factory(reduction)
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Swap the layers one by one."""
+        modules = dict(graph_module.named_modules())
+        todo = [site for site in self.sites if f"{site.layers[0]}.reduction" not in modules]
+        for site in todo:
+            nodes = [node for node in graph_module.graph.nodes if node.target in site.layers]
+            reads = [layer_input(node) for node in nodes]
+            proved = all(read is not None and facts(read).nonnegative for read in reads)
+            swap_layer(graph_module, site, self.reduction, nonnegative=site.nonnegative and proved)
+        return bool(todo)
+
+
+def swap_layer(
+    model: nn.Module, site: Site, reduction: str | ReductionFactory, *, nonnegative: bool
+) -> None:
+    """Put in the place of a layer one that reduces its input first.
+
+    Args:
+        model: changed in place.
+        site: without a value, and with one layer.
+        reduction: a registered name or a factory.
+        nonnegative: whether what the layer reads is proved to have no element below 0.
+
+    Raises:
+        PlanError: the layer is not there, or not what the plan says.
+
+    Example:
+        >>> import torch
+        >>> from lean_fx.passes import Consumer
+        >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> site = Site("", -1, 64, (Consumer("2", "Linear", ""),), out_channels=8)
+        >>> swap_layer(model, site, "lean", nonnegative=True)
+        >>> model[2].reduction
+        LeanReduction(64, 8, dim=-1, nonnegative)
+        >>> model(torch.rand(3, 8)).shape
+        torch.Size([3, 2])
+    """
+    (consumer,) = site.consumers
+    layer = dict(model.named_modules()).get(consumer.layer)
+    subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
+    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
+        raise PlanError(
+            f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
+        )
+    assert site.out_channels is not None
+    there = (input_channels(layer), groups_of(layer))
+    planned = (site.in_channels * site.groups, site.groups)
+    if there != planned:
+        groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
+        raise PlanError(
+            f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
+            f"{remedy}"
+        )
+    module = make_reduction(reduction, site.in_channels, site.out_channels, site.reduced_dim)
+    weight = next(iter(input_weights(layer).values()))
+    module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+    if isinstance(module, LeanReduction):
+        module.nonnegative = nonnegative
+    made = rebuild(layer, site.out_channels * site.groups, match_scale(module, site))
+    made.add_module("reduction", module)
+    made.register_forward_pre_hook(reduce_first, with_kwargs=True)
+    model.set_submodule(consumer.layer, made)
+
+
+def reduce_first(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The forward pre-hook of a swapped layer: its first argument, reduced."""
+    if args:
+        return (_reduced(layer, args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": _reduced(layer, kwargs["input"])}
+
+
+def _reduced(layer: Any, value: Any) -> Any:
+    if isinstance(value, PackedSequence):
+        return with_data(value, layer.reduction(value.data))
+    if groups_of(layer) > 1:
+        axis = value.dim() - len(layer.kernel_size) - 1
+        parts = layer.reduction(value.unflatten(axis, (groups_of(layer), -1)))
+        return parts.flatten(axis, axis + 1)
+    return layer.reduction(value)

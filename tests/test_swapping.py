@@ -1,0 +1,207 @@
+"""Layers that reduce their own input: called several times, or in a model that cannot be traced."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import nn
+
+import lean_fx
+from graphs import Again
+from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, PlanError
+
+UNTRACED = "cannot trace its forward .*; each layer reduces its own input"
+
+
+class Loop(nn.Module):
+    """Cells in a Python loop over as many steps as there are: torch.fx cannot trace it."""
+
+    def __init__(self, kind=nn.GRUCell):
+        super().__init__()
+        self.embed = nn.Linear(6, 32)
+        self.cell = kind(32, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x):
+        state = None
+        for step in range(x.size(1)):
+            state = self.cell(input=self.embed(x[:, step]), hx=state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+def untraced(model, *arguments, **options):
+    with pytest.warns(LeanWarning, match=UNTRACED):
+        return lean_fx.leanify(model, *arguments, **options)
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_cells_in_a_loop(kind):
+    model, x = Loop(kind), torch.randn(4, 5, 6)
+    lean = untraced(model, x, channels=8)
+    assert type(lean) is Loop
+    assert [site.layers for site in lean.meta["lean_fx.plan"].sites] == [("cell",), ("head",)]
+    for length in (5, 2, 9):  # any number of steps
+        x = torch.randn(4, length, 6)
+        state = None
+        for step in range(length):
+            reduced = lean_fx.lean_reduction(lean.embed(x[:, step]), lean.cell.reduction.seed)
+            state = kind.forward(lean.cell, reduced, state)
+        last = state[0] if kind is nn.LSTMCell else state
+        expected = F.linear(
+            lean_fx.lean_reduction(last, lean.head.reduction.seed),
+            lean.head.weight,
+            lean.head.bias,
+        )
+        torch.testing.assert_close(lean(x), expected)
+    assert isinstance(model.cell, kind)
+    assert model.cell.input_size == 32
+
+
+def test_the_result_is_an_ordinary_module():
+    x = torch.randn(4, 5, 6)
+    lean = untraced(Loop(), x)
+    for other in (copy.deepcopy(lean), pickle.loads(pickle.dumps(lean))):
+        torch.testing.assert_close(other(x), lean(x), rtol=0, atol=0)
+        assert other.meta["lean_fx.plan"] == lean.meta["lean_fx.plan"]
+    plan = lean.meta["lean_fx.plan"]
+    again = lean_fx.Plan.from_json(plan.to_json()).apply(Loop())
+    again.load_state_dict(lean.state_dict())
+    torch.testing.assert_close(again(x), lean(x), rtol=0, atol=0)
+    lean(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in lean.parameters())
+
+
+def test_it_exports(tmp_path):
+    x = torch.randn(4, 5, 6)
+    lean_fx.export_onnx(untraced(Loop(), x), tmp_path / "net.onnx", x)
+    assert lean_fx.plan_of(tmp_path / "net.onnx").traced is False
+
+
+def test_the_plan_of_a_model_that_cannot_be_traced():
+    with pytest.warns(LeanWarning, match=UNTRACED):
+        plan = lean_fx.plan(Loop(), torch.randn(4, 5, 6))
+    assert_expected_inline(
+        str(plan),
+        """\
+Plan for Loop: 2 reductions (lean) before 2 of 3 layers
+their weights: 2,376 -> 300, of 4,475 parameters in all
+value      sign  MACs  layer  type     channels  weights       note
+its input  any   192   cell   GRUCell  32 -> 4   2,304 -> 288  5.66 wanted, 4 is the nearest divisor
+its input  any   144   head   Linear   24 -> 4   72 -> 12
+left alone
+embed  Linear  in_channels=6 is below min_channels=16""",
+    )
+
+
+def test_without_example_inputs_it_is_an_error():
+    with pytest.raises(CaptureError, match="or give example_inputs: then each layer reduces its"):
+        lean_fx.leanify(Loop())
+    with pytest.raises(ArgumentError, match="^keep='saving' needs a graph; Loop: torch.fx cannot"):
+        lean_fx.leanify(Loop(), torch.randn(4, 5, 6), keep="saving")
+    with pytest.raises(ArgumentError, match="^example_inputs: Loop cannot run on them"):
+        untraced(Loop(), torch.randn(4, 5, 7))
+
+
+class Odd(nn.Module):
+    """Layers that a model uses otherwise than by calling them, and one in attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = nn.Linear(32, 32)
+        self.plain = nn.Linear(32, 32)
+        self.read = nn.Linear(32, 32)
+        self.both = nn.Linear(32, 32)
+        self.unused = nn.Linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.conv = nn.Conv1d(32, 8, 1)
+
+    def forward(self, x):
+        if float(x.sum()) < 0:
+            return x
+        x = self.plain(self.inputs(x[:, :3]))
+        x = F.linear(x, self.read.weight)
+        x = self.both(x) + F.linear(x, self.both.weight)
+        x = self.attention(x, x, x)[0]
+        return self.conv(x.transpose(1, 2)) + self.conv(x[0].T)  # with and without a batch
+
+
+def test_what_is_left_alone_and_why():
+    lean = untraced(Odd(), torch.rand(2, 4, 32))
+    plan = lean.meta["lean_fx.plan"]
+    assert [(site.layers, site.dim) for site in plan.sites] == [(("plain",), -1), (("conv",), -2)]
+    reasons = {each.layer: each.reason for each in plan.left_alone}
+    assert reasons.pop("both").startswith("the model fails where it reduces its input: RuntimeErr")
+    assert reasons == {
+        "inputs": "reads the model's input, no intermediate value; reduce_inputs=True reduces it "
+        "too",
+        "read": "not called in forward on the example inputs",
+        "unused": "not called in forward on the example inputs",
+        "attention.out_proj": "inside MultiheadAttention, which reads its weights itself",
+    }
+
+
+def test_a_layer_that_is_called_again():
+    model, x = Again(), torch.randn(2, 3, 5, 5)
+    lean = lean_fx.leanify(model, x, channels=8)
+    assert_expected_inline(
+        str(lean.meta["lean_fx.plan"]),
+        """\
+Plan for Again: 1 reduction (lean) before 1 of 2 layers
+their weights: 9,216 -> 2,304, of 9,376 parameters in all
+value      sign  MACs  layer  type    channels  weights         note
+its input  >= 0  128   again  Conv2d  32 -> 8   9,216 -> 2,304  called 3 times
+left alone
+first  Conv2d  in_channels=3 is below min_channels=16""",
+    )
+    layer = lean.again
+
+    def call(value):
+        reduced = lean_fx.lean_reduction(value, layer.reduction.seed)
+        return F.conv2d(reduced, layer.weight, layer.bias, padding=1)
+
+    value = F.relu(call(F.relu(lean.first(x))))
+    torch.testing.assert_close(lean(x), call(call(value).abs()))
+    plan = lean.meta["lean_fx.plan"]
+    again = lean_fx.Plan.from_json(plan.to_json()).apply(Again())
+    again.load_state_dict(lean.state_dict())
+    torch.testing.assert_close(again(x), lean(x), rtol=0, atol=0)
+    with lean_fx.checking_signs():
+        lean(x)
+
+
+class Signed(Again):
+    def forward(self, x):
+        x = self.first(x)
+        return self.again(self.again(x).abs())
+
+
+def test_the_sign_is_that_of_all_that_the_layer_reads():
+    for model in (Again(), Signed()):
+        lean = lean_fx.leanify(model)
+        assert lean.again.reduction.nonnegative is (type(model) is Again)
+    plan = lean_fx.plan(Again())  # proved of one model, applied to another
+    assert not plan.apply(Signed()).again.reduction.nonnegative
+
+
+def test_a_second_leanify_leaves_swapped_layers_alone():
+    lean = lean_fx.leanify(Again())
+    plan = lean_fx.plan(lean)
+    assert plan.sites == ()
+    assert "it has hooks, which a rebuilt layer would lose" in str(plan)
+
+
+def test_a_plan_that_does_not_fit():
+    plan = lean_fx.plan(Again())
+    other = Again()
+    other.again = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+    other.first = nn.Conv2d(3, 16, 1)
+    other.again = nn.Conv2d(16, 16, 1)
+    with pytest.raises(PlanError) as caught:
+        plan.apply(other)
+    assert str(caught.value) == (
+        "plan: layer 'again' reads 16 channels, but the plan says 32; make the plan anew from this "
+        "model"
+    )

@@ -1,4 +1,13 @@
-"""From a module to a torch.fx graph, without touching the module."""
+"""From a module to a torch.fx graph, without touching the module.
+
+Copies of the model are traced until it goes:
+
+1. by torch.fx's tracer, with the leaves of :class:`~lean_fx.tracing.LeanTracer`;
+2. with example inputs, by one that follows branches on sizes (:mod:`lean_fx.following`);
+3. with the modules that still cannot be traced as leaves, the innermost that will do.
+
+Then it is traced in the opposite mode, and the two graphs become one (:mod:`lean_fx.merging`).
+"""
 
 from __future__ import annotations
 
@@ -10,17 +19,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Tracer
+from torch.fx import Graph, GraphModule
+from torch.fx.proxy import TraceError
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import rnn
 
-from lean_fx.attention import AttentionHeads
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
-from lean_fx.packed import SequenceDropout
-from lean_fx.passes.base import facts
-from lean_fx.passes.modularize_calls import ModularizeCalls, can_follow_mode
+from lean_fx.following import FollowingTracer
+from lean_fx.merging import CannotMerge, merge_modes
+from lean_fx.passes.base import sharing_copy
+from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.rebuild import REBUILDERS
-from lean_fx.registry import is_reduction
+from lean_fx.tracing import LeanTracer
 
 _ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -29,57 +39,24 @@ _ROOT_HOOKS = (
 )
 
 
-_SEQUENCE_FUNCTIONS = (
-    *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
-    *(rnn.unpack_sequence, rnn.unpad_sequence),
-)
-
-
-class LeanTracer(Tracer):
-    """torch.fx's tracer, with three differences.
-
-    Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
-    into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
-    of the graph, so that what forward computes of them is computed at every call, not once. The
-    functions that pack and pad sequences are nodes, since they cannot run without lengths.
-    """
-
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=_SEQUENCE_FUNCTIONS)
-        self._autowrap_search.append(rnn)  # for calls by the module's name
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
-        """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
-        graph = super().trace(root, concrete_args)
-        for node in graph.nodes:
-            if node.target in _SEQUENCE_FUNCTIONS:
-                node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
-        return graph
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a call of ``m`` becomes one node."""
-        leaf = isinstance(m, (*REBUILDERS, SequenceDropout, AttentionHeads)) or is_reduction(m)
-        return leaf or super().is_leaf_module(m, module_qualified_name)
-
-
 def capture(
     model: nn.Module, inputs: Sequence[Any] = (), *, evaluation: bool = False
 ) -> GraphModule:
     """Capture a model as a torch.fx graph.
 
     Args:
-        model: a module that torch.fx can trace; it is copied first and stays as it is.
-        inputs: example inputs, as far as they are known. A parameter of forward that is None by
-            default and that they do not give is None in the graph, which refuses another value.
+        model: a module; it is copied first and stays as it is.
+        inputs: example inputs, as far as they are known. With them branches on sizes are followed,
+            and a call whose sizes lead elsewhere raises a BranchError. A parameter of forward that
+            is None by default and that they do not give is None in the graph, which refuses
+            another value.
         evaluation: whether to capture what the model does in eval mode, and only that.
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
-        of each, and of the hooks of the model itself. Functional dropout that follows the mode has
-        become a module; any other call that follows it keeps the mode that it was captured in, and
-        a LeanWarning names it.
+        of each, and of the hooks of the model itself. What forward does in one mode only, it does
+        there too (see :mod:`lean_fx.merging`), and functional dropout has become a module. Where
+        the two modes cannot be joined, it keeps its own, and a LeanWarning says so.
 
     Raises:
         ArgumentError: ``model`` is not a module, or has lazy layers without a shape.
@@ -99,10 +76,8 @@ def capture(
     if evaluation:
         root.eval()
     try:
-        absent = _absent(root, inputs)
-        graph = LeanTracer().trace(root, absent)
-        _mark_mode(graph, root, absent)
-        captured = GraphModule(root, graph, name)
+        traced, graph = _trace(root, inputs)
+        captured = GraphModule(traced, graph, name)
     except Exception as error:
         raise CaptureError(
             f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
@@ -114,16 +89,9 @@ def capture(
             node.type = None
     for hooks in _ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
-    stuck = [n for n in graph.nodes if facts(n).follows_mode and not can_follow_mode(n)]
-    if stuck and not evaluation:
-        names = ", ".join(node.name for node in stuck)
-        warnings.warn(
-            f"{name}: {names} read self.training and keep the mode that they were captured in; "
-            "use modules (such as torch.nn.BatchNorm2d) in their place",
-            LeanWarning,
-            stacklevel=4,
-        )
     _keep_layers(captured, root)
+    if not evaluation:
+        _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
     return captured
 
@@ -190,39 +158,72 @@ def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
     return {each.name: None for each in parameters if given.get(each.name, each.default) is None}
 
 
-def _mark_mode(graph: Graph, root: nn.Module, absent: dict[str, Any]) -> None:
-    """Write ``facts(node).follows_mode``: traced in the opposite mode, its arguments differ."""
-    if not any(_holds_flag(node.args) or _holds_flag(node.kwargs) for node in graph.nodes):
-        return
+def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
+    """Trace copies of a module until it goes; the copy that went, and its graph."""
+    copied = sharing_copy(root)
+    absent = _absent(root, inputs)
+    try:
+        return copied, LeanTracer().trace(copied, absent)
+    except Exception:
+        opaque: frozenset[str] = frozenset()
+        while True:
+            copied = sharing_copy(root)
+            tracer = (
+                FollowingTracer(inputs, opaque, give_up=True)
+                if inputs
+                else LeanTracer(opaque, give_up=True)
+            )
+            graph = tracer.trace(copied, absent)
+            if tracer.opaque == opaque:
+                break
+            opaque = tracer.opaque
+    if opaque and not _layers_called(copied, graph):
+        raise TraceError(f"{', '.join(sorted(opaque))} cannot be traced, and no layer is elsewhere")
+    return copied, graph
+
+
+def _layers_called(root: nn.Module, graph: Graph) -> bool:
+    targets = (str(node.target) for node in graph.nodes if node.op == "call_module")
+    return any(isinstance(root.get_submodule(target), tuple(REBUILDERS)) for target in targets)
+
+
+def _follow_mode(
+    captured: GraphModule, traced: nn.Module, root: nn.Module, inputs: Sequence[Any]
+) -> None:
+    """Make a captured model do in the opposite mode what the model does there."""
     modules = list(root.modules())
     for module in modules:
         module.training = not module.training
     try:
-        opposite = LeanTracer().trace(root, absent)
+        other, opposite = _trace(root, inputs)
+    except Exception as error:
+        reason = _reason(error)
+    else:
+        try:
+            merge_modes(captured, traced, opposite, other)
+            return
+        except CannotMerge as error:
+            reason = str(error)
     finally:
         for module in modules:
             module.training = not module.training
-    if [node.name for node in graph.nodes] != [node.name for node in opposite.nodes]:
-        return
-    for node, other in zip(graph.nodes, opposite.nodes, strict=True):
-        same = str(node.args) == str(other.args) and str(node.kwargs) == str(other.kwargs)
-        facts(node).follows_mode = not same
+    mode = "train" if root.training else "eval"
+    warnings.warn(
+        f"{type(root).__name__}: does what it does in {mode} mode after train() and eval() alike, "
+        f"since its graph in the other mode cannot be joined to it ({reason}); capture it in the "
+        "mode that you need",
+        LeanWarning,
+        stacklevel=5,
+    )
 
 
 def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
     """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
+    modules = dict(root.named_modules())
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
-        if node.op == "get_attr" and owner and type(root.get_submodule(owner)) in REBUILDERS:
-            captured.set_submodule(owner, root.get_submodule(owner))
-
-
-def _holds_flag(arguments: object) -> bool:
-    if isinstance(arguments, dict):
-        arguments = tuple(value for name, value in arguments.items() if name != "inplace")
-    if isinstance(arguments, tuple | list):
-        return any(_holds_flag(each) for each in arguments)
-    return isinstance(arguments, bool)
+        if node.op == "get_attr" and type(modules.get(owner)) in REBUILDERS:
+            captured.set_submodule(owner, modules[owner])
 
 
 def _reason(error: Exception) -> str:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture import LeanTracer, as_inputs, capture
+from lean_fx.capture import as_inputs, capture
 from lean_fx.errors import ArgumentError
 from lean_fx.measure.cost import Counter, counting
 from lean_fx.measure.costed import Costs, NodeCost
 from lean_fx.measure.formulas import call_macs
 from lean_fx.registry import is_reduction
+from lean_fx.tracing import LeanTracer
 
 # Modules that hold parameters and multiply by them element by element, or only look them up.
 _WITHOUT_SUMS = (

@@ -23,6 +23,7 @@ from lean_fx.policy import (
 from lean_fx.rebuild import REBUILDERS, input_weights, plain_type
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction
+from lean_fx.tracing import LeanTracer
 
 
 @dataclass(frozen=True)
@@ -160,26 +161,43 @@ def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
 
 
 def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:
-    read = {
-        str(node.target).rpartition(".")[0]
-        for node in graph_module.graph.nodes
-        if node.op == "get_attr"
-    }
+    modules = dict(model.named_modules())
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    owners = {name.rpartition(".")[0] for name in read}
+    left: list[LeftAlone] = []
+    for name, layer in modules.items():
+        if type(layer) not in REBUILDERS or not name or name in called:
+            continue
+        holder = _holder(name, called)
+        if holder and LeanTracer().is_leaf_module(modules[holder], holder):
+            continue  # it is of the module that is called, which speaks for itself
+        reason = "forward reads its weight itself" if name in owners else "not called in forward"
+        if name in read:
+            reason = "called in training only, or in evaluation only"
+        if holder:
+            reason = f"inside {holder}, which torch.fx cannot trace"
+        left.append(LeftAlone(name, type(layer).__name__, reason))
+    return left
 
-    def within_called(name: str) -> bool:
-        """Whether a call reaches the layer: its own, or that of a module that holds it."""
-        parts = name.split(".")
-        return any(".".join(parts[:length]) in called for length in range(1, len(parts) + 1))
 
-    return [
-        LeftAlone(
-            name,
-            type(layer).__name__,
-            "forward reads its weight itself" if name in read else "not called in forward",
-        )
-        for name, layer in model.named_modules()
-        if type(layer) in REBUILDERS and name and not within_called(name)
-    ]
+def hidden_layers(graph_module: GraphModule) -> frozenset[str]:
+    """The layers inside modules that torch.fx cannot trace, by name."""
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    modules = dict(graph_module.named_modules())
+    return frozenset(
+        name
+        for name, layer in modules.items()
+        if type(layer) in REBUILDERS
+        and (holder := _holder(name, called))
+        and not LeanTracer().is_leaf_module(modules[holder], holder)
+    )
+
+
+def _holder(name: str, called: set[str]) -> str:
+    """The module that is called and has the layer inside, or an empty string."""
+    parts = name.split(".")
+    holders = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((each for each in holders if each in called), "")
 
 
 def _decide(

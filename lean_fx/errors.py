@@ -18,6 +18,10 @@ class CaptureError(LeanError):
     """A model cannot be captured as a torch.fx graph."""
 
 
+class BranchError(LeanError, ValueError):
+    """A captured model was given inputs for which its code takes another branch."""
+
+
 class PassError(LeanError):
     """A pass was given, or has made, a graph that breaks what it requires or ensures."""
 

@@ -1,4 +1,4 @@
-"""A plan for a model that cannot be traced: every layer reduces its own input.
+"""A plan for what cannot be traced, a model or modules in it: every layer reduces its own input.
 
 Without a graph there is no knowing what else reads a value, or its sign; what the layers read is
 seen in one forward pass on the example inputs. A layer is left alone by the rules of
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +44,19 @@ class _Seen:
     is_input: bool = False
 
 
-def plan_layers(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> Plan:
+def plan_layers(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    options: Options,
+    only: Collection[str] | None = None,
+) -> Plan:
     """Decide for each layer of a model by itself.
 
     Args:
         model: it stays as it is.
         inputs: example inputs, which it must take.
         options: what the user asked for.
+        only: the names of the layers to decide for; all if left out.
 
     Raises:
         ArgumentError: the model fails on the inputs, or an option does not fit it.
@@ -60,7 +67,7 @@ def plan_layers(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> 
     sites: list[Site] = []
     left: list[LeftAlone] = []
     for name, layer in modules.items():
-        if not name or not isinstance(layer, _LAYERS):
+        if not name or not isinstance(layer, _LAYERS) or (only is not None and name not in only):
             continue
         reason = _inside(name, modules) or refusal_of(layer, owners)
         groups = groups_of(layer)
@@ -84,8 +91,9 @@ def plan_layers(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> 
         site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms)
         settle(site, options, sites, left)
     names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
-    check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
-    if isinstance(options.channels, dict):
+    if only is None:
+        check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
+    if only is None and isinstance(options.channels, dict):
         check_names("channels", options.channels, names)
     made = Plan(
         model=type(model).__name__,

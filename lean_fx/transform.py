@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture
-from lean_fx.deciding import Options, make_plan, stacks_to_split
+from lean_fx.deciding import Options, hidden_layers, make_plan, stacks_to_split
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.layerwise import plan_layers
 from lean_fx.passes import (
@@ -186,7 +186,10 @@ def _planned(
         reduced = {layer for site in made.sites for layer in site.layers}
         in_vain = {stack for stack in stacks if not reduced & _inner(stack, made)}
         if not in_vain:
-            return dataclasses.replace(made, left_alone=(*made.left_alone, *whole)), graph_module
+            made = dataclasses.replace(made, left_alone=(*made.left_alone, *whole))
+            if inputs and keep == "all":
+                made = _with_hidden(made, graph_module, inputs, options)
+            return made, graph_module
         whole += [
             dataclasses.replace(each, reason=f"stays within {stack}: {each.reason}")
             for stack in stacks
@@ -194,6 +197,20 @@ def _planned(
             if stack in in_vain and each.layer in _inner(stack, made)
         ]
         stacks = tuple(stack for stack in stacks if stack not in in_vain)
+
+
+def _with_hidden(
+    made: Plan, graph_module: GraphModule, inputs: tuple[Any, ...], options: Options
+) -> Plan:
+    """The plan with the layers inside of what cannot be traced; they reduce their own input."""
+    hidden = hidden_layers(graph_module)
+    if not hidden:
+        return made
+    within = plan_layers(graph_module, inputs, options, hidden)
+    seen = [each for each in made.left_alone if each.layer not in hidden]
+    return dataclasses.replace(
+        made, sites=(*made.sites, *within.sites), left_alone=(*seen, *within.left_alone)
+    )
 
 
 def _inner(stack: str, made: Plan) -> set[str]:

@@ -16,15 +16,17 @@ Four laws hold for every pass, and one test checks them all:
 from __future__ import annotations
 
 import abc
+import copy
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -112,11 +114,32 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 def shallow(module: nn.Module) -> nn.Module:
     """A copy to run without a trace: no hooks, and attributes that forward sets are not kept."""
+    if next(module.children(), None) is not None:
+        copied = sharing_copy(module)
+        for each in copied.modules():
+            for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                setattr(each, hooks, OrderedDict())
+        return copied
     copied = object.__new__(type(module))  # copy.copy refuses parametrized modules
     copied.__dict__.update(module.__dict__)
     for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(copied, hooks, OrderedDict())
     return copied
+
+
+def sharing_copy(
+    module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda each: each
+) -> nn.Module:
+    """A deep copy to run or trace without a trace left, with the same parameters and buffers.
+
+    Args:
+        module: what to copy.
+        tensor: gives what takes the place of a parameter or buffer.
+    """
+    state = [*module.parameters(), *module.buffers()]
+    replaced = {id(each): tensor(each) for each in state}
+    with unset_fake_temporarily():  # which cannot copy other tensors
+        return copy.deepcopy(module, replaced)
 
 
 def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Module) -> str:

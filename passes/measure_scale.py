@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.packed import with_data
-from lean_fx.passes.base import Pass, facts, shallow
+from lean_fx.passes.base import Pass, facts, shallow, sharing_copy
 
 
 class MeasureScale(Pass):
@@ -90,6 +90,8 @@ class _Measure(Interpreter):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
+        if isinstance(value, nn.Module):  # for what runs in one mode only
+            return sharing_copy(value, torch.Tensor.clone)
         return value.clone() if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: Node) -> Any:

@@ -47,6 +47,8 @@ _MODULES: dict[Any, type[nn.Module]] = {
 }
 
 
+#: Functions that it makes modules of.
+FUNCTIONS = frozenset(_MODULES)
 _LAYERS: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
     **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),

@@ -25,7 +25,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError
-from lean_fx.passes.base import Pass, facts, shallow
+from lean_fx.passes.base import Pass, facts, shallow, sharing_copy
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -98,6 +98,8 @@ class _ShapeWriter(Interpreter):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
+        if isinstance(value, nn.Module):  # for what runs in one mode only
+            return sharing_copy(value, self._fake)
         return self._fake(value) if isinstance(value, torch.Tensor) else value
 
     def _shape_or_self(self, argument: Any) -> Any:

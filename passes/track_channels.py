@@ -15,7 +15,8 @@ Rules:
    an input of the model that is known to have three axes or more has its channels on axis 1.
 2. Elementwise layers, dropout and pooling keep what their input has; batch, instance, group and
    layer norms too.
-3. Sums and products of values keep what those whose channels are known agree on.
+3. Sums and products of values, and what is one value in training and another in evaluation, keep
+   what those whose channels are known agree on.
 4. ``cat`` along the channel axis adds up.
 5. A permutation or transposition moves the axis.
 6. Flattening all axes but the first (``nn.Flatten``, ``flatten(x, 1)``,
@@ -40,6 +41,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
+from lean_fx.modes import ByMode
 from lean_fx.packed import SequenceDropout
 from lean_fx.passes.base import Pass, argument, called, facts
 from lean_fx.passes.flattens import is_flatten, source_of
@@ -187,6 +189,8 @@ def _of_module(node: Node, module: nn.Module) -> Channels | None:
         return _only_front(_input(node))
     if type(module) is nn.Flatten:
         return _in_front_of(_input(node), module.start_dim)
+    if type(module) is ByMode:
+        return _agreed(node)
     return None
 
 
@@ -223,9 +227,7 @@ def _of_call(node: Node) -> Channels | None:
     if node.target in _SPATIAL_CALLS:
         return _only_front(_input(node))
     if node.target in _JOINS:
-        known = {facts(each).channels for each in node.all_input_nodes}
-        known.discard(None)
-        return known.pop() if len(known) == 1 else None
+        return _agreed(node)
     if node.target in (torch.cat, torch.concat):
         return _concatenated(node)
     if node.target in (torch.permute, "permute", torch.transpose, "transpose"):
@@ -236,6 +238,12 @@ def _of_call(node: Node) -> Channels | None:
     if node.target in (torch.flatten, "flatten"):
         return _in_front_of(_input(node), argument(node, 1, "start_dim", 0))
     return None
+
+
+def _agreed(node: Node) -> Channels | None:
+    known = {facts(each).channels for each in node.all_input_nodes}
+    known.discard(None)
+    return known.pop() if len(known) == 1 else None
 
 
 def _input(node: Node) -> Channels | None:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from lean_fx.modes import InMode
 from lean_fx.passes.base import Pass, argument, called, facts
 
 # Layers and functions of torch.nn that may return a view of their input, or the input itself.
@@ -108,7 +109,8 @@ def _written(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
     sources = node.all_input_nodes
     if node.op == "call_module":
         module, target = modules[str(node.target)], called(node, modules)
-        if not isinstance(target, type) or not _within(target, "torch.nn", "lean_fx"):
+        harmless = isinstance(target, type) and _within(target, "torch.nn", "lean_fx")
+        if not harmless or target is InMode:
             yield from sources
         elif getattr(module, "inplace", False):
             yield from sources[:1]

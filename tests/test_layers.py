@@ -16,6 +16,8 @@ LAYERS = (
     {"lean_fx.errors", "lean_fx.files"},
     {
         "lean_fx.attention",
+        "lean_fx.guards",
+        "lean_fx.modes",
         "lean_fx.packed",
         "lean_fx.plain",
         "lean_fx.walk",
@@ -30,9 +32,11 @@ LAYERS = (
         "lean_fx.registry",
         "lean_fx.rebuild",
         "lean_fx.subclasses",
+        "lean_fx.tracing",
     },
     {"lean_fx.passes", "lean_fx.measure"},
-    {"lean_fx.capture", "lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
+    {"lean_fx.following", "lean_fx.proxies", "lean_fx.merging", "lean_fx.capture"}
+    | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
     | {"lean_fx.layerwise"}
     | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"}
     | {"lean_fx.quantization", "lean_fx.costing"},

@@ -20,7 +20,7 @@ from graphs import (
     WrittenOut,
     graph_text,
 )
-from lean_fx.capture import LeanTracer, capture
+from lean_fx.capture import capture
 from lean_fx.errors import ArgumentError, PassError, PlanError
 from lean_fx.passes import (
     FindConsumers,
@@ -37,6 +37,7 @@ from lean_fx.passes import (
     TrackWrites,
     facts,
 )
+from lean_fx.tracing import LeanTracer
 
 MODELS = CHANGED | UNCHANGED
 

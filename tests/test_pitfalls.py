@@ -106,7 +106,6 @@ def test_what_a_layer_caches_while_planning_is_not_kept():
 
 
 @pytest.mark.parametrize("drop", [torch.dropout, F.dropout, nn.functional.alpha_dropout])
-@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
 def test_functions_that_take_the_mode_run(drop):
     model = Net(
         lambda self, x: self.b(drop(F.relu(self.a(x)), 0.5, self.training)),
@@ -118,14 +117,17 @@ def test_functions_that_take_the_mode_run(drop):
         assert lean(torch.rand(3, 4)).shape == (3, 4)
 
 
-def test_a_function_that_keeps_its_mode_is_named():
+@pytest.mark.parametrize("mode", [True, False])
+def test_any_function_that_takes_the_mode_follows_it(mode):
     model = Net(
         lambda self, x: F.rrelu(self.b(F.relu(self.a(x))), training=self.training),
         a=nn.Linear(4, 32),
         b=nn.Linear(32, 4),
     )
-    with pytest.warns(lean_fx.LeanWarning, match="Net: rrelu read self.training and keep the mode"):
-        lean_fx.leanify(model)
+    lean = lean_fx.leanify(model.train(mode))
+    x = torch.rand(5, 4)
+    assert lean.eval()(x).equal(lean(x))
+    assert not lean.train()(x).equal(lean(x))
 
 
 def test_dropout_in_a_frozen_block_stays_off():

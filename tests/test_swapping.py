@@ -60,6 +60,37 @@ def test_cells_in_a_loop(kind):
     assert model.cell.input_size == 32
 
 
+class Holds(nn.Module):
+    """What cannot be traced is a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 32)
+        self.second = nn.Linear(32, 6)
+        self.loop = Loop()
+
+    def forward(self, x):
+        return self.loop(self.second(self.first(x).relu()))
+
+
+def test_a_part_that_cannot_be_traced():
+    model, x = Holds(), torch.randn(4, 5, 6)
+    lean = lean_fx.leanify(model, x, channels=8)
+    plan = lean.meta["lean_fx.plan"]
+    assert [(site.value, site.layers) for site in plan.sites] == [
+        ("relu", ("second",)),
+        ("", ("loop.cell",)),
+        ("", ("loop.head",)),
+    ]
+    assert isinstance(lean.loop, Loop)
+    lean(torch.randn(4, 3, 6)).sum().backward()
+    assert all(parameter.grad is not None for parameter in lean.parameters())
+    again = lean_fx.Plan.from_json(plan.to_json()).apply(Holds(), x)
+    again.load_state_dict(lean.state_dict())
+    torch.testing.assert_close(again(x), lean(x), rtol=0, atol=0)
+    assert lean(torch.randn(2, 9, 6)).shape == (2, 3)
+
+
 def test_the_result_is_an_ordinary_module():
     x = torch.randn(4, 5, 6)
     lean = untraced(Loop(), x)

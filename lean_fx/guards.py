@@ -1,0 +1,79 @@
+"""What a captured model checks of its inputs: that its code would go the way it went."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sized
+from typing import Any
+
+import torch
+from torch.fx import Proxy
+
+from lean_fx.errors import BranchError
+
+
+def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function a node of whatever graph it is traced into; Python would ask for a value."""
+
+    @functools.wraps(function)
+    def wrapped(value: Any, *args: Any) -> Any:
+        if isinstance(value, Proxy):
+            return value.tracer.create_proxy("call_function", wrapped, (value, *args), {})
+        return function(value, *args)
+
+    return wrapped
+
+
+@_as_node
+def check_branch(value: Any, captured: Any, where: str) -> None:
+    """Check that a branch in a model's code goes where it went when the model was captured.
+
+    It is a node of graphs whose capture followed a branch of Python on a size of a value. An export
+    skips it, whose sizes are symbols: a check would fix them.
+
+    Args:
+        value: what the branch depends on, now.
+        captured: what it was then.
+        where: the place in the model's code.
+
+    Raises:
+        BranchError: the two differ.
+
+    Example:
+        >>> check_branch(16 > 8, True, "Net (net.py:7: if x.shape[2] > 8)")
+        >>> check_branch(4 > 8, True, "Net (net.py:7: if x.shape[2] > 8)")
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.BranchError: Net (net.py:7: if x.shape[2] > 8): gives False for these \
+inputs, but the model was captured where it gives True; capture it with inputs of these sizes
+    """
+    if torch.compiler.is_exporting():
+        return
+    found = type(captured)(value)  # a branch asks for the truth of a number
+    if found != captured:
+        raise BranchError(
+            f"{where}: gives {found} for these inputs, but the model was captured where it gives "
+            f"{captured}; capture it with inputs of these sizes"
+        )
+
+
+@_as_node
+def count_items(value: Sized) -> int:
+    """How many items a value has: ``len``, which torch.fx cannot trace.
+
+    Example:
+        >>> count_items((1, 2))
+        2
+    """
+    return len(value)
+
+
+@_as_node
+def round_number(value: float, digits: int | None = None) -> float:
+    """A rounded number: ``round``, which torch.fx cannot trace.
+
+    Example:
+        >>> round_number(2.6)
+        3
+    """
+    return round(value, digits)

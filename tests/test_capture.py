@@ -1,0 +1,417 @@
+"""Capturing what plain torch.fx cannot: one small model for each pitfall."""
+
+import copy
+import functools
+import math
+import pickle
+import warnings
+from collections.abc import Iterable
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lean_fx
+from lean_fx.capture import capture
+from lean_fx.errors import BranchError, CaptureError, LeanError
+from lean_fx.guards import check_branch
+from lean_fx.modes import ByMode, InMode
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward given as a function."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def X(*shape):  # noqa: N802
+    return torch.rand(shape)
+
+
+def checks(module):
+    return [node for node in module.graph.nodes if node.target is check_branch]
+
+
+def same_padding(x, kernel, stride):
+    wanted = [max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:]]
+    if any(each > 0 for each in wanted):
+        x = F.pad(x, [part for n in reversed(wanted) for part in (n // 2, n - n // 2)])
+    return x
+
+
+def padded(self, x):
+    return self.b(F.relu(self.a(same_padding(x, 3, 2))))
+
+
+def heads(self, x):
+    batch, length, _ = x.shape
+    side = int(length**0.5)
+    assert side * side == length, "no square"
+    q, k = self.a(x).reshape(batch, length, 2, -1).unbind(2)
+    return self.b((q + k).view(batch, side, side, -1).mean((1, 2)))
+
+
+def looped(self, x):
+    for each in x.shape[2:]:
+        x = x * each
+    return self.b(self.a(torch.cat([row + i for i, row in enumerate(x.unbind(2))], -1)))
+
+
+def kinds(self, x):
+    assert isinstance(x, Tensor)
+    assert isinstance(x.shape[0], int)
+    assert isinstance(x.shape, tuple)
+    size = x.shape[-1] if x.size(0) > 1 or x.dtype == torch.float64 else 1
+    size = (size, size) if not isinstance(size, Iterable) else size
+    return self.b(self.a(x)) * size[0] if x.dim() == 2 and x.ndim == 2 else x
+
+
+def assigned(self, x):
+    mask = torch.zeros(x.shape[0], x.shape[1])
+    mask[:, : x.shape[1] // 2] = 1.0
+    y = self.a(x)
+    if y.shape[1] > 1:
+        y[:, 0] = 0.0
+    return self.b(y), mask + torch.arange(x.shape[1])
+
+
+def layers(in_features=32, out_features=32):
+    return {"a": nn.Linear(in_features, out_features), "b": nn.Linear(out_features, 4)}
+
+
+FOLLOWED = {
+    "padding": (
+        lambda: Net(padded, a=nn.Conv2d(3, 32, 3, 2), b=nn.Conv2d(32, 8, 1)),
+        (2, 3, 9, 9),
+        (5, 3, 13, 11),
+    ),
+    "int, unpacking and unbind": (
+        lambda: Net(heads, a=nn.Linear(16, 64), b=nn.Linear(32, 4)),
+        (2, 9, 16),
+        (5, 9, 16),
+    ),
+    "loops": (
+        lambda: Net(looped, a=nn.Linear(12, 32), b=nn.Linear(32, 4)),
+        (2, 5, 3, 4),
+        (6, 5, 3, 4),
+    ),
+    "types": (lambda: Net(kinds, **layers()), (2, 32), (5, 32)),
+    "assignment": (lambda: Net(assigned, **layers()), (2, 32), (5, 32)),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_branches_on_sizes_are_followed(name):
+    make, shape, another = FOLLOWED[name]
+    model = make()
+    x, y = X(*shape), X(*another)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CaptureError):
+        capture(model)
+    captured = capture(model, (x,))
+    torch.testing.assert_close(captured(x), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(captured(y), model(y), rtol=0, atol=0)
+    for state in (model.state_dict(), captured.state_dict()):
+        torch.testing.assert_close(state, before, rtol=0, atol=0)
+    names = [node.name for node in captured.graph.nodes]
+    assert names == [node.name for node in capture(model, (y,)).graph.nodes]
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_was_followed_is_copied_compiled_and_reduced(name):
+    make, shape, _ = FOLLOWED[name]
+    model, x = make(), X(*shape)
+    captured = capture(model, (x,))
+    for copied in (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
+        torch.testing.assert_close(copied(x), model(x), rtol=0, atol=0)
+        assert len(checks(copied)) == len(checks(captured))
+    made = lean_fx.plan(model, x)
+    assert [site.layers for site in made.sites] == [("b",)]
+    torch.manual_seed(0)
+    lean = made.apply(model, x)
+    torch.manual_seed(0)
+    again = lean_fx.leanify(model, x)
+    torch.testing.assert_close(lean(x), again(x))
+    assert len(checks(lean)) == len(checks(captured))
+
+
+def branches(self, x):
+    if x.shape[-1] > 8:
+        x = F.avg_pool2d(x, 2)
+    return self.b(F.relu(self.a(x)))
+
+
+def convs():
+    return {"a": nn.Conv2d(3, 32, 1), "b": nn.Conv2d(32, 8, 1)}
+
+
+def test_another_branch_is_refused_by_name():
+    captured = capture(Net(branches, **convs()), (X(2, 3, 8, 8),))
+    assert captured(X(3, 3, 4, 4)).shape == (3, 8, 4, 4)
+    with pytest.raises(BranchError) as caught:
+        captured(X(2, 3, 9, 9))
+    text = str(caught.value)
+    assert text.startswith("Net (test_capture.py:")
+    assert text.endswith(
+        "if x.shape[-1] > 8:): gives True for these inputs, but the model was captured where it "
+        "gives False; capture it with inputs of these sizes"
+    )
+    assert isinstance(caught.value, LeanError)
+
+
+def test_another_number_of_axes_is_refused():
+    captured = capture(Net(kinds, **layers()), (X(2, 32),))
+    with pytest.raises(BranchError, match="gives 3 for these inputs"):
+        captured(X(3, 2, 32))
+
+
+def test_a_number_that_counts_as_true_does_so_for_others():
+    def even(self, x):
+        return self.b(self.a(x)) if x.shape[0] % 4 else x
+
+    captured = capture(Net(even, **layers()), (X(2, 32),))
+    assert captured(X(3, 32)).shape == (3, 4)
+    with pytest.raises(BranchError):
+        captured(X(4, 32))
+
+
+def test_branches_on_numbers_are_not_followed():
+    model = Net(lambda self, x: x if x.sum() > 0 else -x)
+    with pytest.raises(CaptureError, match="x.sum.* depends on the numbers in a tensor"):
+        capture(model, (X(2, 3),))
+
+
+def test_branches_on_parameters_alone_need_no_check():
+    def wide(self, x):
+        return self.b(self.a(x)) if self.a.weight.shape[0] > 8 and x.shape[0] else x
+
+    assert len(checks(capture(Net(wide, **layers()), (X(2, 32),)))) == 1
+
+
+def test_defaults_are_followed():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 32)
+            self.b = nn.Linear(32, 4)
+
+        def forward(self, x, mask=None, features=False):
+            x = self.a(x)
+            if mask is not None:
+                x = x * mask
+            return x if features else self.b(x)
+
+    model, x = Optional(), X(2, 8)
+    captured = capture(model, (x,))
+    torch.testing.assert_close(captured(x), model(x))
+    with pytest.raises(BranchError, match="if features else"):
+        captured(x, None, True)
+    given = capture(model, (x, X(2, 32), True))
+    torch.testing.assert_close(given(x, X(2, 32) * 0, True), torch.zeros(2, 32))
+
+
+class Caching(nn.Module):
+    """Keeps a tensor that fits the size of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 32)
+        self.b = nn.Linear(32, 4)
+        self.register_buffer("table", torch.rand(10, 8))
+        self.cache = None
+
+    def forward(self, x):
+        if self.cache is None or self.cache.shape[0] != x.shape[1]:
+            self.cache = self.table[: x.shape[1]] + torch.arange(x.shape[1]).view(-1, 1)
+        return self.b(self.a(x + self.cache))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_caches_are_neither_filled_nor_kept(warm):
+    model, x = Caching(), X(2, 5, 8)
+    if warm:
+        model(x)
+    before = model.cache
+    captured = capture(model, (x,))
+    lean = lean_fx.leanify(model, x)
+    assert model.cache is before
+    torch.testing.assert_close(captured(x), model(x))
+    assert type(lean(x)) is Tensor
+    again = copy.deepcopy(captured)
+    torch.testing.assert_close(again(X(7, 5, 8)).shape, torch.Size([7, 5, 4]))
+
+
+class Opaque(nn.Module):
+    """Branches on numbers, and caches."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+        self.norm = nn.Identity()
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x.detach()
+        x = self.norm(x)
+        return self.inner(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_cannot_be_traced_is_a_leaf(given):
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Opaque(), nn.ReLU(), nn.Linear(32, 4))
+    x = X(2, 8)
+    captured = capture(model, (x,) if given else ())
+    torch.testing.assert_close(captured(x), model(x))
+    made = lean_fx.plan(model, x if given else None)
+    assert [site.layers for site in made.sites] == [("4",)]
+    reasons = {each.layer: each.reason for each in made.left_alone}
+    assert reasons["2.inner"] == "inside 2, which torch.fx cannot trace"
+    lean = lean_fx.leanify(copy.deepcopy(model), x if given else None)
+    assert type(copy.deepcopy(lean)(x)) is Tensor
+
+
+def test_a_model_that_is_a_leaf_as_a_whole_is_refused():
+    with pytest.raises(CaptureError, match="0 cannot be traced, and no layer is elsewhere"):
+        capture(nn.Sequential(Opaque()), (X(2, 32),))
+
+
+def test_lru_caches_get_no_proxies():
+    @functools.lru_cache
+    def doubled(size):
+        return 2 * size
+
+    def cached(self, x):
+        return self.b(self.a(x)) * doubled(x.shape[0]) if x.shape[0] else x
+
+    model, x = Net(cached, **layers()), X(3, 32)
+    capture(model, (x,))
+    torch.testing.assert_close(model(x), capture(model, (x,))(x))
+    assert doubled(3) == 6
+
+
+def test_a_followed_model_is_exported_with_any_batch(tmp_path):
+    def batched(self, x):
+        if x.shape[0] > 64 or x.shape[-1] % 2:
+            return x
+        return self.b(F.relu(self.a(same_padding(x, 3, 2))))
+
+    model = Net(batched, a=nn.Conv2d(3, 32, 3, 2), b=nn.Conv2d(32, 8, 1))
+    lean = lean_fx.leanify(model, X(2, 3, 8, 8))
+    assert checks(lean)
+    path = lean_fx.export_onnx(lean, tmp_path / "net.onnx", X(2, 3, 8, 8)).path
+    assert "LEAN" in [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_a_followed_model_is_compiled():
+    model = Net(branches, **convs())
+    captured = capture(model, (X(2, 3, 8, 8),))
+    compiled = torch.compile(captured, backend="eager", fullgraph=True)
+    x = X(2, 3, 8, 8)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+# Modes.
+
+
+class Aux(nn.Module):
+    """Auxiliary outputs in training only, dropout, a counter, and noise by the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 32, 3)
+        self.norm = nn.BatchNorm2d(32)
+        self.aux = nn.Sequential(nn.Conv2d(32, 4, 5), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(32, 5, 1)
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.body(x)))
+        if self.training:
+            self.steps.add_(1)
+            extra = self.aux(x)
+        x = F.batch_norm(
+            x, self.norm.running_mean, self.norm.running_var, training=self.training, momentum=0.3
+        )
+        y = self.head(F.dropout(x, 0.5, self.training))
+        if self.training:
+            return y, {"aux": extra}
+        return y
+
+
+def run(model, mode, x):
+    model = copy.deepcopy(model).train(mode)
+    torch.manual_seed(0)
+    return model(x), dict(model.state_dict())
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_graph_that_differs_between_modes_follows_the_mode(start):
+    model, x = Aux().train(start), X(4, 3, 9, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lean_fx.LeanWarning)
+        captured = capture(model, (x,))
+    others = (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured)))
+    again = capture(captured, (x,))
+    for module in (captured, *others, again):
+        for mode in (True, False, True):
+            torch.testing.assert_close(run(module, mode, x), run(model, mode, x), rtol=0, atol=0)
+    small = X(4, 3, 4, 4)
+    torch.testing.assert_close(run(captured, False, small), run(model, False, small))
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        run(captured, True, small)
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_reduced_model_follows_the_mode(start, tmp_path):
+    model, x = Aux().train(start), X(4, 3, 9, 9)
+    before = copy.deepcopy(model.state_dict())
+    lean = lean_fx.leanify(model, x)
+    plan = lean.meta["lean_fx.plan"]
+    assert [site.layers for site in plan.sites] == [("head",)]
+    reasons = {each.layer: each.reason for each in plan.left_alone}
+    assert reasons["aux.0"] == "called in training only, or in evaluation only"
+    torch.testing.assert_close(model.state_dict(), before)
+    aux = {name: value for name, value in lean.state_dict().items() if name.startswith("aux.")}
+    torch.testing.assert_close(aux, {n: v for n, v in before.items() if n.startswith("aux.")})
+    y, extra = lean.train()(x)
+    assert (y.shape, extra["aux"].shape) == ((4, 5, 7, 7), (4, 4, 3, 3))
+    (y.sum() + extra["aux"].sum()).backward()
+    assert all(parameter.grad is not None for parameter in lean.parameters())
+    assert lean.eval()(x).shape == (4, 5, 7, 7)
+    assert lean_fx.export_onnx(lean, tmp_path / "net.onnx", x).path.exists()
+
+
+def test_parts_of_a_mode_and_values_by_mode_are_seen():
+    captured = capture(Aux())
+    modules = [type(module) for module in captured.calls.children()]
+    assert set(modules) == {ByMode, InMode, nn.Dropout}
+
+
+def test_frozen_parts_keep_their_mode():
+    block = Net(lambda self, x: F.rrelu(x - 0.5, training=self.training))
+    model = nn.Sequential(nn.Linear(4, 32), block).train()
+    block.eval()
+    captured = capture(model)
+    assert captured(X(3, 4)).shape == (3, 32)
+    x = X(3, 4)
+    torch.testing.assert_close(captured(x), model(x), rtol=0, atol=0)
+
+
+def test_modes_that_cannot_be_one_are_told():
+    def swapped(self, x):
+        return self.a(self.b(x)) if self.training else self.b(self.a(x))
+
+    model = Net(swapped, a=nn.Linear(32, 32), b=nn.Linear(32, 32)).eval()
+    with pytest.warns(lean_fx.LeanWarning, match="^Net: does what it does in eval mode after"):
+        captured = capture(model)
+    x = X(2, 32)
+    torch.testing.assert_close(captured.train()(x), model(x), rtol=0, atol=0)

@@ -222,7 +222,7 @@ def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
     modules = dict(root.named_modules())
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
-        if node.op == "get_attr" and type(modules.get(owner)) in REBUILDERS:
+        if node.op == "get_attr" and owner and type(modules.get(owner)) in REBUILDERS:
             captured.set_submodule(owner, modules[owner])
 
 

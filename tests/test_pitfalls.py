@@ -636,3 +636,8 @@ def test_planning_on_inputs_that_do_not_fit_prints_nothing(capfd):
     with pytest.raises(ArgumentError):
         lean_fx.plan(Annotated(), torch.rand(2, 5))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_a_model_that_is_one_layer():
+    assert lean_fx.plan(nn.Linear(32, 4)).sites == ()

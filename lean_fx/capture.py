@@ -93,6 +93,7 @@ def capture(
             node.type = None
     for hooks in _ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
+    _keep_layers(captured, root)
     if not evaluation:
         _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
@@ -227,6 +228,15 @@ def _follow_mode(
         LeanWarning,
         stacklevel=5,
     )
+
+
+def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
+    """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
+    modules = dict(root.named_modules())
+    for node in captured.graph.nodes:
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and owner and type(modules.get(owner)) in REBUILDERS:
+            captured.set_submodule(owner, modules[owner])
 
 
 def _reason(error: Exception) -> str:

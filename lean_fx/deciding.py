@@ -20,7 +20,7 @@ from lean_fx.policy import (
     skipped_by,
     wanted_channels,
 )
-from lean_fx.rebuild import REBUILDERS, input_weights
+from lean_fx.rebuild import REBUILDERS, input_weights, plain_type
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction
 from lean_fx.tracing import LeanTracer
@@ -40,21 +40,34 @@ class Options:
 
 
 def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, ...]:
-    """The stacks of recurrent layers that may be reduced, by name: ``graph_module`` analysed."""
-    calls = Counter(str(node.target) for node in graph_module.graph.nodes if facts(node).read)
+    """The layers of attention, and stacks of recurrent ones, whose inner layers may be reduced.
+
+    Args:
+        graph_module: captured and analysed.
+        options: what the user asked for.
+
+    Returns:
+        Their names.
+    """
+    calls: Counter[str] = Counter()
+    for node in graph_module.graph.nodes:
+        known = facts(node)
+        if known.read or known.splits:
+            name = str(node.target)
+            layers = getattr(graph_module.get_submodule(name), "num_layers", 1)
+            calls[name] += known.splits or layers > 1
     return tuple(
         name
         for name, count in calls.items()
         if count == 1
-        and getattr(layer := graph_module.get_submodule(name), "num_layers", 1) > 1
-        and not skipped_by(options.skip, name, layer)
-        and _passes_inside(name, layer, options)
+        and not skipped_by(options.skip, name, graph_module.get_submodule(name))
+        and _passes_inside(name, graph_module.get_submodule(name), options)
     )
 
 
 def _passes_inside(name: str, stack: nn.Module, options: Options) -> bool:
-    """Whether the user's filter lets a stack pass, or a layer of it but the first."""
-    count = int(stack.num_layers)  # type: ignore[arg-type]
+    """Whether the user's filter lets a layer pass, or one of a stack but the first."""
+    count = int(getattr(stack, "num_layers", 1))
     names = (name, *(f"{name}.{index}" for index in range(1, count)))
     return options.filter is None or any(options.filter(stack, each) for each in names)
 
@@ -88,6 +101,8 @@ def make_plan(
             reason = known.refusal
             if known.read:
                 reason = unwanted(known.read, name, layer, options)
+            elif known.splits:
+                reason = _named_by_user(name, layer, options) or reason
             if known.read and not reason:
                 candidates.append((known.read, _consumer(node.name, name, layer, known.read)))
             else:
@@ -116,13 +131,16 @@ def make_plan(
 
 
 def _parts(graph_module: GraphModule) -> list[str]:
-    """What the layers of the stacks that are not split would be called."""
-    return [
-        f"{name}.{index}"
-        for name, module in graph_module.named_modules()
-        if isinstance(module, nn.RNNBase) and module.num_layers > 1
-        for index in range(module.num_layers)
-    ]
+    """What the layers of the stacks, and of attention, that are not split would be called."""
+    names: list[str] = []
+    for name, module in graph_module.named_modules():
+        parts: Iterable[object] = ()
+        if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+            parts = range(module.num_layers)
+        elif isinstance(module, nn.MultiheadAttention):
+            parts = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
+        names += [f"{name}.{part}" for part in parts]
+    return names
 
 
 def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
@@ -133,7 +151,8 @@ def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
     if reason:
         return reason
     if read.in_channels < options.min_channels:
-        return f"in_channels={read.in_channels} is below min_channels={options.min_channels}"
+        each = f" of each of {read.groups} groups" if read.groups > 1 else ""
+        return f"in_channels={read.in_channels}{each} is below min_channels={options.min_channels}"
     if not read.intermediate and not options.reduce_inputs:
         return "reads the model's input, no intermediate value; reduce_inputs=True reduces it too"
     return ""
@@ -149,7 +168,7 @@ def _named_by_user(name: str, layer: nn.Module, options: Options) -> str:
 
 def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
     weights = sum(weight.numel() for weight in input_weights(layer).values())
-    return Consumer(name, type(layer).__name__, node, read.spread, read.path, weights)
+    return Consumer(name, plain_type(layer).__name__, node, read.spread, read.path, weights)
 
 
 def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:
@@ -198,13 +217,13 @@ def _decide(
     options: Options,
 ) -> tuple[list[Site], list[LeftAlone]]:
     """Group the layers by value, and settle the channels of each group."""
-    groups: dict[tuple[str, int, int, bool, int], list[Consumer]] = {}
+    shared: dict[tuple[str, int, int, bool, int, int], list[Consumer]] = {}
     for read, consumer in candidates:
-        key = (read.value, read.dim, read.in_channels, read.packed, read.writes)
-        groups.setdefault(key, []).append(consumer)
+        key = (read.value, read.dim, read.in_channels, read.packed, read.groups, read.writes)
+        shared.setdefault(key, []).append(consumer)
     sites: list[Site] = []
     refused: list[LeftAlone] = []
-    for (value, dim, in_channels, packed, _), consumers in groups.items():
+    for (value, dim, in_channels, packed, groups, _), consumers in shared.items():
         known = known_of[value]
         site = Site(
             value,
@@ -212,6 +231,7 @@ def _decide(
             in_channels,
             tuple(consumers),
             packed=packed,
+            groups=groups,
             rms=known.rms or 1.0,
             nonnegative=known.nonnegative,
         )
@@ -237,6 +257,7 @@ def _called_again(
                 read.dim,
                 read.in_channels,
                 (dataclasses.replace(consumer, node=""),),
+                groups=read.groups,
                 rms=(sum(squares) / len(squares)) ** 0.5,
                 nonnegative=all(each.nonnegative for each in known),
                 note=f"called {len(calls)} times",
@@ -270,7 +291,7 @@ def settle(site: Site, options: Options, sites: list[Site], refused: list[LeftAl
 
 def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> int | None:
     with torch.random.fork_rng(devices=[]):  # what is drawn for it here is drawn in vain
-        module = make_reduction(reduction, site.in_channels, out_channels, site.dim)
+        module = make_reduction(reduction, site.in_channels, out_channels, site.reduced_dim)
     if isinstance(module, LeanReduction):
         module.nonnegative = site.nonnegative
     macs = getattr(module, "macs_per_position", None)

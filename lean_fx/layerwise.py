@@ -29,7 +29,7 @@ from lean_fx.passes.find_consumers import owners_of, refusal_of
 from lean_fx.passes.measure_scale import unit_variance
 from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import check_names
-from lean_fx.rebuild import REBUILDERS, input_channels, input_weights
+from lean_fx.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
 
 _LAYERS: Any = tuple(REBUILDERS)  # for isinstance
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -70,7 +70,14 @@ def plan_layers(
         if not name or not isinstance(layer, _LAYERS) or (only is not None and name not in only):
             continue
         reason = _inside(name, modules) or refusal_of(layer, owners)
-        read = Read("", _axis(layer), input_channels(layer), intermediate=not seen[name].is_input)
+        groups = groups_of(layer)
+        read = Read(
+            "",
+            _axis(layer),
+            input_channels(layer) // groups,
+            groups=groups,
+            intermediate=not seen[name].is_input,
+        )
         if not reason and not seen[name].calls:
             reason = "not called in forward on the example inputs"
         reason = reason or unwanted(read, name, layer, options)
@@ -78,10 +85,11 @@ def plan_layers(
             left.append(LeftAlone(name, type(layer).__name__, reason))
             continue
         weights = sum(weight.numel() for weight in input_weights(layer).values())
-        consumer = Consumer(name, type(layer).__name__, "", weights=weights)
+        consumer = Consumer(name, plain_type(layer).__name__, "", weights=weights)
         rms = math.sqrt(seen[name].squares / seen[name].calls)
         rms = rms if 0 < rms < math.inf else 1.0
-        settle(Site("", read.dim, read.in_channels, (consumer,), rms=rms), options, sites, left)
+        site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms)
+        settle(site, options, sites, left)
     names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
     if only is None:
         check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
@@ -122,7 +130,7 @@ def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
     found: dict[str, _Seen] = {}
     for name, layer in copied.named_modules():
         seen = found[name] = _Seen()
-        if type(layer) in REBUILDERS:
+        if isinstance(layer, _LAYERS):
             layer.register_forward_pre_hook(_record(seen, own), with_kwargs=True)
     with torch.no_grad():
         copied(*inputs)
@@ -131,8 +139,10 @@ def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
 
 def _record(seen: _Seen, own: set[int]) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[0] if args else kwargs["input"]
+        value = args[0] if args else kwargs.get("input")
         value = value.data if isinstance(value, PackedSequence) else value
+        if not isinstance(value, Tensor):
+            return  # of a subclass that is called otherwise
         seen.calls += 1
         seen.squares += float(value.float().square().mean())
         seen.is_input |= value.untyped_storage().data_ptr() in own

@@ -19,7 +19,7 @@ from lean_fx.passes import (
     InsertReductions,
     Pipeline,
     Site,
-    SplitRecurrent,
+    SplitLayers,
     SwapLayers,
     TrackWrites,
 )
@@ -53,7 +53,8 @@ class Plan:
     """What a leanify would do; ``print(plan)`` is a table.
 
     Its MACs are the multiply-adds of the reduction at one position, greater where the sign of the
-    value is not known; of a recurrent layer it saves the products with the input alone.
+    value is not known; of a recurrent layer it saves the products with the input alone. The
+    channels of a grouped convolution are those of one group.
 
     Attributes:
         model: the name of the model's class.
@@ -61,8 +62,9 @@ class Plan:
         left_alone: every other conv, linear, recurrent and attention layer, and the reason.
         reduction: a registered name, or a factory.
         parameters: of the model, before.
-        split: the stacks of recurrent layers to split (:class:`~lean_fx.passes.SplitRecurrent`),
-            whose layers are named ``<stack>.0``, ``<stack>.1``, ...
+        split: the stacks of recurrent layers, and the layers of attention, to split first
+            (:class:`~lean_fx.passes.SplitLayers`): into ``<stack>.0``, ``<stack>.1``, ..., and into
+            ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
         traced: whether the model can be captured as a graph; if not, every site is a layer that
             reduces its own input, and the model keeps its class.
 
@@ -120,9 +122,7 @@ class Plan:
         """As :meth:`apply`, in place, to a model that has been captured already."""
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
-        Pipeline([SplitRecurrent(self.split), TrackWrites(), InferSign(), swap, insert])(
-            graph_module
-        )
+        Pipeline([SplitLayers(self.split), TrackWrites(), InferSign(), swap, insert])(graph_module)
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
 
@@ -216,7 +216,8 @@ def _rows(site: Site) -> list[tuple[str, ...]]:
                 "" if rows or site.macs is None else f"{site.macs:,}",
                 consumer.layer,
                 consumer.kind,
-                f"{site.in_channels} -> {site.out_channels}",
+                f"{site.in_channels} -> {site.out_channels}"
+                + (f" in {site.groups} groups" if site.groups > 1 else ""),
                 f"{consumer.weights:,} -> {_after(consumer, site):,}",
                 "" if rows else site.note,
             )
@@ -260,4 +261,6 @@ def _site_from(entry: dict[str, Any]) -> Site:
     if not consumers or not all(isinstance(text, str) and text for text in texts):
         raise TypeError(f"site {site.value!r} has no consumers, or a part without a name")
     check_channels("site", site.in_channels, site.out_channels or 0)
+    if site.groups < 1:
+        raise TypeError(f"site {site.value!r} has groups={site.groups}")
     return site

@@ -7,18 +7,24 @@ smaller than before, with a fan-in that is ``k`` times smaller, weights of root 
 ``rms(old) gain sqrt(k)`` give outputs of the same variance. The biases of conv and linear layers
 are drawn anew too, and get the root mean square of the old ones; all else of a recurrent layer
 (recurrent weights, biases, further layers) keeps its values, and with them an initialisation that
-was chosen for it, such as orthogonal weights or a forget gate's bias of 1.
+was chosen for it, such as orthogonal weights or a forget gate's bias of 1; so does all else of a
+layer of a subclass, which is a copy (see :mod:`lean_fx.subclasses`).
+
+A layer with torch's weight norm or spectral norm is rebuilt without, and gets it anew.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from lean_fx.errors import PassError
+from lean_fx.subclasses import keeps_meaning, narrowed, scale_like
 
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -26,8 +32,8 @@ _CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 def _conv(layer: nn.Module, in_channels: int) -> nn.Module:
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
     names = (*_CONV_SETTINGS, "output_padding") if transposed else _CONV_SETTINGS
-    weight = layer.get_parameter("weight")
-    return type(layer)(
+    weight = next(iter(input_weights(layer).values()))
+    made: nn.Module = plain_type(layer)(
         in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -36,15 +42,17 @@ def _conv(layer: nn.Module, in_channels: int) -> nn.Module:
         dtype=weight.dtype,
         **{name: getattr(layer, name) for name in names},
     )
+    return made
 
 
 def _linear(layer: nn.Linear, in_channels: int) -> nn.Module:
+    weight = next(iter(input_weights(layer).values()))
     return nn.Linear(
         in_channels,
         layer.out_features,
         bias=layer.bias is not None,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
+        device=weight.device,
+        dtype=weight.dtype,
     )
 
 
@@ -89,6 +97,66 @@ REBUILDERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 }
 
 
+#: Parametrizations that a rebuilt layer can get anew.
+_NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
+
+
+def plain_type(layer: nn.Module) -> type[nn.Module]:
+    """The type of a layer, below its parametrizations if it has any.
+
+    Example:
+        >>> plain_type(parametrizations.weight_norm(nn.Linear(4, 2))).__name__
+        'Linear'
+    """
+    return type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
+
+
+def why_not_rebuilt(layer: nn.Module) -> str:
+    """Why a layer cannot be rebuilt, for what it is; an empty string if it can.
+
+    Example:
+        >>> why_not_rebuilt(nn.Linear(4, 2)), why_not_rebuilt(nn.Bilinear(4, 4, 2))
+        ('', 'Bilinear is not a layer that can be rebuilt')
+    """
+    kind = next((base for base in REBUILDERS if isinstance(layer, base)), None)
+    if kind is None:
+        return f"{type(layer).__name__} is not a layer that can be rebuilt"
+    if parametrize.is_parametrized(layer):
+        known = all(len(each) == 1 and type(each[0]) in _NORMS for each in _parametrized(layer))
+        if not known or not parametrize.is_parametrized(layer, "weight") or is_recurrent(layer):
+            return "its weight is parametrized"
+    if plain_type(layer) is not kind:
+        simple = not is_recurrent(layer) and not parametrize.is_parametrized(layer)
+        if not simple or not keeps_meaning(layer):
+            own = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            return f"{own} is a subclass of {kind.__name__} and may mean more"
+    return ""
+
+
+def _parametrized(layer: Any) -> list[Any]:
+    return list(layer.parametrizations.values())
+
+
+def _normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
+    """A layer with a norm of its weight, rebuilt without, and then normed anew."""
+    still = copy.deepcopy(layer).eval()  # the power iteration of spectral norm rests in eval mode
+    # Not remove_parametrizations: it would change the class, which copies share.
+    bare = REBUILDERS[plain_type(layer)](layer, input_channels(layer))
+    if not next(layer.parameters()).is_meta:
+        bare.load_state_dict({name: getattr(still, name).detach() for name in bare.state_dict()})
+    made = rebuild(bare, in_channels, gain).train(layer.training)
+    norm = layer.parametrizations.weight[0]
+    if isinstance(norm, parametrizations._WeightNorm):
+        parametrizations.weight_norm(made, dim=norm.dim)
+    else:
+        parametrizations.spectral_norm(
+            made, n_power_iterations=norm.n_power_iterations, eps=norm.eps, dim=norm.dim
+        )
+    for name, parameter in layer.named_parameters():
+        made.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return made
+
+
 def is_recurrent(layer: nn.Module) -> bool:
     """Whether a layer is a recurrent one, or a cell of one."""
     return isinstance(layer, nn.RNNBase | nn.RNNCellBase)
@@ -109,6 +177,16 @@ def input_channels(layer: nn.Module) -> int:
     return int(value)  # type: ignore[arg-type]
 
 
+def groups_of(layer: nn.Module) -> int:
+    """The groups of a conv; 1 for any other layer.
+
+    Example:
+        >>> groups_of(nn.Conv2d(8, 8, 3, groups=4)), groups_of(nn.Linear(8, 8))
+        (4, 1)
+    """
+    return int(getattr(layer, "groups", 1))
+
+
 def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that multiply the input, by name; of a stack of layers, the first one's.
 
@@ -116,7 +194,8 @@ def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
         >>> [*input_weights(nn.Linear(20, 10))], [*input_weights(nn.LSTM(8, 8, 2))]
         (['weight'], ['weight_ih_l0'])
     """
-    names = ("weight", "weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+    names = ["weight", "weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"]
+    names += ["parametrizations.weight.original", "parametrizations.weight.original1"]
     return {name: value for name, value in layer.named_parameters() if name in names}
 
 
@@ -133,7 +212,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
 
     Args:
         layer: a Conv, ConvTranspose, Linear, RNN, LSTM, GRU or a cell of these, of exactly that
-            type; it is not changed.
+            type or of a subclass that keeps its meaning; it is not changed.
         in_channels: 1 or more, a multiple of the layer's groups.
         gain: how many times larger what the old layer read was than what the new one reads, by
             root mean squares; above 0.
@@ -153,19 +232,33 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         >>> rebuild(nn.GRU(64, 32, num_layers=2, batch_first=True), 8)
         GRU(8, 32, num_layers=2, batch_first=True)
     """
-    make = REBUILDERS.get(type(layer))
-    if make is None:
-        raise PassError(f"rebuild: {type(layer).__name__} is not a layer that can be rebuilt")
-    made = make(layer, in_channels)
+    reason = why_not_rebuilt(layer)
+    if reason:
+        raise PassError(f"rebuild: {reason}")
+    if parametrize.is_parametrized(layer):
+        return _normed(layer, in_channels, gain)
+    copied = type(layer) not in REBUILDERS
+    if copied:
+        made: nn.Module = copy.deepcopy(narrowed(layer, in_channels))
+        nn.init.kaiming_uniform_(
+            made.get_parameter("weight"), a=5**0.5
+        )  # as torch's own layers are drawn
+    else:
+        made = REBUILDERS[type(layer)](layer, in_channels)
     factor = gain * (input_channels(layer) / in_channels) ** 0.5
     for name, parameter in layer.named_parameters():
         new = made.get_parameter(name)
         if not parameter.is_meta:
             if name in input_weights(layer):
                 _rescale(new, parameter, factor)
+            elif copied:
+                continue
             elif is_recurrent(layer):
                 new.data.copy_(parameter)
             else:
                 _rescale(new, parameter, 1.0)
         new.requires_grad_(parameter.requires_grad)
-    return made.train(layer.training)
+    if copied:
+        scale_like(made, layer, gain)
+    made.train(layer.training)
+    return made

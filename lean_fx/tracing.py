@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Tracer, _symbolic_trace
 from torch.nn.utils import rnn
 
+from lean_fx.attention import AttentionHeads
 from lean_fx.modes import ByMode, InMode
 from lean_fx.packed import SequenceDropout, layer_states, with_data
 from lean_fx.rebuild import REBUILDERS
@@ -63,8 +64,8 @@ class LeanTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
-        leaf = isinstance(m, (*REBUILDERS, SequenceDropout, ByMode, InMode)) or is_reduction(m)
-        leaf = leaf or module_qualified_name in self.opaque
+        kinds = (*REBUILDERS, SequenceDropout, AttentionHeads, ByMode, InMode)
+        leaf = isinstance(m, kinds) or is_reduction(m) or module_qualified_name in self.opaque
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

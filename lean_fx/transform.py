@@ -21,7 +21,7 @@ from lean_fx.passes import (
     Pass,
     Pipeline,
     PropagateShapes,
-    SplitRecurrent,
+    SplitLayers,
     TrackChannels,
     TrackWrites,
 )
@@ -63,7 +63,8 @@ def leanify(
         align: prefer C' that are multiples of this number, such as 8; 1 or more.
         reduction: a registered name (:func:`lean_fx.reductions`) or a module class with the
             arguments ``(in_channels, out_channels, dim)``.
-        min_channels: leave layers alone that read fewer channels; 1 or more.
+        min_channels: leave layers alone that read fewer channels; 1 or more. As ``channels``, it
+            speaks of one group of a grouped convolution.
         skip: names, glob patterns or types of layers to leave alone.
         filter: called as ``filter(module, name)``; layers for which it is false are left alone.
         reduce_inputs: reduce the model's own inputs too, not only intermediate values.
@@ -179,7 +180,7 @@ def _planned(
         graph_module = captured
         if stacks:
             graph_module = copied_graph(captured)
-            Pipeline([SplitRecurrent(stacks), analyse])(graph_module)
+            Pipeline([SplitLayers(stacks), analyse])(graph_module)
         made = keep_paying(make_plan(graph_module, model, options, stacks), graph_module, keep)
         reduced = {layer for site in made.sites for layer in site.layers}
         in_vain = {stack for stack in stacks if not reduced & _inner(stack, made)}

@@ -14,6 +14,8 @@ from lean_fx.passes.measure_scale import MeasureScale
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.propagate_shapes import PropagateShapes
 from lean_fx.passes.sites import Consumer, Site
+from lean_fx.passes.split_attention import SplitAttention
+from lean_fx.passes.split_layers import SplitLayers
 from lean_fx.passes.split_recurrent import SplitRecurrent
 from lean_fx.passes.swap_layers import SwapLayers
 from lean_fx.passes.track_channels import Channels, TrackChannels
@@ -33,6 +35,8 @@ __all__ = [
     "PropagateShapes",
     "Read",
     "Site",
+    "SplitAttention",
+    "SplitLayers",
     "SplitRecurrent",
     "SwapLayers",
     "TrackChannels",

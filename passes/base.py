@@ -18,14 +18,16 @@ from __future__ import annotations
 import abc
 import copy
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from lean_fx.errors import LeanError, PassError
@@ -54,6 +56,7 @@ class Facts:
         channels: where the channels of the value are (``TrackChannels``).
         read: what the layer called here reads, if it can be reduced (``FindConsumers``).
         refusal: why the layer called here is left alone, if it is (``FindConsumers``).
+        splits: whether it is attention, which may be split into its layers (``FindConsumers``).
     """
 
     shape: tuple[int, ...] | None = None
@@ -66,6 +69,7 @@ class Facts:
     channels: Channels | None = None
     read: Read | None = None
     refusal: str = ""
+    splits: bool = False
 
 
 def facts(node: Node) -> Facts:
@@ -155,6 +159,31 @@ def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Mod
     free = next(each for each in _numbered(name) if not hasattr(there, each))
     there.add_module(free, module)
     return f"{home}.{free}"
+
+
+def item(graph: Graph, value: Any, index: Any, name: str | None = None) -> Node:
+    """A node that reads ``value[index]``."""
+    return graph.create_node("call_function", operator.getitem, (value, index), name=name)
+
+
+def replace_node(node: Node, value: Any) -> None:
+    """Put ``value``, a node or a tuple of nodes, in the place of ``node``, and erase that."""
+    for user in list(node.users):
+        if isinstance(value, tuple) and user.target is operator.getitem and user.args[0] is node:
+            replace_node(user, value[user.args[1]])  # type: ignore[index]
+        else:
+            rewire(user, node, value)
+    node.graph.erase_node(node)
+
+
+def rewire(user: Node, node: Node, value: Any) -> None:
+    """Give ``user`` ``value``, a node or a tuple of nodes, where it read ``node``."""
+
+    def swapped(argument: Node) -> Any:
+        return value if argument is node else argument
+
+    user.args = torch.fx.map_arg(user.args, swapped)
+    user.kwargs = torch.fx.map_arg(user.kwargs, swapped)
 
 
 def _numbered(name: str) -> Iterator[str]:

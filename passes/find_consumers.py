@@ -5,6 +5,7 @@ axis, of packed sequences in their data; a linear layer reads it directly, chann
 axis, or through a flatten and dropouts::
 
     value -> conv                        Read(value, dim=1, in_channels=C)
+    value -> conv in G groups            Read(value, dim=1, in_channels=C/G, groups=G)
     value -> gru                         Read(value, dim=-1, in_channels=C)
     value -> linear                      Read(value, dim=-1, in_channels=C)
     value -> flatten -> dropout -> linear
@@ -13,18 +14,24 @@ axis, or through a flatten and dropouts::
 
 Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
 
-1. its type is not exactly one that can be rebuilt (a subclass may override forward);
+1. it cannot be rebuilt: it is of a subclass that does not keep the meaning of its type
+   (:mod:`lean_fx.subclasses`), or its weight is parametrized by more than torch's weight norm or
+   spectral norm;
 2. a parameter of it is shared or read elsewhere, or frozen; or it is called more than once, and
    reads through a flatten, or along different axes, or one of the calls is refused;
-3. it has hooks or parametrizations, which would be lost;
-4. it is a grouped (or depthwise) convolution, whose channels are split already;
-5. it reads a reduction already, or no value of the graph;
-6. it reads through a flatten of a value whose channels are unknown, something other than dropout
-   stands between the two, or an in-place operation changes the value between the two.
+3. it has hooks, which would be lost;
+4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
+5. it is attention, which is first to be split into its linear layers (:class:`SplitAttention`);
+6. it reads a reduction already, or no value of the graph;
+7. it reads through a flatten of a value whose channels are unknown, something other than dropout
+   stands between the two, or an in-place operation changes the value between the two. The flatten
+   of a value with one position changes nothing; and an in-place dropout may stand there if nobody
+   else reads what it changes.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -35,17 +42,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn.utils.parametrize import is_parametrized
 
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
+from lean_fx.passes.split_attention import can_split
 from lean_fx.passes.track_channels import is_dropout
-from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, is_recurrent
+from lean_fx.rebuild import (
+    REBUILDERS,
+    groups_of,
+    input_channels,
+    input_weights,
+    is_recurrent,
+    why_not_rebuilt,
+)
 from lean_fx.registry import is_reduction
 
 _NOT_YET = {
-    nn.MultiheadAttention: "layers inside attention are not reduced yet",
     nn.TransformerEncoderLayer: "layers inside attention are not reduced yet",
     nn.TransformerDecoderLayer: "layers inside attention are not reduced yet",
     nn.Transformer: "layers inside attention are not reduced yet",
@@ -67,10 +80,11 @@ class Read:
     Attributes:
         value: the node whose channels are whole.
         dim: the axis of the channels there.
-        in_channels: how many channels.
+        in_channels: how many channels; of one group, where there are several.
         spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
         packed: whether the value is packed sequences.
+        groups: of the layer that reads it, a convolution.
         intermediate: whether a layer with weights stands between the model's inputs and the value.
         writes: how many in-place operations had changed the value when it was read.
     """
@@ -81,6 +95,7 @@ class Read:
     spread: int = 1
     path: tuple[str, ...] = ()
     packed: bool = False
+    groups: int = 1
     intermediate: bool = True
     writes: int = 0
 
@@ -97,16 +112,22 @@ class FindConsumers(Pass):
         several: dict[int, list[Facts]] = {}
         for node in graph_module.graph.nodes:
             known = facts(node)
-            known.read, known.refusal = None, ""
+            known.read, known.refusal, known.splits = None, "", False
             if node.op == "call_function" and node.target in _CALLS:
                 known.refusal = "a functional call; only layers (modules) are rebuilt yet"
             elif node.op == "call_module":
                 layer = graph.modules[str(node.target)]
                 known.refusal = refusal_of(layer, graph.owners)
-                if not known.refusal and type(layer) in REBUILDERS:
+                count = graph.calls[id(layer)]
+                if not known.refusal and isinstance(layer, tuple(REBUILDERS)):
                     known.read, known.refusal = _judge(node, layer, graph)
-                    if graph.calls[id(layer)] > 1:
+                    if count > 1:
                         several.setdefault(id(layer), []).append(known)
+                elif not known.refusal and can_split(layer):
+                    known.splits = count == 1
+                    known.refusal = "none of its layers is reduced"
+                    if count > 1:
+                        known.refusal = f"called {count} times in one forward pass"
         for calls in several.values():
             _judge_together(calls)
         return False
@@ -174,6 +195,23 @@ class _Context:
         """How many in-place operations have changed ``value`` when ``reader`` reads it."""
         return bisect_left(self.writes.get(facts(value).storage, []), self.order[reader])
 
+    def moves_with_path(self, step: Node, path: list[Node], reader: Node) -> bool:
+        """Whether an in-place dropout on the way to a layer changes nothing that others read."""
+        ours = {*path, reader}
+        module = self.modules.get(str(step.target)) if step.op == "call_module" else None
+        return (
+            facts(step).writes
+            and module is not None
+            and is_dropout(step, self.modules)
+            and self.calls[id(module)] == 1
+            and all(
+                user in ours or self.order[user] < self.order[step]
+                for node in self.order
+                if facts(node).storage == facts(step).storage
+                for user in node.users
+            )
+        )
+
     def placed(self, read: Read, value: Node, reader: Node) -> Read:
         """``read``, with what depends on where in the graph it happens."""
         return replace(
@@ -201,17 +239,13 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
         layer: any module.
         owners: the names of each parameter, by its id.
     """
-    kind = next((base for base in REBUILDERS if isinstance(layer, base)), None)
+    kinds = (*REBUILDERS, nn.MultiheadAttention)
+    kind = next((base for base in kinds if isinstance(layer, base)), None)
     if kind is None:
         return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
-    if is_parametrized(layer):
-        return "its weight is parametrized"
-    if type(layer) is not kind:
-        own = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        return f"{own} is a subclass of {kind.__name__} and may mean more"
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "it has hooks, which a rebuilt layer would lose"
-    for parameter in layer.parameters(recurse=False):
+    for parameter in layer.parameters():
         names = owners[id(parameter)]
         if len(names) > 1:
             return f"its parameter is used elsewhere: {', '.join(names)}"
@@ -219,9 +253,13 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
             return "its parameter has hooks, which a rebuilt layer would lose"
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
-    groups = int(getattr(layer, "groups", 1))
-    if groups > 1:
-        return f"groups={groups}: its input channels are split already"
+    if kind is nn.MultiheadAttention:
+        return "" if can_split(layer) else "its out_proj is not torch's own"
+    reason = why_not_rebuilt(layer)
+    if reason:
+        return reason
+    if 1 < groups_of(layer) == input_channels(layer):
+        return f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
     return ""
 
 
@@ -239,10 +277,12 @@ def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, 
         read = Read(source.name, -1, input_channels(layer), packed=packed)
         return graph.placed(read, source, node), ""
     if not isinstance(layer, nn.Linear):
-        dim = _channel_axis(layer, source)
-        return graph.placed(Read(source.name, dim, input_channels(layer)), source, node), ""
+        dim, groups = _channel_axis(layer, source), groups_of(layer)
+        read = Read(source.name, dim, input_channels(layer) // groups, groups=groups)
+        return graph.placed(read, source, node), ""
     through = known is not None and known.whole is not None
-    if any(is_flatten(step, graph.modules) for step in path) and not through:
+    flattens = any(is_flatten(step, graph.modules) for step in path)
+    if flattens and not through and not _one_position(before):
         return None, "the channels of what is flattened before it are unknown"
     if not through or known is None or input_channels(layer) % known.count:
         return graph.placed(Read(source.name, -1, input_channels(layer)), source, node), ""
@@ -255,9 +295,17 @@ def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, 
         spread=input_channels(layer) // known.count,
         path=tuple(step.name for step in path),
     )
-    if graph.writes_before(before, path[0]) != graph.writes_before(before, node):
+    moving = {step for step in path if graph.moves_with_path(step, path, node)}
+    between = graph.writes_before(before, node) - graph.writes_before(before, path[0])
+    if between > len(moving):
         return None, "an in-place operation stands between the flatten and it"
-    return graph.placed(read, before, node), ""
+    return graph.placed(read, before, path[0] if path else node), ""
+
+
+def _one_position(value: Node) -> bool:
+    """Whether a value is known to have one element a channel: a flatten changes nothing there."""
+    shape = facts(value).shape
+    return shape is not None and math.prod(shape[2:]) == 1
 
 
 def _channel_axis(layer: nn.Module, source: Node) -> int:
@@ -285,7 +333,11 @@ def layer_input(node: Node) -> Node | None:
 
 
 def reads_reduction(source: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether ``source`` is the call of a reduction, or packed sequences of its result."""
+    """Whether ``source`` is the call of a reduction, or holds its result packed or by groups."""
+    held: Any = source
     if source.target is with_data:
-        source = source.args[1]  # type: ignore[assignment]
+        held = source.args[1]
+    elif source.target is torch.flatten:
+        held = argument(source, 0, "input")
+    source = held
     return source.op == "call_module" and is_reduction(modules[str(source.target)])

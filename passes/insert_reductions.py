@@ -19,6 +19,12 @@ from C*k to C'*k features (k = H*W)::
     pool -> flatten -> dropout -> linear(C*k -> B)
     pool -> reductions.pool(C -> C') -> flatten -> dropout -> linear(C'*k -> B)
 
+The channels of a grouped convolution are reduced group by group, all by one reduction::
+
+    pool -> conv(C -> B, groups=G)
+    pool -> unflatten(1, (G, C/G)) -> reductions.pool(C/G -> C') -> flatten(1, 2)
+         -> conv(G*C' -> B, groups=G)
+
 What packed sequences hold is reduced in their data::
 
     packed -> gru(C -> H)
@@ -29,7 +35,8 @@ Rules:
 1. The reduction is called right before the first layer of the site: were it put right after the
    value, an in-place operation between the two would be missed.
 2. What stands between the value and the layer moves with it if nobody else reads it; else the
-   layer gets a copy.
+   layer gets a copy. In-place dropout that moves is in place no more: a reduction may need what it
+   returned for its gradient.
 3. A ``view`` or ``reshape`` on that way may hold the old number of features: it becomes a
    ``reshape`` that holds the new one, or -1.
 4. A site whose reduction is there already is left alone.
@@ -52,7 +59,14 @@ from lean_fx.passes.base import Pass, add_module, facts, forget_facts, is_altere
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.flattens import view_sizes
 from lean_fx.passes.sites import Consumer, Site
-from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, rebuild
+from lean_fx.rebuild import (
+    groups_of,
+    input_channels,
+    input_weights,
+    plain_type,
+    rebuild,
+    why_not_rebuilt,
+)
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
@@ -89,7 +103,9 @@ class InsertReductions(Pass):
         """Insert the reductions and rebuild the layers, site by site."""
         todo = self._open(graph_module)
         made = [
-            make_reduction(self.reduction, site.in_channels, site.out_channels or 0, site.dim)
+            make_reduction(
+                self.reduction, site.in_channels, site.out_channels or 0, site.reduced_dim
+            )
             for site in todo
         ]
         nodes = {node.name: node for node in graph_module.graph.nodes}
@@ -132,18 +148,19 @@ def _check(
     node, layer = nodes.get(consumer.node), modules.get(consumer.layer)
     if layer is None or node is None or node.target != consumer.layer:
         raise PlanError(f"{subject} is not called by {consumer.node!r} in this model; {remedy}")
-    if type(layer) not in REBUILDERS or type(layer).__name__ != consumer.kind:
+    if why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
     if is_altered(layer):
         raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
-    planned = site.in_channels * consumer.spread
-    if input_channels(layer) != planned or getattr(layer, "groups", 1) != 1:
-        groups = f" in {layer.groups} groups" if getattr(layer, "groups", 1) != 1 else ""
+    there = (input_channels(layer), groups_of(layer))
+    planned = (site.in_channels * consumer.spread * site.groups, site.groups)
+    if there != planned:
+        groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
         raise PlanError(
-            f"{subject} reads {input_channels(layer)} channels{groups}, but the plan says "
-            f"{planned}; {remedy}"
+            f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
+            f"{remedy}"
         )
     source = layer_input(node)
     for step in (*reversed(consumer.path), site.value):
@@ -174,6 +191,11 @@ def _insert(
             data = graph.call_function(getattr, (value, "data"))
             data = graph.call_module(target, (data,))
             reduced = graph.call_function(with_data, (value, data))
+        elif site.groups > 1:
+            sizes = (site.groups, site.in_channels)
+            parts = graph.call_function(torch.unflatten, (value, site.dim, sizes))
+            parts = graph.call_module(target, (parts,))
+            reduced = graph.call_function(torch.flatten, (parts, site.dim, site.dim + 1))
         else:
             reduced = graph.call_module(target, (value,))
 
@@ -181,7 +203,7 @@ def _insert(
     private = {step.name for step in ours if set(step.users) <= ours}
     carried: dict[str, Node] = {}
     for consumer, call in zip(site.consumers, calls, strict=True):
-        features = site.out_channels * consumer.spread
+        features = site.out_channels * consumer.spread * site.groups
         source = reduced
         for step in consumer.path:
             if step not in carried:
@@ -214,18 +236,21 @@ def match_scale(module: nn.Module, site: Site) -> float:
     sample = torch.randn(_POSITIONS, site.in_channels, generator=generator) * site.rms
     if site.nonnegative:
         sample = sample.relu() * 2**0.5
-    if site.dim == 0:
-        sample = sample.T
+    rank = max(2, site.reduced_dim + 1, -site.reduced_dim)
+    axis, sizes = site.reduced_dim % rank, [1] * rank
+    sizes[axis], sizes[0 if axis else 1] = site.in_channels, _POSITIONS
+    sample = (sample if axis else sample.T).reshape(sizes)
     try:
         with torch.no_grad():
             reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()
     except (RuntimeError, ValueError, IndexError, TypeError):
         return 1.0  # a user's own reduction that takes values of another rank only
-    wanted = (site.out_channels, _POSITIONS) if site.dim == 0 else (_POSITIONS, site.out_channels)
-    if reduced.shape != wanted:
+    wanted = list(sample.shape)
+    wanted[site.reduced_dim] = site.out_channels or 0
+    if list(reduced.shape) != wanted:
         raise PlanError(
             f"plan: {type(module).__name__} makes {list(reduced.shape)} of {list(sample.shape)}, "
-            f"not {list(wanted)}; a reduction gives out_channels along dim"
+            f"not {wanted}; a reduction gives out_channels along dim"
         )
     rms = float(reduced.square().mean().sqrt())
     return site.rms / rms if rms else 1.0
@@ -241,6 +266,10 @@ def _carry(step: Node, source: Node, call: Node, *, features: int, move: bool) -
             return graph.call_function(torch.reshape, (source, shape))
     old = step.all_input_nodes[0]
     if move:
+        if step.op == "call_module":
+            module = graph.owning_module.get_submodule(str(step.target))  # type: ignore[union-attr]
+            if getattr(module, "inplace", False):
+                module.inplace = False
         call.prepend(step)
         step.replace_input_with(old, source)
         return step

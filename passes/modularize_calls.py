@@ -1,9 +1,14 @@
-"""Transformation: functional dropout that follows train() and eval() becomes a module.
+"""Transformation: functional calls that are a module's become calls of that module.
 
 Tracing freezes ``self.training``: a graph captured in training mode would drop out for ever::
 
     dropout = torch.nn.functional.dropout(x, p = 0.5, training = True)      # before
     dropout = self.calls.dropout(x)                                         # after, nn.Dropout
+
+And a layer whose forward is written out at its parameters is seen as the layer that it is::
+
+    linear = torch.nn.functional.linear(x, self.qkv.weight, bias)           # before
+    qkv = self.qkv(x);  add = qkv + bias                                    # after
 
 Rules:
 
@@ -11,18 +16,26 @@ Rules:
    ``F.dropout(x, training=True)``, which always drops out, stays.
 2. It acts on F.dropout, dropout1d, dropout2d, dropout3d, alpha_dropout and feature_alpha_dropout.
 3. The module starts in the mode that the call was captured in.
+4. It acts on F.linear and F.conv1d, conv2d, conv3d whose weight is that of exactly an nn.Linear,
+   or nn.Conv1d, Conv2d, Conv3d of the same settings, without hooks, that forward never calls; and
+   if nothing else reads that weight.
+5. The bias must be that of the layer, too; or the layer has none, and the bias is added behind it
+   (along the channel axis of a convolution).
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import Pass, add_module, facts
+from lean_fx.passes.base import Pass, add_module, argument, facts, is_altered
 
 _MODULES: dict[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -36,10 +49,17 @@ _MODULES: dict[Any, type[nn.Module]] = {
 
 #: Functions that it makes modules of.
 FUNCTIONS = frozenset(_MODULES)
+_LAYERS: dict[Any, type[nn.Module]] = {
+    F.linear: nn.Linear,
+    **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),
+    **dict.fromkeys((F.conv2d, torch.conv2d), nn.Conv2d),
+    **dict.fromkeys((F.conv3d, torch.conv3d), nn.Conv3d),
+}
+_SETTINGS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
 
 
 class ModularizeCalls(Pass):
-    """Give functional dropout that follows the mode a module of its own."""
+    """Give functional dropout that follows the mode a module; call layers that are written out."""
 
     def run(self, graph_module: GraphModule) -> bool:
         """Replace such calls one by one."""
@@ -53,7 +73,16 @@ class ModularizeCalls(Pass):
                 call = graph_module.graph.call_module(target, (arguments["input"],))
             node.replace_all_uses_with(call)
             graph_module.graph.erase_node(node)
-        return bool(found)
+        modules = dict(graph_module.named_modules())
+        called = {id(modules[str(n.target)]) for n in graph_module.graph.nodes if _calls_module(n)}
+        written_out = [
+            (node, layer)
+            for node in graph_module.graph.nodes
+            if (layer := _written_out(node, modules)) and id(modules[layer]) not in called
+        ]
+        for node, layer in written_out:
+            _call_layer(node, layer, modules[layer])
+        return bool(found or written_out)
 
 
 def can_follow_mode(node: Node) -> bool:
@@ -67,3 +96,70 @@ def _arguments(node: Node) -> dict[str, Any]:
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
     bound.apply_defaults()
     return bound.arguments
+
+
+def _calls_module(node: Node) -> bool:
+    return node.op == "call_module"
+
+
+def _written_out(node: Node, modules: Mapping[str, nn.Module]) -> str:
+    """The name of the layer whose forward a call writes out (rules 4 and 5), or ""."""
+    weight = argument(node, 1, "weight")
+    if node.target not in _LAYERS or not isinstance(weight, Node) or weight.op != "get_attr":
+        return ""
+    name, _, attribute = str(weight.target).rpartition(".")
+    layer = modules.get(name)
+    if type(layer) is not _LAYERS[node.target] or is_altered(layer) or attribute != "weight":
+        return ""
+    if not name or _readers(weight) != [node] or not isinstance(argument(node, 0, "input"), Node):
+        return ""
+    bias = argument(node, 2, "bias")
+    own = isinstance(bias, Node) and (bias.op, bias.target) == ("get_attr", f"{name}.bias")
+    if (layer.bias is not None) != own:
+        return ""
+    if isinstance(layer, nn.Linear):
+        return name
+    rank = len(layer.kernel_size)  # type: ignore[arg-type]
+    given = (argument(node, 3 + i, key, usual) for i, (key, usual) in enumerate(_SETTINGS))
+    same = all(
+        _each(value, rank) == _each(getattr(layer, key), rank)
+        for value, (key, _) in zip(given, _SETTINGS, strict=True)
+    )
+    return name if same and layer.padding_mode == "zeros" else ""
+
+
+def _readers(weight: Node) -> list[Node]:
+    """The nodes that read what a ``get_attr`` does."""
+    same = [
+        each for each in weight.graph.nodes if (each.op, each.target) == ("get_attr", weight.target)
+    ]
+    return [user for each in same for user in each.users]
+
+
+def _each(value: Any, rank: int) -> Any:
+    return (
+        (value,) * rank
+        if isinstance(value, int)
+        else value
+        if isinstance(value, str)
+        else (*value,)
+    )
+
+
+def _call_layer(node: Node, name: str, layer: nn.Module) -> None:
+    graph = node.graph
+    source, weight, bias = (
+        argument(node, i, key) for i, key in enumerate(("input", "weight", "bias"))
+    )
+    with graph.inserting_before(node):
+        call = graph.call_module(name, (source,))
+        if layer.bias is None and bias is not None:
+            if not isinstance(layer, nn.Linear):
+                shape = (-1, *(1,) * len(layer.kernel_size))
+                bias = graph.call_function(torch.reshape, (bias, shape))
+            call = graph.call_function(operator.add, (call, bias))
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    for read in (weight, bias):
+        if isinstance(read, Node) and read.op == "get_attr" and not read.users:
+            graph.erase_node(read)

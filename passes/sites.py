@@ -34,11 +34,13 @@ class Site:
         value: the node that gives the value; empty where the one layer of the site reduces its
             own input at every call (``SwapLayers``).
         dim: the axis of its channels.
-        in_channels: C_in.
+        in_channels: C_in; of one group, where there are several.
         consumers: the layers, in the order in which they are called.
-        out_channels: C', or None while it is not decided.
+        out_channels: C', or None while it is not decided; of one group too.
         name: of the reduction: ``reductions.<name>`` in the result, unless that is taken.
         packed: whether the value is packed sequences, whose data is reduced.
+        groups: of channels: each holds ``in_channels`` and is reduced for itself, as the grouped
+            convolutions that read it sum over one group each.
         rms: the root mean square of the value for inputs of unit variance; 1 where not measured.
         nonnegative: whether the value is proved to have no element below 0.
         macs: the multiply-adds of its reduction at one position, if the reduction tells.
@@ -52,10 +54,16 @@ class Site:
     out_channels: int | None = None
     name: str = ""
     packed: bool = False
+    groups: int = 1
     rms: float = 1.0
     nonnegative: bool = False
     macs: int | None = None
     note: str = ""
+
+    @property
+    def reduced_dim(self) -> int:
+        """The axis that the reduction itself is given: several groups get an axis before it."""
+        return self.dim + 1 if self.groups > 1 and self.dim >= 0 else self.dim
 
     @property
     def layers(self) -> tuple[str, ...]:

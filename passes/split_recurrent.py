@@ -29,11 +29,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PlanError
 from lean_fx.packed import SequenceDropout, layer_states
-from lean_fx.passes.base import Pass, argument, forget_facts, is_altered
+from lean_fx.passes.base import (
+    Pass,
+    argument,
+    forget_facts,
+    is_altered,
+    item,
+    replace_node,
+    rewire,
+)
 
 _STACKS = (nn.RNN, nn.LSTM, nn.GRU)
 
@@ -102,7 +110,7 @@ def _split(graph_module: GraphModule, node: Node) -> None:
                 cut = (states, index * directions, ends_at)
                 begin = (graph.call_function(layer_states, cut),)
             call = graph.call_module(f"{name}.{index}", (value, *begin))
-            value = _item(graph, call, 0, name=f"{call.name}_output")
+            value = item(graph, call, 0, name=f"{call.name}_output")
             ends.append(call)
     _hand_over(node, value, ends, pair=isinstance(stack, nn.LSTM))
 
@@ -131,10 +139,6 @@ def _layer(stack: Any, index: int) -> nn.Module:
     return layer.train(stack.training)
 
 
-def _item(graph: Graph, value: Any, index: Any, name: str | None = None) -> Node:
-    return graph.create_node("call_function", operator.getitem, (value, index), name=name)
-
-
 def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> None:
     """Give what read the stack's result the results of its layers."""
     graph = node.graph
@@ -143,9 +147,9 @@ def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> Non
         """The states of all layers, along their first axis."""
         parts = []
         for end in ends:
-            state = _item(graph, end, 1)
+            state = item(graph, end, 1)
             for index in path:
-                state = _item(graph, state, index)
+                state = item(graph, state, index)
             parts.append(state)
         return graph.call_function(torch.cat, (parts,))
 
@@ -158,27 +162,9 @@ def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> Non
             if not user.users and user.op != "output":  # unpacked and never read
                 graph.erase_node(user)
             elif index in (0, -2):
-                _replace(user, output)
+                replace_node(user, output)
             elif index in (1, -1):
-                _replace(user, states())
+                replace_node(user, states())
             else:
-                _rewire(user, node, (output, states()))
+                rewire(user, node, (output, states()))
     graph.erase_node(node)
-
-
-def _replace(node: Node, value: Any) -> None:
-    """Put ``value``, a node or a tuple of nodes, in the place of ``node``."""
-    for user in list(node.users):
-        if isinstance(value, tuple) and user.target is operator.getitem and user.args[0] is node:
-            _replace(user, value[user.args[1]])  # type: ignore[index]
-        else:
-            _rewire(user, node, value)
-    node.graph.erase_node(node)
-
-
-def _rewire(user: Node, node: Node, value: Any) -> None:
-    def swapped(argument: Node) -> Any:
-        return value if argument is node else argument
-
-    user.args = torch.fx.map_arg(user.args, swapped)
-    user.kwargs = torch.fx.map_arg(user.kwargs, swapped)

@@ -30,7 +30,14 @@ from lean_fx.passes.base import Pass, facts, is_altered
 from lean_fx.passes.find_consumers import layer_input
 from lean_fx.passes.insert_reductions import match_scale
 from lean_fx.passes.sites import Site
-from lean_fx.rebuild import REBUILDERS, input_channels, input_weights, rebuild
+from lean_fx.rebuild import (
+    groups_of,
+    input_channels,
+    input_weights,
+    plain_type,
+    rebuild,
+    why_not_rebuilt,
+)
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
@@ -93,25 +100,27 @@ def swap_layer(
     (consumer,) = site.consumers
     layer = dict(model.named_modules()).get(consumer.layer)
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
-    if type(layer) not in REBUILDERS or type(layer).__name__ != consumer.kind:
+    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
-    assert layer is not None
     if is_altered(layer):
         raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
     assert site.out_channels is not None
-    if input_channels(layer) != site.in_channels:
+    there = (input_channels(layer), groups_of(layer))
+    planned = (site.in_channels * site.groups, site.groups)
+    if there != planned:
+        groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
         raise PlanError(
-            f"{subject} reads {input_channels(layer)} channels, but the plan says "
-            f"{site.in_channels}; {remedy}"
+            f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
+            f"{remedy}"
         )
-    module = make_reduction(reduction, site.in_channels, site.out_channels, site.dim)
+    module = make_reduction(reduction, site.in_channels, site.out_channels, site.reduced_dim)
     weight = next(iter(input_weights(layer).values()))
     module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
     if isinstance(module, LeanReduction):
         module.nonnegative = nonnegative
-    made = rebuild(layer, site.out_channels, match_scale(module, site))
+    made = rebuild(layer, site.out_channels * site.groups, match_scale(module, site))
     made.add_module("reduction", module)
     made.register_forward_pre_hook(reduce_first, with_kwargs=True)
     model.set_submodule(consumer.layer, made)
@@ -129,4 +138,8 @@ def reduce_first(
 def _reduced(layer: Any, value: Any) -> Any:
     if isinstance(value, PackedSequence):
         return with_data(value, layer.reduction(value.data))
+    if groups_of(layer) > 1:
+        axis = value.dim() - len(layer.kernel_size) - 1
+        parts = layer.reduction(value.unflatten(axis, (groups_of(layer), -1)))
+        return parts.flatten(axis, axis + 1)
     return layer.reduction(value)

@@ -86,6 +86,7 @@ _ELEMENTWISE_CALLS: set[Any] = {
     *(torch.relu, torch.sigmoid, torch.tanh, torch.abs, torch.clamp, torch.square, torch.sqrt),
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.softmax),
     *(torch.softmax, torch.exp, torch.pow, operator.pow, operator.neg),
+    *(F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm, torch.batch_norm),
 }
 _ELEMENTWISE_CALLS |= {
     *("pow", "exp", "softmax", "to", "half", "type"),

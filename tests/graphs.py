@@ -149,10 +149,10 @@ class Tied(nn.Module):
         self.other.weight = self.one.weight
         self.hooked = nn.Linear(32, 32)
         self.hooked.register_forward_hook(lambda module, args, output: output)
-        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+        self.turning = nn.utils.parametrizations.orthogonal(nn.Linear(32, 32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normed(self.hooked(self.other(self.one(self.first(x)))))
+        return self.turning(self.hooked(self.other(self.one(self.first(x)))))
 
 
 class Stacked(nn.Module):
@@ -175,6 +175,57 @@ class Stacked(nn.Module):
         return self.head(pair[0]), pair[1], c
 
 
+class Grouped(nn.Module):
+    """One value that a conv and two grouped convs read, and a transposed grouped conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.plain = nn.Conv2d(64, 48, 1)
+        self.left = nn.Conv2d(64, 48, 3, padding=1, groups=4)
+        self.right = nn.Conv2d(64, 48, 1, groups=2, bias=False)
+        self.up = nn.ConvTranspose2d(48, 4, 2, stride=2, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.up(F.relu(self.plain(x) + self.left(x) + self.right(x)))
+
+
+class Attention(nn.Module):
+    """Attention to itself and to another value, the weights read once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 32)
+        self.norm = nn.LayerNorm(32)
+        self.inner = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.outer = nn.MultiheadAttention(32, 2, batch_first=True, kdim=6, vdim=32, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(self.stem(x))
+        y = y + self.inner(y, y, value=y, need_weights=False)[0]
+        out, weights = self.outer(y, x, y)
+        return out, weights
+
+
+class WrittenOut(nn.Module):
+    """Layers whose forward is written out at their parameters, one with a bias from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 32, 1)
+        self.conv = nn.Conv1d(32, 32, 3, padding=1, bias=False)
+        self.qkv = nn.Linear(32, 48, bias=False)
+        self.q_bias = nn.Parameter(torch.randn(16))
+        self.register_buffer("k_bias", torch.zeros(32))
+        self.proj = nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv1d(F.relu(self.stem(x)), self.conv.weight, self.k_bias, 1, 1)
+        x = F.linear(x.mT, self.qkv.weight, bias=torch.cat((self.q_bias, self.k_bias)))
+        return F.linear(F.relu(x), weight=self.proj.weight, bias=self.proj.bias)
+
+
 class Again(nn.Module):
     """One layer called three times, on values of two kinds."""
 
@@ -189,7 +240,49 @@ class Again(nn.Module):
 
 
 class MyConv(nn.Conv2d):
-    """A subclass, which may mean anything."""
+    """A subclass that means more: it weighs each position by all of its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.var(1, keepdim=True)
+
+
+class SameConv(nn.Conv2d):
+    """A subclass that pads its input by its size, as some nets of TensorFlow do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (-n % s for n, s in zip(x.shape[2:], self.stride, strict=True))
+        return super().forward(F.pad(x, (0, width, 0, height)))
+
+
+class StandardConv(nn.Conv2d):
+    """A subclass that standardises its weight, with a gain to learn."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size)
+        self.scale = self.weight[0].numel() ** -0.5
+        self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight * self.gain * self.scale, self.bias)
+
+
+class Kinds(nn.Module):
+    """Layers of subclasses that keep the meaning of theirs, and with a norm of their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norms = nn.utils.parametrizations
+        self.stem = nn.Conv2d(3, 32, 1)
+        self.same = SameConv(32, 32, 3, stride=2, groups=2)
+        self.standard = StandardConv(32, 32, 1)
+        self.normed = norms.weight_norm(nn.Conv2d(32, 32, 1))
+        self.head = norms.spectral_norm(nn.Linear(32, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normed(F.relu(self.standard(F.relu(self.same(F.relu(self.stem(x)))))))
+        return self.head(F.relu(x).mean((2, 3)))
 
 
 def one_dimensional() -> nn.Module:
@@ -227,6 +320,10 @@ CHANGED = {
     "conv1d": (one_dimensional, (2, 1, 16)),
     "conv3d": (three_dimensional, (2, 1, 6, 6, 6)),
     "conv_transpose": (transposed, (2, 3, 8, 8)),
+    "kinds": (Kinds, (2, 3, 7, 7)),
+    "attention": (Attention, (2, 5, 6)),
+    "written out": (WrittenOut, (2, 3, 8)),
+    "grouped": (Grouped, (2, 3, 8, 8)),
     "again": (Again, (2, 3, 5, 5)),
     "stacked": (Stacked, (3, 5, 6)),
     "linear": (fully_connected, (2, 20)),
@@ -237,7 +334,7 @@ UNCHANGED = {
     "tied": (Tied, (2, 8)),
     "narrow": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), (2, 3, 8, 8)),
     "subclass": (lambda: nn.Sequential(nn.Conv2d(3, 16, 1), MyConv(16, 4, 1)), (2, 3, 8, 8)),
-    "grouped": (
+    "depthwise": (
         lambda: nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=16)),
         (2, 3, 8, 8),
     ),

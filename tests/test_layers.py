@@ -15,6 +15,7 @@ FILES += sorted(ROOT.glob("lean_fx/measure/*.py")) + sorted(ROOT.glob("lean_fx/e
 LAYERS = (
     {"lean_fx.errors", "lean_fx.files"},
     {
+        "lean_fx.attention",
         "lean_fx.guards",
         "lean_fx.modes",
         "lean_fx.packed",
@@ -30,6 +31,7 @@ LAYERS = (
         "lean_fx.controls",
         "lean_fx.registry",
         "lean_fx.rebuild",
+        "lean_fx.subclasses",
         "lean_fx.tracing",
     },
     {"lean_fx.passes", "lean_fx.measure"},

@@ -4,17 +4,20 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
-from torch.fx import symbolic_trace
+from torch.fx import GraphModule, symbolic_trace
+from torch.nn import functional as F
 
 import lean_fx
 from graphs import (
     CHANGED,
     UNCHANGED,
     Flattened,
+    Grouped,
     InPlace,
     Residual,
     SharedFlatten,
     Tokens,
+    WrittenOut,
     graph_text,
 )
 from lean_fx.capture import capture
@@ -28,12 +31,13 @@ from lean_fx.passes import (
     Pass,
     Pipeline,
     PropagateShapes,
-    SplitRecurrent,
+    SplitLayers,
     SwapLayers,
     TrackChannels,
     TrackWrites,
     facts,
 )
+from lean_fx.tracing import LeanTracer
 
 MODELS = CHANGED | UNCHANGED
 
@@ -41,7 +45,7 @@ MODELS = CHANGED | UNCHANGED
 def passes_for(model, inputs):
     plan = lean_fx.plan(model, inputs)
     return {
-        "SplitRecurrent": SplitRecurrent(plan.split),
+        "SplitLayers": SplitLayers(plan.split),
         "TrackWrites": TrackWrites(),
         "InferSign": InferSign(),
         "MeasureScale": MeasureScale((inputs,)),
@@ -71,7 +75,7 @@ def test_laws(name, model):
     )
     the_pass = passes_for(original, inputs)[name]
     if name == "InsertReductions":
-        passes_for(original, inputs)["SplitRecurrent"](graph_module)
+        passes_for(original, inputs)["SplitLayers"](graph_module)
 
     before = description(graph_module)
     result = the_pass(graph_module)
@@ -112,14 +116,15 @@ def test_numbers(model):
     lean(inputs)
     for site in sites:
         given, reduced = seen[site.name]
-        assert given.shape[site.dim] == site.in_channels
-        assert reduced.shape[site.dim] == site.out_channels
-        expected = lean_fx.lean_reduction(
-            given, lean.get_submodule(f"reductions.{site.name}").seed, site.dim
-        )
+        dim = site.reduced_dim
+        assert given.shape[dim] == site.in_channels
+        assert reduced.shape[dim] == site.out_channels
+        seed = lean.get_submodule(f"reductions.{site.name}").seed
+        expected = lean_fx.lean_reduction(given, seed, dim)
         torch.testing.assert_close(reduced, expected)
         for consumer in site.consumers:
             read = reduced.flatten(1) if consumer.path else reduced
+            read = reduced.flatten(dim - 1, dim) if site.groups > 1 else read
             torch.testing.assert_close(seen[consumer.layer], read, rtol=0, atol=0)
 
 
@@ -252,6 +257,47 @@ output = output(add)
     )
 
 
+def test_groups_are_reduced_one_by_one():
+    lean = lean_fx.leanify(Grouped(), torch.rand(2, 3, 8, 8), channels=4).eval()
+    assert_expected_inline(
+        graph_text(lean),
+        """\
+x = x()
+stem = stem(x)  # Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+relu = relu(stem, inplace=False)
+reductions_relu = reductions.relu(relu)  # LeanReduction(64, 4, dim=1, nonnegative)
+plain = plain(reductions_relu)  # Conv2d(4, 48, kernel_size=(1, 1), stride=(1, 1))
+unflatten = unflatten(relu, 1, (4, 16))
+reductions_relu_1 = reductions.relu_1(unflatten)  # LeanReduction(16, 4, dim=2, nonnegative)
+flatten = flatten(reductions_relu_1, 1, 2)
+left = left(flatten)  # Conv2d(16, 48, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=4)
+add = add(plain, left)
+unflatten_1 = unflatten(relu, 1, (2, 32))
+reductions_relu_2 = reductions.relu_2(unflatten_1)  # LeanReduction(32, 4, dim=2, nonnegative)
+flatten_1 = flatten(reductions_relu_2, 1, 2)
+right = right(flatten_1)  # Conv2d(8, 48, kernel_size=(1, 1), stride=(1, 1), groups=2, bias=False)
+add_1 = add(add, right)
+relu_1 = relu(add_1, inplace=False)
+unflatten_2 = unflatten(relu_1, 1, (2, 24))
+reductions_relu_1_1 = reductions.relu_1_1(unflatten_2)  # LeanReduction(24, 4, dim=2, nonnegative)
+flatten_2 = flatten(reductions_relu_1_1, 1, 2)
+up = up(flatten_2)  # ConvTranspose2d(8, 4, kernel_size=(2, 2), stride=(2, 2), groups=2)
+output = output(up)
+""",
+    )
+    x = torch.rand(1, 64, 5, 5)
+    reduction = lean.reductions.relu_1
+    parts = [reduction(part.unsqueeze(1)).squeeze(1) for part in x.split(16, 1)]
+    literal = [  # each group of the layer is a conv of its own
+        F.conv2d(part, weight, bias, padding=1)
+        for part, weight, bias in zip(
+            parts, lean.left.weight.split(12), lean.left.bias.split(12), strict=True
+        )
+    ]
+    grouped = reduction(x.unflatten(1, (4, 16))).flatten(1, 2)
+    torch.testing.assert_close(lean.left(grouped), torch.cat(literal, 1))
+
+
 def test_channels_last():
     assert_expected_inline(
         lean_text(Tokens()),
@@ -295,6 +341,56 @@ output = output(outer)
         torch.testing.assert_close(captured(inputs), captured(inputs))
         captured.train()
         assert not torch.equal(captured(inputs), captured(inputs))
+
+
+def test_layers_that_are_written_out_are_called():
+    model, inputs = WrittenOut().eval(), torch.rand(2, 3, 8)
+    captured = capture(model)
+    assert_expected_inline(
+        graph_text(captured),
+        """\
+x = x()
+stem = stem(x)  # Conv1d(3, 32, kernel_size=(1,), stride=(1,))
+relu = relu(stem, inplace=False)
+k_bias = k_bias()
+conv = conv(relu)  # Conv1d(32, 32, kernel_size=(3,), stride=(1,), padding=(1,), bias=False)
+reshape = reshape(k_bias, (-1, 1))
+add = add(conv, reshape)
+q_bias = q_bias()
+cat = cat((q_bias, k_bias))
+getattr_1 = getattr(add, mT)
+qkv = qkv(getattr_1)  # Linear(in_features=32, out_features=48, bias=False)
+add_1 = add(qkv, cat)
+relu_1 = relu(add_1, inplace=False)
+proj = proj(relu_1)  # Linear(in_features=48, out_features=32, bias=True)
+output = output(proj)
+""",
+    )
+    torch.testing.assert_close(captured(inputs), model(inputs))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: F.linear(x, self.a.weight),  # without its bias
+        lambda self, x: F.linear(x, self.a.weight, self.c.bias),
+        lambda self, x: F.linear(F.linear(x, self.b.weight), self.b.weight),
+        lambda self, x: F.linear(self.b(x), self.b.weight),
+        lambda self, x: F.linear(x, self.a.weight, self.a.bias) + self.a.weight.sum(),
+        lambda self, x: F.conv1d(x, self.c.weight, self.c.bias, stride=2),
+        lambda self, x: F.conv2d(x[None], self.c.weight[..., None], self.c.bias),
+    ],
+)
+def test_calls_that_are_not_a_layers_stay(forward):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+            self.c = nn.Conv1d(8, 8, 1)
+
+    Net.forward = forward
+    model = Net()
+    assert graph_text(capture(model)) == graph_text(GraphModule(model, LeanTracer().trace(model)))
 
 
 def test_shapes_are_written_and_buffers_stay():

@@ -206,6 +206,70 @@ def test_an_in_place_change_between_flatten_and_layer_is_refused():
     assert reasons(model)["b"] == "an in-place operation stands between the flatten and it"
 
 
+def test_an_in_place_dropout_between_flatten_and_layer_moves():
+    def forward(self, x):
+        return self.b(self.drop(self.pool(F.relu(self.a(x))).flatten(1)))
+
+    model = Net(
+        forward,
+        a=nn.Conv2d(3, 32, 1),
+        pool=nn.AdaptiveMaxPool2d(2),
+        drop=nn.Dropout(0.5, inplace=True),
+        b=nn.Linear(128, 4),
+    )
+    inputs = torch.rand(2, 3, 4, 4)
+    for given in (None, inputs):
+        assert sites(model, given) == [("pool", 1, 32, ("b",))]
+    for reduction in ("lean", "max"):  # the gradient of a maximum needs the maximum
+        lean = lean_fx.leanify(model, inputs, reduction=reduction)
+        assert not lean.drop.inplace
+        lean(inputs).square().sum().backward()
+        lean.eval()
+        pooled = lean.pool(F.relu(lean.a(inputs)))
+        wanted = lean.b(lean.reductions.pool(pooled).flatten(1))
+        torch.testing.assert_close(lean(inputs), wanted)
+    assert model.drop.inplace
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x, y, flat: self.b(self.drop(flat)) + y.mean((1, 2, 3))[:, None],
+        lambda self, x, y, flat: self.b(self.drop(flat)) + flat[:, :4],
+        lambda self, x, y, flat: self.b(self.drop(self.drop(flat))),
+        lambda self, x, y, flat: self.b(F.dropout(flat, 0.5, True, True)),
+    ],
+)
+def test_an_in_place_dropout_that_others_see_is_refused(forward):
+    def whole(self, x):
+        y = self.a(x)
+        return forward(self, x, y, y.flatten(1))
+
+    model = Net(whole, a=nn.Conv2d(3, 32, 1), b=nn.Linear(512, 4), drop=nn.Dropout(inplace=True))
+    for inputs in (None, torch.rand(2, 3, 4, 4)):
+        assert reasons(model, inputs)["b"].startswith("an in-place operation stands between")
+
+
+def test_the_flatten_of_one_position_changes_nothing():
+    model = Net(
+        lambda self, x: self.b(self.a(x).roll(1, 1).mean((2, 3), keepdim=True).flatten(1)),
+        a=nn.Conv2d(3, 32, 1),
+        b=nn.Linear(32, 4),
+    )
+    inputs = torch.rand(2, 3, 4, 4)
+    assert sites(model, inputs) == [("flatten", -1, 32, ("b",))]
+    assert lean_fx.leanify(model, inputs)(inputs).shape == (2, 4)
+    assert reasons(model)["b"] == "the channels of what is flattened before it are unknown"
+
+
+def test_functional_norms_keep_the_channels():
+    def forward(self, x):
+        return self.b(F.batch_norm(self.a(x), None, None, training=True).flatten(1))
+
+    model = Net(forward, a=nn.Conv2d(3, 32, 1), b=nn.Linear(512, 4))
+    assert sites(model) == [("batch_norm", 1, 32, ("b",))]
+
+
 @pytest.mark.parametrize(
     "move",
     [
@@ -358,7 +422,8 @@ def test_lazy_layers_are_refused_by_name():
 
 def test_a_subclass_with_the_name_of_its_base_is_told_apart():
     class Linear(nn.Linear):
-        pass
+        def forward(self, x):
+            return super().forward(x) * x.norm(dim=-1, keepdim=True) * x.mean()
 
     found = reasons(nn.Sequential(nn.Linear(4, 32), Linear(32, 4)))["1"]
     assert found.startswith("test_pitfalls.")
@@ -400,6 +465,26 @@ def test_a_plan_for_a_layer_that_has_groups_now():
 
     with pytest.raises(PlanError, match="'2' reads 32 channels in 4 groups, but the plan says 32"):
         lean_fx.plan(net(1)).apply(net(4))
+    with pytest.raises(PlanError, match="reads 32 channels, but the plan says 32 in 2 groups; "):
+        lean_fx.plan(net(2)).apply(net(1))
+
+
+def test_min_channels_speaks_of_one_group():
+    def net(groups):
+        return nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1, groups=groups))
+
+    assert sites(net(4)) == [("_1", 1, 16, ("2",))]
+    assert reasons(net(8))["2"] == "in_channels=8 of each of 8 groups is below min_channels=16"
+    assert reasons(net(64))["2"] == "groups=64: one input channel a group, nothing to reduce"
+    assert " 16 -> 4 in 4 groups  1,024 -> 256" in str(lean_fx.plan(net(4)))
+
+
+def test_groups_without_a_batch():
+    model = nn.Sequential(nn.Conv1d(3, 64, 1), nn.ReLU(), nn.Conv1d(64, 8, 1, groups=4))
+    inputs = torch.rand(3, 7)
+    assert sites(model, inputs) == [("_1", 0, 16, ("2",))]
+    lean = lean_fx.leanify(model, inputs)
+    assert lean(inputs).shape == model(inputs).shape
 
 
 def test_writes_are_tracked_through_views():
@@ -551,3 +636,8 @@ def test_planning_on_inputs_that_do_not_fit_prints_nothing(capfd):
     with pytest.raises(ArgumentError):
         lean_fx.plan(Annotated(), torch.rand(2, 5))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_a_model_that_is_one_layer():
+    assert lean_fx.plan(nn.Linear(32, 4)).sites == ()

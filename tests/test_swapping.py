@@ -236,3 +236,35 @@ def test_a_plan_that_does_not_fit():
         "plan: layer 'again' reads 16 channels, but the plan says 32; make the plan anew from this "
         "model"
     )
+
+
+class GroupedTwice(nn.Module):
+    """A grouped convolution called twice, in a forward that may not be traced."""
+
+    def __init__(self, traced):
+        super().__init__()
+        self.traced = traced
+        self.first = nn.Conv2d(3, 64, 1)
+        self.again = nn.Conv2d(64, 64, 3, padding=1, groups=4)
+
+    def forward(self, x):
+        if not self.traced and x.sum() > 1e9:
+            return x
+        return self.again(self.again(self.first(x).relu()).relu())
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_swapped_layer_reduces_each_of_its_groups(traced):
+    model, inputs = GroupedTwice(traced).eval(), torch.rand(2, 3, 8, 8)
+    lean = lean_fx.leanify(model, inputs)
+    (site,) = lean.meta["lean_fx.plan"].sites
+    assert (site.in_channels, site.out_channels, site.groups) == (16, 4, 4)
+    again = lean.again
+    assert again.weight.shape == (64, 4, 3, 3)
+    x = torch.rand(2, 64, 5, 5)
+    literal = torch.cat([again.reduction(part[:, None])[:, 0] for part in x.split(16, 1)], 1)
+    convolved = F.conv2d(literal, again.weight, again.bias, padding=1, groups=4)
+    torch.testing.assert_close(again(x), convolved)
+    assert lean(inputs).shape == (2, 64, 8, 8)
+    assert again.weight.std() > 2 * model.again.weight.std()  # scaled to what it reads

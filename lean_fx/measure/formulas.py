@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lean_fx.passes.base import is_altered
+from lean_fx.rebuild import input_weights
+from lean_fx.registry import is_reduction
 
 
 def layer_macs(layer: nn.Module, read: int, written: int) -> int:
@@ -40,7 +42,8 @@ def layer_macs(layer: nn.Module, read: int, written: int) -> int:
         5400
     """
     elements = read if getattr(layer, "transposed", False) else written
-    return elements * layer.get_parameter("weight")[0].numel()
+    weight = next(iter(input_weights(layer).values()))  # under a norm of it, too
+    return elements * weight[0].numel()
 
 
 def call_macs(
@@ -65,10 +68,20 @@ def call_macs(
     if isinstance(target, nn.Module):
         if isinstance(getattr(target, "macs_per_position", None), int):
             return _reduction(target, *args, **kwargs)
-        bound = inspect.signature(target.forward).bind(*args, **kwargs)
-        return _module_macs(target, bound.arguments, output)
+        given = inspect.signature(target.forward).bind(*args, **kwargs).arguments
+        reduction = target._modules.get("reduction")
+        if is_reduction(reduction) and type(target) in _MODULES:
+            return _swapped(target, reduction, given, output)
+        return _module_macs(target, given, output)
     formula = _FUNCTIONS.get(target)
     return formula(_Given(args, kwargs), output) if formula else None
+
+
+def _swapped(layer: nn.Module, reduction: Any, given: dict[str, Any], output: Any) -> int | None:
+    """A layer that reduces its own input (:class:`~lean_fx.passes.SwapLayers`)."""
+    value = given["input"]
+    count = _MODULES[type(layer)](layer, {**given, "input": reduction(value)}, output)
+    return None if count is None else count + _reduction(reduction, value.data)
 
 
 def _module_macs(layer: nn.Module, given: dict[str, Any], output: Any) -> int | None:

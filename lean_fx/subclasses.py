@@ -1,0 +1,192 @@
+"""Which subclasses of conv and linear layers may be rebuilt for fewer input channels.
+
+A subclass may override what forward means, so it is asked: copies of the layer run on random
+numbers, in training and in eval mode, in float64, and one of them is narrower: it has half of the
+input channels (of each group), and a weight to match, all else as it is. It may be rebuilt if
+
+1. both run, what they return has the same shape, and a gradient reaches every weight of the
+   narrower one; and
+2. channels that are zero do not matter: the narrower copy, with the weights of the channels that
+   it has, returns what the wide one does where the others are zero, and so do the gradients
+   (padding of its own, casts, masks over the kernel, scales); or
+3. both are affine in their input: f(x + y) + f(0) = f(x) + f(y). Such a layer may make its weight
+   of all its numbers (a standardised weight), and does so of fewer.
+
+What has a number for each input channel besides the weight fails the first rule.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lean_fx.errors import PassError
+
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # a layer is asked once
+
+
+def narrowed(layer: Any, in_channels: int) -> Any:
+    """A copy with fewer input channels, whose weight is that of the first ones of each group.
+
+    It shares all other state with the layer.
+    """
+    made = _shallow(layer)
+    name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
+    wide, groups = getattr(layer, name), getattr(layer, "groups", 1)
+    axis = 0 if getattr(layer, "transposed", False) else 1
+    old = layer.weight.detach()
+    if old.shape[axis] * (1 if axis == 0 else groups) != wide:
+        raise PassError(f"rebuild: the weight of {type(layer).__name__} is not that of its base")
+    split = groups if axis == 0 else 1  # there the groups lie one behind the other
+    parts = [part.narrow(axis, 0, in_channels // groups) for part in old.chunk(split, axis)]
+    setattr(made, name, in_channels)
+    made.weight = nn.Parameter(torch.cat(parts, axis).clone(), layer.weight.requires_grad)
+    return made
+
+
+def keeps_meaning(layer: nn.Module) -> bool:
+    """Whether a layer of a subclass may be rebuilt; its device and mode do not matter.
+
+    Args:
+        layer: of a subclass of a conv, a transposed conv or a linear layer; it is not changed.
+
+    Example:
+        >>> class Padded(nn.Conv2d):
+        ...     def forward(self, x):
+        ...         return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+        >>> class Gated(nn.Conv2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x) * x.var(1, keepdim=True)
+        >>> keeps_meaning(Padded(16, 8, 3)), keeps_meaning(Gated(16, 8, 1))
+        (True, False)
+    """
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        return False
+    if layer not in _KNOWN:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.manual_seed(0)
+                _KNOWN[layer] = _is_shown(_plain(layer))
+        except Exception:  # its forward may raise anything on fewer channels
+            _KNOWN[layer] = False
+    return _KNOWN[layer]
+
+
+def _is_shown(layer: Any) -> bool:
+    return all(_same(layer.train(mode)) or _affine(layer) for mode in (True, False))
+
+
+def scale_like(made: nn.Module, layer: nn.Module, gain: float) -> None:
+    """Bring a rebuilt layer to the output scale of the one replaced, if its weight cannot.
+
+    A weight that is standardised gives a fixed scale, whatever its own; another parameter that
+    scales the output takes the difference, if there is one.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        copies = [_plain(each) for each in (layer, made)]
+        try:
+            ratio = _rms(copies[0], 1.0) / _rms(copies[1], 1 / gain)
+            for name, parameter in copies[1].named_parameters():
+                if abs(ratio - 1) < 0.1 or name in ("weight", "bias"):
+                    continue
+                before, kept = _rms(copies[1], 1.0), parameter.clone()
+                parameter.mul_(2)
+                after = _rms(copies[1], 1.0)
+                parameter.copy_(kept)
+                if abs(after / before - 2) < 1e-3:
+                    made.get_parameter(name).mul_(ratio)
+                    return
+        except Exception:  # as above; then the scale stays as it is
+            return
+
+
+def _shallow(layer: Any) -> Any:
+    """A copy that shares tensors with the layer, but not what forward sets."""
+    made = object.__new__(type(layer))
+    made.__dict__.update(layer.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        setattr(made, name, dict(getattr(layer, name)))
+    return made
+
+
+def _plain(layer: nn.Module) -> Any:
+    """A copy on the CPU, in float64, without hooks, whose weights learn."""
+    copied = copy.deepcopy(layer).to(device="cpu", dtype=torch.float64).requires_grad_()
+    for hooks in (copied._forward_hooks, copied._forward_pre_hooks):
+        hooks.clear()
+    return copied
+
+
+def _inputs(layer: Any, channels: int) -> Tensor:
+    """Random numbers of a size that lets every weight play a part."""
+    if isinstance(layer, nn.Linear):
+        return torch.randn(3, channels, dtype=torch.float64)
+    padding = layer.padding if isinstance(layer.padding, tuple) else (0,) * len(layer.kernel_size)
+    axes = zip(layer.kernel_size, layer.stride, padding, layer.dilation, strict=True)
+    sizes = [(k - 1) * d + 1 + 2 * s + p for k, s, p, d in axes]
+    return torch.randn(2, channels, *sizes, dtype=torch.float64)
+
+
+def _channels(layer: Any) -> tuple[int, int, int]:
+    """Its groups, the input channels of one, and half of those."""
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    groups = getattr(layer, "groups", 1)
+    return groups, channels // groups, max(1, channels // groups // 2)
+
+
+def _run(layer: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    out: Tensor = _shallow(layer)(x)  # what a forward keeps must not reach the next
+    return out
+
+
+def _run_back(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient of its squares to the weight."""
+    out = _run(layer, x)
+    (grad,) = torch.autograd.grad(out.square().sum(), layer.weight)
+    return out.detach(), grad
+
+
+def _same(layer: Any) -> bool:
+    """Rules 1 and 2."""
+    groups, each, fewer = _channels(layer)
+    narrow = narrowed(layer, groups * fewer)
+    x = _inputs(narrow, groups * fewer)
+    padded = x.new_zeros(len(x), groups, each, *x.shape[2:])
+    padded[:, :, :fewer] = x.reshape(len(x), groups, fewer, *x.shape[2:])
+    wide, wide_grad = _run_back(layer, padded.flatten(1, 2))
+    found, found_grad = _run_back(narrow, x)
+    if wide.shape != found.shape or not torch.allclose(wide, found):
+        return False
+    holder = _shallow(layer)
+    holder.weight = nn.Parameter(wide_grad)
+    return torch.allclose(narrowed(holder, groups * fewer).weight, found_grad)
+
+
+def _affine(layer: Any) -> bool:
+    """Rules 1 and 3."""
+    groups, each, fewer = _channels(layer)
+    shapes = []
+    for channels, module in ((each, layer), (fewer, narrowed(layer, groups * fewer))):
+        x, y = (_inputs(module, groups * channels) for _ in range(2))
+        out, grad = _run_back(module, x)
+        with torch.no_grad():
+            others = _run(module, x + y) + _run(module, x * 0) - _run(module, y)
+        if not torch.allclose(out, others):
+            return False
+        if not grad.ne(0).all():
+            return False
+        shapes.append(out.shape)
+    return shapes[0] == shapes[1]
+
+
+def _rms(layer: Any, scale: float) -> float:
+    """Of what the layer makes of normal inputs, without what it makes of zeros."""
+    groups, each, _ = _channels(layer)
+    x = _inputs(layer, groups * each) * scale
+    return float((_run(layer, x) - _run(layer, x * 0)).square().mean().sqrt())

@@ -1,0 +1,145 @@
+"""Transformation: a MultiheadAttention becomes its linear layers, and what lies between them.
+
+Its projections read weights by hand, so no node of the graph shows them. Before, with one value
+for queries, keys and values::
+
+    x -> attention(x, x, x, masks) -> (out, weights)
+
+After::
+
+    x -> attention.in_proj -> chunk -> q, k, v
+    q, k, v, masks -> attention.heads -> (y, weights)      y -> attention.out_proj -> out
+
+With several values, of widths of their own perhaps::
+
+    query -> attention.q_proj      key -> attention.k_proj      value -> attention.v_proj
+
+Rules:
+
+1. It acts on layers of exactly nn.MultiheadAttention that it is given by name, called once.
+2. Weights are those of the layer, so outputs and weights equal its own; dropout in training draws
+   other values from the same distribution.
+3. What is read of the result is handed over; where it is read whole, as the pair that it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lean_fx.attention import AttentionHeads
+from lean_fx.errors import PlanError
+from lean_fx.passes.base import Pass, argument, forget_facts, item, replace_node
+
+
+class SplitAttention(Pass):
+    """Split layers of attention.
+
+    Args:
+        layers: their qualified names.
+
+    Raises:
+        PlanError: a name is not that of a MultiheadAttention that is called once.
+    """
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self.layers = tuple(layers)
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """Every layer is one that is called once, or is split already."""
+        calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+        modules = dict(graph_module.named_modules())
+        for name in self._open(modules):
+            if not can_split(modules.get(name)) or calls.count(name) != 1:
+                raise PlanError(
+                    f"plan: layer {name!r} is no MultiheadAttention that is called once in this "
+                    "model; make the plan anew from this model"
+                )
+
+    def run(self, graph_module: GraphModule) -> bool:
+        """Split them one by one."""
+        todo = self._open(dict(graph_module.named_modules()))
+        for node in list(graph_module.graph.nodes):
+            if node.op == "call_module" and node.target in todo:
+                _split(graph_module, node)
+        if todo:
+            forget_facts(graph_module)
+        return bool(todo)
+
+    def _open(self, modules: Mapping[str, nn.Module]) -> list[str]:
+        return [name for name in self.layers if not is_split(modules, name)]
+
+
+def can_split(layer: Any) -> bool:
+    """Whether a module is exactly a MultiheadAttention, of parts that are exactly torch's."""
+    whole = type(layer) is nn.MultiheadAttention
+    return whole and type(layer.out_proj) is NonDynamicallyQuantizableLinear
+
+
+def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether ``name`` was a layer of attention, which is split already."""
+    return isinstance(modules.get(f"{name}.heads"), AttentionHeads)
+
+
+def _split(graph_module: GraphModule, node: Node) -> None:
+    name, graph = str(node.target), node.graph
+    layer: Any = graph_module.get_submodule(name)
+    inputs = [argument(node, i, key) for i, key in enumerate(("query", "key", "value"))]
+    itself = layer.in_proj_weight is not None and len(set(inputs)) == 1
+    home = nn.Module().train(layer.training)
+    for part, weight, bias in _projections(layer, itself):
+        home.add_module(part, _linear(weight, bias, layer.training))
+    home.add_module("heads", AttentionHeads(layer))
+    out_proj = _linear(layer.out_proj.weight, layer.out_proj.bias, layer.training)
+    home.add_module("out_proj", out_proj)
+    graph_module.set_submodule(name, home)
+
+    with graph.inserting_before(node):
+        if itself:
+            projected = graph.call_module(f"{name}.in_proj", (inputs[0],))
+            parts = graph.call_method("chunk", (projected, 3, -1))
+            q, k, v = (item(graph, parts, i) for i in range(3))
+        else:
+            q, k, v = (
+                graph.call_module(f"{name}.{part}_proj", (value,))
+                for part, value in zip("qkv", inputs, strict=True)
+            )
+        options = {n: v for n, v in node.kwargs.items() if n not in ("query", "key", "value")}
+        heads = graph.call_module(f"{name}.heads", (q, k, v, *node.args[3:]), options)
+        attended = item(graph, heads, 0)
+        out = graph.call_module(f"{name}.out_proj", (attended,))
+        replace_node(node, (out, item(graph, heads, 1)))
+    for each in reversed(list(heads.users)):
+        if not each.users:  # nobody reads the weights
+            graph.erase_node(each)
+
+
+def _projections(layer: Any, itself: bool) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
+    """The names, weights and biases of what comes before the heads."""
+    bias = layer.in_proj_bias
+    if itself:
+        yield "in_proj", layer.in_proj_weight, bias
+        return
+    biases = (None,) * 3 if bias is None else _thirds(bias)
+    names = ("q_proj", "k_proj", "v_proj")
+    if layer.in_proj_weight is not None:
+        weights = _thirds(layer.in_proj_weight)
+    else:
+        weights = tuple(layer.get_parameter(f"{name}_weight") for name in names)
+    yield from zip(names, weights, biases, strict=True)
+
+
+def _thirds(parameter: nn.Parameter) -> tuple[nn.Parameter, ...]:
+    learns = parameter.requires_grad
+    return tuple(nn.Parameter(x.clone(), learns) for x in parameter.detach().chunk(3))
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
+    """A linear layer of these very parameters."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    made.weight, made.bias = weight, bias  # type: ignore[assignment]
+    return made.train(training)

@@ -218,6 +218,10 @@ FUNCTIONS = {
         lambda m, x: torch.einsum("bij, jk -> bki", x, m.w),
         *(X(5, 2, 3), {"w": X(3, 4)}, 120),
     ),
+    "einsum, an axis of 1 that is broadcast": (
+        lambda m, x: torch.einsum("bij,bjk->bik", x, m.w),
+        *(X(4, 2, 3), {"w": X(1, 3, 5)}, 120),
+    ),
     "einsum, a list": (lambda m, x: torch.einsum("i,i->", [x, m.w]), X(3), {"w": X(3)}, 3),
     "einsum, an axis summed before": (
         lambda m, x: torch.einsum("bij,jk->ik", x, m.w),

@@ -206,11 +206,11 @@ def _einsum(given: _Given, output: Tensor) -> int | None:
     repeated = any(len(set(term)) < len(term) for term in read)
     if not arrow or "." in equation or repeated or len(read) > 2:
         return None
-    sizes: dict[str, int] = {
-        axis: size
-        for term, x in zip(read, operands, strict=True)
-        for axis, size in zip(term, x.shape, strict=True)
-    }
+    sizes: dict[str, int] = {}
+    for term, x in zip(read, operands, strict=True):
+        for axis, size in zip(term, x.shape, strict=True):
+            if sizes.get(axis, 1) == 1:  # which is broadcast
+                sizes[axis] = size
     shared = set(read[0]).intersection(*read[1:])
     if len(read) == 1 or shared <= set(written):
         return 0

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import operator
 
 import pytest
 import torch
@@ -366,6 +367,8 @@ MOVED = {
     "two views of one": (lambda m, x: x[:, :2] * x[:, 2:], 24 + 24 + 24),
     "expanded": (lambda m, x: x[:1].expand(3, 4) + 0, 16 + 48),
     "in place": (lambda m, x: x.add_(1), 96),
+    "in place, a view of what is read": (lambda m, x: x[0].add_(x[1]), 16 + 16 + 16),
+    "in place, an item": (lambda m, x: operator.setitem(x, 0, x[1]), 48 + 16 + 48),
     "dropout": (lambda m, x: F.dropout(x, training=m.training), 0),
     "contiguous already": (lambda m, x: x.contiguous(), 0),
     "several results": (lambda m, x: x.max(1), 48 + 12 + 24),

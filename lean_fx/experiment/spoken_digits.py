@@ -71,7 +71,6 @@ def spoken_digits(
             at least one sample and as many as it tells; or the download failed.
         WriteError: ``folder`` cannot be written.
     """
-
     given = as_folder(folder)
     _check_names(recordings)
 

@@ -242,6 +242,23 @@ def test_functions_by_hand(call):
     assert costs.without_formula == ()
 
 
+BY_FORMULA_ALONE = {
+    "vecdot": (lambda m, x: torch.linalg.vecdot(x, x), 12),
+    "vecdot, an axis": (lambda m, x: torch.linalg.vecdot(x[:, :1], x, dim=0), 12),
+    "vecdot, an axis of 1": (lambda m, x: torch.linalg.vecdot(x[:, :1], y=x), 12),
+    "vdot": (lambda m, x: torch.vdot(x[0], x[1]), 3),
+    "sparse.mm": (lambda m, x: torch.sparse.mm(x.to_sparse(), x.t()), 3 * 4),
+}
+
+
+@pytest.mark.parametrize("call", BY_FORMULA_ALONE)
+def test_products_that_only_a_formula_counts(call):
+    function, expected = BY_FORMULA_ALONE[call]
+    costs = lean_fx.costs_of(Calls(function), torch.eye(4, 3))
+    assert costs.macs == expected
+    assert costs.without_formula == ()
+
+
 WITHOUT_FORMULA = {
     "einsum, three operands": (lambda m, x: torch.einsum("ij,jk,kl->il", x, x, x), 2 * 27),
     "einsum, dots": (lambda m, x: torch.einsum("...i,ij->...j", x, x), 27),

@@ -24,7 +24,7 @@ from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
-from lean_fx.measure.energy import Energy, energy_of_call
+from lean_fx.measure.energy import Energy, EnergyMeter, energy_of_call
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
@@ -52,7 +52,7 @@ def compare(
         example_inputs: a tensor, or a tuple of the positional inputs, batch first; their batch is
             that of the times and the memory in PyTorch.
         batches: of the calls of ONNX Runtime, each 1 or more.
-        threads: of ONNX Runtime and PyTorch, 1 or more.
+        threads: of ONNX Runtime and PyTorch, 1 to four a core.
         rounds: samples of each time, 2 or more.
         energy_s: seconds to meter calls of each file at the first batch, and as many for training
             steps of each model; 0 for no energy. Estimates need 30 or more.
@@ -86,10 +86,15 @@ def compare(
         require(package, purpose="comparing")
     if energy_s:
         require("codecarbon", purpose="metering energy")
+        _check_country(country)
     inputs = tuple(value.detach().cpu().clone() for value in inputs)
     arms = {name: _copy(name, model).cpu().eval() for name, model in models.items()}
     _check_outputs(arms, inputs)
-    with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng(devices=[]):
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),  # of training steps, wherever it is called
+    ):
         _check_steps(arms, inputs)
         kept = make_folder(folder) if folder is not None else None
         files = dict(zip(arms, _files(Path(temporary), arms), strict=True))
@@ -152,14 +157,30 @@ def _check(
         raise ArgumentError("compare: example_inputs are no tensors with a batch; give such")
     if any(value.shape[0] == 0 for value in inputs):
         raise ArgumentError("compare: example_inputs have no rows; give one or more")
+    if len({value.shape[0] for value in inputs}) > 1:
+        sizes = ", ".join(str(value.shape[0]) for value in inputs)
+        raise ArgumentError(
+            f"compare: example_inputs: batches of {sizes} differ; give one batch, the first axis "
+            "of all inputs (hidden states have it second: let the model make its own)"
+        )
     listed = isinstance(batches, tuple | list) and len(batches) > 0
     if not listed or not all(type(batch) is int and batch > 0 for batch in batches):
         raise ArgumentError(f"compare: batches={batches!r} is no list of ints of 1 or more")
     for option, value, least in (("threads", threads, 1), ("rounds", rounds, 2)):
         if type(value) is not int or value < least:
             raise ArgumentError(f"compare: {option}={value!r} is not an int of {least} or more")
+    most = 4 * (os.cpu_count() or 1)
+    if threads > most:
+        raise ArgumentError(f"compare: threads={threads} is above {most}, four a core; give fewer")
     if type(energy_s) not in (int, float) or not 0 <= energy_s < float("inf"):
         raise ArgumentError(f"compare: energy_s={energy_s!r} is not 0 or more seconds")
+
+
+def _check_country(country: str) -> None:
+    try:
+        EnergyMeter(country)
+    except ArgumentError as error:
+        raise ArgumentError(str(error).replace("EnergyMeter", "compare", 1)) from error
 
 
 def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:

@@ -38,9 +38,9 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
       products.
     - Bytes moved: every activation that a node reads, its parameters and buffers, and its result,
       each once and whole; temporaries within a node are not seen. A view moves nothing (reshape,
-      transpose, chunk, dropout in eval mode; whether a reshape copies is seen when it runs), a
-      look-up reads the rows that it asks for, and what is computed in place is read and written.
-      This is the traffic of layers that run one by one, with nothing fused or kept in a cache.
+      transpose, chunk, dropout in eval mode; whether a reshape copies is seen when it runs), an
+      embedding reads the rows that it asks for (``table[index]``, index_select and gather count
+      the whole table), and what is computed in place is read and written. This is the traffic of layers that run one by one, with nothing fused or kept in a cache.
     - Parameters and their bytes count where they are first read; those that are never read do not
       count.
 
@@ -155,11 +155,25 @@ def _moved(
     """What a call reads and writes; nothing, if it only gives another view."""
     known = {_storage(each) for each in given}
     fresh = [each for each in _distinct(_tensors(output)) if _storage(each) not in known]
-    written = fresh + _distinct(changed)
+    written = fresh + _written(changed, output)
     if not written:
         return [], []
     state = [*called.parameters(), *called.buffers()] if isinstance(called, nn.Module) else []
     return _distinct(given + state), written
+
+
+def _written(changed: list[Tensor], output: Any) -> list[Tensor]:
+    """Those written to: of views that share a storage, and so a version, the one returned."""
+    returned = {_part(each) for each in _tensors(output)}
+    sharing: dict[int, list[Tensor]] = {}
+    for each in _distinct(changed):
+        sharing.setdefault(_storage(each), []).append(each)
+    # What is assigned to returns nothing, and is given first.
+    return [
+        each
+        for views in sharing.values()
+        for each in [x for x in views if _part(x) in returned] or views[:1]
+    ]
 
 
 def _read_bytes(called: Any, read: list[Tensor]) -> int:
@@ -194,8 +208,11 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:
     """Each part of a storage once."""
-    parts = {(_storage(x), x.storage_offset(), x.shape, x.stride()): x for x in tensors}
-    return list(parts.values())
+    return list({_part(x): x for x in tensors}.values())
+
+
+def _part(tensor: Tensor) -> tuple[Any, ...]:
+    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, DataError, ExportError, require
@@ -40,6 +41,11 @@ Functions = Literal["keep", "inline"]
 
 _PLAN = "lean_fx.plan"
 
+_PACKED = (
+    "ONNX has no packed sequences; give the recurrent layers padded tensors, batch and length as "
+    "they are"
+)
+
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -61,15 +67,19 @@ def export_onnx(
 
     Every reduction is one node ``LEAN`` of the domain ``lean_fx``, defined in the same file by a
     function of standard operators. Inputs are named ``input`` (or ``input_0``, ``input_1``, ...);
-    the first axis of each is the batch. A reduced model's plan is stored with it, see
-    :func:`plan_of`. The model's own mode is restored. A file at ``path`` is replaced only when the
-    new one is whole and gives what the model gives.
+    the first axis of each is the batch, unless ``dynamic_shapes`` says otherwise: of layers that
+    take sequences first, as recurrent ones do by default, it is the length. A reduced model's plan
+    is stored with it, see :func:`plan_of`. The model's own mode is restored. A file at ``path`` is
+    replaced only when the new one is whole and gives what the model gives.
+
+    ONNX has no packed sequences, and ONNX Runtime's CPU no RNN, LSTM or GRU of float64.
 
     Args:
         model: a module, such as leanify's result.
         path: where to write; its folder must exist.
-        example_inputs: a tensor, or a tuple of the positional inputs, batch first. A batch of 1
-            is doubled, since torch's exporter would freeze it.
+        example_inputs: a tensor, or a tuple of the positional inputs, batch first. A batch of 1,
+            or any axis of ``dynamic_shapes`` that is 1, is doubled, since torch's exporter would
+            freeze it.
         batch: ``"dynamic"``, any batch, checked at 1, 2 and 5; or ``"static"``, that of the
             example inputs alone.
         dynamic_shapes: for each input the axes that may have any size, by name, such as
@@ -90,7 +100,8 @@ def export_onnx(
         Where the files are, and their accuracy if that was asked for.
 
     Raises:
-        ArgumentError: the inputs are neither a tensor nor a tuple, or one is no batch.
+        ArgumentError: the inputs are neither a tensor nor a tuple, or one is no batch; or an
+            option or ``dynamic_shapes`` does not fit.
         ExportError: torch cannot export the model; says why. Or the file differs from the model;
             names the first node that does.
         MissingDependencyError: onnx or onnxscript is not installed; or onnxruntime, for the check.
@@ -129,6 +140,8 @@ def export_onnx(
     ):
         require(package, purpose="export")
     given = as_inputs(example_inputs)
+    if any(isinstance(value, PackedSequence) for value in given):
+        raise ArgumentError(f"example_inputs: {_PACKED}")
     if dynamic_shapes is None:
         axes = batch_axes(given, batch == "dynamic")
     elif batch == "static":
@@ -226,6 +239,8 @@ def _export(
         cause: BaseException = error  # the exporter's own words are about itself
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if "PackedSequence" in str(cause):
+            raise ExportError(f"export_onnx: {type(model).__name__}: {_PACKED}") from error
         reason = " ".join(_COLOURS.sub("", str(cause)).split())[:300]
         raise ExportError(
             f"export_onnx: {type(model).__name__} cannot be exported "
@@ -277,7 +292,7 @@ def _check_parity(
         reason = " ".join(str(error).split())[:300]
         raise ExportError(
             f"export_onnx: {type(model).__name__} cannot run at {at} ({reason}); "
-            "export it with batch='static'"
+            "export it with batch='static' and no dynamic_shapes, or with those of fewer axes"
         ) from error
     if apart > tolerance:
         node = first_difference(program, part, inputs, tolerance)

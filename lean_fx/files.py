@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lean_fx.errors import WriteError
+from lean_fx.errors import ArgumentError, WriteError
 
 
 @contextlib.contextmanager
@@ -91,13 +91,29 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def as_folder(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder, which need not be there.
+
+    Raises:
+        ArgumentError: it is no path.
+
+    Example:
+        >>> as_folder("runs").name
+        'runs'
+    """
+    if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
+        raise ArgumentError(f"folder={path!r} is no path; give the name of a folder")
+    return Path(path)
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder and those above it, if they are not there yet, to write files into.
 
     Raises:
+        ArgumentError: it is no path.
         WriteError: it cannot be made or written to, or a file is in the way.
     """
-    folder = Path(path)
+    folder = as_folder(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

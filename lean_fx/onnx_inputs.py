@@ -61,7 +61,12 @@ def check_axes(inputs: Sequence[Any], shapes: Any) -> Axes:
         if not isinstance(value, Tensor):
             raise ArgumentError(f"example_inputs: input {place} is no tensor; give tensors")
         axes: dict[int, str] = {}
-        for axis, name in dict(named or {}).items():
+        if named is not None and not isinstance(named, Mapping):
+            raise ArgumentError(
+                f"export_onnx: dynamic_shapes: {named!r} is no mapping for input {place}; give "
+                "such as {0: 'batch', 1: 'length'}, or {}"
+            )
+        for axis, name in (named or {}).items():
             if type(axis) is not int or not -value.dim() <= axis < value.dim():
                 raise ArgumentError(
                     f"export_onnx: dynamic_shapes: {axis!r} is no axis of input {place}, which has "

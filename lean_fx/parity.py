@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from lean_fx.errors import ExportError, require
 from lean_fx.functional import lean_reduction
 from lean_fx.onnx_nodes import TORCH_NAME
 from lean_fx.onnx_recurrent import recurrence
+
+# What its CPU has no kernel of float64 for.
+_RECURRENT = re.compile(r"\b(RNN|LSTM|GRU)\b")
 
 
 def greatest_difference(
@@ -108,9 +112,11 @@ def _run(file: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         feeds = dict(zip(names, arrays, strict=True))
         return [torch.as_tensor(value) for value in session.run(None, feeds)]
     except Exception as error:
+        double = _RECURRENT.search(str(error)) and any(x.dtype is torch.float64 for x in inputs)
+        remedy = "convert the model to float32" if double else "try another opset"
         raise ExportError(
             "export_onnx: ONNX Runtime cannot run the file "
-            f"({' '.join(str(error).split())[:300]}); try another opset, or "
+            f"({' '.join(str(error).split())[:300]}); {remedy}, or "
             "tolerance=None to keep the file unchecked"
         ) from error
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import sys
 import warnings
@@ -266,6 +267,10 @@ def test_nothing_of_the_callers_is_changed():
             | {"example_inputs": torch.rand(1, 3, 8, 8)},
             "'n' cannot do a training step .*Expected more than 1 value.*; give a model whose out",
         ),
+        (
+            {"threads": 4 * os.cpu_count() + 1},
+            r"threads=\d+ is above \d+, four a core; give fewer",
+        ),
         ({"rounds": 1}, "rounds=1 is not an int of 2 or more"),
         ({"energy_s": -1.0}, "energy_s=-1.0 is not 0 or more seconds"),
         ({"example_inputs": torch.rand(2, 4)}, "'base' fails on the example inputs .*; give inpu"),
@@ -279,6 +284,37 @@ def test_errors(changed, message):
     arguments = {"models": {"base": net()}, "example_inputs": torch.rand(2, 3, 8, 8), **changed}
     with pytest.raises(ArgumentError, match=f"^compare: {message}"):
         lean_fx.compare(arguments.pop("models"), arguments.pop("example_inputs"), **arguments)
+
+
+def test_what_cannot_be_metered_is_told_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr("lean_fx.comparing.export_onnx", None)
+    with pytest.raises(ArgumentError, match="^compare: country='XX' is not known to CodeCarbon; "):
+        lean_fx.compare(
+            {"a": nn.Linear(4, 2)}, torch.rand(2, 4), energy_s=1.0, country="XX", folder=tmp_path
+        )
+
+
+def test_it_compares_without_gradients():
+    with torch.no_grad():
+        result = lean_fx.compare({"a": nn.Linear(4, 2)}, torch.rand(2, 4), rounds=2)
+    assert result.models[0].step.samples_ms
+    assert result.models[0].peak_training_bytes > result.models[0].peak_inference_bytes
+
+
+def test_hidden_states_are_refused_in_words_of_its_own():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x, state):
+            return self.layer(x, state)[0]
+
+    with pytest.raises(
+        ArgumentError,
+        match="^compare: example_inputs: batches of 2, 1 differ; give one batch, the first axis of all",
+    ):
+        lean_fx.compare({"a": Stateful()}, (torch.rand(2, 5, 3), torch.rand(1, 2, 4)), rounds=2)
 
 
 class Wayward(nn.Linear):
@@ -341,6 +377,12 @@ def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot be made .* give a folder that you may write to"):
         lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=tmp_path / "file")
+
+
+@pytest.mark.parametrize("folder", [5, b"a", "a\0b"])
+def test_what_is_no_folder(folder):
+    with pytest.raises(ArgumentError, match="^folder=.* is no path; give the name of a folder$"):
+        lean_fx.compare({"a": nn.Linear(4, 2)}, torch.rand(2, 4), rounds=2, folder=folder)
 
 
 def test_a_read_only_folder_is_told_before_the_work(monkeypatch):

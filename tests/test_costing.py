@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import operator
 
 import pytest
 import torch
@@ -218,6 +219,10 @@ FUNCTIONS = {
         lambda m, x: torch.einsum("bij, jk -> bki", x, m.w),
         *(X(5, 2, 3), {"w": X(3, 4)}, 120),
     ),
+    "einsum, an axis of 1 that is broadcast": (
+        lambda m, x: torch.einsum("bij,bjk->bik", x, m.w),
+        *(X(4, 2, 3), {"w": X(1, 3, 5)}, 120),
+    ),
     "einsum, a list": (lambda m, x: torch.einsum("i,i->", [x, m.w]), X(3), {"w": X(3)}, 3),
     "einsum, an axis summed before": (
         lambda m, x: torch.einsum("bij,jk->ik", x, m.w),
@@ -234,6 +239,23 @@ def test_functions_by_hand(call):
     net = Calls(function, **parameters)
     costs = lean_fx.costs_of(net, x)
     assert costs.macs == expected == count_macs(net, x)
+    assert costs.without_formula == ()
+
+
+BY_FORMULA_ALONE = {
+    "vecdot": (lambda m, x: torch.linalg.vecdot(x, x), 12),
+    "vecdot, an axis": (lambda m, x: torch.linalg.vecdot(x[:, :1], x, dim=0), 12),
+    "vecdot, an axis of 1": (lambda m, x: torch.linalg.vecdot(x[:, :1], y=x), 12),
+    "vdot": (lambda m, x: torch.vdot(x[0], x[1]), 3),
+    "sparse.mm": (lambda m, x: torch.sparse.mm(x.to_sparse(), x.t()), 3 * 4),
+}
+
+
+@pytest.mark.parametrize("call", BY_FORMULA_ALONE)
+def test_products_that_only_a_formula_counts(call):
+    function, expected = BY_FORMULA_ALONE[call]
+    costs = lean_fx.costs_of(Calls(function), torch.eye(4, 3))
+    assert costs.macs == expected
     assert costs.without_formula == ()
 
 
@@ -362,6 +384,8 @@ MOVED = {
     "two views of one": (lambda m, x: x[:, :2] * x[:, 2:], 24 + 24 + 24),
     "expanded": (lambda m, x: x[:1].expand(3, 4) + 0, 16 + 48),
     "in place": (lambda m, x: x.add_(1), 96),
+    "in place, a view of what is read": (lambda m, x: x[0].add_(x[1]), 16 + 16 + 16),
+    "in place, an item": (lambda m, x: operator.setitem(x, 0, x[1]), 48 + 16 + 48),
     "dropout": (lambda m, x: F.dropout(x, training=m.training), 0),
     "contiguous already": (lambda m, x: x.contiguous(), 0),
     "several results": (lambda m, x: x.max(1), 48 + 12 + 24),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lean_fx.errors import WriteError
+from lean_fx.errors import ArgumentError, WriteError
 from lean_fx.files import check_writable, make_folder, replacing, write_text
 
 READ_ONLY = Path("/sys/kernel")  # for root too
@@ -54,3 +54,9 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
         make_folder(tmp_path / "a")
     with pytest.raises(WriteError, match="b: cannot be written .Not a directory.; give a path in"):
         write_text(tmp_path / "a" / "b", "text")
+
+
+@pytest.mark.parametrize("path", [5, None, b"a", "a\0b"])
+def test_what_is_no_folder(path):
+    with pytest.raises(ArgumentError, match="^folder=.* is no path; give the name of a folder$"):
+        make_folder(path)

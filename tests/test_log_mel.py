@@ -84,16 +84,46 @@ def test_silence_is_finite():
     assert torch.equal(log_mel(torch.zeros(256)), torch.full((40, 1), math.log(1e-6)))
 
 
+def test_no_sounds_are_no_frames():
+    assert log_mel(torch.zeros(0, 8320)).shape == (0, 40, 64)
+    assert log_mel(torch.zeros(3, 0, 8321), window=255, hop=7).shape == (3, 0, 40, 1153)
+    assert log_mel(torch.zeros(1, 8321), window=255, hop=7).shape == (1, 40, 1153)
+
+
 @pytest.mark.parametrize(
     ("samples", "options", "message"),
     [
         (torch.zeros(2, 0), {}, r"log_mel: samples of shape \[2, 0\] are shorter than window=256"),
         (torch.zeros(255), {}, r"log_mel: samples of shape \[255\] are shorter than window=256; p"),
         (torch.full((256,), math.nan), {}, "log_mel: samples hold NaN or infinite values; give f"),
-        (torch.zeros(256), {"hop": 0}, "log_mel: hop=0 is below 1; use half a window"),
-        (torch.zeros(256), {"channels": 0}, "mel_filters: channels=0 is below 1"),
-        (torch.zeros(256), {"window": 1}, "mel_filters: window=1 is below 2"),
-        (torch.zeros(256), {"sample_rate": 0}, "mel_filters: sample_rate=0 is below 1"),
+        (torch.zeros(256), {"hop": 0}, "log_mel: hop=0 is not an int of 1 or more; use half a"),
+        (torch.zeros(256), {"channels": 0}, "mel_filters: channels=0 is not an int of 1 or more"),
+        (torch.zeros(256), {"window": 1}, "mel_filters: window=1 is not an int of 2 or more"),
+        (
+            torch.zeros(256),
+            {"sample_rate": 0},
+            "mel_filters: sample_rate=0 is not an int of 1 or more",
+        ),
+        *(
+            (
+                torch.zeros(256),
+                {name: value},
+                f"(log_mel|mel_filters): {name}={value} is not an int",
+            )
+            for name, value in (
+                *(("hop", 1.5), ("hop", True), ("window", 256.0), ("channels", 2.5)),
+                ("sample_rate", math.nan),
+            )
+        ),
+        *(
+            (
+                torch.zeros(256, dtype=dtype),
+                {},
+                f"log_mel: samples of {dtype} are not float32 or fl",
+            )
+            for dtype in (torch.int16, torch.bool, torch.float16, torch.bfloat16, torch.complex64)
+        ),
+        ([0.0] * 256, {}, "log_mel: samples of list are not float32 or float64; convert them"),
         (
             torch.zeros(256),
             {"channels": 128},

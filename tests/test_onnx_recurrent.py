@@ -4,6 +4,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import lean_fx
 from lean_fx import onnx_recurrent
@@ -152,6 +153,11 @@ def test_what_differs_behind_a_recurrent_layer_is_named(tmp_path):
     [
         ({0: "batch"}, "export_onnx: dynamic_shapes is no sequence of a mapping for each of 1"),
         (({}, {}), "export_onnx: dynamic_shapes is no sequence of a mapping for each of 1"),
+        (
+            (5,),
+            "export_onnx: dynamic_shapes: 5 is no mapping for input 0; give such as {0: 'batch'",
+        ),
+        (("ab",), "export_onnx: dynamic_shapes: 'ab' is no mapping for input 0; give such as {0: "),
         (({3: "a"},), "export_onnx: dynamic_shapes: 3 is no axis of input 0, which has 3; give"),
         (({0: "a b"},), "export_onnx: dynamic_shapes: 'a b' is no name of a size; give a word"),
         (({0: "n", 1: "n"},), "export_onnx: dynamic_shapes: 'n' is 4 and 2 in the example inputs"),
@@ -168,3 +174,49 @@ def test_states_have_their_batch_on_another_axis(tmp_path):
     net = Net(nn.GRU, batch_first=True)
     with pytest.raises(ArgumentError, match="batches of 2, 1 differ; give one batch size, or dyn"):
         lean_fx.export_onnx(net, tmp_path / "a", (torch.randn(2, 4, 6), torch.randn(1, 2, 5)))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_float64_has_no_kernel(kind, tmp_path):
+    net, x = kind(6, 5, batch_first=True).double(), torch.rand(2, 4, 6).double()
+    with pytest.raises(
+        ExportError, match=r"cannot run the file \(.*\); convert the model to float32"
+    ):
+        lean_fx.export_onnx(net, tmp_path / "net.onnx", x)
+    lean_fx.export_onnx(net.float(), tmp_path / "net.onnx", x.float())
+
+
+class Packs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x, lengths):
+        return self.layer(pack_padded_sequence(x, lengths, batch_first=True))[0].data
+
+
+def test_packed_sequences(tmp_path):
+    path = tmp_path / "net.onnx"
+    with pytest.raises(ExportError) as caught:
+        lean_fx.export_onnx(Packs(), path, (torch.rand(2, 4, 6), torch.tensor([4, 2])))
+    assert str(caught.value).startswith("export_onnx: Packs: ONNX has no packed sequences; give")
+    packed = pack_sequence([torch.rand(4, 6), torch.rand(2, 6)])
+    for shapes in (None, ({},)):
+        with pytest.raises(ArgumentError, match="^example_inputs: ONNX has no packed sequences; "):
+            lean_fx.export_onnx(nn.LSTM(6, 5), path, packed, dynamic_shapes=shapes)
+
+
+class Long(nn.Module):
+    def forward(self, x):
+        if x.shape[1] < 3:
+            raise ValueError("too short")
+        return x * 2
+
+
+def test_a_size_that_the_model_cannot_take(tmp_path):
+    with pytest.raises(
+        ExportError,
+        match=r"Long cannot run at n 2 \(too short\); export it with batch='static' and no dynamic_shapes, or with",
+    ):
+        shapes = ({1: "n"},)
+        lean_fx.export_onnx(Long(), tmp_path / "a", torch.rand(2, 5), dynamic_shapes=shapes)

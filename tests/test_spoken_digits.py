@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lean_fx.errors import DataError
+from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment.log_mel import log_mel
 from lean_fx.experiment.spoken_digits import (
     RECORDINGS,
@@ -101,6 +101,7 @@ def test_a_recording_is_read_at_full_scale_1(tmp_path):
 
 
 WHOLE = wav([5] * 1000)
+ENDLESS = struct.pack("<L", 0xFFFFFFF0)  # the size of a chunk
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,11 @@ WHOLE = wav([5] * 1000)
         (WHOLE[:30], "cannot be read as a WAV file (it ends within its head)"),
         (WHOLE[:-100], "ends after 950 of 1000 samples"),
         (WHOLE[:-1], "ends after 999 of 1000 samples"),
+        (
+            WHOLE[:16] + ENDLESS + WHOLE[20:],
+            "cannot be read as a WAV file (a chunk is longer than the file)",
+        ),
+        (WHOLE[:40] + ENDLESS + WHOLE[44:], "ends after 1000 of 2147483640 samples"),
         (wav([]), "holds no samples"),
         (wav([1] * 10, channels=2), "has 2 channels of 16 bit at 8000 Hz, not 1 of 16 bit at 8000"),
         (wav([1] * 10, width=1), "has 1 channels of 8 bit at 8000 Hz, not 1 of 16 bit at 8000 Hz"),
@@ -137,6 +143,35 @@ def test_a_recording_that_is_a_folder_is_named(tmp_path):
     (tmp_path / "a.wav").mkdir()
     with pytest.raises(DataError, match=r"a\.wav: cannot be read as a WAV file \(.*directory"):
         read_wav(tmp_path / "a.wav")
+
+
+def test_a_path_that_is_none_is_named():
+    with pytest.raises(DataError, match=r"^'a\\x00b': is no path \(embedded null byte\); give"):
+        read_wav("a\0b")
+
+
+def test_fewer_bits_than_a_sample_has_room_for(tmp_path):
+    (tmp_path / "a.wav").write_bytes(WHOLE[:34] + struct.pack("<H", 12) + WHOLE[36:])
+    assert read_wav(tmp_path / "a.wav").tolist() == [5 / 32768] * 1000
+
+
+@pytest.mark.parametrize("recordings", [[], ["x.wav"], ["a_b_0.wav"], ["0_b_c.wav"], [3], None])
+def test_recordings_whose_names_say_no_digit(tmp_path, recordings):
+    with pytest.raises(ArgumentError, match=r"^spoken_digits: recordings\W.*; give such as 3_theo"):
+        spoken_digits(tmp_path, recordings=recordings)
+
+
+@pytest.mark.parametrize("folder", [None, b"a", 5, "a\0b"])
+def test_what_is_no_folder(folder):
+    for load in (spoken_digits, download_spoken_digits):
+        with pytest.raises(ArgumentError, match="^folder=.* is no path; give the name of a folder"):
+            load(folder)
+
+
+@pytest.mark.parametrize("url", ["nonsense", 5, "http://[::1", ""])
+def test_what_is_no_address(tmp_path, url):
+    with pytest.raises(ArgumentError, match="^url=.* is no address .*; give such as https://"):
+        spoken_digits(tmp_path, True, url=url)
 
 
 def test_missing_recordings_say_what_to_do(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from lean_fx.errors import DataError, WriteError
+from lean_fx.errors import ArgumentError, DataError, WriteError
 from lean_fx.experiment.processes import is_first_process
 from lean_fx.files import make_folder, replacing
 
@@ -66,6 +66,7 @@ def fetch(url: str, part: Path, md5: str | None, progress: Progress | None = Non
         progress: told of each piece that arrives.
 
     Raises:
+        ArgumentError: ``url`` is no address.
         DataError: the server cannot be reached, the connection broke, or what arrived is damaged.
         WriteError: ``part`` cannot be written.
     """
@@ -108,7 +109,13 @@ def unpack(archive: Path, folder: Path, members: Mapping[str, str | None]) -> No
 def _bring(url: str, part: Path, progress: Progress | None) -> None:
     """Bring ``part`` to its full length; whatever arrives stays there."""
     start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    try:
+        request = urllib.request.Request(url, headers=headers)
+    except (AttributeError, TypeError, ValueError) as error:  # the first two where it is no text
+        raise ArgumentError(
+            f"url={url!r} is no address ({error}); give such as https://example.org/a.tar.gz"
+        ) from error
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             # A server that knows no ranges answers 200 and sends the whole.

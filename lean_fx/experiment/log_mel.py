@@ -41,19 +41,25 @@ def log_mel(
         hop: samples from one frame to the next, 1 or more.
 
     Shape:
-        - samples: ``[..., L]``, floating point, ``L >= window``
+        - samples: ``[..., L]``, float32 or float64, ``L >= window``
         - output: ``[..., channels, 1 + (L - window) // hop]``, of the same type
 
     Raises:
-        ArgumentError: a sound is shorter than a frame or not finite, or a number is out of range.
+        ArgumentError: a sound is shorter than a frame, not finite or of another type, or a number
+            is out of range.
 
     Example:
         >>> log_mel(torch.zeros(2, 8320)).shape
         torch.Size([2, 40, 64])
     """
-    if hop < 1:
-        raise ArgumentError(f"log_mel: hop={hop} is below 1; use half a window")
+    if type(hop) is not int or hop < 1:
+        raise ArgumentError(f"log_mel: hop={hop!r} is not an int of 1 or more; use half a window")
     filters = mel_filters(channels, window, sample_rate)
+    if not isinstance(samples, Tensor) or samples.dtype not in (torch.float32, torch.float64):
+        kind = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
+        raise ArgumentError(
+            f"log_mel: samples of {kind} are not float32 or float64; convert them, full scale 1"
+        )
     if samples.ndim < 1 or samples.shape[-1] < window:
         raise ArgumentError(
             f"log_mel: samples of shape {list(samples.shape)} are shorter than window={window}; "
@@ -61,6 +67,9 @@ def log_mel(
         )
     if not samples.isfinite().all():
         raise ArgumentError("log_mel: samples hold NaN or infinite values; give finite ones")
+    if samples.numel() == 0:  # which the transform refuses
+        count = 1 + (samples.shape[-1] - window) // hop
+        return samples.new_empty(*samples.shape[:-1], channels, count)
     spectrum = torch.stft(
         samples.reshape(-1, samples.shape[-1]),
         n_fft=window,
@@ -98,8 +107,10 @@ def mel_filters(channels: int, window: int, sample_rate: int) -> Tensor:
         ("window", window, 2),
         ("sample_rate", sample_rate, 1),
     ):
-        if value < least:
-            raise ArgumentError(f"mel_filters: {name}={value} is below {least}")
+        if type(value) is not int or value < least:
+            raise ArgumentError(
+                f"mel_filters: {name}={value!r} is not an int of {least} or more; give one"
+            )
     top = 2595 * torch.tensor(1 + sample_rate / 2 / 700, dtype=torch.float64).log10()
     mels = torch.linspace(0, 1, channels + 2, dtype=torch.float64) * top
     corners = 700 * (10 ** (mels / 2595) - 1)

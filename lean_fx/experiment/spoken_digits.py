@@ -9,6 +9,7 @@ https://github.com/Jakobovski/free-spoken-digit-dataset, doi 10.5281/zenodo.1342
 
 from __future__ import annotations
 
+import re
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lean_fx.errors import DataError
+from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.download import Progress, fetch, find_or_download, unpack
 from lean_fx.experiment.log_mel import log_mel
-from lean_fx.files import make_folder
+from lean_fx.files import as_folder, make_folder
 
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -31,6 +32,7 @@ RECORDINGS = tuple(
     for speaker in SPEAKERS
     for index in range(50)
 )
+_NAME = re.compile(r"\d_[^_/]+_\d+\.wav")  # digit, speaker, index
 SAMPLE_RATE = 8000
 WINDOW, HOP, FRAMES = 256, 200, 40  # a frame of 32 ms each 25 ms; the whole is 1.007 s
 _SAMPLES = WINDOW + (FRAMES - 1) * HOP
@@ -60,21 +62,24 @@ def spoken_digits(
             torchrun the first process does so and the others wait; several machines share
             ``folder``.
         url: as in :func:`download_spoken_digits`, like the arguments below.
-        recordings: names of the files.
+        recordings: names of the files, ``digit_speaker_index.wav``, one or more.
         progress: called with (bytes there, bytes in all or None) for each piece that arrives.
 
     Raises:
+        ArgumentError: ``folder`` is no path, ``url`` no address, or a recording has another name.
         DataError: a recording is missing, or is no WAV file of one channel, 16 bit and 8 kHz with
             at least one sample and as many as it tells; or the download failed.
         WriteError: ``folder`` cannot be written.
     """
+    given = as_folder(folder)
+    _check_names(recordings)
 
     def bring() -> Path:
-        return download_spoken_digits(folder, url=url, recordings=recordings, progress=progress)
+        return download_spoken_digits(given, url=url, recordings=recordings, progress=progress)
 
-    root = find_or_download(lambda: _find(Path(folder), recordings), bring if download else None)
+    root = find_or_download(lambda: _find(given, recordings), bring if download else None)
     if root is None:
-        root, missing = _nearest(Path(folder), recordings)
+        root, missing = _nearest(given, recordings)
         raise DataError(
             f"{root}: lacks {len(missing)} of {len(recordings)} recordings, the first "
             f"{missing[0]}; run again with --download (download=True), or unpack {url} there"
@@ -115,6 +120,7 @@ def download_spoken_digits(
         The folder of the recordings.
 
     Raises:
+        ArgumentError: ``folder`` is no path, or ``url`` no address.
         DataError: the server cannot be reached, the connection broke, or what arrived is damaged
             or lacks a recording.
         WriteError: ``folder`` cannot be written.
@@ -129,6 +135,8 @@ def download_spoken_digits(
 def read_wav(path: str | Path) -> Tensor:
     """Read a recording of one channel, 16 bit and 8 kHz, full scale 1.
 
+    9 to 15 bit pass for 16, since a WAV file holds them as the high bits of 16.
+
     Shape:
         - output: ``[samples]``, float32, in [-1, 1[
 
@@ -140,9 +148,13 @@ def read_wav(path: str | Path) -> Tensor:
             kind = (file.getnchannels(), 8 * file.getsampwidth(), file.getframerate())
             told = file.getnframes()
             content = bytearray(file.readframes(told))
-    except (OSError, EOFError, wave.Error) as error:
-        why = str(error) or "it ends within its head"
+    except (OSError, EOFError, RuntimeError, wave.Error) as error:
+        endless = isinstance(error, RuntimeError)  # its text is empty, like EOFError's
+        head = "a chunk is longer than the file" if endless else "it ends within its head"
+        why = str(error) or head
         raise DataError(f"{path}: cannot be read as a WAV file ({why}); {_REMEDY}") from error
+    except ValueError as error:  # a null byte
+        raise DataError(f"{str(path)!r}: is no path ({error}); give another") from error
     if kind != (1, 16, SAMPLE_RATE):
         raise DataError(
             f"{path}: has {kind[0]} channels of {kind[1]} bit at {kind[2]} Hz, not 1 of 16 bit at "
@@ -153,6 +165,20 @@ def read_wav(path: str | Path) -> Tensor:
     if len(content) != 2 * told:
         raise DataError(f"{path}: ends after {len(content) // 2} of {told} samples; {_REMEDY}")
     return torch.frombuffer(content, dtype=torch.int16).float() / 2**15
+
+
+def _check_names(recordings: Sequence[str]) -> None:
+    if not isinstance(recordings, tuple | list) or not recordings:
+        raise ArgumentError(
+            f"spoken_digits: recordings={recordings!r} is no list of one name or more; give such "
+            "as 3_theo_0.wav"
+        )
+    for name in recordings:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ArgumentError(
+                f"spoken_digits: recordings: {name!r} names no digit, speaker and index; give such "
+                "as 3_theo_0.wav"
+            )
 
 
 def _fitted(samples: Tensor) -> Tensor:

@@ -169,12 +169,12 @@ class _Given:
     """The arguments of a function without a signature."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self._kwargs = args, kwargs
+        self.args, self.kwargs = args, kwargs
 
     def __call__(self, position: int, *names: str) -> Any:
         if position < len(self.args):
             return self.args[position]
-        return next(self._kwargs[name] for name in names if name in self._kwargs)
+        return next(self.kwargs[name] for name in names if name in self.kwargs)
 
 
 def _weights(given: _Given, output: Tensor) -> int:
@@ -202,6 +202,19 @@ def _summed_products(given: _Given, output: Tensor) -> int:
     return int(output.numel() * batches * length)
 
 
+def _vector_products(given: _Given, output: Tensor) -> int:
+    x, y = given(0, "x"), given(1, "y")
+    axis = given.kwargs.get("dim", -1)
+    return int(output.numel() * torch.broadcast_shapes(x.shape, y.shape)[axis])
+
+
+def _sparse_product(given: _Given, output: Tensor) -> int | None:
+    """Each element that is stored by a row of the other matrix."""
+    x, y = given.args[:2]
+    sparse = x.layout is torch.sparse_coo and y.layout is torch.strided
+    return int(x._nnz() * y.shape[-1]) if sparse else None
+
+
 def _attended(given: _Given, output: Tensor) -> int:
     query, key = given(0, "query"), given(1, "key")
     queries = output.numel() // output.shape[-1]
@@ -219,11 +232,11 @@ def _einsum(given: _Given, output: Tensor) -> int | None:
     repeated = any(len(set(term)) < len(term) for term in read)
     if not arrow or "." in equation or repeated or len(read) > 2:
         return None
-    sizes: dict[str, int] = {
-        axis: size
-        for term, x in zip(read, operands, strict=True)
-        for axis, size in zip(term, x.shape, strict=True)
-    }
+    sizes: dict[str, int] = {}
+    for term, x in zip(read, operands, strict=True):
+        for axis, size in zip(term, x.shape, strict=True):
+            if sizes.get(axis, 1) == 1:  # which is broadcast
+                sizes[axis] = size
     shared = set(read[0]).intersection(*read[1:])
     if len(read) == 1 or shared <= set(written):
         return 0
@@ -237,6 +250,9 @@ _FUNCTIONS: dict[Any, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys((operator.matmul, torch.matmul, torch.linalg.matmul, "matmul"), _product),
     **dict.fromkeys((torch.mm, "mm", torch.bmm, "bmm", torch.mv, "mv"), _product),
     **dict.fromkeys((torch.dot, "dot", torch.inner, "inner"), _product),
+    **dict.fromkeys((torch.vdot, "vdot"), _product),
+    torch.linalg.vecdot: _vector_products,
+    torch.sparse.mm: _sparse_product,
     **dict.fromkeys((torch.addmm, "addmm", torch.baddbmm, "baddbmm"), _added_product),
     **dict.fromkeys((torch.addmv, "addmv"), _added_product),
     **dict.fromkeys((torch.addbmm, "addbmm"), _summed_products),

@@ -98,23 +98,26 @@ def test_compare(tmp_path):
     assert [column.header.plain for column in result.table().columns] == ["", "base", "lean"]
 
 
-class Branches(nn.Module):
-    """torch.fx cannot trace it."""
+class Loops(nn.Module):
+    """Captured as a graph it would have as many steps for ever."""
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(4, 4)
+        self.cell = nn.RNNCell(4, 4)
 
     def forward(self, x):
-        return self.layer(x) if x.shape[1] > 2 else x
+        state = None
+        for step in range(x.shape[1]):
+            state = self.cell(x[:, step], state)
+        return state
 
 
 def test_bytes_moved_of_what_cannot_be_captured_are_not_known():
-    models = {"plain": nn.Linear(4, 4), "branches": Branches()}
-    result = lean_fx.compare(models, torch.rand(2, 4), rounds=2)
-    assert [model.moved_bytes for model in result.models] == [112, None]
-    assert [model.macs for model in result.models] == [16, 16]
-    assert ("bytes moved, MB", "0.0001", "-") in result.rows()
+    models = {"plain": nn.Sequential(nn.Flatten(), nn.Linear(8, 4)), "loops": Loops()}
+    result = lean_fx.compare(models, torch.rand(2, 2, 4), rounds=2)
+    assert [model.moved_bytes for model in result.models] == [4 * (8 + 36 + 4), None]
+    assert [model.macs for model in result.models] == [32, 64]
+    assert ("bytes moved, MB", "0.0002", "-") in result.rows()
 
 
 def test_energy_of_a_call_and_of_a_training_step(monkeypatch):

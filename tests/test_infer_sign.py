@@ -182,7 +182,7 @@ def test_the_plan_shows_it_and_the_reduction_has_it():
     ]
     assert lean.reductions.relu.nonnegative
     assert not lean.reductions.mean.nonnegative
-    assert "relu   >= 0  left" in str(plan)
+    assert "relu   >= 0  128   left" in str(plan)
 
 
 def test_a_wrong_proof_would_be_found():

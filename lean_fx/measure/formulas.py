@@ -205,7 +205,7 @@ def _summed_products(given: _Given, output: Tensor) -> int:
 def _vector_products(given: _Given, output: Tensor) -> int:
     x, y = given(0, "x"), given(1, "y")
     axis = given.kwargs.get("dim", -1)
-    return int(output.numel() * torch.broadcast_shapes(x.shape, y.shape)[axis])
+    return int(output.numel() * torch.broadcast_shapes(x.shape, y.shape)[axis])  # type: ignore[no-untyped-call]
 
 
 def _sparse_product(given: _Given, output: Tensor) -> int | None:

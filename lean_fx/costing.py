@@ -40,7 +40,8 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
       each once and whole; temporaries within a node are not seen. A view moves nothing (reshape,
       transpose, chunk, dropout in eval mode; whether a reshape copies is seen when it runs), an
       embedding reads the rows that it asks for (``table[index]``, index_select and gather count
-      the whole table), and what is computed in place is read and written. This is the traffic of layers that run one by one, with nothing fused or kept in a cache.
+      the whole table), and what is computed in place is read and written. This is the traffic of
+      layers that run one by one, with nothing fused or kept in a cache.
     - Parameters and their bytes count where they are first read; those that are never read do not
       count.
 

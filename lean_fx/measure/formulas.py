@@ -191,8 +191,8 @@ def _summed_products(given: _Given, output: Tensor) -> int:
 
 def _vector_products(given: _Given, output: Tensor) -> int:
     x, y = given(0, "x"), given(1, "y")
-    axis = given.kwargs.get("dim", -1)
-    return int(output.numel() * torch.broadcast_shapes(x.shape, y.shape)[axis])
+    both: torch.Size = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    return int(output.numel() * both[given.kwargs.get("dim", -1)])
 
 
 def _sparse_product(given: _Given, output: Tensor) -> int | None:

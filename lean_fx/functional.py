@@ -27,17 +27,17 @@ Speed of forward and backward against Algorithm 2 as it is written, geometric me
 shapes, AMD EPYC with AVX-512, 1 thread, torch 2.13, as ``examples/bench_reduction.py`` wrote it to
 ``examples/results/bench_reduction.md``:
 
-======== ================= =================
+======== ================= ==================
 values   eager             torch.compile
-======== ================= =================
->= 0     5.4x (3.2 - 11.4) 7.4x (4.6 - 14.0)
-any sign 1.3x (1.0 - 1.6)  1.4x (1.2 - 1.6)
-======== ================= =================
+======== ================= ==================
+>= 0     5.9x (3.8 - 10.9) 10.0x (5.5 - 23.2)
+any sign 1.4x (1.2 - 1.7)  2.2x (2.1 - 2.4)
+======== ================= ==================
 
-The literal form's large temporaries make the ratio differ from process to process: in two runs
-before it was 6.4x and 7.0x, compiled 9.3x and 10.3x, for any sign 1.7x and 1.8x. A training step of
-the paper's net (50/100/150 and 48/96/144 channels) runs at 1.00 and 0.93 of its speed
-with a slice in place of the reductions. Compile the whole model, or a reduction
+The literal form's large temporaries make the ratio differ from process to process: in a run before,
+beside other work, it was 7.2x and 1.6x, compiled 10.3x and 2.5x. A training step of the paper's net
+(50/100/150 and 48/96/144 channels) runs at 0.95 and 0.93 of its speed with a slice in place of the
+reductions, and at 1.00 and 0.98 if these are compiled. Compile the whole model, or a reduction
 alone with ``reduction.compile(dynamic=False)`` (torch keeps eight of these, then runs eagerly).
 
 A channel or a position whose values are all zero (frequent after ReLU) gives zeros, forward and

@@ -1,12 +1,14 @@
 """Models side by side."""
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +146,8 @@ def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
 
     monkeypatch.setattr("torch.optim.SGD", SGD)
     monkeypatch.setattr("lean_fx.measure.energy.EnergyMeter", Meter)
+    clock = SimpleNamespace(perf_counter=itertools.count(0.0, 1 / 64).__next__)
+    monkeypatch.setattr("lean_fx.measure.energy.time", clock)
     threads = torch.get_num_threads() + 1
     result = lean_fx.compare(
         {"base": net(), "lean": net(8)},
@@ -154,7 +158,7 @@ def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
         country="DEU",
     )
     assert [bool(block) for block in blocks] == [False, True] * 2  # calls, then steps
-    assert len(blocks[1]) > 1
+    assert len(blocks[1]) == len(blocks[3]) > 1
     for model, block in zip(result.models, blocks[1::2], strict=True):
         assert set(block) == {threads}
         assert 0 < model.energy.energy_j < 1

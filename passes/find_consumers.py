@@ -46,7 +46,7 @@ from torch.fx import GraphModule, Node
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
-from lean_fx.passes.split_attention import can_split
+from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import (
     REBUILDERS,
@@ -123,7 +123,7 @@ class FindConsumers(Pass):
                     known.read, known.refusal = _judge(node, layer, graph)
                     if count > 1:
                         several.setdefault(id(layer), []).append(known)
-                elif not known.refusal and can_split(layer):
+                elif not known.refusal and SplitAttention.can_split(layer):
                     known.splits = count == 1
                     known.refusal = "none of its layers is reduced"
                     if count > 1:
@@ -254,7 +254,7 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
     if kind is nn.MultiheadAttention:
-        return "" if can_split(layer) else "its out_proj is not torch's own"
+        return "" if SplitAttention.can_split(layer) else "its out_proj is not torch's own"
     reason = why_not_rebuilt(layer)
     if reason:
         return reason

@@ -32,11 +32,11 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lean_fx.attention import AttentionHeads
-from lean_fx.errors import PlanError
-from lean_fx.passes.base import Pass, argument, forget_facts, item, replace_node
+from lean_fx.passes.base import argument, is_altered, item, replace_node
+from lean_fx.passes.splitting import Splitting
 
 
-class SplitAttention(Pass):
+class SplitAttention(Splitting):
     """Split layers of attention.
 
     Args:
@@ -46,43 +46,25 @@ class SplitAttention(Pass):
         PlanError: a name is not that of a MultiheadAttention that is called once.
     """
 
-    def __init__(self, layers: Iterable[str]) -> None:
-        self.layers = tuple(layers)
+    kind = "MultiheadAttention"
 
-    def requires(self, graph_module: GraphModule) -> None:
-        """Every layer is one that is called once, or is split already."""
-        calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-        modules = dict(graph_module.named_modules())
-        for name in self._open(modules):
-            if not can_split(modules.get(name)) or calls.count(name) != 1:
-                raise PlanError(
-                    f"plan: layer {name!r} is no MultiheadAttention that is called once in this "
-                    "model; make the plan anew from this model"
-                )
+    @staticmethod
+    def can_split(layer: Any) -> bool:
+        """Whether a module is exactly a MultiheadAttention, of parts that are exactly torch's."""
+        return (
+            type(layer) is nn.MultiheadAttention
+            and type(layer.out_proj) is NonDynamicallyQuantizableLinear
+            and not is_altered(layer)
+        )
 
-    def run(self, graph_module: GraphModule) -> bool:
-        """Split them one by one."""
-        todo = self._open(dict(graph_module.named_modules()))
-        for node in list(graph_module.graph.nodes):
-            if node.op == "call_module" and node.target in todo:
-                _split(graph_module, node)
-        if todo:
-            forget_facts(graph_module)
-        return bool(todo)
+    @staticmethod
+    def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
+        """Whether ``name`` was a layer of attention, which is split already."""
+        return isinstance(modules.get(f"{name}.heads"), AttentionHeads)
 
-    def _open(self, modules: Mapping[str, nn.Module]) -> list[str]:
-        return [name for name in self.layers if not is_split(modules, name)]
-
-
-def can_split(layer: Any) -> bool:
-    """Whether a module is exactly a MultiheadAttention, of parts that are exactly torch's."""
-    whole = type(layer) is nn.MultiheadAttention
-    return whole and type(layer.out_proj) is NonDynamicallyQuantizableLinear
-
-
-def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether ``name`` was a layer of attention, which is split already."""
-    return isinstance(modules.get(f"{name}.heads"), AttentionHeads)
+    def split(self, graph_module: GraphModule, node: Node) -> None:
+        """Split the layer that a node calls."""
+        _split(graph_module, node)
 
 
 def _split(graph_module: GraphModule, node: Node) -> None:

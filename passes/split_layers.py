@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch.fx import GraphModule
 
 from lean_fx.passes.base import Pass, Pipeline
-from lean_fx.passes.split_attention import SplitAttention, can_split, is_split
+from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.split_recurrent import SplitRecurrent
 
 
@@ -41,6 +41,10 @@ class SplitLayers(Pass):
 
     def _passes(self, graph_module: GraphModule) -> list[Pass]:
         modules = dict(graph_module.named_modules())
-        attention = [n for n in self.layers if can_split(modules.get(n)) or is_split(modules, n)]
+        attention = [
+            name
+            for name in self.layers
+            if SplitAttention.can_split(modules.get(name)) or SplitAttention.is_split(modules, name)
+        ]
         others = [name for name in self.layers if name not in attention]
         return [SplitRecurrent(others), SplitAttention(attention)]

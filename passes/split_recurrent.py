@@ -24,29 +24,21 @@ Rules:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.errors import PlanError
 from lean_fx.packed import SequenceDropout, layer_states
-from lean_fx.passes.base import (
-    Pass,
-    argument,
-    forget_facts,
-    is_altered,
-    item,
-    replace_node,
-    rewire,
-)
+from lean_fx.passes.base import argument, is_altered, item, replace_node, rewire
+from lean_fx.passes.splitting import Splitting
 
 _STACKS = (nn.RNN, nn.LSTM, nn.GRU)
 
 
-class SplitRecurrent(Pass):
+class SplitRecurrent(Splitting):
     """Split stacks of recurrent layers.
 
     Args:
@@ -56,34 +48,21 @@ class SplitRecurrent(Pass):
         PlanError: a name is not that of a stack that is called once.
     """
 
-    def __init__(self, layers: Iterable[str]) -> None:
-        self.layers = tuple(layers)
+    kind = "stack of recurrent layers"
 
-    def requires(self, graph_module: GraphModule) -> None:
-        """Every layer is a stack that is called once, or is split already."""
-        calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-        modules = dict(graph_module.named_modules())
-        for name in self._open(modules):
-            stack: Any = modules.get(name)
-            able = type(stack) in _STACKS and stack.num_layers > 1 and not is_altered(stack)
-            if not able or calls.count(name) != 1:
-                raise PlanError(
-                    f"plan: layer {name!r} is no stack of recurrent layers that is called once in "
-                    "this model; make the plan anew from this model"
-                )
+    @staticmethod
+    def can_split(layer: Any) -> bool:
+        """Whether a module is an RNN, LSTM or GRU of two layers or more, without hooks."""
+        return type(layer) in _STACKS and layer.num_layers > 1 and not is_altered(layer)
 
-    def run(self, graph_module: GraphModule) -> bool:
-        """Split them one by one."""
-        todo = self._open(dict(graph_module.named_modules()))
-        for node in list(graph_module.graph.nodes):
-            if node.op == "call_module" and node.target in todo:
-                _split(graph_module, node)
-        if todo:
-            forget_facts(graph_module)
-        return bool(todo)
+    @staticmethod
+    def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
+        """Whether ``name`` was a stack, which is split already."""
+        return type(modules.get(f"{name}.0")) in _STACKS
 
-    def _open(self, modules: Mapping[str, nn.Module]) -> list[str]:
-        return [name for name in self.layers if type(modules.get(f"{name}.0")) not in _STACKS]
+    def split(self, graph_module: GraphModule, node: Node) -> None:
+        """Split the stack that a node calls."""
+        _split(graph_module, node)
 
 
 def _split(graph_module: GraphModule, node: Node) -> None:

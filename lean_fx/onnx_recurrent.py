@@ -8,8 +8,9 @@ gates of its own::
     LSTM    i f g o      i o f c
     GRU     r z n        z r h
 
-An LSTM with projections has no such operator: its steps are written one by one, for the length of
-the example inputs alone.
+ONNX's LSTM has no projection ``h = P z``, but with ``z`` as its hidden state and ``R P`` in the
+place of ``R`` it is the same recurrence, and ``P`` is applied to what it gives. A state ``h0`` that
+is given becomes ``z0 = P+ h0`` with the pseudoinverse of ``P``, whose rows must be independent.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from lean_fx.errors import ExportError
 
 _ORDERS = {nn.RNN: (0,), nn.LSTM: (0, 3, 1, 2), nn.GRU: (1, 0, 2)}
 
@@ -82,8 +81,9 @@ def _forward(layer: Any, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
 
 def _one(layer: Any, x: Tensor, index: int, begin: tuple[Tensor, ...] | None) -> list[Tensor]:
     """The values and last states of one layer of a stack."""
-    if layer.proj_size:
-        return _projected(layer, index, x, begin)
+    project, unproject = (getattr(layer, f"{name}_{index}", None) for name in ("P", "Q"))
+    if unproject is not None and begin is not None:
+        begin = (begin[0] @ unproject.mT, begin[1])
     directions, hidden = (2 if layer.bidirectional else 1), layer.hidden_size
     length, batch, _ = x.shape
     attributes: dict[str, Any] = {"hidden_size": hidden}
@@ -103,55 +103,35 @@ def _one(layer: Any, x: Tensor, index: int, begin: tuple[Tensor, ...] | None) ->
         shapes=[(length, directions, batch, hidden)] + [(directions, batch, hidden)] * count,
         version=14,
     )
+    if project is not None:
+        y, states[0] = y @ project.mT, states[0] @ project.mT
     y = y.permute(0, 2, 1, 3).flatten(2) if directions == 2 else y.squeeze(1)
     return [y, *states]
 
 
 def _weights(layer: Any, index: int) -> dict[str, Tensor]:
-    """W, R and, with biases, B of one layer of a stack."""
+    """W, R and, with biases, B of one layer of a stack; with projections, P and its inverse Q."""
     suffixes = [f"_l{index}"] + [f"_l{index}_reverse"] * layer.bidirectional
 
-    def ordered(name: str) -> list[Tensor]:
-        order = _ORDERS[type(layer)]
-        gates = [getattr(layer, name + suffix).detach().chunk(len(order)) for suffix in suffixes]
-        return [torch.cat([each[place] for place in order]) for each in gates]
+    def each(name: str) -> list[Tensor]:
+        return [getattr(layer, name + suffix).detach() for suffix in suffixes]
 
-    found = {"W": torch.stack(ordered("weight_ih")), "R": torch.stack(ordered("weight_hh"))}
+    def ordered(values: list[Tensor]) -> list[Tensor]:
+        order = _ORDERS[type(layer)]
+        gates = [value.chunk(len(order)) for value in values]
+        return [torch.cat([gate[place] for place in order]) for gate in gates]
+
+    found = {"W": torch.stack(ordered(each("weight_ih")))}
+    recurrent = each("weight_hh")
+    if layer.proj_size:
+        found["P"] = torch.stack(each("weight_hr"))
+        found["Q"] = torch.linalg.pinv(found["P"])
+        recurrent = [r @ p for r, p in zip(recurrent, found["P"], strict=True)]
+    found["R"] = torch.stack(ordered(recurrent))
     if layer.bias:
-        pairs = zip(ordered("bias_ih"), ordered("bias_hh"), strict=True)
+        pairs = zip(ordered(each("bias_ih")), ordered(each("bias_hh")), strict=True)
         found["B"] = torch.stack([torch.cat(pair) for pair in pairs])
     return found
-
-
-def _projected(layer: Any, index: int, x: Tensor, begin: tuple[Tensor, ...] | None) -> list[Tensor]:
-    """One layer of an LSTM with projections, step by step."""
-    # torch tries a dynamo trace too where this fails, and that would freeze the length.
-    if torch.compiler.is_dynamo_compiling() or not isinstance(x.shape[0], int):
-        raise ExportError(
-            "an LSTM with projections has the length of the example inputs; leave that axis out of "
-            "dynamic_shapes"
-        )
-    outputs, hidden, cells = [], [], []
-    for direction, suffix in enumerate(["", "_reverse"][: 2 if layer.bidirectional else 1]):
-        w, r, p = (getattr(layer, f"weight_{kind}_l{index}{suffix}") for kind in ("ih", "hh", "hr"))
-        bias = 0
-        if layer.bias:
-            bias = sum(getattr(layer, f"bias_{kind}_l{index}{suffix}") for kind in ("ih", "hh"))
-        if begin is None:
-            h, c = x.new_zeros(x.shape[1], p.shape[0]), x.new_zeros(x.shape[1], p.shape[1])
-        else:
-            h, c = (state[direction] for state in begin)
-        steps = range(x.shape[0])
-        values = []
-        for step in reversed(steps) if direction else steps:
-            i, f, g, o = (x[step] @ w.T + h @ r.T + bias).chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = (o.sigmoid() * c.tanh()) @ p.T
-            values.append(h)
-        outputs.append(torch.stack(values[::-1] if direction else values))
-        hidden.append(h)
-        cells.append(c)
-    return [torch.cat(outputs, -1), torch.stack(hidden), torch.stack(cells)]
 
 
 def recurrence(operator: str, inputs: list[Tensor | None], options: dict[str, Any]) -> list[Tensor]:

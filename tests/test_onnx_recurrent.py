@@ -84,13 +84,15 @@ def test_without_a_batch(kind, tmp_path):
     lean_fx.export_onnx(net, tmp_path / "net.onnx", inputs, dynamic_shapes=shapes)
 
 
-def test_projections_have_the_length_of_the_example(tmp_path):
-    net = Net(nn.LSTM, proj_size=3, num_layers=2, bidirectional=True, batch_first=True)
-    x = torch.randn(2, 4, 6)
-    lean_fx.export_onnx(net, tmp_path / "net.onnx", x, tolerance=1e-5)
-    with pytest.raises(ExportError, match="an LSTM with projections has the length of the example"):
-        shapes = ({0: "batch", 1: "length"},)
-        lean_fx.export_onnx(net, tmp_path / "net.onnx", x, dynamic_shapes=shapes)
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_projections(bidirectional, given, tmp_path):
+    net = Net(nn.LSTM, proj_size=3, num_layers=2, bidirectional=bidirectional, batch_first=True)
+    states = states_of(net.layer, 2) if given else []
+    shapes = ({0: "batch", 1: "length"}, *({1: "batch"} for _ in states))
+    inputs, path = (torch.randn(2, 4, 6), *states), tmp_path / "net.onnx"
+    lean_fx.export_onnx(net, path, inputs, dynamic_shapes=shapes, tolerance=1e-5)
+    assert operators(path).count("LSTM") == 2
 
 
 def test_the_model_stays_as_it_is(tmp_path):

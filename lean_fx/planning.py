@@ -120,11 +120,26 @@ class Plan:
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
         """As :meth:`apply`, in place, to a model that has been captured already."""
+        self._check_depths(graph_module)
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
         Pipeline([SplitLayers(self.split), TrackWrites(), InferSign(), swap, insert])(graph_module)
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
+
+    def _check_depths(self, graph_module: GraphModule) -> None:
+        """Check that every stack to split has as many layers as the plan speaks of."""
+        modules = dict(graph_module.named_modules())
+        names = {layer for site in self.sites for layer in site.layers}
+        names |= {each.layer for each in self.left_alone}
+        for stack in self.split:
+            found = getattr(modules.get(stack), "num_layers", 1)
+            planned = sum(name.rpartition(".")[0] == stack for name in names)
+            if found > 1 and found != planned:  # that it is no stack, its own pass says
+                raise PlanError(
+                    f"plan: layer {stack!r} has {found} layers, but the plan speaks of {planned}; "
+                    "make the plan anew from this model"
+                )
 
     def to_json(self) -> str:
         """The plan as JSON.

@@ -390,6 +390,16 @@ def test_a_plan_is_made_without_chance():
 _CHAIN = Chain()
 
 
+@pytest.mark.parametrize("layers", [3, 4])
+def test_a_plan_knows_how_deep_a_stack_is(layers):
+    with pytest.raises(PlanError) as caught:
+        lean_fx.plan(Chain()).apply(Chain(layers))
+    assert str(caught.value) == (
+        f"plan: layer 'stack' has {layers} layers, but the plan speaks of 2; make the plan anew from "
+        "this model"
+    )
+
+
 @pytest.mark.parametrize("layer", ["first", "stack"])
 def test_a_plan_refuses_layers_with_hooks(layer):
     plan, other = lean_fx.plan(Chain(), reduce_inputs=True, min_channels=6), Chain()

@@ -140,15 +140,14 @@ def _is_reduced(
     return source is not None and reads_reduction(source, modules)
 
 
-def _check(
-    consumer: Consumer, site: Site, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]
-) -> None:
-    subject = f"plan: layer {consumer.layer!r}"
-    remedy = "make the plan anew from this model"
-    node, layer = nodes.get(consumer.node), modules.get(consumer.layer)
-    if layer is None or node is None or node.target != consumer.layer:
-        raise PlanError(f"{subject} is not called by {consumer.node!r} in this model; {remedy}")
-    if why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
+def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None:
+    """Check that a layer is what a site says of it, and can be rebuilt.
+
+    Raises:
+        PlanError: it is not.
+    """
+    subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
+    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
@@ -162,6 +161,17 @@ def _check(
             f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
             f"{remedy}"
         )
+
+
+def _check(
+    consumer: Consumer, site: Site, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]
+) -> None:
+    subject = f"plan: layer {consumer.layer!r}"
+    remedy = "make the plan anew from this model"
+    node, layer = nodes.get(consumer.node), modules.get(consumer.layer)
+    if layer is None or node is None or node.target != consumer.layer:
+        raise PlanError(f"{subject} is not called by {consumer.node!r} in this model; {remedy}")
+    check_layer(layer, consumer, site)
     source = layer_input(node)
     for step in (*reversed(consumer.path), site.value):
         if source is None or source.name != step:

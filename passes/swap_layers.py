@@ -26,9 +26,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import PlanError
 from lean_fx.packed import with_data
-from lean_fx.passes.base import Pass, facts, is_altered
+from lean_fx.passes.base import Pass, facts
 from lean_fx.passes.find_consumers import layer_input
-from lean_fx.passes.insert_reductions import match_scale
+from lean_fx.passes.insert_reductions import check_layer, match_scale
 from lean_fx.passes.sites import Site
 from lean_fx.rebuild import (
     groups_of,
@@ -99,22 +99,9 @@ def swap_layer(
     """
     (consumer,) = site.consumers
     layer = dict(model.named_modules()).get(consumer.layer)
-    subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
-    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
-        raise PlanError(
-            f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
-        )
-    if is_altered(layer):
-        raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
+    check_layer(layer, consumer, site)
+    assert layer is not None
     assert site.out_channels is not None
-    there = (input_channels(layer), groups_of(layer))
-    planned = (site.in_channels * site.groups, site.groups)
-    if there != planned:
-        groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
-        raise PlanError(
-            f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
-            f"{remedy}"
-        )
     module = make_reduction(reduction, site.in_channels, site.out_channels, site.reduced_dim)
     weight = next(iter(input_weights(layer).values()))
     module.to(device=weight.device, dtype=weight.dtype).train(layer.training)

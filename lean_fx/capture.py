@@ -11,9 +11,9 @@ Then it is traced in the opposite mode, and the two graphs become one (:mod:`lea
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,17 +21,22 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.fx.proxy import TraceError
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import rnn
 
+from lean_fx.checks import check_shapes
+from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.following import FollowingTracer
 from lean_fx.merging import CannotMerge, merge_modes
-from lean_fx.passes.base import sharing_copy
+from lean_fx.passes.base import has_hooks, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer
 
+_STATE_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 _ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -54,9 +59,9 @@ def capture(
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
-        of each, and of the hooks of the model itself. What forward does in one mode only, it does
-        there too (see :mod:`lean_fx.merging`), and functional dropout has become a module. Where
-        the two modes cannot be joined, it keeps its own, and a LeanWarning says so.
+        of each, and with all hooks; a container with hooks stays whole. What forward does in one
+        mode only, it does there too (see :mod:`lean_fx.merging`), and functional dropout has become
+        a module. Where the two modes cannot be joined, it keeps its own, and a LeanWarning says so.
 
     Raises:
         ArgumentError: ``model`` is not a module, or has lazy layers without a shape.
@@ -91,8 +96,7 @@ def capture(
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
             node.type = None
-    for hooks in _ROOT_HOOKS:
-        setattr(captured, hooks, getattr(root, hooks))
+    _keep_hooks(captured, root)
     _keep_layers(captured, root)
     if not evaluation:
         _follow_mode(captured, traced, root, inputs)
@@ -102,46 +106,36 @@ def capture(
 
 def copied_graph(graph_module: GraphModule) -> GraphModule:
     """A deep copy of a captured model, with its class name and the hooks of the model."""
-    copied = copy.deepcopy(graph_module)
+    copied = copied_whole(graph_module)
+    assert isinstance(copied, GraphModule)
     named = GraphModule(copied, copied.graph, type(graph_module).__name__)
-    for hooks in _ROOT_HOOKS:
-        setattr(named, hooks, getattr(graph_module, hooks))
+    _keep_hooks(named, graph_module)
     return named
-
-
-def copied_whole(model: nn.Module) -> nn.Module:
-    """A deep copy of a model.
-
-    Raises:
-        CaptureError: it cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
-            "copy.deepcopy can copy"
-        ) from error
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
 
     Raises:
-        ArgumentError: they are neither a tensor nor a tuple or list.
+        ArgumentError: they are neither a tensor nor a tuple or list, or packed sequences without a
+            step.
 
     Example:
         >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
         [torch.Size([2, 3])]
     """
     if isinstance(example_inputs, torch.Tensor | rnn.PackedSequence):
-        return (example_inputs,)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs)
-    raise ArgumentError(
-        f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a tuple; "
-        "give one tensor, or a tuple of the positional inputs"
-    )
+        inputs: tuple[Any, ...] = (example_inputs,)
+    elif isinstance(example_inputs, tuple | list):
+        inputs = tuple(example_inputs)
+    else:
+        raise ArgumentError(
+            f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a "
+            "tuple; give one tensor, or a tuple of the positional inputs"
+        )
+    if any(isinstance(each, rnn.PackedSequence) and not len(each.batch_sizes) for each in inputs):
+        raise ArgumentError("example_inputs: packed sequences without a step; give one or more")
+    return inputs
 
 
 def _check(model: nn.Module) -> None:
@@ -149,12 +143,7 @@ def _check(model: nn.Module) -> None:
         raise ArgumentError(
             f"model={type(model).__name__} object is not a torch.nn.Module; give the model itself"
         )
-    for name, module in model.named_modules():
-        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise ArgumentError(
-                f"model: layer {name!r} ({type(module).__name__}) has no shape yet; call the model "
-                "once on a batch first"
-            )
+    check_shapes(model)
     names = {*dir(GraphModule), "meta"}
     taken = [name for name, _ in model.named_children() if name in names]
     if taken and not isinstance(model, GraphModule):
@@ -175,10 +164,11 @@ def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
     """Trace copies of a module until it goes; the copy that went, and its graph."""
     copied = sharing_copy(root)
     absent = _absent(root, inputs)
+    whole = frozenset(name for name, each in root.named_modules() if name and has_hooks(each))
     try:
-        return copied, LeanTracer().trace(copied, absent)
+        return copied, LeanTracer(whole).trace(copied, absent)
     except Exception:
-        opaque: frozenset[str] = frozenset()
+        opaque = whole
         while True:
             copied = sharing_copy(root)
             tracer = (
@@ -190,8 +180,9 @@ def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
             if tracer.opaque == opaque:
                 break
             opaque = tracer.opaque
-    if opaque and not _layers_called(copied, graph):
-        raise TraceError(f"{', '.join(sorted(opaque))} cannot be traced, and no layer is elsewhere")
+    if opaque > whole and not _layers_called(copied, graph):
+        names = ", ".join(sorted(opaque - whole))
+        raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
     return copied, graph
 
 
@@ -228,6 +219,23 @@ def _follow_mode(
         LeanWarning,
         stacklevel=5,
     )
+
+
+def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:
+    """Keep the hooks of the model itself, and those of state_dicts of its containers.
+
+    The captured model has containers of its own. Other hooks of a container keep it whole.
+    """
+    for hooks in _ROOT_HOOKS:
+        setattr(captured, hooks, getattr(root, hooks))
+    modules = dict(captured.named_modules())
+    for name, module in root.named_modules():
+        there = modules.get(name, module)
+        for hooks in _STATE_HOOKS if there is not module else ():
+            setattr(there, hooks, OrderedDict(getattr(module, hooks)))
+        for key, hook in there._load_state_dict_pre_hooks.items():
+            if hook.with_module:  # such a hook knows its module
+                there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
 
 
 def _keep_layers(captured: GraphModule, root: nn.Module) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import as_inputs, capture, copied_whole
+from lean_fx.capture import as_inputs, capture
+from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.passes import (
     Consumer,
@@ -91,7 +92,7 @@ class Plan:
     split: tuple[str, ...] = ()
     traced: bool = True
 
-    def apply(self, model: nn.Module, example_inputs: Any = ()) -> nn.Module:
+    def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Make the reduced model.
 
         Args:
@@ -107,7 +108,8 @@ class Plan:
             PlanError: the plan does not fit the model.
         """
         if self.traced:
-            return self.apply_to_graph(capture(model, as_inputs(example_inputs)))
+            inputs = as_inputs(example_inputs) if example_inputs is not None else ()
+            return self.apply_to_graph(capture(model, inputs))
         copied = copied_whole(model)
         for site in self.sites:
             swap_layer(copied, site, self.reduction, nonnegative=False)

@@ -35,7 +35,13 @@ LAYERS = (
         "lean_fx.tracing",
     },
     {"lean_fx.passes", "lean_fx.measure"},
-    {"lean_fx.following", "lean_fx.proxies", "lean_fx.merging", "lean_fx.capture"}
+    {
+        "lean_fx.compiling",
+        "lean_fx.following",
+        "lean_fx.proxies",
+        "lean_fx.merging",
+        "lean_fx.capture",
+    }
     | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
     | {"lean_fx.layerwise"}
     | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"}

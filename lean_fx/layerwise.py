@@ -159,7 +159,8 @@ def _axis(layer: nn.Module) -> int:
 def _inside(name: str, modules: dict[str, nn.Module]) -> str:
     while name := name.rpartition(".")[0]:
         holder = modules[name]
-        if type(holder).__module__.startswith("torch.nn.") and not isinstance(holder, _CONTAINERS):
+        ours = type(holder) is nn.Module or isinstance(holder, _CONTAINERS)  # of a graph, too
+        if type(holder).__module__.startswith("torch.nn.") and not ours:
             return f"inside {type(holder).__name__}, which reads its weights itself"
     return ""
 

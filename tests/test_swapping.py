@@ -91,6 +91,23 @@ def test_a_part_that_cannot_be_traced():
     assert lean(torch.randn(2, 9, 6)).shape == (2, 3)
 
 
+class Deep(nn.Module):
+    """What cannot be traced lies deep inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.holds = Holds()
+
+    def forward(self, x):
+        return self.holds(x)
+
+
+def test_a_part_deep_inside_that_cannot_be_traced():
+    plan = lean_fx.plan(Deep(), torch.randn(4, 5, 6), channels=8)
+    layers = [layer for site in plan.sites for layer in site.layers]
+    assert layers == ["holds.second", "holds.loop.cell", "holds.loop.head"]
+
+
 def test_the_result_is_an_ordinary_module():
     x = torch.randn(4, 5, 6)
     lean = untraced(Loop(), x)

@@ -29,6 +29,7 @@ from lean_fx.following import FollowingTracer
 from lean_fx.merging import CannotMerge, merge_modes
 from lean_fx.passes.base import sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
+from lean_fx.passes.modularize_weights import ModularizeWeights
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer
 
@@ -97,6 +98,7 @@ def capture(
     if not evaluation:
         _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
+    ModularizeWeights()(captured)
     return captured
 
 

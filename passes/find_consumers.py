@@ -46,6 +46,7 @@ from torch.fx import GraphModule, Node
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts
 from lean_fx.passes.flattens import is_flatten
+from lean_fx.passes.modularize_weights import behind_transpose, operands
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import (
@@ -113,8 +114,8 @@ class FindConsumers(Pass):
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.refusal, known.splits = None, "", False
-            if node.op == "call_function" and node.target in _CALLS:
-                known.refusal = "a functional call; only layers (modules) are rebuilt yet"
+            if _multiplies_a_weight(node, graph_module):
+                known.refusal = "a functional call whose weight is shared, computed or no parameter"
             elif node.op == "call_module":
                 layer = graph.modules[str(node.target)]
                 known.refusal = refusal_of(layer, graph.owners)
@@ -131,6 +132,19 @@ class FindConsumers(Pass):
         for calls in several.values():
             _judge_together(calls)
         return False
+
+
+def _multiplies_a_weight(node: Node, graph_module: GraphModule) -> bool:
+    """Whether a call is one that torch.nn's layers make, or a product with a parameter."""
+    if node.op == "call_function" and node.target in _CALLS:
+        return True
+    weight = operands(node)[1]
+    if not isinstance(weight, Node):
+        return False
+    weight, _ = behind_transpose(weight)
+    return weight.op == "get_attr" and isinstance(
+        _attribute(graph_module, str(weight.target)), nn.Parameter
+    )
 
 
 def _judge_together(calls: list[Facts]) -> None:

@@ -226,6 +226,30 @@ class WrittenOut(nn.Module):
         return F.linear(F.relu(x), weight=self.proj.weight, bias=self.proj.bias)
 
 
+class Weights(nn.Module):
+    """Parameters of its own that multiply, in every spelling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.inner = nn.Module()
+        self.inner.kernel = nn.Parameter(0.1 * torch.randn(16, 8, 3, 3))
+        self.inner.shift = nn.Parameter(0.1 * torch.randn(16))
+        self.product = nn.Parameter(0.1 * torch.randn(16, 32))
+        self.transposed = nn.Parameter(0.1 * torch.randn(16, 32))
+        self.added = nn.Parameter(0.1 * torch.randn(16, 24))
+        self.linear = nn.Parameter(0.1 * torch.randn(5, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner
+        x = F.conv2d(F.relu(self.stem(x)), inner.kernel, inner.shift, padding=1, groups=2)
+        x = F.relu(x).mean((2, 3))
+        x = F.relu(x @ self.product)
+        x = torch.matmul(x, self.transposed.transpose(-1, -2))
+        x = torch.addmm(inner.shift[:1], x, self.added)
+        return F.linear(x, self.linear)
+
+
 class Again(nn.Module):
     """One layer called three times, on values of two kinds."""
 
@@ -323,6 +347,7 @@ CHANGED = {
     "kinds": (Kinds, (2, 3, 7, 7)),
     "attention": (Attention, (2, 5, 6)),
     "written out": (WrittenOut, (2, 3, 8)),
+    "weights": (Weights, (2, 3, 8, 8)),
     "grouped": (Grouped, (2, 3, 8, 8)),
     "again": (Again, (2, 3, 5, 5)),
     "stacked": (Stacked, (3, 5, 6)),

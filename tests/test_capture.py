@@ -418,3 +418,22 @@ def test_modes_that_cannot_be_one_are_told():
         captured = capture(model)
     x = X(2, 32)
     torch.testing.assert_close(captured.train()(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_the_size_of_a_parameter_is_a_constant(followed):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 32))
+
+        def forward(self, x):
+            if followed and len(x) > 100:
+                return x
+            width = self.weight.shape[1] // 2 + 2 * self.weight.size(0) + self.weight.dim()
+            return (x @ self.weight).reshape(-1, width - 34, 2)
+
+    model, x = Net(), torch.rand(3, 16)
+    captured = capture(model, (x,))
+    torch.testing.assert_close(captured(x), model(x))
+    assert isinstance(captured.weight, nn.Linear)  # nothing else reads it

@@ -4,7 +4,8 @@ Copies of the model are traced until it goes:
 
 1. by torch.fx's tracer, with the leaves of :class:`~lean_fx.tracing.LeanTracer`;
 2. with example inputs, by one that follows branches on sizes (:mod:`lean_fx.following`);
-3. with the modules that still cannot be traced as leaves, the innermost that will do.
+3. with the modules that still cannot be traced as leaves, the innermost that will do, and those
+   whose branches would refuse sizes that the model takes (:mod:`lean_fx.probing`).
 
 Then it is traced in the opposite mode, and the two graphs become one (:mod:`lean_fx.merging`).
 """
@@ -26,10 +27,12 @@ from torch.nn.utils import rnn
 
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.following import FollowingTracer
+from lean_fx.guards import check_branch
 from lean_fx.merging import CannotMerge, merge_modes
 from lean_fx.passes.base import sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
+from lean_fx.probing import refusing_module
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer
 
@@ -179,21 +182,48 @@ def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
     absent = _absent(root, inputs)
     try:
         return copied, LeanTracer().trace(copied, absent)
-    except Exception:
-        opaque: frozenset[str] = frozenset()
-        while True:
-            copied = sharing_copy(root)
-            tracer = (
-                FollowingTracer(inputs, opaque, give_up=True)
-                if inputs
-                else LeanTracer(opaque, give_up=True)
-            )
-            graph = tracer.trace(copied, absent)
-            if tracer.opaque == opaque:
-                break
-            opaque = tracer.opaque
+    except Exception:  # the model's own code may raise anything on proxies
+        copied, graph, opaque = _trace_in_parts(root, inputs, absent, frozenset())
     if opaque and not _layers_called(copied, graph):
         raise TraceError(f"{', '.join(sorted(opaque))} cannot be traced, and no layer is elsewhere")
+    return _without_refusals(root, inputs, absent, copied, graph, opaque)
+
+
+def _trace_in_parts(
+    root: nn.Module, inputs: Sequence[Any], absent: dict[str, Any], opaque: frozenset[str]
+) -> tuple[nn.Module, Graph, frozenset[str]]:
+    """Trace copies of a module, with ever more leaves, until it goes."""
+    while True:
+        copied = sharing_copy(root)
+        tracer = (
+            FollowingTracer(inputs, opaque, give_up=True)
+            if inputs
+            else LeanTracer(opaque, give_up=True)
+        )
+        graph = tracer.trace(copied, absent)
+        if tracer.opaque == opaque:
+            return copied, graph, opaque
+        opaque = tracer.opaque
+
+
+def _without_refusals(
+    root: nn.Module,
+    inputs: Sequence[Any],
+    absent: dict[str, Any],
+    copied: nn.Module,
+    graph: Graph,
+    opaque: frozenset[str],
+) -> tuple[nn.Module, Graph]:
+    """The same with modules as leaves whose branches would refuse sizes that the model takes."""
+    names = {name for name, _ in root.named_modules() if name}
+    while any(node.target is check_branch for node in graph.nodes):
+        refusing = refusing_module(root, GraphModule(copied, graph), inputs)
+        if refusing not in names - opaque:
+            break
+        other, parts, opaque = _trace_in_parts(root, inputs, absent, opaque | {refusing})
+        if not _layers_called(other, parts):
+            break
+        copied, graph = other, parts
     return copied, graph
 
 

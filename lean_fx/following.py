@@ -8,8 +8,8 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
 2. Where Python needs a value, to branch (``bool``), to count (``len``, ``range``) or as a number
    (``int``), it gets the one of the example inputs, and the graph gets a
    :func:`~lean_fx.guards.check_branch`, which refuses inputs that would give another.
-3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of a
-   tensor needs no check, as it follows from that of the inputs, except that of the inputs themselves.
+3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of
+   a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
 4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
 5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments.
 6. A cell that is called again is in a loop, whose steps would be frozen: an error too.

@@ -437,3 +437,28 @@ def test_the_size_of_a_parameter_is_a_constant(followed):
     captured = capture(model, (x,))
     torch.testing.assert_close(captured(x), model(x))
     assert isinstance(captured.weight, nn.Linear)  # nothing else reads it
+
+
+class Windows(nn.Module):
+    """Branches on the length, which the sum over windows hides: it takes any."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.read, self.least = nn.Linear(32, 16), least
+
+    def forward(self, x):
+        if x.shape[1] > self.least:
+            x = x[:, : self.least]
+        return self.read(x)
+
+
+@pytest.mark.parametrize(("least", "kept"), [(8, True), (100, False)])
+def test_a_module_that_would_refuse_other_sizes_is_a_leaf(least, kept):
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Windows(least), nn.Linear(16, 2))
+    x = torch.rand(2, 6, 4)
+    captured = capture(model, (x,))
+    assert isinstance(captured.get_submodule("2"), Windows) == kept
+    lean = lean_fx.leanify(model, x)
+    layers = [site.layers[0] for site in lean.meta["lean_fx.plan"].sites]
+    assert sorted(layers) == ["2.read", "3"]
+    assert lean(torch.rand(3, 9, 4)).shape == (3, min(9, least), 2)

@@ -40,6 +40,7 @@ LAYERS = (
         "lean_fx.following",
         "lean_fx.proxies",
         "lean_fx.merging",
+        "lean_fx.probing",
         "lean_fx.capture",
     }
     | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}

@@ -23,6 +23,7 @@ LAYERS = (
         "lean_fx.walk",
         "lean_fx.functional",
         "lean_fx.parity",
+        "lean_fx.replaying",
         "lean_fx.onnx_function",
         "lean_fx.onnx_nodes",
         "lean_fx.onnx_inputs",

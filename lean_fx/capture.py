@@ -32,7 +32,7 @@ from lean_fx.merging import CannotMerge, merge_modes
 from lean_fx.passes.base import sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
-from lean_fx.probing import refusing_module
+from lean_fx.probing import refusing_modules
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer
 
@@ -217,10 +217,10 @@ def _without_refusals(
     """The same with modules as leaves whose branches would refuse sizes that the model takes."""
     names = {name for name, _ in root.named_modules() if name}
     while any(node.target is check_branch for node in graph.nodes):
-        refusing = refusing_module(root, GraphModule(copied, graph), inputs)
-        if refusing not in names - opaque:
+        refusing = refusing_modules(root, GraphModule(copied, graph), inputs) & names
+        if refusing <= opaque:
             break
-        other, parts, opaque = _trace_in_parts(root, inputs, absent, opaque | {refusing})
+        other, parts, opaque = _trace_in_parts(root, inputs, absent, opaque | refusing)
         if not _layers_called(other, parts):
             break
         copied, graph = other, parts

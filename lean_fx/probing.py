@@ -11,11 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from lean_fx.errors import BranchError
+from lean_fx.guards import check_branch
 from lean_fx.passes.base import shallow
 
 
-def refusing_module(model: nn.Module, captured: GraphModule, inputs: Sequence[Any]) -> str:
-    """The module whose branches refuse larger inputs in the graph, and take them in the model.
+def refusing_modules(
+    model: nn.Module, captured: GraphModule, inputs: Sequence[Any]
+) -> frozenset[str]:
+    """The modules with a branch that refuses larger inputs in the graph, but not in the model.
 
     Both run on fake tensors, which have sizes and no numbers: batches, and pictures or sequences,
     larger by a half than the example inputs.
@@ -26,21 +29,23 @@ def refusing_module(model: nn.Module, captured: GraphModule, inputs: Sequence[An
         inputs: the example inputs.
 
     Returns:
-        Its name; that of the model's class for the model itself; "" if there is none, or if the
-        model does not take such inputs.
+        The names of those that have the first such branch in their code; none where the model does
+        not take such inputs. The name of the model's class stands for the model itself.
     """
     larger = [_larger(value) if isinstance(value, Tensor) else value for value in inputs]
     try:
         _run(model, larger)
     except Exception:  # the model's own code may raise anything on other sizes
-        return ""
+        return frozenset()
     try:
         _run(captured, larger)
     except BranchError as error:
-        return str(error).partition(" (")[0]
+        checks = [node for node in captured.graph.nodes if node.target is check_branch]
+        places = [str(node.args[2]).partition(" (") for node in checks]
+        return frozenset(name for name, *code in places if "".join(code) in str(error))
     except Exception:  # nothing that another leaf would mend
-        return ""
-    return ""
+        pass
+    return frozenset()
 
 
 def _larger(value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """From a module to a torch.fx graph, without touching the module.
 
-Copies of the model are traced until it goes:
+Copies of the model, torch's Transformer modules in them made plain (:mod:`lean_fx.transformers`),
+are traced until it goes:
 
 1. by torch.fx's tracer, with the leaves of :class:`~lean_fx.tracing.LeanTracer`;
 2. with example inputs, by one that follows branches on sizes (:mod:`lean_fx.following`);
@@ -27,11 +28,12 @@ from torch.nn.utils import rnn
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.following import FollowingTracer
 from lean_fx.merging import CannotMerge, merge_modes
-from lean_fx.passes.base import sharing_copy
+from lean_fx.passes.base import is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer
+from lean_fx.transformers import PLAIN
 
 _ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -78,6 +80,7 @@ def capture(
         )
     name = type(model).__name__
     root = copied_whole(model)
+    _make_plain(root)
     if evaluation:
         root.eval()
     try:
@@ -164,6 +167,13 @@ def _check(model: nn.Module) -> None:
             f"{type(model).__name__}: its submodule {taken[0]!r} has the name of an attribute of "
             "torch.fx.GraphModule; rename it"
         )
+
+
+def _make_plain(root: Any) -> None:
+    """Make torch's Transformer modules plain, but those that a trace would cost their hooks."""
+    for module in root.modules():
+        if type(module) in PLAIN and (module is root or not is_altered(module)):
+            module.__class__ = PLAIN[type(module)]
 
 
 def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:

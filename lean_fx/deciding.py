@@ -177,10 +177,11 @@ def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str])
     owners = {name.rpartition(".")[0] for name in read}
     left: list[LeftAlone] = []
     for name, layer in modules.items():
-        if type(layer) not in REBUILDERS or not name or name in called:
+        kinds = (*REBUILDERS, nn.MultiheadAttention)
+        if type(layer) not in kinds or not name or name in called:
             continue
         holder = _holder(name, called)
-        if holder and LeanTracer().is_leaf_module(modules[holder], holder):
+        if holder and LeanTracer().is_leaf_module(graph_module.get_submodule(holder), holder):
             continue  # it is of the module that is called, which speaks for itself
         reason = "forward reads its weight itself" if name in owners else "not called in forward"
         if name in read:

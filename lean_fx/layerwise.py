@@ -63,6 +63,7 @@ def plan_layers(
     """
     seen = _observe(model, inputs)
     modules: dict[str, nn.Module] = dict(model.named_modules())
+    options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
     sites: list[Site] = []
     left: list[LeftAlone] = []

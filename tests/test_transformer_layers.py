@@ -321,6 +321,25 @@ def test_a_reduced_model_trains_and_follows_its_mode(make, training):
     assert all(each.grad is None for each in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("skip", "reduced"),
+    [
+        ("encoder.*", {"head"}),
+        (nn.TransformerEncoderLayer, {"head"}),
+        (nn.TransformerEncoder, {"head"}),
+        (["encoder.layers.*.linear?", "*.out_proj"], {"head", "0.in_proj", "1.in_proj"}),
+        ([nn.Linear], set()),
+        (["encoder.layers.0.*", nn.MultiheadAttention], {"head", "1.linear1", "1.linear2"}),
+    ],
+)
+def test_skip(skip, reduced):
+    plan = lean_fx.plan(Net(), torch.rand(2, 5, 6), skip=skip)
+    names = {layer for site in plan.sites for layer in site.layers}
+    found = {name.removeprefix("encoder.layers.").replace("self_attn.", "") for name in names}
+    assert found == reduced
+    assert set(plan.split) == {name.rpartition(".")[0] for name in names if name.endswith("_proj")}
+
+
 def test_names_of_parameters_are_kept():
     model = Net()
     lean = lean_fx.leanify(model)

@@ -79,8 +79,7 @@ def capture(
             f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
         )
     name = type(model).__name__
-    root = copied_whole(model)
-    _make_plain(root)
+    root = plain_copy(model)
     if evaluation:
         root.eval()
     try:
@@ -114,19 +113,25 @@ def copied_graph(graph_module: GraphModule) -> GraphModule:
     return named
 
 
-def copied_whole(model: nn.Module) -> nn.Module:
-    """A deep copy of a model.
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, torch's Transformer modules in it plain (lean_fx.transformers).
+
+    Those with hooks stay, unless the model is one: to trace what is inside would lose these.
 
     Raises:
         CaptureError: it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
             "copy.deepcopy can copy"
         ) from error
+    for module in copied.modules():
+        if type(module) in PLAIN and (module is copied or not is_altered(module)):
+            module.__class__ = PLAIN[type(module)]
+    return copied
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -167,13 +172,6 @@ def _check(model: nn.Module) -> None:
             f"{type(model).__name__}: its submodule {taken[0]!r} has the name of an attribute of "
             "torch.fx.GraphModule; rename it"
         )
-
-
-def _make_plain(root: Any) -> None:
-    """Make torch's Transformer modules plain, but those that a trace would cost their hooks."""
-    for module in root.modules():
-        if type(module) in PLAIN and (module is root or not is_altered(module)):
-            module.__class__ = PLAIN[type(module)]
 
 
 def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def test_channels():
 
 
 def test_skip_a_type_of_module_that_holds_layers():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Wide())
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Wide())
     assert decided(model, skip=[Wide]) == {}
     assert decided(model, skip=[nn.Sequential]) == {"1.a": 8, "1.b": 8, "1.b2": 4}  # the model
     (left,) = (each for each in lean_fx.plan(model, skip=Wide).left_alone if each.layer == "1.a")

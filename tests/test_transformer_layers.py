@@ -397,3 +397,23 @@ def test_layers_beside_what_cannot_be_traced_reduce_their_own_input():
     lean = plan.apply(model, inputs)
     for training in (True, False):
         assert lean.train(training)(inputs).shape == (2, 5, 3)
+
+
+def test_in_a_model_that_cannot_be_traced_layers_reduce_their_own_input():
+    class Loop(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            while x.square().sum() < 1e3:
+                x = x * 2
+            return self.head(self.encoder(x))
+
+    model, inputs = Loop().eval(), torch.rand(2, 5, 6)
+    with pytest.warns(lean_fx.LeanWarning, match="each layer reduces its own input"):
+        lean = lean_fx.leanify(model, inputs)
+    names = {layer for site in lean.meta["lean_fx.plan"].sites for layer in site.layers}
+    assert {"encoder.layers.0.linear1", "encoder.layers.1.linear2", "head"} <= names
+    assert type(lean) is Loop
+    assert lean.encoder.layers[0].linear1.weight.shape == (64, 4)
+    for training in (True, False):
+        with torch.no_grad():
+            assert lean.train(training)(inputs).shape == (2, 5, 3)

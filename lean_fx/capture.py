@@ -129,7 +129,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
             "copy.deepcopy can copy"
         ) from error
     for module in copied.modules():
-        if type(module) in PLAIN and (module is copied or not is_altered(module)):
+        kept = is_altered(module) or any(getattr(module, hooks) for hooks in _ROOT_HOOKS)
+        if type(module) in PLAIN and (module is copied or not kept):
             module.__class__ = PLAIN[type(module)]
     return copied
 

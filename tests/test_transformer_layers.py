@@ -192,6 +192,7 @@ def test_a_layer_may_be_the_model_itself_and_unbatched(training):
     check(layer, torch.randn(L, E, dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_masks_may_be_inputs_and_computed():
     class Net(nn.Module):
         """As torch's tutorial writes it."""
@@ -380,6 +381,16 @@ def test_a_module_with_hooks_stays_whole(name):
     lean(torch.rand(2, 5, 6))
     assert seen == [1]
     assert type(lean.get_submodule(name)) is type(model.get_submodule(name))
+
+
+def test_a_layer_with_hooks_of_the_gradient_stays_whole():
+    model = Net()
+    seen = []
+    model.encoder.layers[1].register_full_backward_hook(lambda *arguments: seen.append(1))
+    lean = lean_fx.leanify(model)
+    assert type(lean.get_submodule("encoder.layers.1")) is nn.TransformerEncoderLayer
+    lean(torch.rand(2, 5, 6)).sum().backward()
+    assert seen == [1]
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")

@@ -1,6 +1,7 @@
 """From a module to a torch.fx graph, without touching the module.
 
-Copies of the model are traced until it goes:
+Copies of the model, torch's Transformer modules in them made plain (:mod:`lean_fx.transformers`),
+are traced until it goes:
 
 1. by torch.fx's tracer, with the leaves of :class:`~lean_fx.tracing.LeanTracer`;
 2. with example inputs, by one that follows branches on sizes (:mod:`lean_fx.following`);
@@ -29,12 +30,13 @@ from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.following import FollowingTracer
 from lean_fx.guards import check_branch
 from lean_fx.merging import CannotMerge, merge_modes
-from lean_fx.passes.base import sharing_copy
+from lean_fx.passes.base import is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
 from lean_fx.probing import refusing_modules
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer
+from lean_fx.transformers import PLAIN
 
 _ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -80,7 +82,7 @@ def capture(
             f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
         )
     name = type(model).__name__
-    root = copied_whole(model)
+    root = plain_copy(model)
     if evaluation:
         root.eval()
     try:
@@ -114,19 +116,26 @@ def copied_graph(graph_module: GraphModule) -> GraphModule:
     return named
 
 
-def copied_whole(model: nn.Module) -> nn.Module:
-    """A deep copy of a model.
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, torch's Transformer modules in it plain (lean_fx.transformers).
+
+    Those with hooks stay, unless the model is one: to trace what is inside would lose these.
 
     Raises:
         CaptureError: it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
             "copy.deepcopy can copy"
         ) from error
+    for module in copied.modules():
+        kept = is_altered(module) or any(getattr(module, hooks) for hooks in _ROOT_HOOKS)
+        if type(module) in PLAIN and (module is copied or not kept):
+            module.__class__ = PLAIN[type(module)]
+    return copied
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ seen in one forward pass on the example inputs. A layer is left alone by the rul
 :class:`~lean_fx.passes.FindConsumers` that speak of the layer itself, and where
 
 1. the pass does not call it, or it reads the model's input itself (or a view of it);
-2. it belongs to a module of torch.nn that reads its weights (attention, Transformer layers);
+2. it belongs to a module of torch.nn that reads its weights (attention);
 3. the model fails once it reduces its input: its code asks more of it than to be called.
 """
 
@@ -63,6 +63,7 @@ def plan_layers(
     """
     seen = _observe(model, inputs)
     modules: dict[str, nn.Module] = dict(model.named_modules())
+    options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
     sites: list[Site] = []
     left: list[LeftAlone] = []

@@ -34,6 +34,7 @@ LAYERS = (
         "lean_fx.rebuild",
         "lean_fx.subclasses",
         "lean_fx.tracing",
+        "lean_fx.transformers",
     },
     {"lean_fx.passes", "lean_fx.measure"},
     {

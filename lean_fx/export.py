@@ -222,8 +222,8 @@ def plan_of(path: str | os.PathLike[str]) -> Plan:
 def _export(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], axes: Axes, opset: int | None
 ) -> torch.onnx.ONNXProgram:
-    sizes = {name: torch.export.Dim(name, min=1) for of in axes for name in of.values()}
-    shapes = tuple({axis: sizes[name] for axis, name in of.items()} for of in axes)
+    # Names, not Dims, which would promise sizes from 1 on: many nets have a least one.
+    shapes = axes if any(axes) else None
     try:
         with _quiet(), as_onnx_nodes():
             program = torch.onnx.export(
@@ -232,7 +232,7 @@ def _export(
                 dynamo=True,
                 opset_version=opset,
                 input_names=_names("input", len(inputs), model.state_dict()),
-                dynamic_shapes=shapes if sizes else None,
+                dynamic_shapes=shapes,
                 verbose=False,
             )
     except Exception as error:

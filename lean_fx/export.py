@@ -31,6 +31,7 @@ from lean_fx.onnx_inputs import (
     without_ones,
 )
 from lean_fx.onnx_nodes import define_functions
+from lean_fx.onnx_pooling import PoolsAnyLength
 from lean_fx.onnx_recurrent import with_onnx_operators
 from lean_fx.parity import first_difference, greatest_difference
 from lean_fx.planning import Plan
@@ -225,7 +226,7 @@ def _export(
     # Names, not Dims, which would promise sizes from 1 on: many nets have a least one.
     shapes = axes if any(axes) else None
     try:
-        with _quiet(), as_onnx_nodes():
+        with _quiet(), as_onnx_nodes(), PoolsAnyLength():
             program = torch.onnx.export(
                 with_onnx_operators(model),
                 tuple(value.clone() for value in inputs),

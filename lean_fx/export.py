@@ -31,6 +31,7 @@ from lean_fx.onnx_inputs import (
     without_ones,
 )
 from lean_fx.onnx_nodes import define_functions
+from lean_fx.onnx_pooling import PoolsAnyLength
 from lean_fx.onnx_recurrent import with_onnx_operators
 from lean_fx.parity import first_difference, greatest_difference, rounding_error
 from lean_fx.planning import Plan
@@ -233,17 +234,17 @@ def plan_of(path: str | os.PathLike[str]) -> Plan:
 def _export(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], axes: Axes, opset: int | None
 ) -> torch.onnx.ONNXProgram:
-    sizes = {name: torch.export.Dim(name, min=1) for of in axes for name in of.values()}
-    shapes = tuple({axis: sizes[name] for axis, name in of.items()} for of in axes)
+    # Names, not Dims, which would promise sizes from 1 on: many nets have a least one.
+    shapes = axes if any(axes) else None
     try:
-        with _quiet(), as_onnx_nodes():
+        with _quiet(), as_onnx_nodes(), PoolsAnyLength():
             program = torch.onnx.export(
                 with_onnx_operators(model),
                 tuple(value.clone() for value in inputs),
                 dynamo=True,
                 opset_version=opset,
                 input_names=_names("input", len(inputs), model.state_dict()),
-                dynamic_shapes=shapes if sizes else None,
+                dynamic_shapes=shapes,
                 verbose=False,
             )
     except Exception as error:

@@ -27,6 +27,7 @@ LAYERS = (
         "lean_fx.onnx_function",
         "lean_fx.onnx_nodes",
         "lean_fx.onnx_inputs",
+        "lean_fx.onnx_pooling",
         "lean_fx.onnx_recurrent",
         "lean_fx.reduction",
         "lean_fx.controls",

@@ -5,7 +5,7 @@
 The literal form permutes, forms X X^T for every position, normalises its columns and multiplies.
 Every round runs all forms in turn; a speed is a ratio of medians. Also measured: the bytes kept
 for the gradient, and a training step of the paper's net against the same net with a free reduction
-(a slice of the first channels). --compile adds reductions under torch.compile.
+(a slice of the first channels). --compile adds lean_fx.compile_reductions.
 Writes the table to runs/bench_reduction/bench_reduction.md.
 """
 
@@ -78,7 +78,7 @@ def reduction_forms(
 
     forms = {"literal": literal, "lean_fx": ours}
     if compiled:
-        forms["lean_fx, compiled"] = torch.compile(ours, dynamic=False)
+        forms["lean_fx, compiled"] = torch.compile(ours, isolate_recompiles=True)
 
     def run(form: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
         def step() -> None:
@@ -123,10 +123,7 @@ def step_forms(
         forms[name] = step(lean_fx.leanify(model, images, channels=channels, reduction=name))
     if compiled:
         lean = lean_fx.leanify(model, images, channels=channels)
-        for module in lean.modules():
-            if isinstance(module, lean_fx.LeanReduction):
-                module.compile(dynamic=False)
-        forms["lean, compiled"] = step(lean)
+        forms["lean, compiled"] = step(lean_fx.compile_reductions(lean))
     return forms
 
 
@@ -135,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="measure compiled reductions too")
     parser.add_argument("--out", default="runs/bench_reduction")
     args = parser.parse_args()
     folder = make_folder(args.out)

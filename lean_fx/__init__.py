@@ -8,6 +8,7 @@ Example:
 """
 
 from lean_fx.comparing import compare
+from lean_fx.compiling import compile_reductions
 from lean_fx.costing import costs_of
 from lean_fx.errors import LeanError, LeanWarning
 from lean_fx.export import export_onnx, plan_of
@@ -30,6 +31,7 @@ __all__ = [
     "Site",
     "checking_signs",
     "compare",
+    "compile_reductions",
     "costs_of",
     "export_onnx",
     "lean_reduction",

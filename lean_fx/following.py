@@ -8,10 +8,11 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
 2. Where Python needs a value, to branch (``bool``), to count (``len``, ``range``) or as a number
    (``int``), it gets the one of the example inputs, and the graph gets a
    :func:`~lean_fx.guards.check_branch`, which refuses inputs that would give another.
-3. A value that follows from the parameters alone needs no check; nor does the number of axes of a
-   tensor, which follows from that of the inputs, except that of the inputs themselves.
+3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of
+   a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
 4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
-5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments.
+5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments; the limits
+   of a dtype (``torch.finfo(x.dtype).min``) are nodes too.
 6. A cell that is called again is in a loop, whose steps would be frozen: an error too.
 7. Nodes that only led to a decision, and compute no tensor, are removed in the end.
 """
@@ -46,6 +47,7 @@ from lean_fx.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
 from lean_fx.tracing import LeanTracer
 
 _FIXED = "lean_fx.fixed"
+_CALLS = ("call_function", "call_method")
 _NO_VALUE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -56,6 +58,7 @@ _MAKERS: tuple[Callable[..., Any], ...] = (
     *(torch.rand, torch.randint, torch.randn, torch.randperm),
 )
 _MAKERS_OF_VALUES: tuple[Callable[..., Any], ...] = (torch.tensor, torch.as_tensor)
+_OF_TYPES: tuple[Callable[..., Any], ...] = (torch.finfo, torch.iinfo)
 _DECIDING = {getattr(operator, name) for name in operator.__all__} | {
     getattr,
     count_items,
@@ -81,7 +84,9 @@ class FollowingTracer(LeanTracer):
         *,
         give_up: bool = False,
     ) -> None:
-        super().__init__(opaque, give_up=give_up, wrapped=(*_MAKERS, *_MAKERS_OF_VALUES))
+        super().__init__(
+            opaque, give_up=give_up, wrapped=(*_MAKERS, *_MAKERS_OF_VALUES, *_OF_TYPES)
+        )
         self._autowrap_search.append(torch)
         self._inputs = tuple(inputs)
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -126,10 +131,13 @@ class FollowingTracer(LeanTracer):
         return followed(node, self)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        """A proxy; None itself where an item or attribute is None."""
+        """A proxy; None itself where an item or attribute is None, and a constant itself."""
         proxy = super().create_proxy(*args, **kwargs)
-        absent = value_of(proxy.node) is None
-        return None if absent and proxy.node.target in (operator.getitem, getattr) else proxy
+        node, value = proxy.node, value_of(proxy.node)
+        if node.meta[_FIXED] and isinstance(value, int | float | torch.Size) and node.op in _CALLS:
+            self.graph.erase_node(node)
+            return value
+        return None if value is None and node.target in (operator.getitem, getattr) else proxy
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any

@@ -37,8 +37,8 @@ any sign 1.4x (1.2 - 1.7)  2.2x (2.1 - 2.4)
 The literal form's large temporaries make the ratio differ from process to process: in a run before,
 beside other work, it was 7.2x and 1.6x, compiled 10.3x and 2.5x. A training step of the paper's net
 (50/100/150 and 48/96/144 channels) runs at 0.95 and 0.93 of its speed with a slice in place of the
-reductions, and at 1.00 and 0.98 if these are compiled. Compile the whole model, or a reduction
-alone with ``reduction.compile(dynamic=False)`` (torch keeps eight of these, then runs eagerly).
+reductions, and at 1.00 and 0.98 if these are compiled. Compile the whole model, or
+its reductions alone with :func:`~lean_fx.compile_reductions`.
 
 A channel or a position whose values are all zero (frequent after ReLU) gives zeros, forward and
 backward, never NaN. Half-precision values are reduced in float32.

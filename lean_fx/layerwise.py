@@ -5,7 +5,7 @@ seen in one forward pass on the example inputs. A layer is left alone by the rul
 :class:`~lean_fx.passes.FindConsumers` that speak of the layer itself, and where
 
 1. the pass does not call it, or it reads the model's input itself (or a view of it);
-2. it belongs to a module of torch.nn that reads its weights (attention, Transformer layers);
+2. it belongs to a module of torch.nn that reads its weights (attention);
 3. the model fails once it reduces its input: its code asks more of it than to be called.
 """
 
@@ -66,6 +66,7 @@ def plan_layers(
     check_values(model)
     seen = _observe(copied_whole(model), inputs)  # what cannot be copied is told as that
     modules: dict[str, nn.Module] = dict(model.named_modules())
+    options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
     sites: list[Site] = []
     left: list[LeftAlone] = []
@@ -162,7 +163,8 @@ def _axis(layer: nn.Module) -> int:
 def _inside(name: str, modules: dict[str, nn.Module]) -> str:
     while name := name.rpartition(".")[0]:
         holder = modules[name]
-        if type(holder).__module__.startswith("torch.nn.") and not isinstance(holder, _CONTAINERS):
+        ours = type(holder) is nn.Module or isinstance(holder, _CONTAINERS)  # of a graph, too
+        if type(holder).__module__.startswith("torch.nn.") and not ours:
             return f"inside {type(holder).__name__}, which reads its weights itself"
     return ""
 

@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import as_inputs, capture
-from lean_fx.copying import copied_whole
+from lean_fx.capture import as_inputs, capture, plain_copy
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.passes import (
     Consumer,
@@ -110,7 +109,7 @@ class Plan:
         if self.traced:
             inputs = as_inputs(example_inputs) if example_inputs is not None else ()
             return self.apply_to_graph(capture(model, inputs))
-        copied = copied_whole(model)
+        copied = plain_copy(model)
         for site in self.sites:
             swap_layer(copied, site, self.reduction, nonnegative=False)
         held = getattr(copied, "meta", None)

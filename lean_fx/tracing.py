@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Graph, Tracer, _symbolic_trace
+from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
+from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import rnn
 
 from lean_fx.attention import AttentionHeads
@@ -24,13 +25,13 @@ _NODES = (
 
 
 class LeanTracer(Tracer):
-    """torch.fx's tracer, with four differences.
+    """torch.fx's tracer, with five differences.
 
     Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
     into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
     of the graph, so that what forward computes of them is computed at every call, not once. The
-    functions that pack and pad sequences are nodes, since they cannot run without lengths. Modules
-    whose forward cannot be traced may become leaves.
+    functions that pack and pad sequences are nodes, since they cannot run without lengths. The
+    shape of a parameter is a constant. Modules whose forward cannot be traced may become leaves.
 
     Args:
         opaque: names of modules that are leaves, whatever they are.
@@ -51,10 +52,12 @@ class LeanTracer(Tracer):
         self.opaque = opaque
         self.give_up = give_up
         self._names: dict[int, str] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
-        named = (*root.named_buffers(), *root.named_parameters())
+        self._parameters = dict(root.named_parameters())
+        named = (*root.named_buffers(), *self._parameters.items())
         self._names = {id(tensor): name for name, tensor in named}
         graph = super().trace(root, concrete_args)
         for node in graph.nodes:
@@ -77,6 +80,13 @@ class LeanTracer(Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    def proxy(self, node: Node) -> Proxy:
+        """A proxy; of a parameter one whose shape is constant, which is read in no node."""
+        name = str(node.target)
+        if node.op == "get_attr" and name in self._parameters:
+            return _Weight(self, node, name, self._parameters[name])
+        return super().proxy(node)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
@@ -92,3 +102,10 @@ class LeanTracer(Tracer):
                 self.module_stack.popitem(last=True)
             self.opaque |= {path}
             return super().call_module(m, forward, args, kwargs)
+
+
+class _Weight(ParameterProxy):
+    """torch.fx's own, which does not know ``size(0)``."""
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.param.size() if dim is None else self.param.size(dim)

@@ -12,6 +12,7 @@ from lean_fx.passes.infer_sign import InferSign
 from lean_fx.passes.insert_reductions import InsertReductions
 from lean_fx.passes.measure_scale import MeasureScale
 from lean_fx.passes.modularize_calls import ModularizeCalls
+from lean_fx.passes.modularize_weights import ModularizeWeights
 from lean_fx.passes.propagate_shapes import PropagateShapes
 from lean_fx.passes.sites import Consumer, Site
 from lean_fx.passes.split_attention import SplitAttention
@@ -30,6 +31,7 @@ __all__ = [
     "InsertReductions",
     "MeasureScale",
     "ModularizeCalls",
+    "ModularizeWeights",
     "Pass",
     "Pipeline",
     "PropagateShapes",

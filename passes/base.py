@@ -172,13 +172,13 @@ def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Mod
     """
     home = next(
         each
-        for each in _numbered(folder)
+        for each in numbered(folder)
         if type(getattr(graph_module, each, None)) in (nn.Module, type(None))
     )
     if not hasattr(graph_module, home):
         graph_module.add_module(home, nn.Module().train(graph_module.training))
     there = graph_module.get_submodule(home)
-    free = next(each for each in _numbered(name) if not hasattr(there, each))
+    free = next(each for each in numbered(name) if not hasattr(there, each))
     there.add_module(free, module)
     return f"{home}.{free}"
 
@@ -208,7 +208,8 @@ def rewire(user: Node, node: Node, value: Any) -> None:
     user.kwargs = torch.fx.map_arg(user.kwargs, swapped)
 
 
-def _numbered(name: str) -> Iterator[str]:
+def numbered(name: str) -> Iterator[str]:
+    """A name, and the names with a number behind it."""
     yield name
     yield from (f"{name}_{number}" for number in itertools.count(1))
 

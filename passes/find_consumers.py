@@ -50,6 +50,7 @@ from lean_fx.copying import memory_of
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
 from lean_fx.passes.flattens import is_flatten
+from lean_fx.passes.modularize_weights import behind_transpose, operands
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import (
@@ -61,15 +62,8 @@ from lean_fx.rebuild import (
     why_not_rebuilt,
 )
 from lean_fx.registry import is_reduction
+from lean_fx.transformers import PLAIN
 
-_NOT_YET = {
-    nn.TransformerEncoderLayer: "layers inside attention are not reduced yet",
-    nn.TransformerDecoderLayer: "layers inside attention are not reduced yet",
-    nn.Transformer: "layers inside attention are not reduced yet",
-    nn.TransformerEncoder: "layers inside attention are not reduced yet",
-    nn.TransformerDecoder: "layers inside attention are not reduced yet",
-    nn.Bilinear: "bilinear layers read two values",
-}
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CALLS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -117,8 +111,8 @@ class FindConsumers(Pass):
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.refusal, known.splits = None, "", False
-            if node.op == "call_function" and node.target in _CALLS:
-                known.refusal = "a functional call; only layers (modules) are rebuilt yet"
+            if _multiplies_a_weight(node, graph_module):
+                known.refusal = "a functional call whose weight is shared, computed or no parameter"
             elif node.op == "call_module":
                 layer = graph.modules[str(node.target)]
                 known.refusal = refusal_of(layer, graph.owners)
@@ -135,6 +129,19 @@ class FindConsumers(Pass):
         for calls in several.values():
             _judge_together(calls)
         return False
+
+
+def _multiplies_a_weight(node: Node, graph_module: GraphModule) -> bool:
+    """Whether a call is one that torch.nn's layers make, or a product with a parameter."""
+    if node.op == "call_function" and node.target in _CALLS:
+        return True
+    weight = operands(node)[1]
+    if not isinstance(weight, Node):
+        return False
+    weight, _ = behind_transpose(weight)
+    return weight.op == "get_attr" and isinstance(
+        _attribute(graph_module, str(weight.target)), nn.Parameter
+    )
 
 
 def _judge_together(calls: list[Facts]) -> None:
@@ -264,7 +271,9 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     if kind is None:
         if is_quantized_layer(layer):
             return "its weights are quantised; reduce the float model, then quantise that"
-        return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
+        if type(layer) in PLAIN:  # capture has looked into all others
+            return "it has hooks or a forward of its own, so it stays whole"
+        return "bilinear layers read two values" if isinstance(layer, nn.Bilinear) else ""
     if has_hooks(layer) or _has_state_hooks(layer):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters():

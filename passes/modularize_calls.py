@@ -19,15 +19,15 @@ Rules:
 4. It acts on F.linear and F.conv1d, conv2d, conv3d whose weight is that of exactly an nn.Linear,
    or nn.Conv1d, Conv2d, Conv3d of the same settings, without hooks, that forward never calls; and
    if nothing else reads that weight.
-5. The bias must be that of the layer, too; or the layer has none, and the bias is added behind it
-   (along the channel axis of a convolution).
+5. A bias that is not that of the layer is added behind it (along the channel axis of a
+   convolution), and the layer's own, if it has one, becomes a parameter beside it, ``qkv_bias``.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import Pass, add_module, argument, facts, is_altered
+from lean_fx.passes.base import Pass, add_module, argument, facts, is_altered, numbered
 
 _MODULES: dict[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -49,13 +49,15 @@ _MODULES: dict[Any, type[nn.Module]] = {
 
 #: Functions that it makes modules of.
 FUNCTIONS = frozenset(_MODULES)
-_LAYERS: dict[Any, type[nn.Module]] = {
+#: What a layer's forward calls, and the layer.
+LAYERS: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
     **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),
     **dict.fromkeys((F.conv2d, torch.conv2d), nn.Conv2d),
     **dict.fromkeys((F.conv3d, torch.conv3d), nn.Conv3d),
 }
-_SETTINGS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+#: The arguments of a convolution behind its bias, and their defaults.
+SETTINGS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
 
 
 class ModularizeCalls(Pass):
@@ -81,7 +83,7 @@ class ModularizeCalls(Pass):
             if (layer := _written_out(node, modules)) and id(modules[layer]) not in called
         ]
         for node, layer in written_out:
-            _call_layer(node, layer, modules[layer])
+            _call_layer(graph_module, node, layer)
         return bool(found or written_out)
 
 
@@ -105,30 +107,26 @@ def _calls_module(node: Node) -> bool:
 def _written_out(node: Node, modules: Mapping[str, nn.Module]) -> str:
     """The name of the layer whose forward a call writes out (rules 4 and 5), or ""."""
     weight = argument(node, 1, "weight")
-    if node.target not in _LAYERS or not isinstance(weight, Node) or weight.op != "get_attr":
+    if node.target not in LAYERS or not isinstance(weight, Node) or weight.op != "get_attr":
         return ""
     name, _, attribute = str(weight.target).rpartition(".")
     layer = modules.get(name)
-    if type(layer) is not _LAYERS[node.target] or is_altered(layer) or attribute != "weight":
+    if type(layer) is not LAYERS[node.target] or is_altered(layer) or attribute != "weight":
         return ""
-    if not name or _readers(weight) != [node] or not isinstance(argument(node, 0, "input"), Node):
-        return ""
-    bias = argument(node, 2, "bias")
-    own = isinstance(bias, Node) and (bias.op, bias.target) == ("get_attr", f"{name}.bias")
-    if (layer.bias is not None) != own:
+    if not name or readers(weight) != [node] or not isinstance(argument(node, 0, "input"), Node):
         return ""
     if isinstance(layer, nn.Linear):
         return name
     rank = len(layer.kernel_size)  # type: ignore[arg-type]
-    given = (argument(node, 3 + i, key, usual) for i, (key, usual) in enumerate(_SETTINGS))
+    given = (argument(node, 3 + i, key, usual) for i, (key, usual) in enumerate(SETTINGS))
     same = all(
         _each(value, rank) == _each(getattr(layer, key), rank)
-        for value, (key, _) in zip(given, _SETTINGS, strict=True)
+        for value, (key, _) in zip(given, SETTINGS, strict=True)
     )
     return name if same and layer.padding_mode == "zeros" else ""
 
 
-def _readers(weight: Node) -> list[Node]:
+def readers(weight: Node) -> list[Node]:
     """The nodes that read what a ``get_attr`` does."""
     same = [
         each for each in weight.graph.nodes if (each.op, each.target) == ("get_attr", weight.target)
@@ -146,20 +144,49 @@ def _each(value: Any, rank: int) -> Any:
     )
 
 
-def _call_layer(node: Node, name: str, layer: nn.Module) -> None:
-    graph = node.graph
+def _call_layer(graph_module: GraphModule, node: Node, name: str) -> None:
+    graph, layer = node.graph, graph_module.get_submodule(name)
     source, weight, bias = (
         argument(node, i, key) for i, key in enumerate(("input", "weight", "bias"))
     )
+    own = isinstance(bias, Node) and (bias.op, bias.target) == ("get_attr", f"{name}.bias")
+    if layer.bias is not None and not own:
+        _move_bias(graph_module, name, layer)
     with graph.inserting_before(node):
         call = graph.call_module(name, (source,))
-        if layer.bias is None and bias is not None:
-            if not isinstance(layer, nn.Linear):
-                shape = (-1, *(1,) * len(layer.kernel_size))
-                bias = graph.call_function(torch.reshape, (bias, shape))
-            call = graph.call_function(operator.add, (call, bias))
+        if not own and bias is not None:
+            call = add_bias(call, bias, layer)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
-    for read in (weight, bias):
-        if isinstance(read, Node) and read.op == "get_attr" and not read.users:
-            graph.erase_node(read)
+    erase_unread([weight, bias])
+
+
+def erase_unread(nodes: Iterable[Any]) -> None:
+    """Erase those of ``nodes`` that nobody reads any more, but calls of modules and inputs."""
+    for node in nodes:
+        if (
+            isinstance(node, Node)
+            and not node.users
+            and node.op not in ("call_module", "placeholder")
+        ):
+            node.graph.erase_node(node)
+
+
+def add_bias(call: Node, bias: Any, layer: nn.Module) -> Node:
+    """A node that adds a bias to the call of a linear layer or a convolution."""
+    if not isinstance(layer, nn.Linear):
+        shape = (-1, *(1,) * len(layer.kernel_size))  # type: ignore[arg-type]
+        bias = call.graph.call_function(torch.reshape, (bias, shape))
+    return call.graph.call_function(operator.add, (call, bias))
+
+
+def _move_bias(graph_module: GraphModule, name: str, layer: nn.Module) -> None:
+    """Make the bias of a layer a parameter beside it."""
+    owner, _, leaf = name.rpartition(".")
+    home = graph_module.get_submodule(owner)
+    free = next(each for each in numbered(f"{leaf}_bias") if not hasattr(home, each))
+    home.register_parameter(free, layer.bias)  # type: ignore[arg-type]
+    layer.register_parameter("bias", None)
+    for node in graph_module.graph.nodes:
+        if (node.op, node.target) == ("get_attr", f"{name}.bias"):
+            node.target = f"{owner}.{free}".removeprefix(".")

@@ -24,7 +24,6 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.errors import PlanError
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, facts
 from lean_fx.passes.find_consumers import layer_input
@@ -32,11 +31,8 @@ from lean_fx.passes.insert_reductions import check_layer, match_scale
 from lean_fx.passes.sites import Site
 from lean_fx.rebuild import (
     groups_of,
-    input_channels,
     input_weights,
-    plain_type,
     rebuild,
-    why_not_rebuilt,
 )
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory

@@ -208,6 +208,19 @@ class Attention(nn.Module):
         return out, weights
 
 
+class Transformed(nn.Module):
+    """torch's own Transformer, its decoder reading what its encoder gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 32)
+        self.transformer = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.transformer(x, x[:, 1:])
+
+
 class WrittenOut(nn.Module):
     """Layers whose forward is written out at their parameters, one with a bias from elsewhere."""
 
@@ -224,6 +237,30 @@ class WrittenOut(nn.Module):
         x = F.conv1d(F.relu(self.stem(x)), self.conv.weight, self.k_bias, 1, 1)
         x = F.linear(x.mT, self.qkv.weight, bias=torch.cat((self.q_bias, self.k_bias)))
         return F.linear(F.relu(x), weight=self.proj.weight, bias=self.proj.bias)
+
+
+class Weights(nn.Module):
+    """Parameters of its own that multiply, in every spelling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.inner = nn.Module()
+        self.inner.kernel = nn.Parameter(0.1 * torch.randn(16, 8, 3, 3))
+        self.inner.shift = nn.Parameter(0.1 * torch.randn(16))
+        self.product = nn.Parameter(0.1 * torch.randn(16, 32))
+        self.transposed = nn.Parameter(0.1 * torch.randn(16, 32))
+        self.added = nn.Parameter(0.1 * torch.randn(16, 24))
+        self.linear = nn.Parameter(0.1 * torch.randn(5, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner
+        x = F.conv2d(F.relu(self.stem(x)), inner.kernel, inner.shift, padding=1, groups=2)
+        x = F.relu(x).mean((2, 3))
+        x = F.relu(x @ self.product)
+        x = torch.matmul(x, self.transposed.transpose(-1, -2))
+        x = torch.addmm(inner.shift[:1], x, self.added)
+        return F.linear(x, self.linear)
 
 
 class Again(nn.Module):
@@ -322,7 +359,9 @@ CHANGED = {
     "conv_transpose": (transposed, (2, 3, 8, 8)),
     "kinds": (Kinds, (2, 3, 7, 7)),
     "attention": (Attention, (2, 5, 6)),
+    "transformer": (Transformed, (2, 5, 6)),
     "written out": (WrittenOut, (2, 3, 8)),
+    "weights": (Weights, (2, 3, 8, 8)),
     "grouped": (Grouped, (2, 3, 8, 8)),
     "again": (Again, (2, 3, 5, 5)),
     "stacked": (Stacked, (3, 5, 6)),

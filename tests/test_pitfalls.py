@@ -66,7 +66,7 @@ def test_a_weight_that_is_read_elsewhere_keeps_its_layer():
 
     model = Net(tied, stem=nn.Linear(8, 64), encoder=nn.Linear(64, 32))
     assert reasons(model)["encoder"].startswith("its parameter is used elsewhere: encoder.weight, ")
-    model = Net(lambda self, x: F.linear(x, self.a.weight), a=nn.Linear(8, 64))
+    model = Net(lambda self, x: F.linear(x, 2 * self.a.weight), a=nn.Linear(8, 64))
     assert reasons(model)["a"] == "forward reads its weight itself"
 
 

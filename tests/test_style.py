@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     "command",
     [
-        "ruff format --check lean_fx tests examples",
-        "ruff check lean_fx tests examples",
+        "ruff format --check lean_fx passes tests examples",
+        "ruff check lean_fx passes tests examples",
         "mypy lean_fx",
     ],
 )

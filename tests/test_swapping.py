@@ -73,6 +73,13 @@ class Holds(nn.Module):
         return self.loop(self.second(self.first(x).relu()))
 
 
+def test_skip_a_type_of_module_that_holds_layers():
+    model, x = Holds(), torch.randn(4, 5, 6)
+    assert {site.layers for site in lean_fx.plan(model, x, skip=Loop).sites} == {("second",)}
+    with pytest.warns(LeanWarning, match=UNTRACED):
+        assert not lean_fx.plan(nn.Sequential(Loop()), x, skip=Loop).sites
+
+
 def test_a_part_that_cannot_be_traced():
     model, x = Holds(), torch.randn(4, 5, 6)
     lean = lean_fx.leanify(model, x, channels=8)
@@ -89,6 +96,23 @@ def test_a_part_that_cannot_be_traced():
     again.load_state_dict(lean.state_dict())
     torch.testing.assert_close(again(x), lean(x), rtol=0, atol=0)
     assert lean(torch.randn(2, 9, 6)).shape == (2, 3)
+
+
+class Deep(nn.Module):
+    """What cannot be traced lies deep inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.holds = Holds()
+
+    def forward(self, x):
+        return self.holds(x)
+
+
+def test_a_part_deep_inside_that_cannot_be_traced():
+    plan = lean_fx.plan(Deep(), torch.randn(4, 5, 6), channels=8)
+    layers = [layer for site in plan.sites for layer in site.layers]
+    assert layers == ["holds.second", "holds.loop.cell", "holds.loop.head"]
 
 
 def test_the_result_is_an_ordinary_module():

@@ -257,6 +257,8 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     kind = next((base for base in kinds if isinstance(layer, base)), None)
     if kind is None:
         return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
+    if is_reduction(getattr(layer, "reduction", None)):
+        return "it reads a reduction already"
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters():

@@ -179,13 +179,16 @@ class Odd(nn.Module):
 def test_what_is_left_alone_and_why():
     lean = untraced(Odd(), torch.rand(2, 4, 32))
     plan = lean.meta["lean_fx.plan"]
-    assert [(site.layers, site.dim) for site in plan.sites] == [(("plain",), -1), (("conv",), -2)]
+    assert [(site.layers, site.dim) for site in plan.sites] == [
+        (("plain",), -1),
+        (("read",), -1),
+        (("conv",), -2),
+    ]
     reasons = {each.layer: each.reason for each in plan.left_alone}
     assert reasons.pop("both").startswith("the model fails where it reduces its input: RuntimeErr")
     assert reasons == {
         "inputs": "reads the model's input, no intermediate value; reduce_inputs=True reduces it "
         "too",
-        "read": "not called in forward on the example inputs",
         "unused": "not called in forward on the example inputs",
         "attention.out_proj": "inside MultiheadAttention, which reads its weights itself",
     }

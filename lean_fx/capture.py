@@ -1,10 +1,12 @@
 """From a module to a torch.fx graph, without touching the module.
 
-Copies of the model are traced until it goes:
+Copies of the model, torch's Transformer modules in them made plain (:mod:`lean_fx.transformers`),
+are traced until it goes:
 
 1. by torch.fx's tracer, with the leaves of :class:`~lean_fx.tracing.LeanTracer`;
 2. with example inputs, by one that follows branches on sizes (:mod:`lean_fx.following`);
-3. with the modules that still cannot be traced as leaves, the innermost that will do;
+3. with the modules that still cannot be traced as leaves, the innermost that will do, and those
+   whose branches would refuse sizes that the model takes (:mod:`lean_fx.probing`);
 4. with those as leaves that give the weights of layers to a function that torch.fx.wrap made a
    node, which no pass could see into.
 
@@ -28,13 +30,16 @@ from torch.nn.utils import rnn
 
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.following import FollowingTracer
+from lean_fx.guards import check_branch
 from lean_fx.merging import CannotMerge, merge_modes
-from lean_fx.passes.base import sharing_copy
+from lean_fx.passes.base import is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
 from lean_fx.passes.reducing import reduces_within
+from lean_fx.probing import refusing_modules
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer, is_wrapped
+from lean_fx.transformers import PLAIN
 
 _ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -80,7 +85,7 @@ def capture(
             f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
         )
     name = type(model).__name__
-    root = copied_whole(model)
+    root = plain_copy(model)
     if evaluation:
         root.eval()
     try:
@@ -114,19 +119,26 @@ def copied_graph(graph_module: GraphModule) -> GraphModule:
     return named
 
 
-def copied_whole(model: nn.Module) -> nn.Module:
-    """A deep copy of a model.
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, torch's Transformer modules in it plain (lean_fx.transformers).
+
+    Those with hooks stay, unless the model is one: to trace what is inside would lose these.
 
     Raises:
         CaptureError: it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
             "copy.deepcopy can copy"
         ) from error
+    for module in copied.modules():
+        kept = is_altered(module) or any(getattr(module, hooks) for hooks in _ROOT_HOOKS)
+        if type(module) in PLAIN and (module is copied or not kept):
+            module.__class__ = PLAIN[type(module)]
+    return copied
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -195,23 +207,50 @@ def _trace_around(
     """As :func:`_trace`, with these leaves, and more if need be."""
     copied = sharing_copy(root)
     absent = _absent(root, inputs)
-    known = opaque
     try:
         return copied, LeanTracer(opaque).trace(copied, absent)
-    except Exception:
-        while True:
-            copied = sharing_copy(root)
-            tracer = (
-                FollowingTracer(inputs, opaque, give_up=True)
-                if inputs
-                else LeanTracer(opaque, give_up=True)
-            )
-            graph = tracer.trace(copied, absent)
-            if tracer.opaque == opaque:
-                break
-            opaque = tracer.opaque
-    if opaque != known and not _layers_called(copied, graph):
-        raise TraceError(f"{', '.join(sorted(opaque))} cannot be traced, and no layer is elsewhere")
+    except Exception:  # the model's own code may raise anything on proxies
+        copied, graph, leaves = _trace_in_parts(root, inputs, absent, opaque)
+    if leaves != opaque and not _layers_called(copied, graph):
+        raise TraceError(f"{', '.join(sorted(leaves))} cannot be traced, and no layer is elsewhere")
+    return _without_refusals(root, inputs, absent, copied, graph, leaves)
+
+
+def _trace_in_parts(
+    root: nn.Module, inputs: Sequence[Any], absent: dict[str, Any], opaque: frozenset[str]
+) -> tuple[nn.Module, Graph, frozenset[str]]:
+    """Trace copies of a module, with ever more leaves, until it goes."""
+    while True:
+        copied = sharing_copy(root)
+        tracer = (
+            FollowingTracer(inputs, opaque, give_up=True)
+            if inputs
+            else LeanTracer(opaque, give_up=True)
+        )
+        graph = tracer.trace(copied, absent)
+        if tracer.opaque == opaque:
+            return copied, graph, opaque
+        opaque = tracer.opaque
+
+
+def _without_refusals(
+    root: nn.Module,
+    inputs: Sequence[Any],
+    absent: dict[str, Any],
+    copied: nn.Module,
+    graph: Graph,
+    opaque: frozenset[str],
+) -> tuple[nn.Module, Graph]:
+    """The same with modules as leaves whose branches would refuse sizes that the model takes."""
+    names = {name for name, _ in root.named_modules() if name}
+    while any(node.target is check_branch for node in graph.nodes):
+        refusing = refusing_modules(root, GraphModule(copied, graph), inputs) & names
+        if refusing <= opaque:
+            break
+        other, parts, opaque = _trace_in_parts(root, inputs, absent, opaque | refusing)
+        if not _layers_called(other, parts):
+            break
+        copied, graph = other, parts
     return copied, graph
 
 

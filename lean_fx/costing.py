@@ -18,6 +18,7 @@ from lean_fx.measure.costed import Costs, NodeCost
 from lean_fx.measure.formulas import call_macs
 from lean_fx.registry import is_reduction
 from lean_fx.tracing import LeanTracer
+from lean_fx.transformers import PLAIN
 
 # Modules that hold parameters and multiply by them element by element, or only look them up.
 _WITHOUT_SUMS = (
@@ -69,7 +70,8 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
         inputs: tuple[Any, ...] = pytree.tree_map_only(
             Tensor, lambda x: x.detach().clone().cpu(), as_inputs(example_inputs)
         )
-        leaf = isinstance(model, nn.Module) and LeanTracer().is_leaf_module(model, "")
+        known = isinstance(model, nn.Module) and type(model) not in PLAIN
+        leaf = known and LeanTracer().is_leaf_module(model, "")
         root = _calling(model, len(inputs)) if leaf else model
         captured = capture(root, inputs, evaluation=True)
         return _count(captured, inputs, type(model).__name__)

@@ -28,7 +28,11 @@ from lean_fx.tracing import LeanTracer
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asked for; see :func:`lean_fx.leanify`."""
+    """What a user asked for; see :func:`lean_fx.leanify`.
+
+    ``modules`` are those of the model, by name: a graph does not know the types of what holds its
+    layers.
+    """
 
     channels: ChannelsPolicy = "sqrt"
     align: int | None = None
@@ -37,6 +41,7 @@ class Options:
     skip: tuple[str | type[nn.Module], ...] = ()
     filter: Callable[[nn.Module, str], bool] | None = None
     reduce_inputs: bool = False
+    modules: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
 
 
 def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, ...]:
@@ -60,7 +65,7 @@ def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, .
         name
         for name, count in calls.items()
         if count == 1
-        and not skipped_by(options.skip, name, graph_module.get_submodule(name))
+        and not _skipped(name, graph_module.get_submodule(name), options)
         and _passes_inside(name, graph_module.get_submodule(name), options)
     )
 
@@ -160,10 +165,15 @@ def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
 
 def _named_by_user(name: str, layer: nn.Module, options: Options) -> str:
     """What the user's skip and filter say against a layer, or an empty string."""
-    reason = skipped_by(options.skip, name, layer)
+    reason = _skipped(name, layer, options)
     if not reason and options.filter is not None and not options.filter(layer, name):
         return "filter(module, name) is false"
     return reason
+
+
+def _skipped(name: str, layer: nn.Module, options: Options) -> str:
+    holders = [options.modules[each] for each in _holders(name) if each in options.modules]
+    return skipped_by(options.skip, name, layer, holders)
 
 
 def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
@@ -177,10 +187,11 @@ def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str])
     owners = {name.rpartition(".")[0] for name in read}
     left: list[LeftAlone] = []
     for name, layer in modules.items():
-        if type(layer) not in REBUILDERS or not name or name in called:
+        kinds = (*REBUILDERS, nn.MultiheadAttention)
+        if type(layer) not in kinds or not name or name in called:
             continue
         holder = _holder(name, called)
-        if holder and LeanTracer().is_leaf_module(modules[holder], holder):
+        if holder and LeanTracer().is_leaf_module(graph_module.get_submodule(holder), holder):
             continue  # it is of the module that is called, which speaks for itself
         reason = "forward reads its weight itself" if name in owners else "not called in forward"
         if name in read:
@@ -206,9 +217,13 @@ def hidden_layers(graph_module: GraphModule) -> frozenset[str]:
 
 def _holder(name: str, called: set[str]) -> str:
     """The module that is called and has the layer inside, or an empty string."""
+    return next((each for each in _holders(name) if each in called), "")
+
+
+def _holders(name: str) -> list[str]:
+    """The names of what a module is in, the outermost first."""
     parts = name.split(".")
-    holders = (".".join(parts[:length]) for length in range(1, len(parts)))
-    return next((each for each in holders if each in called), "")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _decide(

@@ -8,10 +8,11 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
 2. Where Python needs a value, to branch (``bool``), to count (``len``, ``range``) or as a number
    (``int``), it gets the one of the example inputs, and the graph gets a
    :func:`~lean_fx.guards.check_branch`, which refuses inputs that would give another.
-3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of a
-   tensor needs no check, as it follows from that of the inputs, except that of the inputs themselves.
+3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of
+   a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
 4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
-5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments.
+5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments; the limits
+   of a dtype (``torch.finfo(x.dtype).min``) are nodes too.
 6. A cell that is called again is in a loop, whose steps would be frozen: an error too.
 7. Nodes that only led to a decision, and compute no tensor, are removed in the end.
 """
@@ -57,6 +58,7 @@ _MAKERS: tuple[Callable[..., Any], ...] = (
     *(torch.rand, torch.randint, torch.randn, torch.randperm),
 )
 _MAKERS_OF_VALUES: tuple[Callable[..., Any], ...] = (torch.tensor, torch.as_tensor)
+_OF_TYPES: tuple[Callable[..., Any], ...] = (torch.finfo, torch.iinfo)
 _DECIDING = {getattr(operator, name) for name in operator.__all__} | {
     getattr,
     count_items,
@@ -82,7 +84,9 @@ class FollowingTracer(LeanTracer):
         *,
         give_up: bool = False,
     ) -> None:
-        super().__init__(opaque, give_up=give_up, wrapped=(*_MAKERS, *_MAKERS_OF_VALUES))
+        super().__init__(
+            opaque, give_up=give_up, wrapped=(*_MAKERS, *_MAKERS_OF_VALUES, *_OF_TYPES)
+        )
         self._autowrap_search.append(torch)
         self._inputs = tuple(inputs)
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)

@@ -6,7 +6,7 @@ seen in one forward pass on the example inputs. A layer is left alone by the rul
 
 1. the pass neither calls it nor applies its weight as the layer would (a function that gets
    ``self.qkv.weight`` and calls F.linear), or it reads the model's input itself (or a view of it);
-2. it belongs to a module of torch.nn that reads its weights (attention, Transformer layers);
+2. it belongs to a module of torch.nn that reads its weights (attention);
 3. the model fails once it reduces its input: its code asks more of it than to be called.
 """
 
@@ -84,6 +84,7 @@ def plan_layers(
     """
     seen = _observe(model, inputs)
     modules: dict[str, nn.Module] = dict(model.named_modules())
+    options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
     sites: list[Site] = []
     left: list[LeftAlone] = []

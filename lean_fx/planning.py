@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import as_inputs, capture, copied_whole
+from lean_fx.capture import as_inputs, capture, plain_copy
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.passes import (
     Consumer,
@@ -108,7 +108,7 @@ class Plan:
         """
         if self.traced:
             return self.apply_to_graph(capture(model, as_inputs(example_inputs)))
-        copied = copied_whole(model)
+        copied = plain_copy(model)
         for site in self.sites:
             swap_layer(copied, site, self.reduction, nonnegative=False)
         held = getattr(copied, "meta", None)

@@ -19,7 +19,7 @@ from lean_fx.reduction import divisors
 Scalar = int | float | str
 #: A scalar for all sites, a function of the site, or scalars by layer name (or glob pattern).
 ChannelsPolicy = Scalar | Callable[[Site], Scalar] | Mapping[str, Scalar]
-#: Names, glob patterns and types of layers.
+#: Names, glob patterns and types of layers, and types of modules that hold them.
 Skip = Iterable[str | type[nn.Module]]
 
 _FORMS = (
@@ -148,8 +148,19 @@ def check_skip(skip: Any) -> tuple[str | type[nn.Module], ...]:
     return entries
 
 
-def skipped_by(skip: Iterable[str | type[nn.Module]], name: str, layer: nn.Module) -> str:
+def skipped_by(
+    skip: Iterable[str | type[nn.Module]],
+    name: str,
+    layer: nn.Module,
+    holders: Iterable[nn.Module] = (),
+) -> str:
     """The reason for which ``skip`` leaves a layer alone, or an empty string.
+
+    Args:
+        skip: names, glob patterns and types.
+        name: of the layer.
+        layer: it itself.
+        holders: the modules that it is in; a type of these speaks for all inside.
 
     Example:
         >>> skipped_by(("head*", nn.Conv2d), "head.fc", nn.Linear(1, 1))
@@ -159,7 +170,7 @@ def skipped_by(skip: Iterable[str | type[nn.Module]], name: str, layer: nn.Modul
         if isinstance(entry, str):
             if fnmatch.fnmatchcase(name, entry):
                 return f"skip={entry!r}"
-        elif isinstance(layer, entry):
+        elif any(isinstance(each, entry) for each in (layer, *holders)):
             return f"skip={entry.__name__}"
     return ""
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import as_inputs, capture, copied_graph
+from lean_fx.capture import as_inputs, capture, copied_graph, plain_copy
 from lean_fx.deciding import Options, hidden_layers, make_plan, stacks_to_split
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.layerwise import plan_layers
@@ -65,7 +65,8 @@ def leanify(
             arguments ``(in_channels, out_channels, dim)``.
         min_channels: leave layers alone that read fewer channels; 1 or more. As ``channels``, it
             speaks of one group of a grouped convolution.
-        skip: names, glob patterns or types of layers to leave alone.
+        skip: names, glob patterns or types of layers to leave alone; the type of a module that
+            holds layers, such as nn.TransformerEncoderLayer, stands for all that are inside.
         filter: called as ``filter(module, name)``; layers for which it is false are left alone.
         reduce_inputs: reduce the model's own inputs too, not only intermediate values.
         keep: which sites: ``"all"``; ``"saving"``, those that save multiply-adds and bytes (see
@@ -172,7 +173,8 @@ def _planned(
             raise ArgumentError(f"keep={keep!r} needs a graph; {error}") from error
         reason = str(error).partition("; ")[0]
         warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
-        return plan_layers(model, inputs, options), None
+        return plan_layers(plain_copy(model), inputs, options), None
+    options = dataclasses.replace(options, modules=dict(model.named_modules()))
     analyse(captured)
     stacks = stacks_to_split(captured, options)
     whole: list[LeftAlone] = []

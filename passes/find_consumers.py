@@ -58,15 +58,8 @@ from lean_fx.rebuild import (
     why_not_rebuilt,
 )
 from lean_fx.registry import is_reduction
+from lean_fx.transformers import PLAIN
 
-_NOT_YET = {
-    nn.TransformerEncoderLayer: "layers inside attention are not reduced yet",
-    nn.TransformerDecoderLayer: "layers inside attention are not reduced yet",
-    nn.Transformer: "layers inside attention are not reduced yet",
-    nn.TransformerEncoder: "layers inside attention are not reduced yet",
-    nn.TransformerDecoder: "layers inside attention are not reduced yet",
-    nn.Bilinear: "bilinear layers read two values",
-}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CALLS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -256,7 +249,9 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     kinds = (*REBUILDERS, nn.MultiheadAttention)
     kind = next((base for base in kinds if isinstance(layer, base)), None)
     if kind is None:
-        return next((why for base, why in _NOT_YET.items() if isinstance(layer, base)), "")
+        if type(layer) in PLAIN:  # capture has looked into all others
+            return "it has hooks or a forward of its own, so it stays whole"
+        return "bilinear layers read two values" if isinstance(layer, nn.Bilinear) else ""
     if is_reduction(getattr(layer, "reduction", None)):
         return "it reads a reduction already"
     if any(getattr(layer, hooks) for hooks in _HOOKS):

@@ -208,6 +208,19 @@ class Attention(nn.Module):
         return out, weights
 
 
+class Transformed(nn.Module):
+    """torch's own Transformer, its decoder reading what its encoder gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 32)
+        self.transformer = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.transformer(x, x[:, 1:])
+
+
 class WrittenOut(nn.Module):
     """Layers whose forward is written out at their parameters, one with a bias from elsewhere."""
 
@@ -346,6 +359,7 @@ CHANGED = {
     "conv_transpose": (transposed, (2, 3, 8, 8)),
     "kinds": (Kinds, (2, 3, 7, 7)),
     "attention": (Attention, (2, 5, 6)),
+    "transformer": (Transformed, (2, 5, 6)),
     "written out": (WrittenOut, (2, 3, 8)),
     "weights": (Weights, (2, 3, 8, 8)),
     "grouped": (Grouped, (2, 3, 8, 8)),

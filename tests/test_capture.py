@@ -84,6 +84,14 @@ def assigned(self, x):
     return self.b(y), mask + torch.arange(x.shape[1])
 
 
+def masked(self, x):
+    scores = self.a(x)
+    hidden = (1.0 - torch.ones_like(x[:, :1])) * torch.finfo(x.dtype).min
+    if torch.finfo(scores.dtype).bits < 16 or torch.iinfo(torch.int64).bits < 64:
+        hidden = hidden / 2
+    return self.b((scores + hidden).masked_fill(x == 0, torch.finfo(x.dtype).tiny))
+
+
 def layers(in_features=32, out_features=32):
     return {"a": nn.Linear(in_features, out_features), "b": nn.Linear(out_features, 4)}
 
@@ -106,6 +114,7 @@ FOLLOWED = {
     ),
     "types": (lambda: Net(kinds, **layers()), (2, 32), (5, 32)),
     "assignment": (lambda: Net(assigned, **layers()), (2, 32), (5, 32)),
+    "limits of a type": (lambda: Net(masked, **layers()), (2, 32), (5, 32)),
 }
 
 
@@ -152,6 +161,16 @@ def branches(self, x):
 
 def convs():
     return {"a": nn.Conv2d(3, 32, 1), "b": nn.Conv2d(32, 8, 1)}
+
+
+def test_the_limits_of_a_type_are_those_of_every_call():
+    def lowest(self, x):
+        y = self.b(self.a(x))
+        return torch.zeros_like(y) + torch.finfo(y.dtype).min
+
+    model = Net(lowest, **layers())
+    captured = capture(model, (X(2, 32),)).double()
+    assert captured(X(2, 32).double()).min().item() == torch.finfo(torch.float64).min
 
 
 def test_another_branch_is_refused_by_name():
@@ -437,3 +456,28 @@ def test_the_size_of_a_parameter_is_a_constant(followed):
     captured = capture(model, (x,))
     torch.testing.assert_close(captured(x), model(x))
     assert isinstance(captured.weight, nn.Linear)  # nothing else reads it
+
+
+class Windows(nn.Module):
+    """Branches on the length, which the sum over windows hides: it takes any."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.read, self.least = nn.Linear(32, 16), least
+
+    def forward(self, x):
+        if x.shape[1] > self.least:
+            x = x[:, : self.least]
+        return self.read(x)
+
+
+@pytest.mark.parametrize(("least", "kept"), [(8, True), (100, False)])
+def test_a_module_that_would_refuse_other_sizes_is_a_leaf(least, kept):
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Windows(least), nn.Linear(16, 2))
+    x = torch.rand(2, 6, 4)
+    captured = capture(model, (x,))
+    assert isinstance(captured.get_submodule("2"), Windows) == kept
+    lean = lean_fx.leanify(model, x)
+    layers = [site.layers[0] for site in lean.meta["lean_fx.plan"].sites]
+    assert sorted(layers) == ["2.read", "3"]
+    assert lean(torch.rand(3, 9, 4)).shape == (3, min(9, least), 2)

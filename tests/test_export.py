@@ -294,6 +294,18 @@ def test_the_exporter_says_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+class OneBatch(nn.Module):
+    def forward(self, x):
+        return x + torch.zeros(6, 3)
+
+
+def test_a_size_that_is_frozen_is_refused_even_unchecked(tmp_path):
+    with pytest.raises(
+        ExportError, match=r"inferred a static shape of 6 for dimension .*shape\[0\]"
+    ):
+        lean_fx.export_onnx(OneBatch(), tmp_path / "net.onnx", torch.rand(6, 3), tolerance=None)
+
+
 class Unexportable(nn.Module):
     def forward(self, x):
         return x if x.sum().item() > 0 else -x

@@ -23,9 +23,11 @@ LAYERS = (
         "lean_fx.walk",
         "lean_fx.functional",
         "lean_fx.parity",
+        "lean_fx.replaying",
         "lean_fx.onnx_function",
         "lean_fx.onnx_nodes",
         "lean_fx.onnx_inputs",
+        "lean_fx.onnx_pooling",
         "lean_fx.onnx_recurrent",
         "lean_fx.reduction",
         "lean_fx.controls",
@@ -33,6 +35,7 @@ LAYERS = (
         "lean_fx.rebuild",
         "lean_fx.subclasses",
         "lean_fx.tracing",
+        "lean_fx.transformers",
     },
     {"lean_fx.passes", "lean_fx.measure"},
     {
@@ -40,6 +43,7 @@ LAYERS = (
         "lean_fx.following",
         "lean_fx.proxies",
         "lean_fx.merging",
+        "lean_fx.probing",
         "lean_fx.capture",
     }
     | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}

@@ -159,6 +159,8 @@ def test_a_reduced_model_is_captured_as_it_is(swin):
     x = torch.rand(2, 9, 6).double()
     for inputs in ((), (x,)):
         torch.testing.assert_close(capture(lean, inputs)(x), lean(x), rtol=0, atol=0)
+    block, value = lean.get_submodule("blocks.0"), lean.stem(x)
+    torch.testing.assert_close(capture(block)(value), block(value), rtol=0, atol=0)
     again = lean_fx.plan(lean, x)
     assert again.sites == ()
     reasons = {each.layer: each.reason for each in again.left_alone}

@@ -252,6 +252,14 @@ def test_channels():
     assert decided(Wide(), skip=[nn.Conv2d]) == {}
 
 
+def test_skip_a_type_of_module_that_holds_layers():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Wide())
+    assert decided(model, skip=[Wide]) == {}
+    assert decided(model, skip=[nn.Sequential]) == {"1.a": 8, "1.b": 8, "1.b2": 4}  # the model
+    (left,) = (each for each in lean_fx.plan(model, skip=Wide).left_alone if each.layer == "1.a")
+    assert left.reason == "skip=Wide"
+
+
 def test_layers_of_one_value_with_different_channels_have_a_reduction_each():
     plan = lean_fx.plan(Wide(), channels={"a": 4, "b": 8})
     assert [(site.name, site.layers) for site in plan.sites] == [

@@ -6,7 +6,9 @@ are traced until it goes:
 1. by torch.fx's tracer, with the leaves of :class:`~lean_fx.tracing.LeanTracer`;
 2. with example inputs, by one that follows branches on sizes (:mod:`lean_fx.following`);
 3. with the modules that still cannot be traced as leaves, the innermost that will do, and those
-   whose branches would refuse sizes that the model takes (:mod:`lean_fx.probing`).
+   whose branches would refuse sizes that the model takes (:mod:`lean_fx.probing`);
+4. with those as leaves that give the weights of layers to a function that torch.fx.wrap made a
+   node, which no pass could see into.
 
 Then it is traced in the opposite mode, and the two graphs become one (:mod:`lean_fx.merging`).
 """
@@ -34,9 +36,10 @@ from lean_fx.merging import CannotMerge, merge_modes
 from lean_fx.passes.base import has_hooks, is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
+from lean_fx.passes.reducing import reduces_within
 from lean_fx.probing import refusing_modules
 from lean_fx.rebuild import REBUILDERS
-from lean_fx.tracing import LeanTracer
+from lean_fx.tracing import LeanTracer, is_wrapped
 from lean_fx.transformers import PLAIN
 
 _STATE_HOOKS = (
@@ -185,17 +188,35 @@ def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
 
 def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
     """Trace copies of a module until it goes; the copy that went, and its graph."""
+    opaque = frozenset(
+        name
+        for name, each in root.named_modules()
+        if name and (reduces_within(each) or has_hooks(each))
+    )
+    copied, graph = _trace_around(root, inputs, opaque)
+    hiding = _hiding_weights(copied, graph)
+    if hiding:
+        try:
+            return _trace_around(root, inputs, opaque | hiding)
+        except Exception:  # what is around them asks more of their outputs than to be passed on
+            pass
+    return copied, graph
+
+
+def _trace_around(
+    root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+) -> tuple[nn.Module, Graph]:
+    """As :func:`_trace`, with these leaves, and more if need be."""
     copied = sharing_copy(root)
     absent = _absent(root, inputs)
-    whole = frozenset(name for name, each in root.named_modules() if name and has_hooks(each))
     try:
-        return copied, LeanTracer(whole).trace(copied, absent)
+        return copied, LeanTracer(opaque).trace(copied, absent)
     except Exception:  # the model's own code may raise anything on proxies
-        copied, graph, opaque = _trace_in_parts(root, inputs, absent, whole)
-    if opaque > whole and not _layers_called(copied, graph):
-        names = ", ".join(sorted(opaque - whole))
+        copied, graph, leaves = _trace_in_parts(root, inputs, absent, opaque)
+    if leaves > opaque and not _layers_called(copied, graph):
+        names = ", ".join(sorted(leaves - opaque))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
-    return _without_refusals(root, inputs, absent, copied, graph, opaque)
+    return _without_refusals(root, inputs, absent, copied, graph, leaves)
 
 
 def _trace_in_parts(
@@ -234,6 +255,19 @@ def _without_refusals(
             break
         copied, graph = other, parts
     return copied, graph
+
+
+def _hiding_weights(root: nn.Module, graph: Graph) -> frozenset[str]:
+    """The modules that give weights of layers to functions that torch.fx.wrap made nodes."""
+    found = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and is_wrapped(node.target):
+            read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
+            owners = (name.removesuffix(".weight") for name in read if name.endswith(".weight"))
+            around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            if around and any(type(root.get_submodule(each)) in REBUILDERS for each in owners):
+                found.add(around[-1])
+    return frozenset(found)
 
 
 def _layers_called(root: nn.Module, graph: Graph) -> bool:

@@ -199,13 +199,13 @@ def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str])
             reason = "called in training only, or in evaluation only"
         if holder:
             hooked = has_hooks(modules[holder])
-            reason = f"inside {holder}, which {'has hooks' if hooked else 'torch.fx cannot trace'}"
+            reason = f"inside {holder}, which {'has hooks' if hooked else 'is not traced'}"
         left.append(LeftAlone(name, type(layer).__name__, reason))
     return left
 
 
 def hidden_layers(graph_module: GraphModule) -> frozenset[str]:
-    """The layers inside modules that torch.fx cannot trace, by name."""
+    """The layers inside modules that are not traced, by name."""
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     modules = dict(graph_module.named_modules())
     return frozenset(

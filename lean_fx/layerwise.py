@@ -4,7 +4,8 @@ Without a graph there is no knowing what else reads a value, or its sign; what t
 seen in one forward pass on the example inputs. A layer is left alone by the rules of
 :class:`~lean_fx.passes.FindConsumers` that speak of the layer itself, and where
 
-1. the pass does not call it, or it reads the model's input itself (or a view of it);
+1. the pass neither calls it nor applies its weight as the layer would (a function that gets
+   ``self.qkv.weight`` and calls F.linear), or it reads the model's input itself (or a view of it);
 2. it belongs to a module of torch.nn that reads its weights (attention);
 3. the model fails once it reduces its input: its code asks more of it than to be called.
 """
@@ -31,6 +32,7 @@ from lean_fx.passes.measure_scale import unit_variance
 from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import check_names
 from lean_fx.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
+from lean_fx.watching import Use, WatchWeights
 
 _LAYERS: Any = tuple(REBUILDERS)  # for isinstance
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -38,11 +40,30 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass
 class _Seen:
-    """What a layer read in one forward pass."""
+    """What a layer read in one forward pass.
+
+    Attributes:
+        calls: of the layer, or in place of it.
+        squares: the sum of the mean squares of what they read.
+        is_input: whether one read the model's input.
+        applied_by: the module whose forward applies the weight, if the layer is not called.
+        otherwise: whether forward reads the weight for something else.
+    """
 
     calls: int = 0
     squares: float = 0.0
     is_input: bool = False
+    applied_by: str | None = None
+    otherwise: bool = False
+
+    def add(self, value: Any, own: set[int]) -> None:
+        """Add what a call reads."""
+        value = value.data if isinstance(value, PackedSequence) else value
+        if not isinstance(value, Tensor):
+            return  # of a subclass that is called otherwise
+        self.calls += 1
+        self.squares += float(value.float().square().mean())
+        self.is_input |= value.untyped_storage().data_ptr() in own
 
 
 def plan_layers(
@@ -82,6 +103,9 @@ def plan_layers(
             groups=groups,
             intermediate=not seen[name].is_input,
         )
+        applied_by = seen[name].applied_by
+        if seen[name].otherwise or (applied_by == "" and only is not None):  # a graph has no hooks
+            reason = reason or "forward reads its weight itself"
         if not reason and not seen[name].calls:
             reason = "not called in forward on the example inputs"
         reason = reason or unwanted(read, name, layer, options)
@@ -89,10 +113,12 @@ def plan_layers(
             left.append(LeftAlone(name, type(layer).__name__, reason))
             continue
         weights = sum(weight.numel() for weight in input_weights(layer).values())
-        consumer = Consumer(name, plain_type(layer).__name__, "", weights=weights)
+        kind = plain_type(layer).__name__
+        consumer = Consumer(name, kind, "", weights=weights, applied_by=applied_by)
         rms = math.sqrt(seen[name].squares / seen[name].calls)
         rms = rms if 0 < rms < math.inf else 1.0
-        site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms)
+        note = "" if applied_by is None else f"applied by {applied_by or type(model).__name__}"
+        site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms, note=note)
         settle(site, options, sites, left)
     names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
     if only is None:
@@ -131,25 +157,33 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
 def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
     copied = copied_whole(model).eval()
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
-    found: dict[str, _Seen] = {}
+    called: dict[str, _Seen] = {}
     for name, layer in copied.named_modules():
-        seen = found[name] = _Seen()
+        seen = called[name] = _Seen()
         if isinstance(layer, _LAYERS):
             layer.register_forward_pre_hook(_record(seen, own), with_kwargs=True)
-    with torch.no_grad():
+    with torch.no_grad(), WatchWeights(copied) as watch:
         copied(*inputs)
-    return found
+    for name, uses in watch.uses.items():
+        if not called[name].calls:
+            called[name] = _applied(uses, own)
+    return called
+
+
+def _applied(uses: list[Use], own: set[int]) -> _Seen:
+    """What a layer that is never called read where its weight is used."""
+    if any(use.input is None for use in uses):
+        return _Seen(otherwise=True)
+    holders = set.intersection(*(set(use.within) for use in uses))
+    seen = _Seen(applied_by=max(holders, key=len))
+    for use in uses:
+        seen.add(use.input, own)
+    return seen
 
 
 def _record(seen: _Seen, own: set[int]) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[0] if args else kwargs.get("input")
-        value = value.data if isinstance(value, PackedSequence) else value
-        if not isinstance(value, Tensor):
-            return  # of a subclass that is called otherwise
-        seen.calls += 1
-        seen.squares += float(value.float().square().mean())
-        seen.is_input |= value.untyped_storage().data_ptr() in own
+        seen.add(args[0] if args else kwargs.get("input"), own)
 
     return hook
 

@@ -256,6 +256,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _check_types(part: Any) -> None:
     """Check the plain fields of a dataclass by their annotations."""
     kinds = {"str": str, "int": int, "int | None": int | None, "float": float | int, "bool": bool}
+    kinds["str | None"] = str | None
     for field in dataclasses.fields(part):
         kind, value = kinds.get(str(field.type)), getattr(part, field.name)
         if kind is not None and (not isinstance(value, kind) or type(value) is bool is not kind):

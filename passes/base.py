@@ -31,6 +31,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from lean_fx.errors import LeanError, PassError
+from lean_fx.passes.reducing import stop_reducing
 
 if TYPE_CHECKING:
     from lean_fx.passes.find_consumers import Read
@@ -124,11 +125,13 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 
 def shallow(module: nn.Module) -> nn.Module:
-    """A copy to run without a trace: no hooks, and attributes that forward sets are not kept."""
+    """A copy to run without a trace: no hooks but ours, and what forward sets is not kept."""
     if next(module.children(), None) is not None:
         copied = sharing_copy(module)
         for each in copied.modules():
-            for hooks in ("_forward_hooks", *_BACKWARD_HOOKS):
+            ours = {key: hook for key, hook in each._forward_hooks.items() if hook is stop_reducing}
+            each._forward_hooks = OrderedDict(ours)
+            for hooks in _BACKWARD_HOOKS:
                 setattr(each, hooks, OrderedDict())
         return copied
     copied = object.__new__(type(module))  # copy.copy refuses parametrized modules

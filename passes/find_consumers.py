@@ -274,6 +274,8 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
         if type(layer) in PLAIN:  # capture has looked into all others
             return "it has hooks or a forward of its own, so it stays whole"
         return "bilinear layers read two values" if isinstance(layer, nn.Bilinear) else ""
+    if is_reduction(getattr(layer, "reduction", None)):
+        return "it reads a reduction already"
     if has_hooks(layer) or _has_state_hooks(layer):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters():

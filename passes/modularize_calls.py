@@ -36,6 +36,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.passes.base import Pass, add_module, argument, facts, is_altered, numbered
+from lean_fx.passes.reducing import LAYERS
 
 _MODULES: dict[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -49,13 +50,6 @@ _MODULES: dict[Any, type[nn.Module]] = {
 
 #: Functions that it makes modules of.
 FUNCTIONS = frozenset(_MODULES)
-#: What a layer's forward calls, and the layer.
-LAYERS: dict[Any, type[nn.Module]] = {
-    F.linear: nn.Linear,
-    **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),
-    **dict.fromkeys((F.conv2d, torch.conv2d), nn.Conv2d),
-    **dict.fromkeys((F.conv3d, torch.conv3d), nn.Conv3d),
-}
 #: The arguments of a convolution behind its bias, and their defaults.
 SETTINGS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
 

@@ -32,7 +32,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lean_fx.passes.base import Pass, argument
-from lean_fx.passes.modularize_calls import LAYERS, SETTINGS, add_bias, erase_unread, readers
+from lean_fx.passes.modularize_calls import SETTINGS, add_bias, erase_unread, readers
+from lean_fx.passes.reducing import LAYERS
 from lean_fx.rebuild import REBUILDERS
 
 _PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm"}

@@ -16,6 +16,8 @@ class Consumer:
         spread: the features it reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
         weights: the number of its weights that are multiplied with the input, before.
+        applied_by: the module whose forward applies the layer's weight in place of calling the
+            layer, such as ``F.linear(x, self.qkv.weight)``; None where the layer is called.
     """
 
     layer: str
@@ -24,6 +26,7 @@ class Consumer:
     spread: int = 1
     path: tuple[str, ...] = ()
     weights: int = 0
+    applied_by: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ times, whose weights fit one width alone. There the layer itself is changed::
     cell(x)                                  before
     cell(cell.reduction(x))                  after: a forward pre-hook of the rebuilt layer
 
-so that the code stays as it is, and every call of the layer shares one reduction.
+so that the code stays as it is, and every call of the layer shares one reduction. Where another
+module's forward applies the weight, the hooks are that module's (:mod:`lean_fx.passes.reducing`).
 
 Rules:
 
@@ -18,22 +19,17 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
-from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.packed import with_data
+from lean_fx.errors import PlanError
 from lean_fx.passes.base import Pass, facts
 from lean_fx.passes.find_consumers import layer_input
 from lean_fx.passes.insert_reductions import check_layer, match_scale
+from lean_fx.passes.reducing import reduce_first, reduce_within
 from lean_fx.passes.sites import Site
-from lean_fx.rebuild import (
-    groups_of,
-    input_weights,
-    rebuild,
-)
+from lean_fx.rebuild import input_weights, rebuild
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
 
@@ -105,24 +101,18 @@ def swap_layer(
         module.nonnegative = nonnegative
     made = rebuild(layer, site.out_channels * site.groups, match_scale(module, site))
     made.add_module("reduction", module)
-    made.register_forward_pre_hook(reduce_first, with_kwargs=True)
     model.set_submodule(consumer.layer, made)
+    if consumer.applied_by is None:
+        made.register_forward_pre_hook(reduce_first, with_kwargs=True)
+    else:
+        _reduce_within(model, consumer.applied_by, consumer.layer)
 
 
-def reduce_first(
-    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The forward pre-hook of a swapped layer: its first argument, reduced."""
-    if args:
-        return (_reduced(layer, args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "input": _reduced(layer, kwargs["input"])}
-
-
-def _reduced(layer: Any, value: Any) -> Any:
-    if isinstance(value, PackedSequence):
-        return with_data(value, layer.reduction(value.data))
-    if groups_of(layer) > 1:
-        axis = value.dim() - len(layer.kernel_size) - 1
-        parts = layer.reduction(value.unflatten(axis, (groups_of(layer), -1)))
-        return parts.flatten(axis, axis + 1)
-    return layer.reduction(value)
+def _reduce_within(model: nn.Module, applied_by: str, layer: str) -> None:
+    owner = dict(model.named_modules()).get(applied_by)
+    if owner is None or not f".{layer}".startswith(f".{applied_by}".rstrip(".") + "."):
+        raise PlanError(
+            f"plan: layer {layer!r} is not inside {applied_by!r}, which the plan says applies its "
+            "weight; make the plan anew from this model"
+        )
+    reduce_within(owner, layer.removeprefix(f"{applied_by}."))

@@ -186,13 +186,16 @@ class Odd(nn.Module):
 def test_what_is_left_alone_and_why():
     lean = untraced(Odd(), torch.rand(2, 4, 32))
     plan = lean.meta["lean_fx.plan"]
-    assert [(site.layers, site.dim) for site in plan.sites] == [(("plain",), -1), (("conv",), -2)]
+    assert [(site.layers, site.dim) for site in plan.sites] == [
+        (("plain",), -1),
+        (("read",), -1),
+        (("conv",), -2),
+    ]
     reasons = {each.layer: each.reason for each in plan.left_alone}
     assert reasons.pop("both").startswith("the model fails where it reduces its input: RuntimeErr")
     assert reasons == {
         "inputs": "reads the model's input, no intermediate value; reduce_inputs=True reduces it "
         "too",
-        "read": "not called in forward on the example inputs",
         "unused": "not called in forward on the example inputs",
         "attention.out_proj": "inside MultiheadAttention, which reads its weights itself",
     }
@@ -245,7 +248,7 @@ def test_a_second_leanify_leaves_swapped_layers_alone():
     lean = lean_fx.leanify(Again())
     plan = lean_fx.plan(lean)
     assert plan.sites == ()
-    assert "it has hooks, which a rebuilt layer would lose" in str(plan)
+    assert "it reads a reduction already" in str(plan)
 
 
 def test_a_plan_that_does_not_fit():

@@ -404,7 +404,7 @@ def test_layers_beside_what_cannot_be_traced_reduce_their_own_input():
     reduced = {layer for site in plan.sites if not site.value for layer in site.layers}
     assert reduced == {f"encoder.layers.{index}.{name}" for index in (0, 1) for name in within}
     (left,) = (each for each in plan.left_alone if each.layer == "encoder.layers.1.self_attn")
-    assert left.reason == "inside encoder.layers.1, which torch.fx cannot trace"
+    assert left.reason == "inside encoder.layers.1, which is not traced"
     lean = plan.apply(model, inputs)
     for training in (True, False):
         assert lean.train(training)(inputs).shape == (2, 5, 3)

@@ -1,0 +1,140 @@
+"""The hooks by which a layer reduces what it reads, wherever the code of a model has it read.
+
+A layer that is called has a forward pre-hook. But a forward may apply the weight of a layer that
+it never calls, perhaps in a function far from it::
+
+    F.linear(x, self.qkv.weight, bias)                          before
+    F.linear(self.qkv.reduction(x), self.qkv.weight, bias)      after
+
+There the hooks are of the module whose forward does so: for as long as that runs they turn on a
+TorchFunctionMode, which reduces what is given to a function of torch along with that very weight.
+
+Rules:
+
+1. The functions are F.linear and F.conv1d, conv2d, conv3d; the weight is known by its identity,
+   so a copy of it (``weight.half()``) is not.
+2. The mode is of the thread that runs the module, and is left when forward fails, too. After a
+   KeyboardInterrupt it stays on, which changes no number, as it acts on those weights alone.
+3. A module that runs within itself reduces once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from lean_fx.packed import with_data
+from lean_fx.rebuild import groups_of
+
+#: What a layer's forward calls, and the layer.
+LAYERS: dict[Any, type[nn.Module]] = {
+    F.linear: nn.Linear,
+    **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),
+    **dict.fromkeys((F.conv2d, torch.conv2d), nn.Conv2d),
+    **dict.fromkeys((F.conv3d, torch.conv3d), nn.Conv3d),
+}
+
+
+def reduce_first(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The forward pre-hook of a layer that is called: its first argument, reduced."""
+    if args:
+        return (_reduced(layer, args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": _reduced(layer, kwargs["input"])}
+
+
+def _reduced(layer: Any, value: Any) -> Any:
+    if isinstance(value, PackedSequence):
+        return with_data(value, layer.reduction(value.data))
+    if groups_of(layer) > 1:
+        axis = value.dim() - len(layer.kernel_size) - 1
+        parts = layer.reduction(value.unflatten(axis, (groups_of(layer), -1)))
+        return parts.flatten(axis, axis + 1)
+    return layer.reduction(value)
+
+
+def reduce_within(module: nn.Module, layer: str) -> None:
+    """Let a module reduce what its forward applies the weight of a layer to.
+
+    Args:
+        module: gets the hooks.
+        layer: the name, within ``module``, of a layer that holds a ``reduction``.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.proj = nn.Linear(2, 4)
+        ...     def forward(self, x):
+        ...         return F.linear(x, self.proj.weight)
+        >>> net = Net()
+        >>> net.proj.reduction = lambda x: x[..., :2]
+        >>> reduce_within(net, "proj")
+        >>> net(torch.rand(3, 8)).shape
+        torch.Size([3, 4])
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, StartReducing):
+            hook.layers.append(layer)
+            return
+    module.register_forward_pre_hook(StartReducing([layer]), prepend=True)
+    module.register_forward_hook(stop_reducing, always_call=True)
+
+
+def reduces_within(module: nn.Module) -> bool:
+    """Whether :func:`reduce_within` has given a module its hooks."""
+    return any(isinstance(hook, StartReducing) for hook in module._forward_pre_hooks.values())
+
+
+class StartReducing:
+    """The forward pre-hook of a module that applies the weights of layers.
+
+    Args:
+        layers: their names within the module.
+    """
+
+    def __init__(self, layers: list[str]) -> None:
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Turn the mode on; an empty one if it is on already (rule 3)."""
+        stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        on = any(isinstance(mode, _Reducing) and mode.module is module for mode in stack)
+        layers = () if on else [module.get_submodule(name) for name in self.layers]
+        _Reducing(module, layers).__enter__()  # type: ignore[no-untyped-call]
+
+
+def stop_reducing(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The forward hook of a module that applies the weights of layers: turn the mode off."""
+    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    mode = stack[-1] if stack else None
+    if isinstance(mode, _Reducing) and mode.module is module:
+        # not if a hook before ours has failed
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+class _Reducing(TorchFunctionMode):
+    """Reduces what is given to a function of torch along with the weight of a layer."""
+
+    def __init__(self, module: nn.Module, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.module = module
+        self.layers = layers
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in LAYERS:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            for layer in self.layers:
+                if layer.weight is weight:
+                    args, kwargs = reduce_first(layer, args, kwargs)
+        return func(*args, **kwargs)

@@ -35,7 +35,6 @@ from lean_fx.guards import check_branch
 from lean_fx.merging import CannotMerge, merge_modes
 from lean_fx.passes.base import has_hooks, is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
-from lean_fx.passes.modularize_weights import ModularizeWeights
 from lean_fx.passes.reducing import reduces_within
 from lean_fx.probing import refusing_modules
 from lean_fx.rebuild import REBUILDERS
@@ -110,7 +109,6 @@ def capture(
     if not evaluation:
         _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
-    ModularizeWeights()(captured)
     return captured
 
 

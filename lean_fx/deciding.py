@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from lean_fx.passes import Consumer, Facts, Read, Site, facts
 from lean_fx.passes.base import has_hooks
+from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import (
     ChannelsPolicy,
@@ -79,7 +80,11 @@ def _passes_inside(name: str, stack: nn.Module, options: Options) -> bool:
 
 
 def make_plan(
-    graph_module: GraphModule, model: nn.Module, options: Options, split: tuple[str, ...] = ()
+    graph_module: GraphModule,
+    model: nn.Module,
+    options: Options,
+    split: tuple[str, ...] = (),
+    weights: tuple[str, ...] = (),
 ) -> Plan:
     """Decide over the facts that the analyses have written.
 
@@ -88,6 +93,7 @@ def make_plan(
         model: the model itself, for the layers that its forward never calls.
         options: what the user asked for.
         split: the stacks of recurrent layers that are split in ``graph_module``.
+        weights: the parameters that have become layers there.
 
     Returns:
         The plan.
@@ -117,7 +123,7 @@ def make_plan(
     left += _never_called(model, graph_module, called | set(split))
 
     names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
-    names += [*split, *_parts(graph_module)]
+    names += [*split, *_parts(graph_module), *weights_of_products(graph_module)]
     check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
     if isinstance(options.channels, dict):
         check_names("channels", options.channels, names)
@@ -133,6 +139,7 @@ def make_plan(
         reduction=options.reduction,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         split=split,
+        weights=weights,
     )
 
 

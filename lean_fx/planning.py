@@ -17,6 +17,7 @@ from lean_fx.passes import (
     Consumer,
     InferSign,
     InsertReductions,
+    ModularizeWeights,
     Pipeline,
     Site,
     SplitLayers,
@@ -65,6 +66,8 @@ class Plan:
         split: the stacks of recurrent layers, and the layers of attention, to split first
             (:class:`~lean_fx.passes.SplitLayers`): into ``<stack>.0``, ``<stack>.1``, ..., and into
             ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
+        weights: the parameters of no layer, of which to make layers first
+            (:class:`~lean_fx.passes.ModularizeWeights`).
         traced: whether the model can be captured as a graph; if not, every site is a layer that
             reduces its own input, and the model keeps its class.
 
@@ -89,6 +92,7 @@ class Plan:
     reduction: str | ReductionFactory = "lean"
     parameters: int = 0
     split: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
     traced: bool = True
 
     def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
@@ -124,7 +128,8 @@ class Plan:
         self._check_depths(graph_module)
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
-        Pipeline([SplitLayers(self.split), TrackWrites(), InferSign(), swap, insert])(graph_module)
+        rewrite = ModularizeWeights(self.weights), SplitLayers(self.split)
+        Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
 
@@ -180,11 +185,10 @@ class Plan:
         try:
             sites = [_site_from(entry) for entry in content.pop("sites")]
             left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
-            split = content.pop("split", ())
-            split = tuple(split) if isinstance(split, list | tuple) else (None,)
-            if not all(isinstance(name, str) and name for name in split):
-                raise TypeError("split= is no list of names of layers")
-            plan = Plan(sites=tuple(sites), left_alone=tuple(left), split=split, **content)
+            split, weights = (_names(key, content.pop(key, ())) for key in ("split", "weights"))
+            plan = Plan(
+                sites=tuple(sites), left_alone=tuple(left), split=split, weights=weights, **content
+            )
             for part in (plan, *left):
                 _check_types(part)
         except (TypeError, KeyError, AttributeError, ArgumentError) as error:
@@ -213,6 +217,8 @@ class Plan:
             )
         if self.split:
             lines.append(f"split into single layers: {', '.join(self.split)}")
+        if self.weights:
+            lines.append(f"parameters made layers: {', '.join(self.weights)}")
         if self.sites:
             header = ("value", "sign", "MACs", "layer", "type", "channels", "weights", "note")
             lines += _aligned([header, *(row for site in self.sites for row in _rows(site))])
@@ -261,6 +267,12 @@ def _check_types(part: Any) -> None:
         kind, value = kinds.get(str(field.type)), getattr(part, field.name)
         if kind is not None and (not isinstance(value, kind) or type(value) is bool is not kind):
             raise TypeError(f"{field.name}={value!r} is not {field.type}")
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
+        raise TypeError(f"{key}= is no list of names of layers")
+    return tuple(value)
 
 
 def _site_from(entry: dict[str, Any]) -> Site:

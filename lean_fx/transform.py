@@ -19,6 +19,7 @@ from lean_fx.passes import (
     FindConsumers,
     InferSign,
     MeasureScale,
+    ModularizeWeights,
     Pass,
     Pipeline,
     PropagateShapes,
@@ -26,6 +27,7 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
 )
+from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.paying import Keep, keep_paying
 from lean_fx.planning import WITHIN, LeftAlone, Plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
@@ -179,15 +181,18 @@ def _planned(
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
     analyse(captured)
     stacks = stacks_to_split(captured, options)
+    weights = tuple(weights_of_products(captured))
     whole: list[LeftAlone] = []
     while True:
         graph_module = captured
-        if stacks:
+        if stacks or weights:
             graph_module = copied_graph(captured)
-            Pipeline([SplitLayers(stacks), analyse])(graph_module)
-        made = keep_paying(make_plan(graph_module, model, options, stacks), graph_module, keep)
+            Pipeline([ModularizeWeights(weights), SplitLayers(stacks), analyse])(graph_module)
+        made = make_plan(graph_module, model, options, stacks, weights)
+        made = keep_paying(made, graph_module, keep)
         reduced = {layer for site in made.sites for layer in site.layers}
         in_vain = {stack for stack in stacks if not reduced & _inner(stack, made)}
+        in_vain |= set(weights) - reduced
         if not in_vain:
             made = dataclasses.replace(made, left_alone=(*made.left_alone, *whole))
             if inputs and keep == "all":
@@ -199,7 +204,9 @@ def _planned(
             for each in made.left_alone
             if stack in in_vain and each.layer in _inner(stack, made)
         ]
+        whole += [each for each in made.left_alone if each.layer in in_vain & set(weights)]
         stacks = tuple(stack for stack in stacks if stack not in in_vain)
+        weights = tuple(weight for weight in weights if weight not in in_vain)
 
 
 def _with_hidden(

@@ -50,7 +50,11 @@ from lean_fx.copying import memory_of
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
 from lean_fx.passes.flattens import is_flatten
-from lean_fx.passes.modularize_weights import behind_transpose, operands
+from lean_fx.passes.modularize_weights import (
+    behind_transpose,
+    operands,
+    weights_of_products,
+)
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import (
@@ -108,9 +112,12 @@ class FindConsumers(Pass):
         """Judge every layer that is called."""
         graph = _Context.of(graph_module)
         several: dict[int, list[Facts]] = {}
+        own = {product.node for product in weights_of_products(graph_module).values()}
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.refusal, known.splits = None, "", False
+            if node in own:
+                continue  # its parameter can become a layer (ModularizeWeights)
             if _multiplies_a_weight(node, graph_module):
                 known.refusal = "a functional call whose weight is shared, computed or no parameter"
             elif node.op == "call_module":

@@ -17,12 +17,13 @@ Rules:
    reads it. That of a layer is left alone (see :class:`ModularizeCalls`).
 3. The bias stays what it is, and is added behind the layer.
 4. The layer's weight is the parameter itself where its shape allows it, else a transposed copy.
+5. It acts on the parameters that it is given by name; :func:`weights_of_products` finds them all.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lean_fx.errors import PlanError
 from lean_fx.passes.base import Pass, argument
 from lean_fx.passes.modularize_calls import SETTINGS, add_bias, erase_unread, readers
 from lean_fx.passes.reducing import LAYERS
@@ -51,7 +53,7 @@ _TRANSPOSES: dict[Any, set[tuple[Any, ...]]] = {
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """A call that multiplies a value with a parameter.
 
     Attributes:
@@ -66,17 +68,39 @@ class _Product:
 
 
 class ModularizeWeights(Pass):
-    """Make layers of the parameters that multiply channels."""
+    """Make layers of parameters that multiply channels.
+
+    Args:
+        weights: their qualified names.
+
+    Raises:
+        PlanError: a name is not that of such a parameter.
+    """
+
+    def __init__(self, weights: Iterable[str]) -> None:
+        self.weights = tuple(weights)
 
     def run(self, graph_module: GraphModule) -> bool:
-        """Replace such products one by one."""
-        found = list(_products(graph_module))
-        for product in found:
-            _call(graph_module, product)
-        return bool(found)
+        """Replace the products one by one; what is a layer already is left alone."""
+        modules = dict(graph_module.named_modules())
+        todo = [name for name in self.weights if name not in modules]
+        found = weights_of_products(graph_module) if todo else {}
+        for name in todo:
+            if name not in found:
+                raise PlanError(
+                    f"plan: {name!r} is no parameter that multiplies a value once and for itself; "
+                    "make the plan anew from this model"
+                )
+            _call(graph_module, found[name])
+        return bool(todo)
 
 
-def _products(graph_module: GraphModule) -> Iterator[_Product]:
+def weights_of_products(graph_module: GraphModule) -> dict[str, Product]:
+    """The parameters that can become layers, by name, in the order of the graph."""
+    return {str(product.weight.target): product for product in _products(graph_module)}
+
+
+def _products(graph_module: GraphModule) -> Iterator[Product]:
     parameters = dict(graph_module.named_parameters())
     names: dict[int, int] = {}
     for _, parameter in graph_module.named_parameters(remove_duplicate=False):
@@ -95,7 +119,7 @@ def _products(graph_module: GraphModule) -> Iterator[_Product]:
             continue
         layer = _layer(node, learned, transposed)
         if layer is not None:
-            yield _Product(node, weight, layer.train(graph_module.training))
+            yield Product(node, weight, layer.train(graph_module.training))
 
 
 def operands(node: Node) -> tuple[Any, Any, Any]:
@@ -149,7 +173,7 @@ def _layer(node: Node, parameter: nn.Parameter, transposed: bool) -> nn.Module |
     return linear
 
 
-def _call(graph_module: GraphModule, product: _Product) -> None:
+def _call(graph_module: GraphModule, product: Product) -> None:
     """Put the call of the layer in the place of the product, and the layer in the parameter's."""
     name, node = str(product.weight.target), product.node
     owner, _, leaf = name.rpartition(".")

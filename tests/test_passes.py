@@ -1,5 +1,7 @@
 """The four laws of a pass, for every pass, and graphs as text."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -39,6 +41,7 @@ from lean_fx.passes import (
     TrackWrites,
     facts,
 )
+from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.tracing import LeanTracer
 
 MODELS = CHANGED | UNCHANGED
@@ -55,7 +58,7 @@ def passes_for(model, inputs):
         "TrackChannels": TrackChannels(),
         "FindConsumers": FindConsumers(),
         "ModularizeCalls": ModularizeCalls(),
-        "ModularizeWeights": ModularizeWeights(),
+        "ModularizeWeights": ModularizeWeights(plan.weights),
         "SwapLayers": SwapLayers(plan.sites),
         "InsertReductions": InsertReductions(plan.sites),
     }
@@ -78,7 +81,8 @@ def test_laws(name, model):
     )
     the_pass = passes_for(original, inputs)[name]
     if name == "InsertReductions":
-        passes_for(original, inputs)["SplitLayers"](graph_module)
+        for earlier in ("ModularizeWeights", "SplitLayers"):
+            passes_for(original, inputs)[earlier](graph_module)
 
     before = description(graph_module)
     result = the_pass(graph_module)
@@ -425,6 +429,7 @@ output = output(a_1)
 def test_parameters_that_multiply_become_layers():
     model, inputs = Weights().double(), torch.rand(2, 3, 8, 8).double()
     captured = capture(model)
+    ModularizeWeights(weights_of_products(captured))(captured)
     assert_expected_inline(
         graph_text(captured),
         """\
@@ -456,6 +461,16 @@ output = output(linear_2)
     lean = lean_fx.leanify(model, inputs, min_channels=8)
     layers = [site.layers[0] for site in lean.meta["lean_fx.plan"].sites]
     assert layers == ["inner.kernel", "product", "transposed", "added", "linear"]
+    plan = lean_fx.plan(model, inputs, skip=["product"])
+    assert plan.weights == ("transposed", "added", "linear")
+    left = {each.layer: each.reason for each in plan.left_alone}
+    assert left["product"] == "skip='product'"
+    assert left["inner.kernel"] == "in_channels=8 of each of 2 groups is below min_channels=16"
+    again = lean_fx.Plan.from_json(plan.to_json())
+    assert again == plan
+    assert isinstance(again.apply(model).product, nn.Parameter)
+    with pytest.raises(PlanError, match="'product' is no parameter that multiplies a value once"):
+        replace(plan, weights=("product",)).apply(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -484,7 +499,7 @@ def test_parameters_that_are_no_layers_weight_stay(forward):
 
     Net.forward = forward
     model = Net()
-    assert graph_text(capture(model)) == graph_text(GraphModule(model, LeanTracer().trace(model)))
+    assert not weights_of_products(capture(model))
 
 
 def test_shapes_are_written_and_buffers_stay():

@@ -15,9 +15,9 @@ Then it is traced in the opposite mode, and the two graphs become one (:mod:`lea
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,14 +25,15 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.fx.proxy import TraceError
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import rnn
 
+from lean_fx.checks import check_shapes
+from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.following import FollowingTracer
 from lean_fx.guards import check_branch
 from lean_fx.merging import CannotMerge, merge_modes
-from lean_fx.passes.base import is_altered, sharing_copy
+from lean_fx.passes.base import has_hooks, is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
 from lean_fx.passes.reducing import reduces_within
@@ -41,6 +42,10 @@ from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer, is_wrapped
 from lean_fx.transformers import PLAIN
 
+_STATE_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 _ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -63,9 +68,9 @@ def capture(
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
-        of each, and of the hooks of the model itself. What forward does in one mode only, it does
-        there too (see :mod:`lean_fx.merging`), and functional dropout has become a module. Where
-        the two modes cannot be joined, it keeps its own, and a LeanWarning says so.
+        of each, and with all hooks; a container with hooks stays whole. What forward does in one
+        mode only, it does there too (see :mod:`lean_fx.merging`), and functional dropout has become
+        a module. Where the two modes cannot be joined, it keeps its own, and a LeanWarning says so.
 
     Raises:
         ArgumentError: ``model`` is not a module, or has lazy layers without a shape.
@@ -100,8 +105,7 @@ def capture(
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
             node.type = None
-    for hooks in _ROOT_HOOKS:
-        setattr(captured, hooks, getattr(root, hooks))
+    _keep_hooks(captured, root)
     _keep_layers(captured, root)
     if not evaluation:
         _follow_mode(captured, traced, root, inputs)
@@ -112,10 +116,10 @@ def capture(
 
 def copied_graph(graph_module: GraphModule) -> GraphModule:
     """A deep copy of a captured model, with its class name and the hooks of the model."""
-    copied = copy.deepcopy(graph_module)
+    copied = copied_whole(graph_module)
+    assert isinstance(copied, GraphModule)
     named = GraphModule(copied, copied.graph, type(graph_module).__name__)
-    for hooks in _ROOT_HOOKS:
-        setattr(named, hooks, getattr(graph_module, hooks))
+    _keep_hooks(named, graph_module)
     return named
 
 
@@ -127,13 +131,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: it cannot be copied.
     """
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__}: cannot be copied ({_reason(error)}); give a model that "
-            "copy.deepcopy can copy"
-        ) from error
+    copied = copied_whole(model)
     for module in copied.modules():
         kept = is_altered(module) or any(getattr(module, hooks) for hooks in _ROOT_HOOKS)
         if type(module) in PLAIN and (module is copied or not kept):
@@ -145,20 +143,25 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
 
     Raises:
-        ArgumentError: they are neither a tensor nor a tuple or list.
+        ArgumentError: they are neither a tensor nor a tuple or list, or packed sequences without a
+            step.
 
     Example:
         >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
         [torch.Size([2, 3])]
     """
     if isinstance(example_inputs, torch.Tensor | rnn.PackedSequence):
-        return (example_inputs,)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs)
-    raise ArgumentError(
-        f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a tuple; "
-        "give one tensor, or a tuple of the positional inputs"
-    )
+        inputs: tuple[Any, ...] = (example_inputs,)
+    elif isinstance(example_inputs, tuple | list):
+        inputs = tuple(example_inputs)
+    else:
+        raise ArgumentError(
+            f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a "
+            "tuple; give one tensor, or a tuple of the positional inputs"
+        )
+    if any(isinstance(each, rnn.PackedSequence) and not len(each.batch_sizes) for each in inputs):
+        raise ArgumentError("example_inputs: packed sequences without a step; give one or more")
+    return inputs
 
 
 def _check(model: nn.Module) -> None:
@@ -166,12 +169,7 @@ def _check(model: nn.Module) -> None:
         raise ArgumentError(
             f"model={type(model).__name__} object is not a torch.nn.Module; give the model itself"
         )
-    for name, module in model.named_modules():
-        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise ArgumentError(
-                f"model: layer {name!r} ({type(module).__name__}) has no shape yet; call the model "
-                "once on a batch first"
-            )
+    check_shapes(model)
     names = {*dir(GraphModule), "meta"}
     taken = [name for name, _ in model.named_children() if name in names]
     if taken and not isinstance(model, GraphModule):
@@ -190,7 +188,11 @@ def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
 
 def _trace(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
     """Trace copies of a module until it goes; the copy that went, and its graph."""
-    opaque = frozenset(name for name, each in root.named_modules() if name and reduces_within(each))
+    opaque = frozenset(
+        name
+        for name, each in root.named_modules()
+        if name and (reduces_within(each) or has_hooks(each))
+    )
     copied, graph = _trace_around(root, inputs, opaque)
     hiding = _hiding_weights(copied, graph)
     if hiding:
@@ -211,8 +213,9 @@ def _trace_around(
         return copied, LeanTracer(opaque).trace(copied, absent)
     except Exception:  # the model's own code may raise anything on proxies
         copied, graph, leaves = _trace_in_parts(root, inputs, absent, opaque)
-    if leaves != opaque and not _layers_called(copied, graph):
-        raise TraceError(f"{', '.join(sorted(leaves))} cannot be traced, and no layer is elsewhere")
+    if leaves > opaque and not _layers_called(copied, graph):
+        names = ", ".join(sorted(leaves - opaque))
+        raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
     return _without_refusals(root, inputs, absent, copied, graph, leaves)
 
 
@@ -300,6 +303,23 @@ def _follow_mode(
         LeanWarning,
         stacklevel=5,
     )
+
+
+def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:
+    """Keep the hooks of the model itself, and those of state_dicts of its containers.
+
+    The captured model has containers of its own. Other hooks of a container keep it whole.
+    """
+    for hooks in _ROOT_HOOKS:
+        setattr(captured, hooks, getattr(root, hooks))
+    modules = dict(captured.named_modules())
+    for name, module in root.named_modules():
+        there = modules.get(name, module)
+        for hooks in _STATE_HOOKS if there is not module else ():
+            setattr(there, hooks, OrderedDict(getattr(module, hooks)))
+        for key, hook in there._load_state_dict_pre_hooks.items():
+            if hook.with_module:  # such a hook knows its module
+                there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
 
 
 def _keep_layers(captured: GraphModule, root: nn.Module) -> None:

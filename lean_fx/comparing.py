@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture import as_inputs
+from lean_fx.checks import check_shapes, check_values
+from lean_fx.copying import copied_whole
 from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
 from lean_fx.export import export_onnx
@@ -153,8 +155,14 @@ def _check(
             raise ArgumentError(f"compare: the name {name!r} is no printable text; give another")
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"compare: {name!r} is a {type(model).__name__}; give a module")
+        check_shapes(model, f"compare: {name!r}")
+        check_values(model, f"compare: {name!r}")
     if not inputs or not all(isinstance(value, Tensor) and value.dim() for value in inputs):
         raise ArgumentError("compare: example_inputs are no tensors with a batch; give such")
+    if any(value.is_meta for value in inputs):
+        raise ArgumentError(
+            "compare: example_inputs are on the meta device and have no values; give such that do"
+        )
     if any(value.shape[0] == 0 for value in inputs):
         raise ArgumentError("compare: example_inputs have no rows; give one or more")
     if len({value.shape[0] for value in inputs}) > 1:
@@ -194,6 +202,11 @@ def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) ->
                 f"compare: {name!r} fails on the example inputs ({' '.join(str(error).split())}); "
                 "give inputs that all models take"
             ) from error
+        if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(output)):
+            raise ArgumentError(
+                f"compare: {name!r} gives a {type(output).__name__}, in which there are no tensors "
+                "to find; return tensors, or a tuple, list or dict of them"
+            )
         forms[name] = pytree.tree_map(lambda x: list(getattr(x, "shape", ())), output)
     first, *others = forms
     for name in others:
@@ -218,12 +231,9 @@ def _check_steps(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> N
 
 def _copy(name: str, model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ArgumentError(
-            f"compare: {name!r} cannot be copied ({' '.join(str(error).split())}); give a model "
-            "that copy.deepcopy takes"
-        ) from error
+        return copied_whole(model)
+    except CaptureError as error:
+        raise ArgumentError(f"compare: {name!r}: {error}") from error
 
 
 def _files(home: Path, names: Iterable[str]) -> Iterator[Path]:

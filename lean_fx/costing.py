@@ -12,10 +12,12 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture import as_inputs, capture
+from lean_fx.checks import is_quantized_layer
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import Counter, counting
+from lean_fx.measure.cost import Counter, counting, counting_device
 from lean_fx.measure.costed import Costs, NodeCost
 from lean_fx.measure.formulas import call_macs
+from lean_fx.passes.propagate_shapes import check_count
 from lean_fx.registry import is_reduction
 from lean_fx.tracing import LeanTracer
 from lean_fx.transformers import PLAIN
@@ -31,7 +33,8 @@ _LOOK_UPS = (F.embedding, F.embedding_bag)
 def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
     """Count what every node of a model computes, holds and moves in one forward pass.
 
-    The model is captured as torch.fx sees it in eval mode, and that copy runs once on the CPU.
+    The model is captured as torch.fx sees it in eval mode, and that copy runs once on the CPU, or
+    on the meta device, where no numbers are computed, if the model or an input is there.
 
     - Multiply-adds by the formulas of :mod:`lean_fx.measure.formulas`, reductions included. Where
       there is none, those of the operators inside, as :func:`~lean_fx.measure.cost.count_macs`
@@ -68,7 +71,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
     """
     with torch.inference_mode(False):
         inputs: tuple[Any, ...] = pytree.tree_map_only(
-            Tensor, lambda x: x.detach().clone().cpu(), as_inputs(example_inputs)
+            Tensor, lambda x: x.detach().clone(), as_inputs(example_inputs)
         )
         known = isinstance(model, nn.Module) and type(model) not in PLAIN
         leaf = known and LeanTracer().is_leaf_module(model, "")
@@ -86,9 +89,12 @@ def _calling(layer: nn.Module, inputs: int) -> GraphModule:
 
 
 def _count(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
+    check_count(captured, inputs)
+    device = counting_device(captured, pytree.tree_leaves(inputs))
+    inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)
     try:
         with torch.random.fork_rng(devices=[]), counting() as counter:
-            run = _Run(captured.cpu(), counter)
+            run = _Run(captured.to(device), counter)
             run.run(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
@@ -191,6 +197,8 @@ def _read_bytes(called: Any, read: list[Tensor]) -> int:
 def _holds_weights(called: Any) -> bool:
     if not isinstance(called, nn.Module) or isinstance(called, _WITHOUT_SUMS):
         return False
+    if is_quantized_layer(called):  # which hold them packed
+        return True
     return is_reduction(called) or any(True for _ in called.parameters())
 
 

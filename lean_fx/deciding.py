@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.passes import Consumer, Facts, Read, Site, facts
+from lean_fx.passes.base import has_hooks
 from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import (
     ChannelsPolicy,
@@ -197,7 +198,8 @@ def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str])
         if name in read:
             reason = "called in training only, or in evaluation only"
         if holder:
-            reason = f"inside {holder}, which is not traced"
+            hooked = has_hooks(modules[holder])
+            reason = f"inside {holder}, which {'has hooks' if hooked else 'is not traced'}"
         left.append(LeftAlone(name, type(layer).__name__, reason))
     return left
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
@@ -18,7 +17,16 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.capture import as_inputs
-from lean_fx.errors import ArgumentError, DataError, ExportError, LeanWarning, require
+from lean_fx.checks import check_shapes, check_values, quantized_by_torch
+from lean_fx.copying import copied_whole
+from lean_fx.errors import (
+    ArgumentError,
+    CaptureError,
+    DataError,
+    ExportError,
+    LeanWarning,
+    require,
+)
 from lean_fx.files import replacing
 from lean_fx.functional import as_onnx_nodes
 from lean_fx.onnx_function import DOMAIN
@@ -109,9 +117,10 @@ def export_onnx(
 
     Raises:
         ArgumentError: the inputs are neither a tensor nor a tuple, or one is no batch; or an
-            option or ``dynamic_shapes`` does not fit.
-        ExportError: torch cannot export the model; says why. Or the file differs from the model;
-            names the first node that does.
+            option or ``dynamic_shapes`` does not fit; or the model is on the meta device, or has
+            lazy layers without a shape.
+        ExportError: torch cannot export the model, such as quantised layers; says why. Or the file
+            differs from the model; names the first node that does.
         MissingDependencyError: onnx or onnxscript is not installed; or onnxruntime, for the check.
         WriteError: the path cannot be written.
 
@@ -124,6 +133,9 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"export_onnx: model={type(model).__name__} object is not a module")
+    check_shapes(model, "export_onnx")
+    check_values(model, "export_onnx")
+    _check_float(model)
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"export_onnx: path={path!r} is no path; give the name of a file")
     if opset is not None and (type(opset) is not int or opset < 18):
@@ -157,7 +169,8 @@ def export_onnx(
     else:
         axes = check_axes(given, dynamic_shapes)
     inputs = without_ones(given, axes)
-    _check_runs(model, inputs)
+    with _evaluating(model):
+        _check_runs(model, inputs)
     remark = ""
     with replacing(path) as part, _evaluating(model):
         program = _export(model, inputs, axes, opset)
@@ -337,11 +350,22 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
+def _check_float(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if quantized_by_torch(module):
+            kind = type(module)
+            raise ExportError(
+                f"export_onnx: layer {name!r} ({kind.__module__}.{kind.__qualname__}) is of "
+                "torch.ao.quantization, which has no ONNX form; export the float model, with "
+                "quantize='dynamic' or 'static' for an INT8 file"
+            )
+
+
 def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     """Run a copy once: the exporter's own word on inputs that do not fit is hard to read."""
     try:
         with torch.no_grad():
-            _copy(model).eval()(*(value.clone() for value in inputs))
+            _copy(model)(*(value.clone() for value in inputs))
     except Exception as error:
         shapes = ", ".join(str(list(value.shape)) for value in inputs) or "none"
         reason = " ".join(str(error).split())
@@ -354,8 +378,8 @@ def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 def _copy(model: nn.Module) -> nn.Module:
     """A copy, whose buffers may change; of what cannot be copied, the model itself."""
     try:
-        return copy.deepcopy(model)
-    except Exception:  # whatever a module's own __deepcopy__ raises
+        return copied_whole(model)
+    except CaptureError:
         return model
 
 

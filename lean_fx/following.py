@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lean_fx.guards import check_branch, count_items, round_number
-from lean_fx.passes.base import shallow, sharing_copy
+from lean_fx.passes.base import fake_of, shallow, sharing_copy
 from lean_fx.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
 from lean_fx.tracing import LeanTracer
 
@@ -264,11 +264,11 @@ class FollowingTracer(LeanTracer):
             given = self._inputs[place]
         else:
             return default[0] if default else UNKNOWN
-        return pytree.tree_map_only(Tensor, self._fakes.from_tensor, given)
+        return pytree.tree_map_only(Tensor, self._fake, given)
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if tensor not in self._state:
-            self._state[tensor] = self._fakes.from_tensor(tensor)
+            self._state[tensor] = fake_of(tensor, self._fakes)
         return self._state[tensor]
 
 

@@ -12,7 +12,6 @@ seen in one forward pass on the example inputs. A layer is left alone by the rul
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Collection
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lean_fx.checks import check_values
+from lean_fx.copying import copied_whole
 from lean_fx.deciding import Options, settle, unwanted
 from lean_fx.errors import ArgumentError
 from lean_fx.passes import Consumer, Read, Site
@@ -80,9 +81,11 @@ def plan_layers(
         only: the names of the layers to decide for; all if left out.
 
     Raises:
-        ArgumentError: the model fails on the inputs, or an option does not fit it.
+        ArgumentError: the model fails on the inputs or has no values, or an option does not fit it.
+        CaptureError: it cannot be copied.
     """
-    seen = _observe(model, inputs)
+    check_values(model)
+    seen = _observe(copied_whole(model), inputs)  # what cannot be copied is told as that
     modules: dict[str, nn.Module] = dict(model.named_modules())
     options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
@@ -152,7 +155,7 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
 
 
 def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
-    copied = copy.deepcopy(model).eval()
+    copied = copied_whole(model).eval()
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     called: dict[str, _Seen] = {}
     for name, layer in copied.named_modules():

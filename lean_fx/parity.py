@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import ExportError, require
 from lean_fx.onnx_nodes import TORCH_NAME
 from lean_fx.replaying import in_float64, moved_by_rounding, values_of
-
-# What its CPU has no kernel of float64 for.
-_RECURRENT = re.compile(r"\b(RNN|LSTM|GRU)\b")
 
 
 def greatest_difference(
@@ -172,8 +168,8 @@ def _run(file: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         feeds = dict(zip(names, arrays, strict=True))
         return [torch.as_tensor(value) for value in session.run(None, feeds)]
     except Exception as error:
-        double = _RECURRENT.search(str(error)) and any(x.dtype is torch.float64 for x in inputs)
-        remedy = "convert the model to float32" if double else "try another opset"
+        other = any(x.dtype in (torch.float64, torch.bfloat16) for x in inputs)
+        remedy = "convert the model to float32" if other else "try another opset"
         raise ExportError(
             "export_onnx: ONNX Runtime cannot run the file "
             f"({' '.join(str(error).split())[:300]}); {remedy}, or "

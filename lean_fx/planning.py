@@ -91,7 +91,7 @@ class Plan:
     split: tuple[str, ...] = ()
     traced: bool = True
 
-    def apply(self, model: nn.Module, example_inputs: Any = ()) -> nn.Module:
+    def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Make the reduced model.
 
         Args:
@@ -107,7 +107,8 @@ class Plan:
             PlanError: the plan does not fit the model.
         """
         if self.traced:
-            return self.apply_to_graph(capture(model, as_inputs(example_inputs)))
+            inputs = as_inputs(example_inputs) if example_inputs is not None else ()
+            return self.apply_to_graph(capture(model, inputs))
         copied = plain_copy(model)
         for site in self.sites:
             swap_layer(copied, site, self.reduction, nonnegative=False)

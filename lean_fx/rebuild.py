@@ -16,6 +16,7 @@ A layer with torch's weight norm or spectral norm is rebuilt without, and gets i
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,9 @@ REBUILDERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 }
 
 
+#: What torch's own layers hold.
+_WEIGHTS = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
+
 #: Parametrizations that a rebuilt layer can get anew.
 _NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
 
@@ -121,6 +125,12 @@ def why_not_rebuilt(layer: nn.Module) -> str:
     kind = next((base for base in REBUILDERS if isinstance(layer, base)), None)
     if kind is None:
         return f"{type(layer).__name__} is not a layer that can be rebuilt"
+    if not parametrize.is_parametrized(layer):
+        strange = [name for name in _held(layer) if not _WEIGHTS.fullmatch(name)]
+        if strange and plain_type(layer) is kind:
+            return f"it holds {strange[0]}, which a rebuilt layer would lose"
+        if not input_weights(layer):
+            return "its weight is no parameter"
     if parametrize.is_parametrized(layer):
         known = all(len(each) == 1 and type(each[0]) in _NORMS for each in _parametrized(layer))
         if not known or not parametrize.is_parametrized(layer, "weight") or is_recurrent(layer):
@@ -131,6 +141,10 @@ def why_not_rebuilt(layer: nn.Module) -> str:
             own = f"{type(layer).__module__}.{type(layer).__qualname__}"
             return f"{own} is a subclass of {kind.__name__} and may mean more"
     return ""
+
+
+def _held(layer: nn.Module) -> list[str]:
+    return [*layer._parameters, *layer._buffers, *layer._modules]
 
 
 def _parametrized(layer: Any) -> list[Any]:

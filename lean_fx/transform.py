@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture, copied_graph, plain_copy
+from lean_fx.checks import first_without_values
 from lean_fx.deciding import Options, hidden_layers, make_plan, stacks_to_split
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.layerwise import plan_layers
@@ -171,9 +172,10 @@ def _planned(
             raise
         if keep != "all":
             raise ArgumentError(f"keep={keep!r} needs a graph; {error}") from error
+        made = plan_layers(plain_copy(model), inputs, options)
         reason = str(error).partition("; ")[0]
         warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
-        return plan_layers(plain_copy(model), inputs, options), None
+        return made, None
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
     analyse(captured)
     stacks = stacks_to_split(captured, options)
@@ -205,7 +207,7 @@ def _with_hidden(
 ) -> Plan:
     """The plan with the layers inside of what cannot be traced; they reduce their own input."""
     hidden = hidden_layers(graph_module)
-    if not hidden:
+    if not hidden or first_without_values(graph_module):  # what they read is seen when they run
         return made
     within = plan_layers(graph_module, inputs, options, hidden)
     seen = [each for each in made.left_alone if each.layer not in hidden]

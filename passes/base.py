@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _KEY = "lean_fx"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -108,6 +109,16 @@ def is_altered(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else runs when the module is called, or when a gradient reaches it.
+
+    Example:
+        >>> has_hooks(nn.ReLU())
+        False
+    """
+    return any(getattr(module, hooks) for hooks in (*_HOOKS, *_BACKWARD_HOOKS))
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
@@ -120,12 +131,12 @@ def shallow(module: nn.Module) -> nn.Module:
         for each in copied.modules():
             ours = {key: hook for key, hook in each._forward_hooks.items() if hook is stop_reducing}
             each._forward_hooks = OrderedDict(ours)
-            for hooks in ("_backward_hooks", "_backward_pre_hooks"):
+            for hooks in _BACKWARD_HOOKS:
                 setattr(each, hooks, OrderedDict())
         return copied
     copied = object.__new__(type(module))  # copy.copy refuses parametrized modules
     copied.__dict__.update(module.__dict__)
-    for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    for hooks in ("_forward_hooks", *_BACKWARD_HOOKS):
         setattr(copied, hooks, OrderedDict())
     return copied
 
@@ -143,6 +154,17 @@ def sharing_copy(
     replaced = {id(each): tensor(each) for each in state}
     with unset_fake_temporarily():  # which cannot copy other tensors
         return copy.deepcopy(module, replaced)
+
+
+def fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A tensor of the same shape without numbers; on the CPU, if it is on the meta device.
+
+    What is on the meta device has no numbers either, and is to be put on some device yet.
+    """
+    if not tensor.is_meta:
+        return mode.from_tensor(tensor)
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Module) -> str:

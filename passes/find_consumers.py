@@ -17,7 +17,8 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 1. it cannot be rebuilt: it is of a subclass that does not keep the meaning of its type
    (:mod:`lean_fx.subclasses`), or its weight is parametrized by more than torch's weight norm or
    spectral norm;
-2. a parameter of it is shared or read elsewhere, or frozen; or it is called more than once, and
+2. a parameter of it is shared or read elsewhere (or memory of it), or frozen, or its weight is not
+   floating-point or of a subclass of torch's parameters; or it is called more than once, and
    reads through a flatten, or along different axes, or one of the calls is refused;
 3. it has hooks, which would be lost;
 4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
@@ -42,9 +43,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils import parametrize
 
+from lean_fx.checks import is_quantized_layer
+from lean_fx.copying import memory_of
 from lean_fx.packed import with_data
-from lean_fx.passes.base import Facts, Pass, argument, facts
+from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.modularize_weights import behind_transpose, operands
 from lean_fx.passes.split_attention import SplitAttention
@@ -60,7 +64,7 @@ from lean_fx.rebuild import (
 from lean_fx.registry import is_reduction
 from lean_fx.transformers import PLAIN
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CALLS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _CALLS |= {torch.conv1d, torch.conv2d, torch.conv3d}
@@ -159,7 +163,8 @@ class _Context:
     Attributes:
         modules: by qualified name.
         calls: of each module, by its id.
-        owners: the names of each parameter, by its id: of modules, and of nodes that read it.
+        owners: the names of each parameter, by its id: of modules, of what shares memory with it,
+            and of nodes that read it.
         learned: the nodes behind a layer with weights; normalising the inputs does not count.
         order: the place of each node in the graph.
         writes: the places of the in-place operations on each storage, ascending.
@@ -232,10 +237,25 @@ def _attribute(root: nn.Module, name: str) -> Any:
 
 
 def owners_of(module: nn.Module) -> dict[int, list[str]]:
-    """The names of every parameter, by its id."""
+    """The names of every parameter, and of what shares memory with it, by its id."""
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
     owners: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    places = []
+    for name, tensor in named:
+        owners.setdefault(id(tensor), []).append(name)
+        if memory := memory_of(tensor):
+            places.append((memory, id(tensor), name))
+    places.sort(key=lambda place: place[0])
+    for index, ((storage, _, end), ours, name) in enumerate(places):
+        for (other_storage, start, _), theirs, other in places[index + 1 :]:
+            if other_storage != storage or start >= end:
+                break
+            if ours != theirs:
+                owners[ours].append(other)
+                owners[theirs].append(name)
     return owners
 
 
@@ -249,12 +269,14 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     kinds = (*REBUILDERS, nn.MultiheadAttention)
     kind = next((base for base in kinds if isinstance(layer, base)), None)
     if kind is None:
+        if is_quantized_layer(layer):
+            return "its weights are quantised; reduce the float model, then quantise that"
         if type(layer) in PLAIN:  # capture has looked into all others
             return "it has hooks or a forward of its own, so it stays whole"
         return "bilinear layers read two values" if isinstance(layer, nn.Bilinear) else ""
     if is_reduction(getattr(layer, "reduction", None)):
         return "it reads a reduction already"
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+    if has_hooks(layer) or _has_state_hooks(layer):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters():
         names = owners[id(parameter)]
@@ -262,6 +284,11 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
             return f"its parameter is used elsewhere: {', '.join(names)}"
         if parameter._backward_hooks:
             return "its parameter has hooks, which a rebuilt layer would lose"
+    for weight in input_weights(layer).values():
+        if type(weight) is not nn.Parameter:
+            return f"its weight is a {type(weight).__name__}, which a rebuilt layer would lose"
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}, which is not floating-point"
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
     if kind is nn.MultiheadAttention:
@@ -272,6 +299,12 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     if 1 < groups_of(layer) == input_channels(layer):
         return f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
     return ""
+
+
+def _has_state_hooks(layer: nn.Module) -> bool:
+    """Whether hooks run when the layer's state is saved or loaded, but for torch's own norms'."""
+    loads = layer._load_state_dict_pre_hooks and not parametrize.is_parametrized(layer)
+    return bool(loads) or any(getattr(layer, hooks) for hooks in _STATE_HOOKS)
 
 
 def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, str]:

@@ -5,7 +5,8 @@ that it replaces started. How large the values are depends on the whole net befo
 normalisation they shrink from layer to layer), so it is measured: one forward pass, without
 gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
 Where the model cannot take such inputs (it fails, or gives values that are not finite), the example
-inputs themselves are taken; where it cannot take those either, nothing is known.
+inputs themselves are taken. Nothing is known of what has no numbers, on the meta device, and of
+what the device has no code for.
 What depends on values, and ``PropagateShapes`` cannot know (some shapes, and which values are
 packed sequences), is written on the way.
 Neither the modules' buffers nor torch's random numbers are changed by it.
@@ -13,7 +14,9 @@ Neither the modules' buffers nor torch's random numbers are changed by it.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, facts, shallow, sharing_copy
+from lean_fx.passes.propagate_shapes import cannot_run
 
 
 class MeasureScale(Pass):
@@ -32,24 +36,30 @@ class MeasureScale(Pass):
 
     Args:
         example_inputs: the positional inputs of the model; of the floating-point ones only shape,
-            dtype and device count.
+            dtype and device count, unless the model cannot take others.
+
+    Raises:
+        ArgumentError: the model cannot run on the example inputs; names the first node that fails.
     """
 
     def __init__(self, example_inputs: tuple[Any, ...]) -> None:
         self.example_inputs = example_inputs
 
     def run(self, graph_module: GraphModule) -> bool:
-        """Interpret the graph once, unless a parameter has no data (meta device)."""
-        if any(tensor.is_meta for tensor in graph_module.state_dict().values()):
-            return False
+        """Interpret the graph once, unless a tensor has no numbers (meta device)."""
         tensors = [each for each in self.example_inputs if isinstance(each, torch.Tensor)]
+        held = (*graph_module.parameters(), *graph_module.buffers())
+        if any(tensor.is_meta for tensor in (*tensors, *held)):
+            return False
         cuda = {each.device for each in tensors if each.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(0)
-            for inputs in (tuple(map(unit_variance, self.example_inputs)), self.example_inputs):
-                found = _measure(graph_module, inputs)
-                if found.rms and all(map(math.isfinite, found.rms.values())):
-                    break
+            found = _Measure(graph_module)
+            with contextlib.suppress(Exception):  # the model's code may refuse such numbers
+                found = _measure(graph_module, map(unit_variance, self.example_inputs))
+            if not found.rms or not all(map(math.isfinite, found.rms.values())):
+                with contextlib.suppress(NotImplementedError):  # such as half precision on a CPU
+                    found = _measure(graph_module, map(_fresh, self.example_inputs))
         for node in graph_module.graph.nodes:
             rms = found.rms.get(node.name, math.nan)
             facts(node).rms = rms if math.isfinite(rms) else None
@@ -59,23 +69,27 @@ class MeasureScale(Pass):
         return False
 
 
-def _measure(graph_module: GraphModule, inputs: tuple[Any, ...]) -> _Measure:
-    """What is found of every value; nothing if the model fails on the inputs."""
+def _measure(graph_module: GraphModule, inputs: Iterable[Any]) -> _Measure:
+    """What is found of every value."""
     measure = _Measure(graph_module)
-    try:
-        measure.run(*inputs)
-    except Exception:  # the model's own code may raise anything, and a scale is no necessity
-        return _Measure(graph_module)
+    measure.run(*inputs)
     return measure
 
 
 def unit_variance(value: Any) -> Any:
-    """Values of the same shape from a standard normal; what is not floating-point, as it is."""
+    """Values of the same shape from a standard normal; a copy of what is not floating-point."""
     if isinstance(value, PackedSequence):
         return with_data(value, unit_variance(value.data))
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return torch.randn_like(value)
-    return value
+    return _fresh(value)
+
+
+def _fresh(value: Any) -> Any:
+    """A copy of tensors, which the model may write to."""
+    if isinstance(value, PackedSequence):
+        return with_data(value, value.data.clone())
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 class _Measure(Interpreter):
@@ -84,7 +98,7 @@ class _Measure(Interpreter):
         self.rms: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.packed: set[str] = set()
-        self.extra_traceback = False  # its errors are caught
+        self.extra_traceback = False  # it would grow the message by many lines
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module: nn.Module = self.fetch_attr(target)
@@ -98,7 +112,12 @@ class _Measure(Interpreter):
         return value.clone() if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            raise cannot_run(n, self.env, error) from error
         found = value
         if isinstance(value, PackedSequence):
             self.packed.add(n.name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError
-from lean_fx.passes.base import Pass, facts, shallow, sharing_copy
+from lean_fx.passes.base import Pass, facts, fake_of, shallow, sharing_copy
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -45,22 +45,14 @@ class PropagateShapes(Pass):
 
     def requires(self, graph_module: GraphModule) -> None:
         """The inputs must be as many as the model takes."""
-        holes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-        needed = [node for node in holes if not node.args]
-        given = len(self.example_inputs)
-        if not len(needed) <= given <= len(holes):
-            names = ", ".join(node.name for node in holes)
-            raise ArgumentError(
-                f"example_inputs: {given} given, but the model takes {len(holes)} ({names}); "
-                "give one tensor, or a tuple of them"
-            )
+        check_count(graph_module, self.example_inputs)
 
     def run(self, graph_module: GraphModule) -> bool:
         """Interpret the graph on fake tensors."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes = [
-            mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for value in self.example_inputs
+            _fake_input(value, place, mode) if isinstance(value, torch.Tensor) else value
+            for place, value in enumerate(self.example_inputs)
         ]
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         level = logger.level
@@ -71,6 +63,57 @@ class PropagateShapes(Pass):
         finally:
             logger.setLevel(level)
         return False
+
+
+def check_count(graph_module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Check that a captured model takes so many positional inputs.
+
+    Raises:
+        ArgumentError: it takes fewer or more, or any number of them.
+    """
+    holes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node in holes:
+        if str(node.target).startswith("*"):
+            raise ArgumentError(
+                f"example_inputs: {type(graph_module).__name__} takes {node.target}, any number of "
+                "inputs, and a graph takes a fixed one; wrap it in a module that names its inputs"
+            )
+    needed = [node for node in holes if not node.args]
+    given = len(inputs)
+    if not len(needed) <= given <= len(holes):
+        names = ", ".join(node.name for node in holes)
+        raise ArgumentError(
+            f"example_inputs: {given} given, but the model takes {len(holes)} ({names}); "
+            "give one tensor, or a tuple of them"
+        )
+
+
+def cannot_run(node: Node, env: Mapping[Node, Any], error: Exception) -> ArgumentError:
+    """The error for a node that fails on the values that the example inputs lead to."""
+    what = str(node.target) if node.op == "call_module" else node.name
+
+    def shape_or_self(argument: Any) -> Any:
+        value = env.get(argument) if isinstance(argument, Node) else None
+        return value.shape if isinstance(value, torch.Tensor) else argument
+
+    shapes = str(map_aggregate(node.args, shape_or_self)).replace("torch.Size", "")
+    reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    return ArgumentError(
+        f"example_inputs: the model cannot run on them: {what}"
+        f"{shapes.replace('([', '[').replace('])', ']')} failed "
+        f"({reason}); give inputs of the shape and dtype that the model takes"
+    )
+
+
+def _fake_input(value: torch.Tensor, place: int, mode: FakeTensorMode) -> torch.Tensor:
+    try:
+        return fake_of(value, mode)
+    except Exception as error:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise ArgumentError(
+            f"example_inputs: input {place} is a tensor of {kind} whose shapes cannot be followed; "
+            "give a tensor of plain numbers"
+        ) from error
 
 
 class _ShapeWriter(Interpreter):
@@ -84,7 +127,7 @@ class _ShapeWriter(Interpreter):
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor not in self._fake_state:
-            self._fake_state[tensor] = self._mode.from_tensor(tensor)
+            self._fake_state[tensor] = fake_of(tensor, self._mode)
         return self._fake_state[tensor]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,29 +145,15 @@ class _ShapeWriter(Interpreter):
             return sharing_copy(value, self._fake)
         return self._fake(value) if isinstance(value, torch.Tensor) else value
 
-    def _shape_or_self(self, argument: Any) -> Any:
-        value = self.env.get(argument) if isinstance(argument, Node) else None
-        return value.shape if isinstance(value, torch.Tensor) else argument
-
     def run_node(self, n: Node) -> Any:
         try:
             value = super().run_node(n)
         except _UNKNOWN:
             raise
         except Exception as error:
-            what = str(n.target) if n.op == "call_module" else n.name
-            shapes = map_aggregate(n.args, self._shape_or_self)
-            reason = " ".join(str(error).split()).removesuffix(".")
-            raise ArgumentError(
-                f"example_inputs: the model cannot run on them: {what}{_plain(shapes)} failed "
-                f"({reason}); give inputs of the shape and dtype that the model takes"
-            ) from error
+            raise cannot_run(n, self.env, error) from error
         if isinstance(value, PackedSequence):
             facts(n).packed, facts(n).shape = True, tuple(value.data.shape)
         if isinstance(value, torch.Tensor):
             facts(n).shape = tuple(value.shape)
         return value
-
-
-def _plain(shapes: Any) -> str:
-    return str(shapes).replace("torch.Size", "").replace("([", "[").replace("])", "]")

@@ -16,6 +16,8 @@ LAYERS = (
     {"lean_fx.errors", "lean_fx.files"},
     {
         "lean_fx.attention",
+        "lean_fx.checks",
+        "lean_fx.copying",
         "lean_fx.guards",
         "lean_fx.modes",
         "lean_fx.packed",

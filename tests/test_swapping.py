@@ -157,7 +157,7 @@ def test_without_example_inputs_it_is_an_error():
     with pytest.raises(ArgumentError, match="^keep='saving' needs a graph; Loop: torch.fx cannot"):
         lean_fx.leanify(Loop(), torch.randn(4, 5, 6), keep="saving")
     with pytest.raises(ArgumentError, match="^example_inputs: Loop cannot run on them"):
-        untraced(Loop(), torch.randn(4, 5, 7))
+        lean_fx.leanify(Loop(), torch.randn(4, 5, 7))
 
 
 class Odd(nn.Module):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lean_fx.checks import check_shapes
+from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError
 
 _aten = torch.ops.aten
@@ -54,7 +55,8 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
     of its input in place of whatever the counter saw inside it, since most of its products are
     element-wise and invisible to the counter.
 
-    The pass runs on a copy on the CPU: the model, its mode and its statistics stay as they are.
+    The pass runs on a copy on the CPU (or on the meta device, if the model or an input is there):
+    the model, its mode and its statistics stay as they are.
 
     Args:
         model: any module that ``copy.deepcopy`` can copy.
@@ -65,7 +67,8 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
         The multiply-adds of the pass, a whole number.
 
     Raises:
-        ArgumentError: the model fails on these inputs.
+        ArgumentError: the model fails on these inputs, or has lazy layers without a shape.
+        CaptureError: it cannot be copied.
 
     Example:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 5, 5))
@@ -74,8 +77,10 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
         5400
     """
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    inputs = tuple(x.detach().clone().cpu() if isinstance(x, Tensor) else x for x in given)
-    replica = copy.deepcopy(model).cpu().eval()
+    check_shapes(model)
+    device = counting_device(model, given)
+    inputs = tuple(x.detach().clone().to(device) if isinstance(x, Tensor) else x for x in given)
+    replica = copied_whole(model).to(device).eval()
     try:
         with counting() as counter:
             correction = _CorrectReductions(replica, counter)
@@ -87,6 +92,18 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
             f"({' '.join(str(error).split())}); give inputs that its forward takes"
         ) from error
     return counter.macs + correction.macs
+
+
+def counting_device(model: nn.Module, inputs: Iterable[Any]) -> str:
+    """Where a model is to run to be counted: the meta device, if a part of it is there already.
+
+    Example:
+        >>> counting_device(nn.Linear(3, 2), [torch.zeros(3, device="meta")])
+        'meta'
+    """
+    given = (x for x in inputs if isinstance(x, Tensor))
+    tensors = (*model.parameters(), *model.buffers(), *given)
+    return "meta" if any(x.is_meta for x in tensors) else "cpu"
 
 
 class Counter:

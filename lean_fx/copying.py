@@ -1,0 +1,122 @@
+"""Copies of models that are all that the models are.
+
+``copy.deepcopy`` refuses a weight that a hook computes before every call, drops the hooks of
+parameters, and gives a parameter memory of its own where it shared some. Here
+
+1. a weight that torch's own hooks compute anew at every call (weight norm, spectral norm and
+   pruning of :mod:`torch.nn.utils`) is copied with the value that it has now;
+2. the hooks of the gradients of parameters stay;
+3. parameters and buffers that share memory in the model share memory in the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lean_fx.errors import CaptureError
+
+
+def copied_whole(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        CaptureError: it cannot be copied.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> model.register_buffer("row", model.weight.detach()[0])
+        >>> copied = copied_whole(model)
+        >>> copied.row.data_ptr() == copied.weight.data_ptr() != model.weight.data_ptr()
+        True
+    """
+    name = type(model).__name__
+    memo = {id(value): value.detach().clone() for value in _computed_by_hooks(model)}
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a module's own __deepcopy__ raises
+        held = _computed(model)
+        if held:
+            raise CaptureError(
+                f"{name}: cannot be copied: {held} is computed from other tensors; make it a "
+                "parameter or a buffer, or compute it in forward"
+            ) from error
+        raise CaptureError(
+            f"{name}: cannot be copied ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); give a model that copy.deepcopy can copy"
+        ) from error
+    old, new = _state(model), _state(copied)
+    pairs = [(old[each], new[each]) for each in old if each in new]
+    _share_memory(pairs)
+    for before, after in pairs:
+        for hook in (before._backward_hooks or {}).values():
+            after.register_hook(hook)  # type: ignore[no-untyped-call]
+    return copied
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
+    """The storage of a tensor, and the first byte and the end of what it has of it.
+
+    Returns:
+        None of what has no plain storage, such as sparse tensors and subclasses of tensors.
+
+    Example:
+        >>> flat = torch.zeros(6)
+        >>> memory_of(flat[2:4])[1:], memory_of(flat.view(2, 3)[:, 0])[1:]
+        ((8, 16), (0, 16))
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not plain or tensor.is_quantized:
+        return None
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
+    start, width = int(tensor.storage_offset()), tensor.element_size()
+    return int(tensor.untyped_storage()._cdata), start * width, (start + int(length)) * width
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _computed_by_hooks(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            name = ""
+            if isinstance(hook, WeightNorm | SpectralNorm):
+                name = hook.name
+            elif isinstance(hook, BasePruningMethod):
+                name = hook._tensor_name
+            value = vars(module).get(name)
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
+
+
+def _computed(model: nn.Module) -> str:
+    """The name of an attribute that holds the result of a computation; empty if there is none."""
+    for path, module in model.named_modules():
+        held = {**vars(module), **module._buffers}
+        for name, value in held.items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                return repr(f"{path}.{name}".removeprefix("."))
+    return ""
+
+
+def _share_memory(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Let copies share memory where the tensors that they are copies of do."""
+    sharing: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for old, new in pairs:
+        memory = memory_of(old)
+        if memory is not None:
+            sharing.setdefault(memory[0], []).append((old, new))
+    for group in sharing.values():
+        if len(group) > 1:
+            storage = group[0][0].untyped_storage().clone()  # type: ignore[no-untyped-call]
+            for old, new in group:
+                place = (old.storage_offset(), old.shape, old.stride())
+                new.data = new.detach().new_empty(0).set_(storage, *place)

@@ -222,9 +222,11 @@ def _without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> P
 
 def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """Why a model fails with its layers swapped, in one line; empty if it does not."""
+    sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # at no scale: faster
+    tried = dataclasses.replace(made, sites=sites)
     with torch.random.fork_rng(), torch.no_grad():
         try:
-            made.apply(model).eval()(*inputs)
+            tried.apply(model).eval()(*inputs)
         except Exception as error:  # the model's own code
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""

@@ -238,7 +238,7 @@ class Fails(nn.Module):
             x = self(x, depth - 1)
         x = F.linear(2 * x, self.inner.proj.weight)
         if self.fails and not depth:
-            raise ValueError("as asked")
+            raise self.fails("as asked")
         return x if float(x.detach().sum()) < 1e9 else -x
 
 
@@ -254,7 +254,7 @@ def test_what_fails_or_runs_within_itself():
     lean.depth = 2
     torch.testing.assert_close(lean(x), once(once(once(x))))
     for lean.depth in (0, 2):
-        lean.fails = True
+        lean.fails = ValueError
         with pytest.raises(ValueError, match="as asked"):
             lean(x)
         assert not _get_current_function_mode_stack()
@@ -285,6 +285,23 @@ def test_threads_and_other_parameters(swin):
     other = copy.deepcopy(lean)
     other.load_state_dict(negated, strict=False)
     torch.testing.assert_close(torch.func.functional_call(lean, negated, (x,)), other(x))
+
+
+def test_after_an_interrupt_the_numbers_are_the_same():
+    model, x = Fails(), torch.rand(3, 32)
+    lean = untraced(model, x)
+    expected, other = lean(x), copy.deepcopy(lean)
+    lean.fails = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        lean(x)
+    (mode,) = _get_current_function_mode_stack()
+    try:
+        lean.fails = False
+        for each in (lean, other):
+            torch.testing.assert_close(each(x), expected, rtol=0, atol=0)
+    finally:
+        mode.__exit__(None, None, None)
+    assert not _get_current_function_mode_stack()
 
 
 def replicated(module):

@@ -12,7 +12,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.passes import Consumer, Facts, Read, Site, facts
-from lean_fx.passes.base import has_hooks
 from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import (
@@ -22,10 +21,10 @@ from lean_fx.policy import (
     skipped_by,
     wanted_channels,
 )
-from lean_fx.rebuild import REBUILDERS, input_weights, plain_type
+from lean_fx.rebuild import input_weights, plain_type
 from lean_fx.reduction import LeanReduction
 from lean_fx.registry import ReductionFactory, make_reduction
-from lean_fx.tracing import LeanTracer
+from lean_fx.unseen import holders_of, never_called
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def make_plan(
             else:
                 left.append(LeftAlone(name, type(layer).__name__, reason))
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    left += _never_called(model, graph_module, called | set(split))
+    left += never_called(model, graph_module, called | set(split))
 
     names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
     names += [*split, *_parts(graph_module), *weights_of_products(graph_module)]
@@ -180,59 +179,13 @@ def _named_by_user(name: str, layer: nn.Module, options: Options) -> str:
 
 
 def _skipped(name: str, layer: nn.Module, options: Options) -> str:
-    holders = [options.modules[each] for each in _holders(name) if each in options.modules]
+    holders = [options.modules[each] for each in holders_of(name) if each in options.modules]
     return skipped_by(options.skip, name, layer, holders)
 
 
 def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
     weights = sum(weight.numel() for weight in input_weights(layer).values())
     return Consumer(name, plain_type(layer).__name__, node, read.spread, read.path, weights)
-
-
-def _never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:
-    modules = dict(model.named_modules())
-    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
-    owners = {name.rpartition(".")[0] for name in read}
-    left: list[LeftAlone] = []
-    for name, layer in modules.items():
-        kinds = (*REBUILDERS, nn.MultiheadAttention)
-        if type(layer) not in kinds or not name or name in called:
-            continue
-        holder = _holder(name, called)
-        if holder and LeanTracer().is_leaf_module(graph_module.get_submodule(holder), holder):
-            continue  # it is of the module that is called, which speaks for itself
-        reason = "forward reads its weight itself" if name in owners else "not called in forward"
-        if name in read:
-            reason = "called in training only, or in evaluation only"
-        if holder:
-            hooked = has_hooks(modules[holder])
-            reason = f"inside {holder}, which {'has hooks' if hooked else 'is not traced'}"
-        left.append(LeftAlone(name, type(layer).__name__, reason))
-    return left
-
-
-def hidden_layers(graph_module: GraphModule) -> frozenset[str]:
-    """The layers inside modules that are not traced, by name."""
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    modules = dict(graph_module.named_modules())
-    return frozenset(
-        name
-        for name, layer in modules.items()
-        if type(layer) in REBUILDERS
-        and (holder := _holder(name, called))
-        and not LeanTracer().is_leaf_module(modules[holder], holder)
-    )
-
-
-def _holder(name: str, called: set[str]) -> str:
-    """The module that is called and has the layer inside, or an empty string."""
-    return next((each for each in _holders(name) if each in called), "")
-
-
-def _holders(name: str) -> list[str]:
-    """The names of what a module is in, the outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _decide(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +26,16 @@ from lean_fx.errors import (
     require,
 )
 from lean_fx.files import replacing
-from lean_fx.functional import as_onnx_nodes
 from lean_fx.onnx_function import DOMAIN
 from lean_fx.onnx_inputs import (
-    Axes,
     batch_axes,
     check_axes,
     sizes_to_check,
     with_sizes,
     without_ones,
 )
-from lean_fx.onnx_nodes import define_functions
-from lean_fx.onnx_pooling import PoolsAnyLength
-from lean_fx.onnx_recurrent import with_onnx_operators
-from lean_fx.parity import first_difference, greatest_difference, rounding_error
+from lean_fx.onnx_program import PACKED, exported_program
+from lean_fx.parity import check_parity
 from lean_fx.planning import Plan
 from lean_fx.quantization import Quantize, accuracy_of, quantize_onnx
 
@@ -49,17 +43,6 @@ Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]
 
 _PLAN = "lean_fx.plan"
-
-_PACKED = (
-    "ONNX has no packed sequences; give the recurrent layers padded tensors, batch and length as "
-    "they are"
-)
-
-# A file may differ by so many times what rounding alone does: it rounds otherwise than torch, and
-# torch has rounded too.
-_ROUNDINGS = 4
-
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def export_onnx(
@@ -161,7 +144,7 @@ def export_onnx(
         require(package, purpose="export")
     given = as_inputs(example_inputs)
     if any(isinstance(value, PackedSequence) for value in given):
-        raise ArgumentError(f"example_inputs: {_PACKED}")
+        raise ArgumentError(f"example_inputs: {PACKED}")
     if dynamic_shapes is None:
         axes = batch_axes(given, batch == "dynamic")
     elif batch == "static":
@@ -173,7 +156,7 @@ def export_onnx(
         _check_runs(model, inputs)
     remark = ""
     with replacing(path) as part, _evaluating(model):
-        program = _export(model, inputs, axes, opset)
+        program = exported_program(model, inputs, axes, opset)
         plan = getattr(model, "meta", {}).get("lean_fx.plan")
         if plan is not None and isinstance(plan.reduction, str):
             program.model.metadata_props[_PLAN] = plan.to_json()
@@ -183,7 +166,7 @@ def export_onnx(
         if tolerance is not None:
             for checked in sizes_to_check(inputs, axes):
                 values = with_sizes(inputs, axes, checked)
-                found = _check_parity(_copy(model), program, part, values, checked, tolerance)
+                found = check_parity(_copy(model), program, part, values, checked, tolerance)
                 remark = remark or found
     if remark:
         warnings.warn(remark, LeanWarning, stacklevel=2)
@@ -244,53 +227,6 @@ def plan_of(path: str | os.PathLike[str]) -> Plan:
     raise DataError(f"{path}: holds no plan; give the file of a reduced model")
 
 
-def _export(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], axes: Axes, opset: int | None
-) -> torch.onnx.ONNXProgram:
-    # Names, not Dims, which would promise sizes from 1 on: many nets have a least one.
-    shapes = axes if any(axes) else None
-    try:
-        with _quiet(), as_onnx_nodes(), PoolsAnyLength():
-            program = torch.onnx.export(
-                with_onnx_operators(model),
-                tuple(value.clone() for value in inputs),
-                dynamo=True,
-                opset_version=opset,
-                input_names=_names("input", len(inputs), model.state_dict()),
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
-    except Exception as error:
-        cause: BaseException = error  # the exporter's own words are about itself
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if "PackedSequence" in str(cause):
-            raise ExportError(f"export_onnx: {type(model).__name__}: {_PACKED}") from error
-        reason = " ".join(_COLOURS.sub("", str(cause)).split())[:300]
-        raise ExportError(
-            f"export_onnx: {type(model).__name__} cannot be exported "
-            f"({type(cause).__name__}: {reason}); try it with torch.onnx.export first"
-        ) from error
-    assert program is not None
-    found = program.model.opset_imports.get("")
-    if opset is not None and found != opset:
-        raise ExportError(
-            f"export_onnx: opset={opset} cannot be reached, the exporter gives {found}; leave "
-            "opset out, or give that"
-        )
-    define_functions(program.model)
-    _name_apart(program.model)
-    return program
-
-
-def _name_apart(model: Any) -> None:
-    """Rename an output that the exporter gave the name of an input that it copies."""
-    taken = {value.name for value in model.graph.inputs}
-    for index, value in enumerate(model.graph.outputs):
-        if value.name in taken:
-            value.name = f"output_{index}"
-
-
 def _inline(part: Path) -> None:
     onnx, inliner = require("onnx", purpose="export"), require("onnx.inliner", purpose="export")
     model = inliner.inline_local_functions(onnx.load(part))
@@ -298,49 +234,6 @@ def _inline(part: Path) -> None:
     del model.opset_import[:]
     model.opset_import.extend(kept)
     onnx.save(model, part)
-
-
-def _check_parity(
-    model: nn.Module,
-    program: torch.onnx.ONNXProgram,
-    part: Path,
-    inputs: tuple[torch.Tensor, ...],
-    sizes: Mapping[str, int],
-    tolerance: float,
-) -> str:
-    """Check a file at one batch; a remark where it differs by no more than rounding explains."""
-    at = " and ".join(f"{name} {size}" for name, size in sizes.items()) or "these inputs"
-    try:
-        apart = greatest_difference(model, part, inputs)
-    except ExportError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ExportError(
-            f"export_onnx: {type(model).__name__} cannot run at {at} ({reason}); "
-            "export it with batch='static' and no dynamic_shapes, or with those of fewer axes"
-        ) from error
-    if apart <= tolerance:
-        return ""
-    node = first_difference(program, part, inputs, tolerance)
-    rounding = 0.0 if node else rounding_error(program, inputs)
-    differs = (
-        f"export_onnx: at {at} the file differs from {type(model).__name__} by "
-        f"{apart:.2g} of the greatest output, tolerance={tolerance:g}; "
-    )
-    if apart <= _ROUNDINGS * rounding:
-        return (
-            f"{differs}every node does what was captured, and rounding alone moves the outputs by "
-            f"{rounding:.2g}, so the model is ill-conditioned; compare the file's accuracy, not "
-            "its numbers"
-        )
-    cause = (
-        f"the first node that differs is {node}"
-        if node
-        else "every node does what was captured, so the model acts otherwise from call to call "
-        "(state, chance, or a reduction's tol, which a file knows not)"
-    )
-    raise ExportError(f"{differs}{cause}; mend it, or give a greater tolerance")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -383,12 +276,6 @@ def _copy(model: nn.Module) -> nn.Module:
         return model
 
 
-def _names(stem: str, count: int, taken: Container[str]) -> list[str]:
-    while stem in taken:
-        stem += "_"
-    return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
@@ -398,21 +285,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on its own insides off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

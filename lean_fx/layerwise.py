@@ -27,7 +27,8 @@ from lean_fx.copying import copied_whole
 from lean_fx.deciding import Options, settle, unwanted
 from lean_fx.errors import ArgumentError
 from lean_fx.passes import Consumer, Read, Site
-from lean_fx.passes.find_consumers import owners_of, refusal_of
+from lean_fx.passes.find_consumers import refusal_of
+from lean_fx.passes.graph_context import owners_of
 from lean_fx.passes.measure_scale import unit_variance
 from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import check_names

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,68 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import ExportError, require
 from lean_fx.onnx_nodes import TORCH_NAME
 from lean_fx.replaying import in_float64, moved_by_rounding, values_of
+
+# A file may differ by so many times what rounding alone does: it rounds otherwise than torch, and
+# torch has rounded too.
+_ROUNDINGS = 4
+
+
+def check_parity(
+    model: nn.Module,
+    program: torch.onnx.ONNXProgram,
+    part: str | os.PathLike[str],
+    inputs: tuple[Tensor, ...],
+    sizes: Mapping[str, int],
+    tolerance: float,
+) -> str:
+    """Check that a file gives what its module gives, for these inputs.
+
+    Args:
+        model: as in :func:`greatest_difference`.
+        program: the ``torch.onnx.ONNXProgram`` that the file was written from.
+        part: the file.
+        inputs: a batch.
+        sizes: by name what the batch is to check, for messages.
+        tolerance: the greatest difference, as a fraction.
+
+    Returns:
+        A remark where the file differs by more, but by no more than rounding explains; or "".
+
+    Raises:
+        ExportError: the model or the file cannot run on them, or they differ.
+    """
+    at = " and ".join(f"{name} {size}" for name, size in sizes.items()) or "these inputs"
+    try:
+        apart = greatest_difference(model, part, inputs)
+    except ExportError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"export_onnx: {type(model).__name__} cannot run at {at} ({reason}); "
+            "export it with batch='static' and no dynamic_shapes, or with those of fewer axes"
+        ) from error
+    if apart <= tolerance:
+        return ""
+    node = first_difference(program, part, inputs, tolerance)
+    rounding = 0.0 if node else rounding_error(program, inputs)
+    differs = (
+        f"export_onnx: at {at} the file differs from {type(model).__name__} by "
+        f"{apart:.2g} of the greatest output, tolerance={tolerance:g}; "
+    )
+    if apart <= _ROUNDINGS * rounding:
+        return (
+            f"{differs}every node does what was captured, and rounding alone moves the outputs by "
+            f"{rounding:.2g}, so the model is ill-conditioned; compare the file's accuracy, not "
+            "its numbers"
+        )
+    cause = (
+        f"the first node that differs is {node}"
+        if node
+        else "every node does what was captured, so the model acts otherwise from call to call "
+        "(state, chance, or a reduction's tol, which a file knows not)"
+    )
+    raise ExportError(f"{differs}{cause}; mend it, or give a greater tolerance")
 
 
 def greatest_difference(

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture, copied_graph, plain_copy
 from lean_fx.checks import first_without_values
-from lean_fx.deciding import Options, hidden_layers, make_plan, stacks_to_split
+from lean_fx.deciding import Options, make_plan, stacks_to_split
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.layerwise import plan_layers
 from lean_fx.passes import (
@@ -32,6 +32,7 @@ from lean_fx.paying import Keep, keep_paying
 from lean_fx.planning import WITHIN, LeftAlone, Plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
 from lean_fx.registry import ReductionFactory, reduction_factory
+from lean_fx.unseen import hidden_layers
 
 
 def leanify(

@@ -7,7 +7,8 @@ if __name__ != "lean_fx.passes":
     raise ImportError(f"import this package as lean_fx.passes, not as {__name__}")
 
 from lean_fx.passes.base import Facts, Pass, Pipeline, facts
-from lean_fx.passes.find_consumers import FindConsumers, Read
+from lean_fx.passes.find_consumers import FindConsumers
+from lean_fx.passes.graph_context import Read
 from lean_fx.passes.infer_sign import InferSign
 from lean_fx.passes.insert_reductions import InsertReductions
 from lean_fx.passes.measure_scale import MeasureScale

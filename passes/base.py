@@ -34,7 +34,7 @@ from lean_fx.errors import LeanError, PassError
 from lean_fx.passes.reducing import stop_reducing
 
 if TYPE_CHECKING:
-    from lean_fx.passes.find_consumers import Read
+    from lean_fx.passes.graph_context import Read
     from lean_fx.passes.track_channels import Channels
 
 _KEY = "lean_fx"

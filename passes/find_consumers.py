@@ -33,10 +33,7 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,10 +43,10 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrize
 
 from lean_fx.checks import is_quantized_layer
-from lean_fx.copying import memory_of
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
 from lean_fx.passes.flattens import is_flatten
+from lean_fx.passes.graph_context import GraphContext, Read, attribute_of
 from lean_fx.passes.modularize_weights import (
     behind_transpose,
     operands,
@@ -72,34 +69,6 @@ _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CALLS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _CALLS |= {torch.conv1d, torch.conv2d, torch.conv3d}
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
-@dataclass(frozen=True)
-class Read:
-    """What a layer reads, if that can be reduced.
-
-    Attributes:
-        value: the node whose channels are whole.
-        dim: the axis of the channels there.
-        in_channels: how many channels; of one group, where there are several.
-        spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
-        path: the nodes between the value and the layer, in order.
-        packed: whether the value is packed sequences.
-        groups: of the layer that reads it, a convolution.
-        intermediate: whether a layer with weights stands between the model's inputs and the value.
-        writes: how many in-place operations had changed the value when it was read.
-    """
-
-    value: str
-    dim: int
-    in_channels: int
-    spread: int = 1
-    path: tuple[str, ...] = ()
-    packed: bool = False
-    groups: int = 1
-    intermediate: bool = True
-    writes: int = 0
 
 
 class FindConsumers(Pass):
@@ -110,7 +79,7 @@ class FindConsumers(Pass):
 
     def run(self, graph_module: GraphModule) -> bool:
         """Judge every layer that is called."""
-        graph = _Context.of(graph_module)
+        graph = GraphContext.of(graph_module)
         several: dict[int, list[Facts]] = {}
         own = {product.node for product in weights_of_products(graph_module).values()}
         for node in graph_module.graph.nodes:
@@ -147,7 +116,7 @@ def _multiplies_a_weight(node: Node, graph_module: GraphModule) -> bool:
         return False
     weight, _ = behind_transpose(weight)
     return weight.op == "get_attr" and isinstance(
-        _attribute(graph_module, str(weight.target)), nn.Parameter
+        attribute_of(graph_module, str(weight.target)), nn.Parameter
     )
 
 
@@ -161,109 +130,6 @@ def _judge_together(calls: list[Facts]) -> None:
         for known in calls:
             known.read = None
             known.refusal = f"called {len(calls)} times in one forward pass: {reasons[0]}"
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What the rules need to know of the whole graph.
-
-    Attributes:
-        modules: by qualified name.
-        calls: of each module, by its id.
-        owners: the names of each parameter, by its id: of modules, of what shares memory with it,
-            and of nodes that read it.
-        learned: the nodes behind a layer with weights; normalising the inputs does not count.
-        order: the place of each node in the graph.
-        writes: the places of the in-place operations on each storage, ascending.
-    """
-
-    modules: Mapping[str, nn.Module]
-    calls: Mapping[int, int]
-    owners: Mapping[int, list[str]]
-    learned: frozenset[Node]
-    order: Mapping[Node, int]
-    writes: Mapping[str, list[int]]
-
-    @classmethod
-    def of(cls, graph_module: GraphModule) -> _Context:
-        modules = dict(graph_module.named_modules())
-        calls: Counter[int] = Counter()
-        owners = owners_of(graph_module)
-        learned: set[Node] = set()
-        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
-        writes: dict[str, list[int]] = {}
-        for node, place in order.items():
-            own = False
-            if node.op == "get_attr":
-                value = _attribute(graph_module, str(node.target))
-                own = isinstance(value, nn.Parameter)
-                if own:
-                    owners[id(value)].append(f"read by {node.name}")
-            elif node.op == "call_module":
-                module = modules[str(node.target)]
-                calls[id(module)] += 1
-                weighted = next(module.parameters(), None) is not None
-                own = weighted and not isinstance(module, _NORMS)
-            if own or any(source in learned for source in node.all_input_nodes):
-                learned.add(node)
-            if facts(node).writes:
-                writes.setdefault(facts(node).storage, []).append(place)
-        return cls(modules, calls, owners, frozenset(learned), order, writes)
-
-    def writes_before(self, value: Node, reader: Node) -> int:
-        """How many in-place operations have changed ``value`` when ``reader`` reads it."""
-        return bisect_left(self.writes.get(facts(value).storage, []), self.order[reader])
-
-    def moves_with_path(self, step: Node, path: list[Node], reader: Node) -> bool:
-        """Whether an in-place dropout on the way to a layer changes nothing that others read."""
-        ours = {*path, reader}
-        module = self.modules.get(str(step.target)) if step.op == "call_module" else None
-        return (
-            facts(step).writes
-            and module is not None
-            and is_dropout(step, self.modules)
-            and self.calls[id(module)] == 1
-            and all(
-                user in ours or self.order[user] < self.order[step]
-                for node in self.order
-                if facts(node).storage == facts(step).storage
-                for user in node.users
-            )
-        )
-
-    def placed(self, read: Read, value: Node, reader: Node) -> Read:
-        """``read``, with what depends on where in the graph it happens."""
-        return replace(
-            read, intermediate=value in self.learned, writes=self.writes_before(value, reader)
-        )
-
-
-def _attribute(root: nn.Module, name: str) -> Any:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(root.get_submodule(owner), attribute, None)
-
-
-def owners_of(module: nn.Module) -> dict[int, list[str]]:
-    """The names of every parameter, and of what shares memory with it, by its id."""
-    named = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    owners: dict[int, list[str]] = {}
-    places = []
-    for name, tensor in named:
-        owners.setdefault(id(tensor), []).append(name)
-        if memory := memory_of(tensor):
-            places.append((memory, id(tensor), name))
-    places.sort(key=lambda place: place[0])
-    for index, ((storage, _, end), ours, name) in enumerate(places):
-        for (other_storage, start, _), theirs, other in places[index + 1 :]:
-            if other_storage != storage or start >= end:
-                break
-            if ours != theirs:
-                owners[ours].append(other)
-                owners[theirs].append(name)
-    return owners
 
 
 def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
@@ -314,7 +180,7 @@ def _has_state_hooks(layer: nn.Module) -> bool:
     return bool(loads) or any(getattr(layer, hooks) for hooks in _STATE_HOOKS)
 
 
-def _judge(node: Node, layer: nn.Module, graph: _Context) -> tuple[Read | None, str]:
+def _judge(node: Node, layer: nn.Module, graph: GraphContext) -> tuple[Read | None, str]:
     """What a layer that can be rebuilt reads, or why that cannot be reduced."""
     source = layer_input(node)
     if source is None:

@@ -16,8 +16,8 @@ import lean_fx.functional
 from graphs import CHANGED, Residual
 from lean_fx.errors import ArgumentError, DataError, ExportError, MissingDependencyError, WriteError
 from lean_fx.experiment.models import PaperNet
-from lean_fx.export import _export
 from lean_fx.onnx_nodes import define_functions
+from lean_fx.onnx_program import exported_program
 from lean_fx.parity import first_difference, greatest_difference
 from lean_fx.registry import reductions
 
@@ -231,7 +231,7 @@ def test_the_first_node_that_differs_is_named(tmp_path):
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4), nn.Sigmoid())
     lean = lean_fx.leanify(model, torch.rand(2, 4), channels=4).eval()
     inputs = (torch.rand(2, 4),)
-    program = _export(lean, inputs, ({0: "batch"},), None)
+    program = exported_program(lean, inputs, ({0: "batch"},), None)
     path = tmp_path / "net.onnx"
     program.save(path)
     assert first_difference(program, path, inputs, 1e-4) is None

@@ -46,6 +46,9 @@ LAYERS = (
         "lean_fx.proxies",
         "lean_fx.merging",
         "lean_fx.probing",
+        "lean_fx.attempts",
+        "lean_fx.unseen",
+        "lean_fx.onnx_program",
         "lean_fx.capture",
     }
     | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}

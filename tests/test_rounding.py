@@ -11,8 +11,8 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ExportError, LeanWarning
-from lean_fx.export import _export
 from lean_fx.onnx_function import LeanFunction
+from lean_fx.onnx_program import exported_program
 from lean_fx.parity import first_difference, rounding_error
 from lean_fx.replaying import in_float64, values_of
 
@@ -46,7 +46,7 @@ def deep_net(depth):
 
 
 def exported(net, inputs, path):
-    program = _export(net, (inputs,), ({0: "batch"},), None)
+    program = exported_program(net, (inputs,), ({0: "batch"},), None)
     program.save(path)
     return program
 

@@ -1,0 +1,150 @@
+"""What the rules of :class:`FindConsumers` need to know of a whole graph, and what they find."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lean_fx.copying import memory_of
+from lean_fx.passes.base import facts
+from lean_fx.passes.track_channels import is_dropout
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a layer reads, if that can be reduced.
+
+    Attributes:
+        value: the node whose channels are whole.
+        dim: the axis of the channels there.
+        in_channels: how many channels; of one group, where there are several.
+        spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
+        path: the nodes between the value and the layer, in order.
+        packed: whether the value is packed sequences.
+        groups: of the layer that reads it, a convolution.
+        intermediate: whether a layer with weights stands between the model's inputs and the value.
+        writes: how many in-place operations had changed the value when it was read.
+    """
+
+    value: str
+    dim: int
+    in_channels: int
+    spread: int = 1
+    path: tuple[str, ...] = ()
+    packed: bool = False
+    groups: int = 1
+    intermediate: bool = True
+    writes: int = 0
+
+
+@dataclass(frozen=True)
+class GraphContext:
+    """What the rules need to know of the whole graph.
+
+    Attributes:
+        modules: by qualified name.
+        calls: of each module, by its id.
+        owners: the names of each parameter, by its id: of modules, of what shares memory with it,
+            and of nodes that read it.
+        learned: the nodes behind a layer with weights; normalising the inputs does not count.
+        order: the place of each node in the graph.
+        writes: the places of the in-place operations on each storage, ascending.
+    """
+
+    modules: Mapping[str, nn.Module]
+    calls: Mapping[int, int]
+    owners: Mapping[int, list[str]]
+    learned: frozenset[Node]
+    order: Mapping[Node, int]
+    writes: Mapping[str, list[int]]
+
+    @classmethod
+    def of(cls, graph_module: GraphModule) -> GraphContext:
+        """That of a graph whose in-place operations are known (``TrackWrites``)."""
+        modules = dict(graph_module.named_modules())
+        calls: Counter[int] = Counter()
+        owners = owners_of(graph_module)
+        learned: set[Node] = set()
+        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        writes: dict[str, list[int]] = {}
+        for node, place in order.items():
+            own = False
+            if node.op == "get_attr":
+                value = attribute_of(graph_module, str(node.target))
+                own = isinstance(value, nn.Parameter)
+                if own:
+                    owners[id(value)].append(f"read by {node.name}")
+            elif node.op == "call_module":
+                module = modules[str(node.target)]
+                calls[id(module)] += 1
+                weighted = next(module.parameters(), None) is not None
+                own = weighted and not isinstance(module, _NORMS)
+            if own or any(source in learned for source in node.all_input_nodes):
+                learned.add(node)
+            if facts(node).writes:
+                writes.setdefault(facts(node).storage, []).append(place)
+        return cls(modules, calls, owners, frozenset(learned), order, writes)
+
+    def writes_before(self, value: Node, reader: Node) -> int:
+        """How many in-place operations have changed ``value`` when ``reader`` reads it."""
+        return bisect_left(self.writes.get(facts(value).storage, []), self.order[reader])
+
+    def moves_with_path(self, step: Node, path: list[Node], reader: Node) -> bool:
+        """Whether an in-place dropout on the way to a layer changes nothing that others read."""
+        ours = {*path, reader}
+        module = self.modules.get(str(step.target)) if step.op == "call_module" else None
+        return (
+            facts(step).writes
+            and module is not None
+            and is_dropout(step, self.modules)
+            and self.calls[id(module)] == 1
+            and all(
+                user in ours or self.order[user] < self.order[step]
+                for node in self.order
+                if facts(node).storage == facts(step).storage
+                for user in node.users
+            )
+        )
+
+    def placed(self, read: Read, value: Node, reader: Node) -> Read:
+        """``read``, with what depends on where in the graph it happens."""
+        return replace(
+            read, intermediate=value in self.learned, writes=self.writes_before(value, reader)
+        )
+
+
+def attribute_of(root: nn.Module, name: str) -> Any:
+    """What a ``get_attr`` reads; None if it is not there."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(root.get_submodule(owner), attribute, None)
+
+
+def owners_of(module: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter, and of what shares memory with it, by its id."""
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    owners: dict[int, list[str]] = {}
+    places = []
+    for name, tensor in named:
+        owners.setdefault(id(tensor), []).append(name)
+        if memory := memory_of(tensor):
+            places.append((memory, id(tensor), name))
+    places.sort(key=lambda place: place[0])
+    for index, ((storage, _, end), ours, name) in enumerate(places):
+        for (other_storage, start, _), theirs, other in places[index + 1 :]:
+            if other_storage != storage or start >= end:
+                break
+            if ours != theirs:
+                owners[ours].append(other)
+                owners[theirs].append(name)
+    return owners

@@ -17,7 +17,7 @@ from torch import nn
 import lean_fx
 from lean_fx.comparing import _files
 from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
-from lean_fx.measure.compared import ratio_of
+from lean_fx.measure.compared import Compared, Comparison, ratio_of
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
@@ -48,6 +48,16 @@ def test_a_ratio_and_its_interval():
     assert ratio_of(shuffled, base) == wide
     with pytest.raises(ArgumentError, match="2 and 10 rounds were not measured in turn"):
         ratio_of(latency(1.0, 2.0), base)
+
+
+def test_an_interval_that_rounding_puts_beside_the_median_is_drawn():
+    def measured(milliseconds):
+        same = latency(*(milliseconds,) * 5)
+        return Compared("net", 1, 4, 1, 4, 4, 4, 4, 0, (), (same,), same, same)
+
+    assert ratio_of(latency(0.007, 0.007), latency(1.0, 1.0)).low > 0.007
+    axis = Comparison((measured(1.0), measured(0.007)), "a machine").draw().axes[0]
+    assert [bar.get_height() for bar in axis.patches] == [1.0, 0.007]
 
 
 def test_peak_memory_is_what_lives_at_once():

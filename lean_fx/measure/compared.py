@@ -234,7 +234,7 @@ class Comparison:
         for index, axis in enumerate(axes):
             for place, model in enumerate(self.models):
                 ratio = ratio_of(model.latencies[index], base.latencies[index])
-                ends = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+                ends = [[max(0.0, ratio.median - ratio.low)], [max(0.0, ratio.high - ratio.median)]]
                 axis.bar(place, ratio.median, yerr=ends, color=colour(place), capsize=4)
             axis.set_xticks(range(len(self.models)), [model.name for model in self.models])
             axis.set_title(f"ONNX Runtime, batch {base.latencies[index].batch}")

@@ -106,8 +106,6 @@ def leanify(
         workshop on Neural Compression.
     """
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
-    if keep not in get_args(Keep):
-        raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
     made, captured = _planned(model, example_inputs, options, keep)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
@@ -154,8 +152,6 @@ def plan(
         0  Linear  in_channels=8 is below min_channels=16
     """
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
-    if keep not in get_args(Keep):
-        raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
     return _planned(model, example_inputs, options, keep)[0]
 
 
@@ -163,6 +159,8 @@ def _planned(
     model: nn.Module, example_inputs: Any, options: Options, keep: Keep
 ) -> tuple[Plan, GraphModule | None]:
     """The plan, and the model captured, its stacks split as the plan says; None if it cannot be."""
+    if keep not in get_args(Keep):
+        raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
     inputs = as_inputs(example_inputs) if example_inputs is not None else ()
     passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
     if inputs:

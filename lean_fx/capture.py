@@ -22,7 +22,7 @@ from lean_fx.checks import check_shapes
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.merging import CannotMerge, merge_modes
-from lean_fx.passes.base import is_altered
+from lean_fx.passes.base import is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.transformers import PLAIN
@@ -99,8 +99,8 @@ def capture(
 
 
 def copied_graph(graph_module: GraphModule) -> GraphModule:
-    """A deep copy of a captured model, with its class name and the hooks of the model."""
-    copied = copied_whole(graph_module)
+    """A copy of a captured model that shares its tensors, with its class name and its hooks."""
+    copied = sharing_copy(graph_module)
     assert isinstance(copied, GraphModule)
     named = GraphModule(copied, copied.graph, type(graph_module).__name__)
     _keep_hooks(named, graph_module)

@@ -353,6 +353,7 @@ from lean_fx.experiment.datasets import digits
 from lean_fx.experiment.models import PaperNet
 from lean_fx.experiment.training import Settings, train
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 torch.set_num_threads(1)
 model = PaperNet((2,), in_channels=1, image_size=8)
 steps = itertools.count(1)

@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lean_fx.guards import check_branch, count_items, round_number
-from lean_fx.passes.base import fake_of, shallow, sharing_copy
+from lean_fx.passes.base import fake_of, run_on, sharing_copy
 from lean_fx.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
 from lean_fx.tracing import LeanTracer
 
@@ -246,10 +246,7 @@ class FollowingTracer(LeanTracer):
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        module: nn.Module = self._fetch(str(node.target))
-        state = dict(module.named_parameters()) | dict(module.named_buffers())
-        fakes = {name: self._fake(tensor) for name, tensor in state.items()}
-        return torch.func.functional_call(shallow(module), fakes, args, kwargs)
+        return run_on(self._fetch(str(node.target)), self._fake, args, kwargs)
 
     def _fetch(self, path: str) -> Any:
         return functools.reduce(getattr, path.split("."), self.root)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from lean_fx.errors import BranchError
 from lean_fx.guards import check_branch
-from lean_fx.passes.base import fake_of, shallow
+from lean_fx.passes.base import fake_of, run_on
 
 
 def refusing_modules(
@@ -59,8 +59,6 @@ def _larger(value: Tensor) -> Tensor:
 
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state = dict(module.named_parameters()) | dict(module.named_buffers())
-    fakes: dict[str, Tensor] = {name: fake_of(each, mode) for name, each in state.items()}
     given = [fake_of(each, mode) if isinstance(each, Tensor) else each for each in inputs]
     with mode, torch.no_grad():
-        torch.func.functional_call(shallow(module), fakes, tuple(given))
+        run_on(module, lambda tensor: fake_of(tensor, mode), tuple(given))

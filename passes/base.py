@@ -141,6 +141,18 @@ def shallow(module: nn.Module) -> nn.Module:
     return copied
 
 
+def run_on(
+    module: nn.Module, tensor: Callable[[Tensor], Tensor], args: Any, kwargs: Any = None
+) -> Any:
+    """Call a module without a trace left, on what ``tensor`` gives for its parameters and buffers.
+
+    With its own it would write to buffers, as batch norm does.
+    """
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    replaced = {name: tensor(each) for name, each in state.items()}
+    return torch.func.functional_call(shallow(module), replaced, args, kwargs)
+
+
 def sharing_copy(
     module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda each: each
 ) -> nn.Module:

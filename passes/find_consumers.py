@@ -52,6 +52,7 @@ from lean_fx.passes.modularize_weights import (
     operands,
     weights_of_products,
 )
+from lean_fx.passes.reducing import LAYERS
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import (
@@ -66,9 +67,7 @@ from lean_fx.registry import is_reduction
 from lean_fx.transformers import PLAIN
 
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-_CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
-_CALLS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_CALLS |= {torch.conv1d, torch.conv2d, torch.conv3d}
+_CALLS = {*LAYERS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 
 class FindConsumers(Pass):

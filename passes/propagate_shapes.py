@@ -25,7 +25,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError
-from lean_fx.passes.base import Pass, facts, fake_of, shallow, sharing_copy
+from lean_fx.passes.base import Pass, facts, fake_of, run_on, sharing_copy
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -133,11 +133,7 @@ class _ShapeWriter(Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
             raise DynamicOutputShapeException(target)
-        # Fake parameters and buffers: one would otherwise be written to, as batch norm does.
-        module: nn.Module = self.fetch_attr(target)
-        state = dict(module.named_parameters()) | dict(module.named_buffers())
-        fakes = {name: self._fake(tensor) for name, tensor in state.items()}
-        return torch.func.functional_call(shallow(module), fakes, args, kwargs)
+        return run_on(self.fetch_attr(target), self._fake, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)

@@ -215,10 +215,13 @@ def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 def _rescale(new: nn.Parameter, old: nn.Parameter, factor: float) -> None:
     """Give a parameter ``factor`` times the root mean square of the old layer's."""
-    drawn = new.detach().float().square().mean().sqrt()
-    wanted = old.detach().float().square().mean().sqrt() * factor
     with torch.no_grad():
-        new.mul_(wanted / drawn)
+        new.mul_(_root_mean_square(old) * factor / _root_mean_square(new))
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    """In float32, or in float64 for such values."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square().mean().sqrt()
 
 
 def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:

@@ -213,7 +213,7 @@ class _Body:
         if spec.normalize == "row":
             y = self.put(f"yd{number}", f"Div({y}, d)")
         self.put(f"a{number}", f"Abs({y})")
-        self.put(f"s0{number}", f"ReduceSum(a{number}, {self.axis(self.i)})")
+        self.put(f"s0{number}", self.sum(f"a{number}", self.i, inner=1))
         self.put(f"s{number}", self.above_zero(f"s0{number}"))
         return self.put(f"V{number or 1}", f"Div({y}, s{number})")
 
@@ -246,21 +246,26 @@ class _Body:
         self.put(f"{name}T", f"Transpose<perm = {self.turned()}>({weights})")
         return self.put(name, f"MatMul(X, {name}T)")
 
-    def sum(self, value: str, axis: int) -> str:
-        """The sum over an axis, which stays with length 1."""
+    def sum(self, value: str, axis: int, inner: int | None = None) -> str:
+        """The sum over an axis, which stays with length 1.
+
+        ``inner`` is the length of axis 2, if it is not the one of ``X``.
+        """
         if axis != 1:
             return f"ReduceSum({value}, {self.axis(axis)})"
-        outer, inner = self.spec.preserved, self.spec.reducible
+        outer, behind = self.spec.preserved, self.spec.reducible
         if self.i == 2:
-            outer, inner = inner, outer
+            outer, behind = behind, outer
+        inner = inner or behind
         if "ones" not in self.names():
             row = ", ".join(["1"] * outer)
             self.put("ones", f"Constant<value = {self.real}[1,{outer}] {{{row}}}>()")
             self.ints("flat", [0, outer, -1])
-            self.ints("summed", [0, 1, inner, -1])
+        if f"summed{inner}" not in self.names():
+            self.ints(f"summed{inner}", [0, 1, inner, -1])
         self.put(f"{value}_flat", f"Reshape({value}, flat)")
         self.put(f"{value}_sum", f"MatMul(ones, {value}_flat)")
-        return f"Reshape({value}_sum, summed)"
+        return f"Reshape({value}_sum, summed{inner})"
 
     def turned(self) -> list[int]:
         return [0, 2, 1] if self.spec.rows else [0, 1, 3, 2]

@@ -22,7 +22,7 @@ from lean_fx.copying import copied_whole
 from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
 from lean_fx.export import export_onnx
-from lean_fx.files import make_folder, replacing
+from lean_fx.files import make_folder, onnx_bytes, replacing, weights_beside
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
@@ -106,6 +106,8 @@ def compare(
             for file in files.values():
                 with replacing(kept / file.name) as part:
                     shutil.copyfile(file, part)
+                    if weights_beside(file).exists():
+                        shutil.copyfile(weights_beside(file), weights_beside(part))
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
@@ -127,7 +129,7 @@ def compare(
                     moved_bytes=_moved_bytes(arm, sample),
                     peak_inference_bytes=_peak(arm, inputs, training=False),
                     peak_training_bytes=_peak(arm, inputs, training=True),
-                    onnx_bytes=files[name].stat().st_size,
+                    onnx_bytes=onnx_bytes(files[name]),
                     reorders=reorders,
                     off_path=off_path,
                     latencies=tuple(latency[name] for latency in latencies),

@@ -66,7 +66,8 @@ def export_onnx(
     the first axis of each is the batch, unless ``dynamic_shapes`` says otherwise: of layers that
     take sequences first, as recurrent ones do by default, it is the length. A reduced model's plan
     is stored with it, see :func:`plan_of`. The model's own mode is restored. A file at ``path`` is
-    replaced only when the new one is whole and gives what the model gives.
+    replaced only when the new one is whole and gives what the model gives. Weights of more than
+    1.5 GB, which such a file cannot hold, stand beside it: ``net.onnx.data`` for ``net.onnx``.
 
     ONNX has no packed sequences, and ONNX Runtime's CPU no RNN, LSTM or GRU of float64.
 
@@ -229,7 +230,7 @@ def plan_of(path: str | os.PathLike[str]) -> Plan:
 
 def _inline(part: Path) -> None:
     onnx, inliner = require("onnx", purpose="export"), require("onnx.inliner", purpose="export")
-    model = inliner.inline_local_functions(onnx.load(part))
+    model = inliner.inline_local_functions(onnx.load(part, load_external_data=False))
     kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)

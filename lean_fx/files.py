@@ -13,9 +13,11 @@ from lean_fx.errors import ArgumentError, WriteError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; rename it to ``path`` once the block succeeds.
+    """Yield a path of the same name in a hidden folder; rename it to ``path`` at the block's end.
 
-    Should the block raise, or the process be killed, an existing file at ``path`` stays whole.
+    Should the block raise, or the process be killed, an existing file at ``path`` stays whole. Of
+    files that belong together the others, written beside the one yielded, go to their places
+    before it; while they do there is nothing at ``path``, so that no reader meets old with new.
 
     Args:
         path: the file to make; its folder must exist.
@@ -34,8 +36,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         if target.is_dir():
             raise WriteError(f"{target}: is a folder; give the name of a file")
-        handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.stem[:32]}.", suffix=target.suffix
+        home = tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.stem[:32]}.", ignore_cleanup_errors=True
         )
     except WriteError:
         raise
@@ -46,24 +48,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     except ValueError as error:  # a null byte
         raise WriteError(f"{str(target)!r}: is no path ({error}); give another") from error
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        os.chmod(part, 0o666 & ~_umask())
-        part.replace(target)
-    except OSError as error:
-        if isinstance(error, WriteError):
-            raise
-        raise WriteError(f"{target}: cannot be written ({error.strerror})") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with home as folder:
+        part = Path(folder, target.name)
+        try:
+            yield part
+            others = [each for each in Path(folder).iterdir() if each != part]
+            if others:
+                target.unlink(missing_ok=True)
+            for each in [*others, part]:
+                each.replace(target.parent / each.name)
+        except OSError as error:
+            if isinstance(error, WriteError):
+                raise
+            raise WriteError(f"{target}: cannot be written ({error.strerror})") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -122,3 +119,19 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         ) from error
     check_writable(folder)
     return folder
+
+
+def weights_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the weights of an ONNX file stand that are too large to be in it.
+
+    Example:
+        >>> weights_beside("net.onnx").name
+        'net.onnx.data'
+    """
+    return Path(f"{os.fspath(path)}.data")
+
+
+def onnx_bytes(path: str | os.PathLike[str]) -> int:
+    """The size of an ONNX file, with the weights beside it if there are any."""
+    files = Path(path), weights_beside(path)
+    return sum(file.stat().st_size for file in files if file.exists())

@@ -17,7 +17,7 @@ import torch
 
 from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, DataError, ExportError, require
-from lean_fx.files import replacing
+from lean_fx.files import replacing, weights_beside
 from lean_fx.measure.timing import open_session
 
 Quantize = Literal["dynamic", "static"]
@@ -58,13 +58,14 @@ def quantize_onnx(
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
+    options = {"use_external_data_format": weights_beside(source).exists()}
     with replacing(twin) as part, _quiet():
         try:
             if mode == "dynamic":
                 # Convolutions with signed weights have no INT8 kernel on the CPU.
-                tools.quantize_dynamic(source, part, weight_type=tools.QuantType.QUInt8)
+                tools.quantize_dynamic(source, part, weight_type=tools.QuantType.QUInt8, **options)
             else:
-                tools.quantize_static(source, part, Reader(), per_channel=True)
+                tools.quantize_static(source, part, Reader(), per_channel=True, **options)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ExportError(

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from lean_fx.errors import ArgumentError, WriteError
-from lean_fx.files import check_writable, make_folder, replacing, write_text
+from lean_fx.files import (
+    check_writable,
+    make_folder,
+    onnx_bytes,
+    replacing,
+    weights_beside,
+    write_text,
+)
 
 READ_ONLY = Path("/sys/kernel")  # for root too
 
@@ -60,3 +67,30 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
 def test_what_is_no_folder(path):
     with pytest.raises(ArgumentError, match="^folder=.* is no path; give the name of a folder$"):
         make_folder(path)
+
+
+def test_files_that_belong_together(tmp_path):
+    for text in ("old", "new"):
+        with replacing(tmp_path / "a") as part:
+            part.write_text(text)
+            weights_beside(part).write_text(text * 2)
+        assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+            "a": text,
+            "a.data": text * 2,
+        }
+    assert onnx_bytes(tmp_path / "a") == 3 + 6
+
+
+def test_no_reader_meets_an_old_file_with_new_companions(tmp_path, monkeypatch):
+    write_text(tmp_path / "a", "old")
+    moved = []
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda self, to: moved.append((to.name, (tmp_path / "a").exists())) or replace(self, to),
+    )
+    with replacing(tmp_path / "a") as part:
+        part.write_text("new")
+        weights_beside(part).write_text("new")
+    assert moved == [("a.data", False), ("a", False)]

@@ -21,7 +21,7 @@ from lean_fx.experiment.processes import (
     processes,
 )
 from lean_fx.export import export_onnx
-from lean_fx.files import make_folder
+from lean_fx.files import make_folder, onnx_bytes
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
 from lean_fx.measure.report import Arm, Epoch, Report
@@ -106,7 +106,7 @@ def run(
                 name=name,
                 parameters=count_parameters(model),
                 macs=count_macs(model, data.normalised(data.test_x[:1])),
-                onnx_bytes=(target / f"{_slug(name)}.onnx").stat().st_size,
+                onnx_bytes=onnx_bytes(target / f"{_slug(name)}.onnx"),
                 runs=tuple(runs[name]),
                 latency=latencies[name],
                 test_energy=energies[name],

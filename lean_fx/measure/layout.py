@@ -17,7 +17,7 @@ def _optimised(file: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimised.onnx"
         open_session(file.stem, file, threads=1, optimised=target)
-        return onnx.load(target)
+        return onnx.load(target, load_external_data=False)
 
 
 def blocked_layout(file: Path) -> tuple[int, tuple[str, ...]]:
@@ -33,7 +33,8 @@ def blocked_layout(file: Path) -> tuple[int, tuple[str, ...]]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return reorders, ()  # there is no such layout
     onnx = require("onnx", purpose="comparing")
-    weights = {value.name: value for value in onnx.load(file).graph.initializer}
+    graph = onnx.load(file, load_external_data=False).graph
+    weights = {value.name: value for value in graph.initializer}
     block = 16 if "AVX-512" in machine() else 8
     found = []
     for node in nodes:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from lean_fx.errors import ArgumentError, DataError, require
+from lean_fx.files import weights_beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -256,6 +257,10 @@ def open_session(name: str, file: Path, threads: int, optimised: Path | None = N
     options.log_severity_level = 3
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
+        options.add_session_config_entry(  # a file cannot hold 2 GB
+            "session.optimized_model_external_initializers_file_name",
+            weights_beside(optimised).name,
+        )
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:

@@ -1,0 +1,54 @@
+"""Models whose weights are too many for one ONNX file, with a limit lowered for the tests."""
+
+import numpy as np
+import pytest
+import torch
+
+import lean_fx
+from graphs import Residual
+from lean_fx.errors import ExportError
+from lean_fx.measure.layout import blocked_layout
+from lean_fx.parity import greatest_difference
+from lean_fx.quantization import quantize_onnx
+from test_export import run
+
+
+@pytest.fixture(autouse=True)
+def low_limit(monkeypatch):
+    monkeypatch.setattr(torch.onnx._internal.exporter._onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)
+
+
+@pytest.mark.parametrize("functions", ["keep", "inline"])
+def test_weights_that_are_too_many_stand_beside_the_file(functions, tmp_path):
+    inputs, path = torch.rand(2, 3, 16, 16), tmp_path / "net.onnx"
+    for seed in (0, 1):  # the second takes the place of the first
+        torch.manual_seed(seed)
+        lean = lean_fx.leanify(Residual(), inputs, channels=4)
+        lean_fx.export_onnx(lean, path, inputs, functions=functions)
+        assert {file.name for file in tmp_path.iterdir()} == {"net.onnx", "net.onnx.data"}
+        assert greatest_difference(lean.eval(), path, (inputs,)) < 1e-4
+    assert lean_fx.plan_of(path) == lean.meta["lean_fx.plan"]
+    assert np.isfinite(run(quantize_onnx(path, "dynamic"), inputs)).all()
+    reorders, off_path = blocked_layout(path)
+    assert reorders > 0
+    assert off_path == ()
+
+
+def test_a_failed_export_leaves_both_files(tmp_path, monkeypatch):
+    inputs, path = torch.rand(2, 3, 16, 16), tmp_path / "net.onnx"
+    lean_fx.export_onnx(Residual(), path, inputs)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr("lean_fx.parity.greatest_difference", lambda *_: 1.0)
+    with pytest.raises(ExportError, match="differs from Residual"):
+        lean_fx.export_onnx(Residual(), path, inputs)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_compare_keeps_and_counts_both_files(tmp_path):
+    inputs = torch.rand(2, 3, 16, 16)
+    comparison = lean_fx.compare(
+        {"baseline": Residual()}, inputs, batches=(1,), rounds=2, folder=tmp_path
+    )
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert set(sizes) == {"baseline.onnx", "baseline.onnx.data"}
+    assert comparison.models[0].onnx_bytes == sum(sizes.values())

@@ -26,7 +26,7 @@ from lean_fx.files import make_folder, onnx_bytes, replacing, weights_beside
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
-from lean_fx.measure.energy import Energy, EnergyMeter, energy_of_call
+from lean_fx.measure.energy import Energy, EnergyMeter, energy_in_turn
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
@@ -47,7 +47,7 @@ def compare(
     """Measure models side by side: cost, latency, memory, and energy if asked for.
 
     The models are copied to the CPU; they need no training, but latency depends a little on the
-    weights. All times are taken in turn, round by round.
+    weights. All times and energies are taken in turn, round by round.
 
     Args:
         models: by name; the first is the baseline that ratios refer to.
@@ -111,15 +111,13 @@ def compare(
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
+        calls, steps = _energies(arms, inputs, files, feeds[0], threads, energy_s, country)
         sample = tuple(resized(value, 1) for value in inputs)
         compared = []
         for name, arm in arms.items():
             reorders, off_path = blocked_layout(files[name])
             for text in off_path:
                 warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
-            energy, step_energy = _energies(
-                arm, inputs, files[name], feeds[0], threads, energy_s, country
-            )
             compared.append(
                 Compared(
                     name=name,
@@ -135,8 +133,8 @@ def compare(
                     latencies=tuple(latency[name] for latency in latencies),
                     eager=eager[name],
                     step=step[name],
-                    energy=energy,
-                    step_energy=step_energy,
+                    energy=calls.get(name),
+                    step_energy=steps.get(name),
                 )
             )
     return Comparison(tuple(compared), machine())
@@ -273,19 +271,20 @@ def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
 
 
 def _energies(
-    arm: nn.Module,
+    arms: Mapping[str, nn.Module],
     inputs: tuple[Tensor, ...],
-    file: Path,
+    files: Mapping[str, Path],
     feeds: tuple[Any, ...],
     threads: int,
     seconds: float,
     country: str,
-) -> tuple[Energy | None, Energy | None]:
-    """The energy of a call of the file and of a training step; none if there are no seconds."""
+) -> tuple[dict[str, Energy], dict[str, Energy]]:
+    """The energy of a call of each file and of a training step of each model, by name."""
     if not seconds:
-        return None, None
+        return {}, {}
     with flushing_denormals():
-        call = energy_of_call(onnx_call(file.stem, file, feeds, threads), seconds, country)
+        runs = {name: onnx_call(name, file, feeds, threads) for name, file in files.items()}
+        calls = energy_in_turn(runs, seconds, country)
+    steps = {name: training_step(copy.deepcopy(arm).train(), inputs) for name, arm in arms.items()}
     with using_threads(threads):
-        step = training_step(copy.deepcopy(arm).train(), inputs)
-        return call, energy_of_call(step, seconds, country)
+        return calls, energy_in_turn(steps, seconds, country)

@@ -133,7 +133,7 @@ def test_bytes_moved_of_what_cannot_be_captured_are_not_known():
 
 
 def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
-    steps, blocks = [], []
+    steps, turns = [], []
 
     class SGD(torch.optim.SGD):
         def step(self):
@@ -141,7 +141,7 @@ def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
             super().step()
 
     class Meter:
-        """A call costs a joule a block, a training step 3 J besides."""
+        """A turn costs a joule, a training step 3 J besides."""
 
         def __init__(self, country):
             assert country == "DEU"
@@ -151,8 +151,12 @@ def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
             return self
 
         def __exit__(self, *error):
-            blocks.append(steps[self.before :])
-            self.energy = Energy(1.0 + 3 * len(blocks[-1]), co2_g=2.0, seconds=1, meter="cpu_load")
+            pass
+
+        def lap(self):
+            turns.append(steps[self.before :])
+            self.before = len(steps)
+            return Energy(1.0 + 3 * len(turns[-1]), co2_g=2.0, seconds=1, meter="cpu_load")
 
     monkeypatch.setattr("torch.optim.SGD", SGD)
     monkeypatch.setattr("lean_fx.measure.energy.EnergyMeter", Meter)
@@ -167,13 +171,13 @@ def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
         energy_s=0.05,
         country="DEU",
     )
-    assert [bool(block) for block in blocks] == [False, True] * 2  # calls, then steps
-    assert len(blocks[1]) == len(blocks[3]) > 1
-    for model, block in zip(result.models, blocks[1::2], strict=True):
-        assert set(block) == {threads}
-        assert 0 < model.energy.energy_j < 1
-        assert model.step_energy.energy_j == pytest.approx(3 + 1 / len(block))
-        assert model.step_energy.co2_g == pytest.approx(2 / len(block))
+    assert [bool(turn) for turn in turns] == [False] * 10 + [True] * 10  # calls, then steps
+    for model, mine in zip(result.models, (turns[10::2], turns[11::2]), strict=True):
+        count = sum(len(turn) for turn in mine)
+        assert {each for turn in mine for each in turn} == {threads}
+        assert 0 < model.energy.energy_j <= 1
+        assert model.step_energy.energy_j == pytest.approx(3 + 5 / count)
+        assert model.step_energy.co2_g == pytest.approx(5 * 2 / count)
     assert torch.get_num_threads() == threads - 1
 
     rows = {label: cells for label, *cells in result.rows()}

@@ -1,3 +1,4 @@
+import itertools
 import socket
 import time
 from types import SimpleNamespace
@@ -128,9 +129,11 @@ def test_the_first_block_starts_its_joules_and_seconds_together(monkeypatch) -> 
 
 
 def test_the_energy_of_a_call_is_the_mean_of_those_that_fill_the_seconds(monkeypatch) -> None:
-    taken: list[float] = []
+    taken: list[tuple[str, float]] = []
 
     class Meter:
+        """A call of a costs 7 J, one of b 9 J."""
+
         def __init__(self, country: str) -> None:
             assert country == "FRA"
 
@@ -139,23 +142,34 @@ def test_the_energy_of_a_call_is_the_mean_of_those_that_fill_the_seconds(monkeyp
             return self
 
         def __exit__(self, *error: object) -> None:
-            within = taken[self.before :]
-            self.energy = Energy(7.0 * len(within), 3.0 * len(within), sum(within), "rapl")
+            pass
 
-    def call() -> None:
+        def lap(self) -> Energy:
+            within, self.before = taken[self.before :], len(taken)
+            joules = sum({"a": 7.0, "b": 9.0}[name] for name, _ in within)
+            return Energy(joules, 3.0 * len(within), sum(time for _, time in within), "rapl")
+
+    def call(name: str) -> None:
         start = time.perf_counter()
         busy(0.01)
-        taken.append(time.perf_counter() - start)
+        taken.append((name, time.perf_counter() - start))
 
     monkeypatch.setattr(energy, "EnergyMeter", Meter)
-    found = energy.energy_of_call(call, seconds=0.05, country="FRA")
-    assert (found.energy_j, found.co2_g, found.meter) == pytest.approx((7.0, 3.0, "rapl"))
-    assert found.seconds == pytest.approx(sum(taken[1:]) / len(taken[1:]))  # the first warms up
-    assert sum(taken[1:]) > 0.9 * 0.05
+    calls = {"a": lambda: call("a"), "b": lambda: call("b")}
+    found = energy.energy_in_turn(calls, seconds=0.1, country="FRA", rounds=2)
+    assert [found[name].energy_j for name in "ab"] == pytest.approx([7.0, 9.0])
+    assert [found[name].co2_g for name in "ab"] == pytest.approx([3.0, 3.0])
+    metered = taken[2:]  # the first of each warms up
+    for name in "ab":
+        times = [each for called, each in metered if called == name]
+        assert found[name].seconds == pytest.approx(sum(times) / len(times))
+        assert sum(times) > 0.9 * 0.1
+    turns = [name for name, _ in itertools.groupby(metered, lambda each: each[0])]
+    assert turns == ["a", "b", "a", "b"]
 
     taken.clear()
-    energy.energy_of_call(call, seconds=0.0, country="FRA")
-    assert len(taken) == 2
+    energy.energy_in_turn(calls, seconds=0.0, country="FRA", rounds=3)
+    assert [name for name, _ in taken] == ["a", "b"] * 4
 
 
 def test_no_network_and_no_output(monkeypatch, capfd, tmp_path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from types import TracebackType
 from typing import Any
 
@@ -172,27 +174,46 @@ class EnergyMeter:
         return Energy(*self._totals.latest, self._totals.meter)
 
 
-def energy_of_call(call: Callable[[], object], seconds: float, country: str = "USA") -> Energy:
-    """Measure the mean energy of a call, over as many as fill the seconds, at least one.
+def energy_in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    country: str = "USA",
+    rounds: int = 5,
+) -> dict[str, Energy]:
+    """Measure the mean energy of a call of each, all in turn, round by round.
 
-    The first call is for warming up and is not metered.
+    So a machine that grows slower or busier meanwhile meets them all alike. The first call of each
+    is for warming up and is not metered.
 
     Args:
-        call: what to meter.
-        seconds: 0 or more; an estimate needs 30 or more.
+        calls: what to meter, by name.
+        seconds: for each in all, 0 or more; an estimate needs 30 or more. Every round has at
+            least one call of each.
         country: as in :class:`EnergyMeter`.
+        rounds: 1 or more.
 
     Raises:
         ArgumentError, LeanError, MissingDependencyError: those of :class:`EnergyMeter`.
     """
-    call()
-    calls = 0
+    for call in calls.values():
+        call()
+    counts = dict.fromkeys(calls, 0)
+    laps: dict[str, list[Energy]] = {name: [] for name in calls}
     with EnergyMeter(country) as meter:
-        end = time.perf_counter() + seconds
-        while not calls or time.perf_counter() < end:
-            call()
-            calls += 1
-    return meter.energy.scaled(1 / calls)
+        for _ in range(rounds):
+            for name, call in calls.items():
+                counts[name] += _call_for(call, seconds / rounds)
+                laps[name].append(meter.lap())
+    return {name: reduce(add, laps[name]).scaled(1 / counts[name]) for name in calls}
+
+
+def _call_for(call: Callable[[], object], seconds: float) -> int:
+    """Call until the seconds are over, at least once; returns how often."""
+    calls, end = 0, time.perf_counter() + seconds
+    while not calls or time.perf_counter() < end:
+        call()
+        calls += 1
+    return calls
 
 
 class _Totals:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture import as_inputs, capture
 from lean_fx.checks import is_quantized_layer
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import Counter, counting, counting_device
+from lean_fx.measure.cost import Counter, counting, counting_device, without_gradients
 from lean_fx.measure.costed import Costs, NodeCost
 from lean_fx.measure.formulas import call_macs
 from lean_fx.passes.propagate_shapes import check_count
@@ -94,7 +94,7 @@ def _count(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
     inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)
     try:
         with torch.random.fork_rng(devices=[]), counting() as counter:
-            run = _Run(captured.to(device), counter)
+            run = _Run(without_gradients(captured).to(device), counter)
             run.run(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))

@@ -1,9 +1,11 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lean_fx import costs_of
 from lean_fx.errors import ArgumentError
 from lean_fx.measure.cost import count_macs, count_parameters
 
@@ -86,6 +88,25 @@ def test_a_transformer_layer_is_counted_with_its_attention() -> None:
     attention = 2 * length * length * 8
     assert count_macs(net, torch.zeros(1, length, 8)) == length * per_token + attention
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Token(nn.Module):
+    """Gives layers a view of a parameter to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.proj = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.token.expand(x.shape[0], -1, -1)) + self.proj(x)
+
+
+@pytest.mark.parametrize("count", [count_macs, lambda net, x: costs_of(net, x).macs])
+def test_a_layer_that_reads_a_view_of_a_parameter(count: Callable[..., int]) -> None:
+    net = Token()
+    assert count(net, torch.zeros(2, 3, 8)) == (2 + 2 * 3) * 8 * 4
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_several_inputs() -> None:

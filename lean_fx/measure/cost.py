@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lean_fx.checks import check_shapes
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _aten = torch.ops.aten
 
 #: FLOPs of products that FlopCounterMode takes for none, by the shapes of their arguments.
@@ -80,7 +81,7 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
     check_shapes(model)
     device = counting_device(model, given)
     inputs = tuple(x.detach().clone().to(device) if isinstance(x, Tensor) else x for x in given)
-    replica = copied_whole(model).to(device).eval()
+    replica = without_gradients(copied_whole(model)).to(device).eval()
     try:
         with counting() as counter:
             correction = _CorrectReductions(replica, counter)
@@ -104,6 +105,19 @@ def counting_device(model: nn.Module, inputs: Iterable[Any]) -> str:
     given = (x for x in inputs if isinstance(x, Tensor))
     tensors = (*model.parameters(), *model.buffers(), *given)
     return "meta" if any(x.is_meta for x in tensors) else "cpu"
+
+
+def without_gradients(model: _Model) -> _Model:
+    """A model to be counted, whose parameters ask for no gradient from now on.
+
+    FlopCounterMode hooks the gradient of every input of a module that asks for one, and fails on
+    views of parameters, which ask for one but have none while gradients are off.
+
+    Example:
+        >>> without_gradients(nn.Linear(3, 2)).weight.requires_grad
+        False
+    """
+    return model.requires_grad_(False)
 
 
 class Counter:

@@ -12,7 +12,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.passes import Consumer, Facts, Read, Site, facts
-from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.planning import LeftAlone, Plan
 from lean_fx.policy import (
     ChannelsPolicy,
@@ -71,6 +70,19 @@ def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, .
     )
 
 
+def weights_to_make(graph_module: GraphModule) -> tuple[str, ...]:
+    """The parameters of no layer that can become layers.
+
+    Args:
+        graph_module: captured and analysed.
+
+    Returns:
+        Their names.
+    """
+    known = map(facts, graph_module.graph.nodes)
+    return tuple(each.weight for each in known if each.weight)
+
+
 def _passes_inside(name: str, stack: nn.Module, options: Options) -> bool:
     """Whether the user's filter lets a layer pass, or one of a stack but the first."""
     count = int(getattr(stack, "num_layers", 1))
@@ -122,7 +134,7 @@ def make_plan(
     left += never_called(model, graph_module, called | set(split))
 
     names = [each.layer for each in left] + [consumer.layer for _, consumer in candidates]
-    names += [*split, *_parts(graph_module), *weights_of_products(graph_module)]
+    names += [*split, *_parts(graph_module), *weights_to_make(graph_module)]
     check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
     if isinstance(options.channels, dict):
         check_names("channels", options.channels, names)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture, copied_graph, plain_copy
 from lean_fx.checks import first_without_values
-from lean_fx.deciding import Options, make_plan, stacks_to_split
+from lean_fx.deciding import Options, make_plan, stacks_to_split, weights_to_make
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.layerwise import plan_layers
 from lean_fx.passes import (
@@ -27,7 +27,6 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
 )
-from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.paying import Keep, keep_paying
 from lean_fx.planning import WITHIN, LeftAlone, Plan
 from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
@@ -180,7 +179,7 @@ def _planned(
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
     analyse(captured)
     stacks = stacks_to_split(captured, options)
-    weights = tuple(weights_of_products(captured))
+    weights = weights_to_make(captured)
     whole: list[LeftAlone] = []
     while True:
         graph_module = captured

@@ -59,6 +59,8 @@ class Facts:
         read: what the layer called here reads, if it can be reduced (``FindConsumers``).
         refusal: why the layer called here is left alone, if it is (``FindConsumers``).
         splits: whether it is attention, which may be split into its layers (``FindConsumers``).
+        weight: the name of the parameter of no layer that the call multiplies a value with, if it
+            can become a layer (``FindConsumers``).
     """
 
     shape: tuple[int, ...] | None = None
@@ -72,6 +74,7 @@ class Facts:
     read: Read | None = None
     refusal: str = ""
     splits: bool = False
+    weight: str = ""
 
 
 def facts(node: Node) -> Facts:

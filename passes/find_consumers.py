@@ -80,12 +80,13 @@ class FindConsumers(Pass):
         """Judge every layer that is called."""
         graph = GraphContext.of(graph_module)
         several: dict[int, list[Facts]] = {}
-        own = {product.node for product in weights_of_products(graph_module).values()}
+        own = {product.node: name for name, product in weights_of_products(graph_module).items()}
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.refusal, known.splits = None, "", False
-            if node in own:
-                continue  # its parameter can become a layer (ModularizeWeights)
+            known.weight = own.get(node, "")
+            if known.weight:
+                continue
             if _multiplies_a_weight(node, graph_module):
                 known.refusal = "a functional call whose weight is shared, computed or no parameter"
             elif node.op == "call_module":

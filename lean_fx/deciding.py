@@ -80,7 +80,7 @@ def weights_to_make(graph_module: GraphModule) -> tuple[str, ...]:
         Their names.
     """
     known = map(facts, graph_module.graph.nodes)
-    return tuple(each.weight for each in known if each.weight)
+    return tuple(each.weight for each in known if each.weight and not each.refusal)
 
 
 def _passes_inside(name: str, stack: nn.Module, options: Options) -> bool:
@@ -118,7 +118,8 @@ def make_plan(
     for node in graph_module.graph.nodes:
         known = facts(node)
         if known.refusal and node.op != "call_module":
-            left.append(LeftAlone(node.name, getattr(node.target, "__name__", ""), known.refusal))
+            kind = getattr(node.target, "__name__", str(node.target))
+            left.append(LeftAlone(known.weight or node.name, kind, known.refusal))
         elif known.refusal or known.read:
             name, layer = str(node.target), modules[str(node.target)]
             reason = known.refusal

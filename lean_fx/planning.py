@@ -36,11 +36,11 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A layer that stays as it is, and why.
+    """A layer that stays as it is, or a parameter of none that multiplies values, and why.
 
     Attributes:
-        layer: its qualified name.
-        kind: its type, such as ``"Conv2d"``.
+        layer: its qualified name; of a functional call without a parameter, that of its node.
+        kind: its type, such as ``"Conv2d"``, or the function, such as ``"einsum"``.
         reason: one line.
     """
 

@@ -59,8 +59,8 @@ class Facts:
         read: what the layer called here reads, if it can be reduced (``FindConsumers``).
         refusal: why the layer called here is left alone, if it is (``FindConsumers``).
         splits: whether it is attention, which may be split into its layers (``FindConsumers``).
-        weight: the name of the parameter of no layer that the call multiplies a value with, if it
-            can become a layer (``FindConsumers``).
+        weight: the name of the parameter of no layer that the call multiplies a value with; it can
+            become a layer if there is no refusal (``FindConsumers``).
     """
 
     shape: tuple[int, ...] | None = None

@@ -47,12 +47,9 @@ from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.graph_context import GraphContext, Read, attribute_of
-from lean_fx.passes.modularize_weights import (
-    behind_transpose,
-    operands,
-    weights_of_products,
-)
-from lean_fx.passes.reducing import LAYERS
+from lean_fx.passes.modularize_calls import readers
+from lean_fx.passes.modularize_weights import behind_transpose, weights_of_products
+from lean_fx.passes.products import CALLS, find_weight, why_computed
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout
 from lean_fx.rebuild import (
@@ -66,8 +63,8 @@ from lean_fx.rebuild import (
 from lean_fx.registry import is_reduction
 from lean_fx.transformers import PLAIN
 
+_CONVOLUTIONS = CALLS - {F.linear}
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-_CALLS = {*LAYERS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 
 class FindConsumers(Pass):
@@ -85,11 +82,10 @@ class FindConsumers(Pass):
             known = facts(node)
             known.read, known.refusal, known.splits = None, "", False
             known.weight = own.get(node, "")
-            if known.weight:
-                continue
-            if _multiplies_a_weight(node, graph_module):
-                known.refusal = "a functional call whose weight is shared, computed or no parameter"
-            elif node.op == "call_module":
+            if node.op != "call_module":
+                if not known.weight:
+                    known.weight, known.refusal = _judge_product(node, graph)
+            else:
                 layer = graph.modules[str(node.target)]
                 known.refusal = refusal_of(layer, graph.owners)
                 count = graph.calls[id(layer)]
@@ -107,17 +103,45 @@ class FindConsumers(Pass):
         return False
 
 
-def _multiplies_a_weight(node: Node, graph_module: GraphModule) -> bool:
-    """Whether a call is one that torch.nn's layers make, or a product with a parameter."""
-    if node.op == "call_function" and node.target in _CALLS:
-        return True
-    weight = operands(node)[1]
-    if not isinstance(weight, Node):
-        return False
-    weight, _ = behind_transpose(weight)
-    return weight.op == "get_attr" and isinstance(
-        attribute_of(graph_module, str(weight.target)), nn.Parameter
-    )
+def _judge_product(node: Node, graph: GraphContext) -> tuple[str, str]:
+    """The parameter that a call multiplies a value with, and why it does not become a layer."""
+    found = find_weight(node, graph.origins)
+    if found is None:
+        return "", _why_no_product(node, graph) if node.target in CALLS else ""
+    weight, _ = behind_transpose(found)
+    name, *more = graph.origins[weight]
+    if weight.op == "get_attr":
+        return name, _why_no_layer(node, found, weight, graph)
+    return name, why_computed(more)
+
+
+def _why_no_product(node: Node, graph: GraphContext) -> str:
+    """Why a call that could be a layer's is none of a value with a parameter."""
+    learned = graph.origins.get(argument(node, 1, "weight"))
+    return "its input is not a value of the graph" if learned else "its weight is no parameter"
+
+
+def _why_no_layer(node: Node, found: Node, weight: Node, graph: GraphContext) -> str:
+    """Why the parameter that a call multiplies a value with does not become a layer."""
+    name = str(weight.target)
+    parameter = attribute_of(graph.modules[""], name)
+    if node.target not in _CONVOLUTIONS and parameter.dim() != 2:
+        return f"its shape {list(parameter.shape)} is not that of a linear layer's weight"
+    ours = (name, f"read by {weight.name}")
+    elsewhere = [each for each in graph.owners[id(parameter)] if each not in ours]
+    elsewhere += [
+        f"read by {each.name}"
+        for each in dict.fromkeys((*readers(weight), *found.users))
+        if each not in (node, found)
+    ]
+    if elsewhere:
+        return f"its parameter is used elsewhere: {', '.join(elsewhere)}"
+    if any(each.op == "get_attr" for each in node.all_input_nodes if each is not weight):
+        return "its input is not a value of the graph"
+    owner = name.rpartition(".")[0]
+    if isinstance(graph.modules[owner], tuple(REBUILDERS)):
+        return f"it is the weight of {owner}, which forward applies otherwise"
+    return "only in x @ weight, F.linear and F.conv with fixed settings does it become a layer"
 
 
 def _judge_together(calls: list[Facts]) -> None:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from lean_fx.copying import memory_of
 from lean_fx.passes.base import facts
+from lean_fx.passes.products import origins_of
 from lean_fx.passes.track_channels import is_dropout
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -57,6 +58,8 @@ class GraphContext:
         learned: the nodes behind a layer with weights; normalising the inputs does not count.
         order: the place of each node in the graph.
         writes: the places of the in-place operations on each storage, ascending.
+        origins: the names of the parameters that nodes are computed from, of those that depend on
+            no value (:mod:`lean_fx.passes.products`).
     """
 
     modules: Mapping[str, nn.Module]
@@ -65,6 +68,7 @@ class GraphContext:
     learned: frozenset[Node]
     order: Mapping[Node, int]
     writes: Mapping[str, list[int]]
+    origins: Mapping[Node, tuple[str, ...]]
 
     @classmethod
     def of(cls, graph_module: GraphModule) -> GraphContext:
@@ -91,7 +95,8 @@ class GraphContext:
                 learned.add(node)
             if facts(node).writes:
                 writes.setdefault(facts(node).storage, []).append(place)
-        return cls(modules, calls, owners, frozenset(learned), order, writes)
+        origins = origins_of(graph_module)
+        return cls(modules, calls, owners, frozenset(learned), order, writes, origins)
 
     def writes_before(self, value: Node, reader: Node) -> int:
         """How many in-place operations have changed ``value`` when ``reader`` reads it."""

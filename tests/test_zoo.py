@@ -48,7 +48,7 @@ def test_what_is_not_reduced_has_its_reason():
     assert row.numbers["size"] == 96
     assert row.numbers["sizes"] == 1
     assert (row.numbers["sites"], row.numbers["sites_reduced"]) == (2, 1)
-    assert row.reasons == {"a functional call whose weight is shared, computed or no parameter": 1}
+    assert row.reasons == {"the weight is computed from it in forward, which no layer would do": 1}
 
 
 def test_a_net_that_cannot_be_captured_is_leanified_layer_by_layer():

@@ -8,6 +8,8 @@ seen in one forward pass on the example inputs. A layer is left alone by the rul
    ``self.qkv.weight`` and calls F.linear), or it reads the model's input itself (or a view of it);
 2. it belongs to a module of torch.nn that reads its weights (attention);
 3. the model fails once it reduces its input: its code asks more of it than to be called.
+
+Parameters of no layer that multiply values are named, and stay (:mod:`lean_fx.multiplying`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from lean_fx.checks import check_values
 from lean_fx.copying import copied_whole
 from lean_fx.deciding import Options, settle, unwanted
 from lean_fx.errors import ArgumentError
+from lean_fx.multiplying import WatchProducts
 from lean_fx.passes import Consumer, Read, Site
 from lean_fx.passes.find_consumers import refusal_of
 from lean_fx.passes.graph_context import owners_of
@@ -86,7 +89,7 @@ def plan_layers(
         CaptureError: it cannot be copied.
     """
     check_values(model)
-    seen = _observe(copied_whole(model), inputs)  # what cannot be copied is told as that
+    seen, products = _observe(copied_whole(model), inputs)  # what cannot be copied is told as that
     modules: dict[str, nn.Module] = dict(model.named_modules())
     options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
@@ -121,6 +124,7 @@ def plan_layers(
         note = "" if applied_by is None else f"applied by {applied_by or type(model).__name__}"
         site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms, note=note)
         settle(site, options, sites, left)
+    left += products
     names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
     if only is None:
         check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
@@ -137,8 +141,11 @@ def plan_layers(
     return _without_failing(made, model, inputs)
 
 
-def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
-    """What every layer reads, for inputs of unit variance; else for the inputs themselves."""
+def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
+    """What every layer reads, for inputs of unit variance, else for the inputs themselves.
+
+    And the parameters of no layer that multiply values.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
@@ -155,7 +162,7 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
         ) from error
 
 
-def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
+def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
     copied = copied_whole(model).eval()
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     called: dict[str, _Seen] = {}
@@ -163,12 +170,12 @@ def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, _Seen]:
         seen = called[name] = _Seen()
         if isinstance(layer, _LAYERS):
             layer.register_forward_pre_hook(_record(seen, own), with_kwargs=True)
-    with torch.no_grad(), WatchWeights(copied) as watch:
+    with torch.no_grad(), WatchWeights(copied) as watch, WatchProducts(copied) as products:
         copied(*inputs)
     for name, uses in watch.uses.items():
         if not called[name].calls:
             called[name] = _applied(uses, own)
-    return called
+    return called, list(products.left_alone.values())
 
 
 def _applied(uses: list[Use], own: set[int]) -> _Seen:

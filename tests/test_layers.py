@@ -52,7 +52,7 @@ LAYERS = (
         "lean_fx.capture",
     }
     | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
-    | {"lean_fx.layerwise", "lean_fx.watching"}
+    | {"lean_fx.layerwise", "lean_fx.multiplying", "lean_fx.watching"}
     | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"}
     | {"lean_fx.quantization", "lean_fx.costing"},
     {"lean_fx.experiment"},

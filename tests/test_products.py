@@ -22,12 +22,22 @@ class Relative(nn.Module):
         self.proj = nn.Linear(16, 16)
 
     def forward(self, x):
-        length = x.shape[1]
+        length = self.count(x)
         q, k, v = self.qkv(x).chunk(3, -1)
         steps = torch.arange(length, device=x.device)
         offsets = (steps[:, None] - steps[None, :] + length - 1).long()
         added = torch.einsum("bqc, qkc -> bqk", q, self.positions.to(x)[offsets])
         return self.proj((q @ k.transpose(1, 2) + added).softmax(-1) @ v)
+
+    def count(self, x):
+        return x.shape[1]
+
+
+class Untraced(Relative):
+    """Its length depends on values."""
+
+    def count(self, x):
+        return int(x.isfinite().all(-1).sum(1).max())
 
 
 def net(attention):
@@ -52,6 +62,16 @@ left alone
 0            Linear  reads the model's input, no intermediate value; reduce_inputs=True reduces it too
 1.positions  einsum  the weight is computed from it in forward, which no layer would do""",
     )
+
+
+def test_relative_positions_in_what_is_not_traced_are_named():
+    x = torch.rand(2, 9, 16)
+    plan = lean_fx.plan(net(Untraced()), x)
+    assert left(plan)["1.positions"] == ("einsum", COMPUTED)
+    assert set(left(plan)) == {"0", "1.positions"}
+    with pytest.warns(lean_fx.LeanWarning):
+        whole = lean_fx.plan(Untraced(), x)
+    assert left(whole)["positions"] == ("einsum", COMPUTED)
 
 
 class Net(nn.Module):
@@ -172,3 +192,29 @@ def written(m, x):
 def test_products_of_values_and_of_weights_are_not_named(forward):
     plan = lean_fx.plan(Net(forward), torch.rand(2, 4, 8))
     assert set(left(plan)) == {"stem", "conv"}
+
+
+UNTRACED = {
+    "linear": (lambda m, x: F.linear(x, 2 * m.weight), ("weight", "linear", COMPUTED)),
+    "bmm": (lambda m, x: torch.bmm(x, m.many * 2), ("many", "bmm", COMPUTED)),
+    "@": (
+        lambda m, x: x @ m.weight.T,
+        ("weight", "matmul", "it is of no layer, and the call is not traced"),
+    ),
+    "sizes": (lambda m, x: x @ m.weight[: x.shape[2]].to(x).exp(), ("weight", "matmul", COMPUTED)),
+    "of values": (lambda m, x: x @ (x + m.weight[:4]).mT, None),
+    "of weights": (lambda m, x: x + (m.weight @ m.many[0])[:4], None),
+    "of a layer": (lambda m, x: F.conv1d(x.mT, m.conv.weight * 2), None),
+    "written": (written, None),
+}
+
+
+@pytest.mark.parametrize("case", UNTRACED)
+def test_products_where_nothing_is_traced(case):
+    forward, expected = UNTRACED[case]
+    net = Net(lambda m, x: forward(m, x) if x.sum() != 0 else x)
+    with pytest.warns(lean_fx.LeanWarning):
+        found = left(lean_fx.plan(net, torch.rand(2, 4, 8)))
+    assert found.pop("stem")[0] == "Linear"
+    found.pop("conv")
+    assert found == ({expected[0]: expected[1:]} if expected else {})

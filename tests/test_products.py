@@ -7,6 +7,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import lean_fx
+from lean_fx.experiment.zoo_rings import reason_for
+from lean_fx.experiment.zoo_sites import find_call_sites, worth_reducing
 
 COMPUTED = "the weight is computed from it in forward, which no layer would do"
 ONLY = "only in x @ weight, F.linear and F.conv with fixed settings does it become a layer"
@@ -72,6 +74,20 @@ def test_relative_positions_in_what_is_not_traced_are_named():
     with pytest.warns(lean_fx.LeanWarning):
         whole = lean_fx.plan(Untraced(), x)
     assert left(whole)["positions"] == ("einsum", COMPUTED)
+
+
+@pytest.mark.parametrize("attention", [Relative, Untraced])
+def test_the_zoo_finds_the_reason_of_each_site(attention):
+    x = torch.rand(2, 9, 16)
+    lean = lean_fx.leanify(net(attention()).eval(), x)
+    sites = [
+        site
+        for site in find_call_sites(lean, (x,))
+        if worth_reducing(site) and not site.reads_reduction
+    ]
+    reasons = {site.weight: reason_for(site, lean.meta["lean_fx.plan"]) for site in sites}
+    assert reasons.pop("1.positions") == COMPUTED
+    assert list(reasons) == ["0.weight"]
 
 
 class Net(nn.Module):

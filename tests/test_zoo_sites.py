@@ -46,8 +46,10 @@ def test_functions_formulas_and_computed_weights_are_counted():
     assert calls(Formulas(), torch.rand(2, 4, 20)) == [
         ("linear", "", 20),
         ("linear", "", 24),
-        ("conv", "", 7),
+        ("conv", "kernel", 7),
     ]
+    found = find_call_sites(Formulas().eval(), (torch.rand(2, 4, 20),))
+    assert [site.weight for site in found] == ["weight", "table", "kernel.weight"]
 
 
 def test_kinds_of_convolutions():

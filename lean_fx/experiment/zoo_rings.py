@@ -166,9 +166,10 @@ def reason_for(site: CallSite, plan: Plan) -> str:
     """
     known = {each.layer: each.reason for each in plan.left_alone}
     parts = site.layer.split(".")
-    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    names.insert(0, site.weight)  # a weight of no layer
     reason = next((known[name] for name in names if name in known), "")
-    if not reason:  # a functional call has the name of its node, not of what holds the weight
+    if not reason:  # a call with no parameter has the name of its node
         calls = (each.reason for each in plan.left_alone if each.kind.startswith(site.kind))
         reason = next(calls, f"{site.kind}: the plan does not name it")
     reason = re.sub(r"(used elsewhere).*", r"\1", reason)

@@ -36,11 +36,12 @@ class CallSite:
     Attributes:
         kind: ``"conv"``, ``"depthwise"``, ``"linear"``, ``"attention"`` (within
             nn.MultiheadAttention) or ``"recurrent"`` (one layer and direction of it).
-        layer: the name of the module that holds the weight, or, of a computed weight, of the
-            module that runs.
+        layer: the name of the module that holds the weight, or the first parameter that it is
+            computed from.
         in_channels: the channels, or features, that it reads.
         groups: of a convolution; else 1.
         reads_reduction: whether its input comes from a reduction.
+        weight: the name of the weight, or of the first parameter that it is computed from.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class CallSite:
     in_channels: int
     groups: int = 1
     reads_reduction: bool = False
+    weight: str = ""
 
 
 def find_call_sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[CallSite]:
@@ -159,6 +161,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shared = any(_address(tensor) == _address(each) for each in given)
             if not shared or name.endswith("_"):  # a view is what it views
                 self._set(tensor, kind)
+                names = (self._names.get(_address(each)) for each in given)
+                if kind == "weight" and (first := next(filter(None, names), None)):
+                    self._names.setdefault(_address(tensor), first)
         return result
 
     def _record(self, name: str, args: tuple[Any, ...]) -> None:
@@ -182,7 +187,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         running, module = self._running[-1] if self._running else ("", None)
         if kind == "linear" and isinstance(module, nn.MultiheadAttention):
             kind = "attention"
-        name = self._names.get(_address(weight), f"{running}.")
+        name = self._names.get(_address(weight)) or f"{running}."
         if kind == "linear" and isinstance(module, nn.RNNBase):
             if "weight_ih" not in name or _address(weight) in self._read:
                 return  # the steps of a layer are one site, and its state is no input
@@ -190,7 +195,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = "recurrent"
         layer = name.rpartition(".")[0]
         reduced = self._kind(read) == "reduced"
-        self.sites.append(CallSite(kind, layer, int(channels), int(groups), reduced))
+        self.sites.append(CallSite(kind, layer, int(channels), int(groups), reduced, name))
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -45,6 +45,7 @@ from lean_fx.guards import check_branch, count_items, round_number
 from lean_fx.passes.base import fake_of, run_on, sharing_copy
 from lean_fx.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
 from lean_fx.tracing import LeanTracer
+from lean_fx.unrecorded import keeping_chance
 
 _FIXED = "lean_fx.fixed"
 _CALLS = ("call_function", "call_method")
@@ -246,7 +247,8 @@ class FollowingTracer(LeanTracer):
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return run_on(self._fetch(str(node.target)), self._fake, args, kwargs)
+        with keeping_chance():
+            return run_on(self._fetch(str(node.target)), self._fake, args, kwargs)
 
     def _fetch(self, path: str) -> Any:
         return functools.reduce(getattr, path.split("."), self.root)

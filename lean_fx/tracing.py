@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
-from torch.fx.proxy import ParameterProxy
+from torch.fx.proxy import ParameterProxy, TraceError
 from torch.nn.utils import rnn
 
 from lean_fx.attention import AttentionHeads
@@ -15,6 +16,7 @@ from lean_fx.modes import ByMode, InMode
 from lean_fx.packed import SequenceDropout, layer_states, with_data
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.registry import is_reduction
+from lean_fx.unrecorded import Before, autocasting, has_gradient, refusing_functions
 
 # What is a node, and never looked into: torch.fx's own check of an absent input is one.
 _NODES = (
@@ -37,13 +39,14 @@ def is_wrapped(function: Any) -> bool:
 
 
 class LeanTracer(Tracer):
-    """torch.fx's tracer, with five differences.
+    """torch.fx's tracer, with six differences.
 
     Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
     into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
     of the graph, so that what forward computes of them is computed at every call, not once. The
     functions that pack and pad sequences are nodes, since they cannot run without lengths. The
-    shape of a parameter is a constant. Modules whose forward cannot be traced may become leaves.
+    shape of a parameter is a constant. What a graph would lose (:mod:`lean_fx.unrecorded`) is not
+    traced. Modules whose forward cannot be traced may become leaves.
 
     Args:
         opaque: names of modules that are leaves, whatever they are.
@@ -65,17 +68,34 @@ class LeanTracer(Tracer):
         self.give_up = give_up
         self._names: dict[int, str] = {}
         self._parameters: dict[str, nn.Parameter] = {}
+        self._autocast: tuple[Any, ...] = ()
+        self._learned: set[Node] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
         self._parameters = dict(root.named_parameters())
         named = (*root.named_buffers(), *self._parameters.items())
         self._names = {id(tensor): name for name, tensor in named}
-        graph = super().trace(root, concrete_args)
+        self._autocast = autocasting()
+        before = Before.of(root)
+        with torch.enable_grad(), refusing_functions():
+            graph = super().trace(root, concrete_args)
+        before.check(root)
         for node in graph.nodes:
             if id(node.target) in self._autowrap_function_ids:
                 node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
         return graph
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Make a node, where nothing around the call would be lost."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        if has_gradient(node, self.root, self._parameters, self._learned):
+            self._learned.add(node)
+            if not torch.is_grad_enabled():
+                raise TraceError(f"{node.name} is computed without a gradient")
+        if autocasting() != self._autocast:
+            raise TraceError(f"autocast is turned on or off around {node.name}")
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
@@ -105,10 +125,15 @@ class LeanTracer(Tracer):
         """A node for a leaf; what forward returns for another module."""
         path = self.path_of_module(m)
         depth = len(self.module_stack)
-        try:
+        if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        before = Before.of(m)
+        try:
+            returned = super().call_module(m, forward, args, kwargs)
+            before.check(m)
+            return returned
         except Exception:
-            if not self.give_up or self.is_leaf_module(m, path):
+            if not self.give_up:
                 raise
             while len(self.module_stack) > depth:
                 self.module_stack.popitem(last=True)

@@ -38,6 +38,7 @@ LAYERS = (
         "lean_fx.subclasses",
         "lean_fx.tracing",
         "lean_fx.transformers",
+        "lean_fx.unrecorded",
     },
     {"lean_fx.passes", "lean_fx.measure"},
     {

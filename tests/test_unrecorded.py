@@ -1,0 +1,158 @@
+"""What forward does beyond calls on values stays what it is in a reduced model."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lean_fx
+from lean_fx.capture import capture
+from lean_fx.errors import CaptureError
+
+X = torch.rand(4, 8)
+
+
+class Reversed(torch.autograd.Function):
+    """Turns gradients around."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -3 * gradient
+
+
+reverse = Reversed.apply
+
+
+class Net(nn.Module):
+    """Two layers, and what a function does between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.register_buffer("mean", torch.zeros(32))
+        self.steps = 0
+
+    def forward(self, x):
+        return self.b(F.relu(self.between(self, x)))
+
+
+def without_gradient(self, x):
+    with torch.no_grad():
+        return self.a(x)
+
+
+def with_a_gradient_of_its_own(self, x):
+    return Reversed.apply(self.a(x))
+
+
+def with_a_gradient_by_another_name(self, x):
+    return reverse(self.a(x)[: x.shape[0]])
+
+
+def with_autocast(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = self.a(x)
+    return y.float()
+
+
+def with_noise(self, x):
+    return self.a(x) + torch.normal(0.0, torch.ones(32)) if self.training else self.a(x)
+
+
+def with_chance_of_python(self, x):
+    return self.a(x) * (random.random() if self.training else 1.0)
+
+
+def with_chance_of_numpy(self, x):
+    return self.a(x) * (float(np.random.rand()) if self.training else 1.0)
+
+
+def assigning_a_buffer(self, x):
+    y = self.a(x)
+    self.mean = 0.9 * self.mean + 0.1 * y.mean(0).detach()
+    return y - self.mean
+
+
+def writing_a_buffer(self, x):
+    y = self.a(x)
+    with torch.no_grad():
+        self.mean.mul_(0.9).add_(y.mean(0), alpha=0.1)
+    return y - self.mean
+
+
+def counting(self, x):
+    self.steps += 1
+    return self.a(x) * self.steps
+
+
+UNRECORDED = [
+    *(without_gradient, with_a_gradient_of_its_own, with_a_gradient_by_another_name),
+    *(with_autocast, with_noise, with_chance_of_python, with_chance_of_numpy),
+    *(assigning_a_buffer, writing_a_buffer, counting),
+]
+
+
+def steps_of(model, count=3):
+    """Outputs, gradients and buffers of some steps of training, by name, all by the same chance."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    model = copy.deepcopy(model).train()
+    seen = {}
+    for step in range(count):
+        model.zero_grad()
+        seen[step, "output"] = model(X)
+        seen[step, "output"].square().sum().backward()
+        seen |= {(step, name): each.clone() for name, each in model.named_buffers()}
+        seen |= {(step, name): each.grad for name, each in model.named_parameters()}
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("between", UNRECORDED)
+def test_training_is_that_of_the_model(between, nested):
+    model = Net(between)
+    if nested:
+        model = nn.Sequential(nn.Linear(8, 8), model, nn.Linear(4, 32), nn.Linear(32, 2))
+    lean = lean_fx.leanify(model, X, min_channels=64)  # nothing to reduce
+    found, wanted = steps_of(lean), steps_of(model)
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key])
+    made = lean_fx.plan(model, X)
+    layers = {layer for site in made.sites for layer in site.layers}
+    assert layers == ({"1.b", "3"} if nested else {"b"})
+
+
+@pytest.mark.parametrize("between", UNRECORDED)
+def test_without_inputs_it_is_refused_by_name(between):
+    with pytest.raises(
+        CaptureError, match=r"Net: torch.fx cannot trace its forward \(TraceError: "
+    ):
+        capture(Net(between))
+
+
+def test_noise_is_a_value_where_inputs_are_given():
+    model = Net(lambda self, x: self.a(x) + torch.randn(32))
+    captured = capture(model, (X,))
+    assert not torch.equal(captured(X), captured(X))
+
+
+def test_what_has_no_gradient_needs_none():
+    def masked(self, x):
+        with torch.no_grad():
+            mask = (x > 0.5).float()
+        return self.a(x * mask)
+
+    model = Net(masked)
+    captured = capture(model)
+    torch.testing.assert_close(captured(X), model(X))

@@ -13,7 +13,7 @@ By, in turn,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,13 +29,41 @@ from lean_fx.rebuild import REBUILDERS
 from lean_fx.tracing import LeanTracer, is_wrapped
 
 
-def trace_copy(root: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Graph]:
-    """Trace copies of a module until it goes; the copy that went, and its graph."""
-    opaque = frozenset(
+def trace_copy(
+    root: nn.Module, inputs: Sequence[Any], *, evaluation: bool = False
+) -> tuple[nn.Module, Graph]:
+    """Trace copies of a module until it goes; the copy that went, and its graph.
+
+    Args:
+        root: the module.
+        inputs: example inputs, as far as they are known.
+        evaluation: whether the graph is for evaluation alone. Else modules whose ``train`` is their
+            own are leaves, as a graph would forget it.
+
+    Raises:
+        TraceError: the module cannot be traced; or what its own code raises.
+    """
+    own = set() if evaluation else set(_modules_with_own_train(root))
+    if "" in own:
+        raise TraceError(f"{type(root).__name__} has a train of its own, which a graph has not")
+    opaque = own | {
         name
         for name, each in root.named_modules()
         if name and (reduces_within(each) or has_hooks(each))
-    )
+    }
+    return _trace_seeing(root, inputs, frozenset(opaque))
+
+
+def _modules_with_own_train(root: nn.Module) -> Iterator[str]:
+    for name, each in root.named_modules():
+        if (type(each).train, type(each).eval) != (nn.Module.train, nn.Module.eval):
+            yield name
+
+
+def _trace_seeing(
+    root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+) -> tuple[nn.Module, Graph]:
+    """As :func:`trace_copy`, with these leaves, and those that hide the weights of layers."""
     copied, graph = _trace_around(root, inputs, opaque)
     hiding = _hiding_weights(copied, graph)
     if hiding:

@@ -79,7 +79,7 @@ def capture(
     if evaluation:
         root.eval()
     try:
-        traced, graph = trace_copy(root, inputs)
+        traced, graph = trace_copy(root, inputs, evaluation=evaluation)
         captured = GraphModule(traced, graph, name)
     except Exception as error:
         raise CaptureError(

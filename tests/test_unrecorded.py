@@ -156,3 +156,33 @@ def test_what_has_no_gradient_needs_none():
     model = Net(masked)
     captured = capture(model)
     torch.testing.assert_close(captured(X), model(X))
+
+
+class Frozen(Net):
+    """Its norm stays in evaluation when it is trained."""
+
+    def __init__(self):
+        super().__init__(lambda self, x: self.norm(self.a(x)))
+        self.norm = nn.BatchNorm1d(32)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_train_of_its_own_is_kept(nested):
+    model = nn.Sequential(Frozen(), nn.ReLU(), nn.Linear(4, 2)) if nested else Frozen()
+    lean = lean_fx.leanify(model, X)
+    frozen = "0." if nested else ""
+    assert lean.train().get_submodule(f"{frozen}a").training
+    assert not lean.get_submodule(f"{frozen}norm").training
+    assert lean.get_submodule(f"{frozen}b").in_features == 4
+    assert type(capture(Frozen(), (X,), evaluation=True)(X)) is torch.Tensor
+
+
+def test_a_train_of_its_own_needs_inputs():
+    with pytest.raises(CaptureError, match="Frozen has a train of its own, which a graph has not"):
+        lean_fx.plan(Frozen())

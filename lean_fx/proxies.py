@@ -19,6 +19,7 @@ from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
 from lean_fx.guards import round_number
+from lean_fx.unrecorded import KeepsData
 
 if TYPE_CHECKING:
     from lean_fx.following import FollowingTracer
@@ -47,11 +48,11 @@ def followed(node: Node, tracer: FollowingTracer) -> Proxy:
     """A proxy of the kind that the value of a node calls for."""
     value = value_of(node)
     if value is UNKNOWN:
-        return Proxy(node, tracer)
+        return KeepsData(node, tracer)
     return (FollowedItems if hasattr(type(value), "__iter__") else Followed)(node, tracer)
 
 
-class Followed(Proxy):
+class Followed(KeepsData):
     """A proxy of a known value that has no items; it says that it is of the type of that."""
 
     tracer: FollowingTracer

@@ -16,7 +16,7 @@ from lean_fx.modes import ByMode, InMode
 from lean_fx.packed import SequenceDropout, layer_states, with_data
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.registry import is_reduction
-from lean_fx.unrecorded import Before, autocasting, has_gradient, refusing_functions
+from lean_fx.unrecorded import Before, KeepsData, autocasting, has_gradient, refusing_functions
 
 # What is a node, and never looked into: torch.fx's own check of an absent input is one.
 _NODES = (
@@ -117,7 +117,7 @@ class LeanTracer(Tracer):
         name = str(node.target)
         if node.op == "get_attr" and name in self._parameters:
             return _Weight(self, node, name, self._parameters[name])
-        return super().proxy(node)
+        return KeepsData(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
@@ -141,7 +141,7 @@ class LeanTracer(Tracer):
             return super().call_module(m, forward, args, kwargs)
 
 
-class _Weight(ParameterProxy):
+class _Weight(KeepsData, ParameterProxy):
     """torch.fx's own, which does not know ``size(0)``."""
 
     def size(self, dim: int | None = None) -> Any:

@@ -7,7 +7,8 @@ torch.fx records calls on values. It does not see
 2. that autocast is turned on or off around a call;
 3. random numbers that Python draws, or that torch draws for no value of the graph: the graph would
    hold those of the trace for ever;
-4. that forward assigns its buffers, or changes its numbers (``self.step += 1``), for later calls.
+4. that forward assigns its buffers, or the ``data`` of a tensor, or changes its numbers
+   (``self.step += 1``), for later calls.
 """
 
 from __future__ import annotations
@@ -78,6 +79,15 @@ def refusing_functions() -> Iterator[None]:
         yield
     finally:
         utils.unwrap_dead_wrappers = unwrap
+
+
+class KeepsData(Proxy):
+    """A proxy to whose ``data`` nothing can be assigned."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise TraceError(f"the data of {self.node.name} is assigned in forward")
+        super().__setattr__(name, value)
 
 
 @dataclass(frozen=True)

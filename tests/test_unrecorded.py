@@ -89,6 +89,12 @@ def writing_a_buffer(self, x):
     return y - self.mean
 
 
+def assigning_data(self, x):
+    y = self.a(x)
+    self.mean.data = 0.9 * self.mean.data + 0.1 * y.mean(0).data
+    return y - self.mean
+
+
 def counting(self, x):
     self.steps += 1
     return self.a(x) * self.steps
@@ -97,7 +103,7 @@ def counting(self, x):
 UNRECORDED = [
     *(without_gradient, with_a_gradient_of_its_own, with_a_gradient_by_another_name),
     *(with_autocast, with_noise, with_chance_of_python, with_chance_of_numpy),
-    *(assigning_a_buffer, writing_a_buffer, counting),
+    *(assigning_a_buffer, assigning_data, writing_a_buffer, counting),
 ]
 
 

@@ -95,6 +95,7 @@ def capture(
     if not evaluation:
         _follow_mode(captured, traced, root, inputs)
     ModularizeCalls()(captured)
+    _keep_unsaved(captured, root)
     return captured
 
 
@@ -104,6 +105,7 @@ def copied_graph(graph_module: GraphModule) -> GraphModule:
     assert isinstance(copied, GraphModule)
     named = GraphModule(copied, copied.graph, type(graph_module).__name__)
     _keep_hooks(named, graph_module)
+    _keep_unsaved(named, graph_module)
     return named
 
 
@@ -208,6 +210,14 @@ def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:
         for key, hook in there._load_state_dict_pre_hooks.items():
             if hook.with_module:  # such a hook knows its module
                 there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
+
+
+def _keep_unsaved(captured: GraphModule, root: nn.Module) -> None:
+    """Keep buffers out of state_dicts that were: torch.fx would save those that it copies."""
+    modules = dict(root.named_modules())
+    for name, there in captured.named_modules():
+        unsaved = modules[name]._non_persistent_buffers_set if name in modules else set()
+        there._non_persistent_buffers_set |= unsaved & there._buffers.keys()
 
 
 def _keep_layers(captured: GraphModule, root: nn.Module) -> None:

@@ -556,6 +556,33 @@ def test_two_names_of_a_buffer_stay_one_tensor():
     assert lean(X).eq(2).all()
 
 
+@pytest.mark.parametrize("inputs", [X, None], ids=["inputs", "none"])
+def test_buffers_that_are_not_saved_stay_so(inputs):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.rand(4), persistent=False)
+            self.register_buffer("shift", torch.rand(4))
+
+        def forward(self, x):
+            return x + self.table + self.shift if self.training else x - self.table
+
+    class Outer(Positions):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.a, self.b = Positions(), nn.Linear(4, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.b(self.a(self.inner(x) * self.table + self.shift))
+
+    for training in (True, False):
+        model = Outer().train(training)
+        lean = lean_fx.leanify(model, inputs, min_channels=64)
+        assert lean.state_dict().keys() == model.state_dict().keys()
+        copied = copy.deepcopy(lean).get_submodule("inner")
+        assert copied.state_dict().keys() == model.inner.state_dict().keys()
+
+
 @pytest.mark.parametrize("add", ["register_buffer", "register_parameter", "register_module"])
 def test_what_a_layer_holds_besides_is_not_lost(add):
     held = {"register_module": nn.Linear(8, 8)}.get(add, nn.Parameter(torch.ones(8)))

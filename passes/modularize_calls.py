@@ -17,8 +17,8 @@ Rules:
 2. It acts on F.dropout, dropout1d, dropout2d, dropout3d, alpha_dropout and feature_alpha_dropout.
 3. The module starts in the mode that the call was captured in.
 4. It acts on F.linear and F.conv1d, conv2d, conv3d whose weight is that of exactly an nn.Linear,
-   or nn.Conv1d, Conv2d, Conv3d of the same settings, without hooks, that forward never calls; and
-   if nothing else reads that weight.
+   or nn.Conv1d, Conv2d, Conv3d of the same settings, without hooks, that forward never calls, nor a
+   module that it is in; and if nothing else reads that weight.
 5. A bias that is not that of the layer is added behind it (along the channel axis of a
    convolution), and the layer's own, if it has one, becomes a parameter beside it, ``qkv_bias``.
 """
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.passes.base import Pass, add_module, argument, facts, is_altered, numbered
 from lean_fx.passes.reducing import LAYERS
@@ -74,7 +74,9 @@ class ModularizeCalls(Pass):
         written_out = [
             (node, layer)
             for node in graph_module.graph.nodes
-            if (layer := _written_out(node, modules)) and id(modules[layer]) not in called
+            if (layer := _written_out(node, modules))
+            and id(modules[layer]) not in called
+            and not within_called(layer, graph_module.graph)
         ]
         for node, layer in written_out:
             _call_layer(graph_module, node, layer)
@@ -126,6 +128,12 @@ def readers(weight: Node) -> list[Node]:
         each for each in weight.graph.nodes if (each.op, each.target) == ("get_attr", weight.target)
     ]
     return [user for each in same for user in each.users]
+
+
+def within_called(name: str, graph: Graph) -> bool:
+    """Whether a layer, or a parameter, is of a module that is called whole: that reads it too."""
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return any(name.startswith(f"{target}.") for target in targets)
 
 
 def _each(value: Any, rank: int) -> Any:

@@ -14,7 +14,8 @@ Rules:
 1. It acts on F.linear, F.conv1d, conv2d, conv3d with numbers for their settings, and on products
    (``@``, torch.matmul, torch.mm, torch.addmm) with a matrix on the right.
 2. The weight is a parameter, in a product possibly transposed; it has one name, and nothing else
-   reads it. That of a layer is left alone (see :class:`ModularizeCalls`).
+   reads it, nor a module that is called whole. That of a layer is left alone (see
+   :class:`ModularizeCalls`).
 3. The bias stays what it is, and is added behind the layer.
 4. The layer's weight is the parameter itself where its shape allows it, else a transposed copy.
 5. It acts on the parameters that it is given by name; :func:`weights_of_products` finds them all.
@@ -34,7 +35,13 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.errors import PlanError
 from lean_fx.passes.base import Pass, argument
-from lean_fx.passes.modularize_calls import SETTINGS, add_bias, erase_unread, readers
+from lean_fx.passes.modularize_calls import (
+    SETTINGS,
+    add_bias,
+    erase_unread,
+    readers,
+    within_called,
+)
 from lean_fx.passes.reducing import LAYERS
 from lean_fx.rebuild import REBUILDERS
 
@@ -116,6 +123,8 @@ def _products(graph_module: GraphModule) -> Iterator[Product]:
         if readers(weight) != [node if weight is operand else operand] or len(operand.users) > 1:
             continue
         if type(graph_module.get_submodule(str(weight.target).rpartition(".")[0])) in REBUILDERS:
+            continue
+        if within_called(str(weight.target), graph_module.graph):
             continue
         layer = _layer(node, learned, transposed)
         if layer is not None:

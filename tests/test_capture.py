@@ -482,3 +482,26 @@ def test_a_module_that_would_refuse_other_sizes_is_a_leaf(least, kept):
     layers = [site.layers[0] for site in lean.meta["lean_fx.plan"].sites]
     assert sorted(layers) == ["2.read", "3"]
     assert lean(torch.rand(3, 9, 4)).shape == (3, min(9, least), 2)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_weight_that_a_whole_module_reads_too_stays_a_parameter(given):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.read = nn.Parameter(torch.rand(32, 32)), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.read(x @ self.weight)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x @ self.inner.weight + F.linear(x, self.inner.read.weight) + self.inner(x))
+
+    model, x = Net(forward, a=nn.Linear(8, 32), b=nn.Linear(32, 4), inner=Inner()), X(2, 8)
+    model.inner.register_forward_hook(lambda module, args, out: out + 1)
+    captured = capture(model, (x,) if given else ())
+    torch.testing.assert_close(captured(x), model(x))
+    lean = lean_fx.leanify(model, x if given else None)
+    assert lean.get_submodule("b").in_features == 4
+    assert lean(x).shape == (2, 4)

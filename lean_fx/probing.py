@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,7 +52,8 @@ def refusing_modules(
 
 def _larger(value: Tensor) -> Tensor:
     """A value of half as many more samples, and positions: all axes but 1, or but the last."""
-    channels = 1 if value.dim() > 3 else 2 if value.is_floating_point() else value.dim()
+    last = value.dim() - 1 if value.is_floating_point() else value.dim()
+    channels = 1 if value.dim() > 3 else last
     sizes = [
         size if axis == channels else size + size // 2 for axis, size in enumerate(value.shape)
     ]
@@ -60,5 +63,17 @@ def _larger(value: Tensor) -> Tensor:
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = [fake_of(each, mode) if isinstance(each, Tensor) else each for each in inputs]
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _quiet():
         run_on(module, lambda tensor: fake_of(tensor, mode), tuple(given))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's log of what fails on fake tensors off the terminal: here it may."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -505,3 +505,33 @@ def test_a_weight_that_a_whole_module_reads_too_stays_a_parameter(given):
     lean = lean_fx.leanify(model, x if given else None)
     assert lean.get_submodule("b").in_features == 4
     assert lean(x).shape == (2, 4)
+
+
+def test_sizes_of_samples_without_positions_are_probed(caplog):
+    class Few(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read = nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.read(x[:2] if x.shape[0] > 2 else x)
+
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Few(), nn.Linear(16, 2))
+    captured = capture(model, (X(2, 4),))
+    torch.testing.assert_close(captured(x := X(3, 4)), model(x))
+    assert not caplog.records
+
+
+def test_a_model_that_takes_no_other_sizes_is_no_matter_for_a_log(caplog):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.give = nn.Linear(32, 16), nn.Linear(96, 4)
+
+        def forward(self, x):
+            x = self.read(x) if x.shape[1] > 2 else x
+            return self.give(x.flatten(1))
+
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Fixed())
+    assert capture(model, (X(2, 6, 4),))(X(3, 6, 4)).shape == (3, 4)
+    assert not caplog.records

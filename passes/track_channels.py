@@ -13,8 +13,8 @@ Rules:
 
 1. Conv and ConvTranspose give ``out_channels`` on axis 1; Linear gives ``out_features`` on axis -1;
    an input of the model that is known to have three axes or more has its channels on axis 1.
-2. Elementwise layers, dropout and pooling keep what their input has; batch, instance, group and
-   layer norms too.
+2. Elementwise layers and dropout keep what their input has; batch, instance, group and layer norms
+   too. Pooling does if the channels are on axis 1 (or 0, without a batch), not where it pools.
 3. Sums and products of values, and what is one value in training and another in evaluation, keep
    what those whose channels are known agree on.
 4. ``cat`` along the channel axis adds up.
@@ -72,7 +72,7 @@ _NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm),
 )
-# These act along the axes behind the channels, so they keep axis 1 but not the last one.
+# These act along the axes behind the channels, so they keep axis 1 but none behind it.
 _SPATIAL = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
@@ -186,7 +186,7 @@ def _of_module(node: Node, module: nn.Module) -> Channels | None:
     if isinstance(module, (*_ELEMENTWISE, *_NORMS, SequenceDropout)):
         return _input(node)
     if isinstance(module, _SPATIAL):
-        return _only_front(_input(node))
+        return _before_positions(_input(node))
     if type(module) is nn.Flatten:
         return _in_front_of(_input(node), module.start_dim)
     if type(module) is ByMode:
@@ -225,7 +225,7 @@ def _of_call(node: Node) -> Channels | None:
     if node.target in _ELEMENTWISE_CALLS:
         return _input(node)
     if node.target in _SPATIAL_CALLS:
-        return _only_front(_input(node))
+        return _before_positions(_input(node))
     if node.target in _JOINS:
         return _agreed(node)
     if node.target in (torch.cat, torch.concat):
@@ -253,6 +253,12 @@ def _input(node: Node) -> Channels | None:
 
 def _only_front(channels: Channels | None) -> Channels | None:
     return channels if channels and channels.axis >= 0 and not channels.whole else None
+
+
+def _before_positions(channels: Channels | None) -> Channels | None:
+    """What pooling leaves: channels before the axes along which it pools, the first of a sample."""
+    kept = _only_front(channels)
+    return kept if kept and kept.axis < 2 else None
 
 
 def _in_front_of(channels: Channels | None, start: Any) -> Channels | None:

@@ -513,6 +513,22 @@ def test_shapes_are_written_and_buffers_stay():
         assert torch.equal(value, before[name])
 
 
+def test_channels_along_an_axis_that_is_pooled_are_not_tracked():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 32, 1), nn.MaxPool2d(2)
+            self.read = nn.Linear(8 * 16 * 4, 5)
+
+        def forward(self, x):
+            return self.read(self.pool(self.conv(x).permute(0, 2, 1, 3)).flatten(1))
+
+    x = torch.rand(2, 3, 8, 8)
+    for inputs in (None, x):
+        (left,) = lean_fx.plan(Turned(), inputs).left_alone[1:]
+        assert left.reason == "the channels of what is flattened before it are unknown"
+
+
 def test_channels_are_tracked_without_shapes():
     captured = capture(Tokens())
     TrackChannels()(captured)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import rnn
 
 from lean_fx.attempts import trace_copy
-from lean_fx.checks import check_shapes
+from lean_fx.checks import check_plain, check_shapes
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.merging import CannotMerge, merge_modes
@@ -58,7 +58,7 @@ def capture(
         a module. Where the two modes cannot be joined, it keeps its own, and a LeanWarning says so.
 
     Raises:
-        ArgumentError: ``model`` is not a module, or has lazy layers without a shape.
+        ArgumentError: ``model`` is not a module, or wraps one, or has lazy layers without a shape.
         CaptureError: it cannot be copied or traced.
 
     Example:
@@ -155,6 +155,7 @@ def _check(model: nn.Module) -> None:
         raise ArgumentError(
             f"model={type(model).__name__} object is not a torch.nn.Module; give the model itself"
         )
+    check_plain(model)
     check_shapes(model)
     names = {*dir(GraphModule), "meta"}
     taken = [name for name, _ in model.named_children() if name in names]

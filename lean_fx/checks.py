@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lean_fx.errors import ArgumentError
 
 _OBSERVING = ("torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer")
+
+
+def check_plain(model: nn.Module) -> None:
+    """Check that a model is the model itself, and not what was made of it to run.
+
+    Raises:
+        ArgumentError: it is of TorchScript, compiled, or wrapped for several devices.
+
+    Example:
+        >>> check_plain(nn.DataParallel(nn.Linear(4, 2)))
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: model=DataParallel object is a wrapper; give the model \
+itself, its module
+    """
+    found = ""
+    if isinstance(model, torch.jit.ScriptModule):
+        found = "of TorchScript; give the model that it was made from"
+    elif "_orig_mod" in model._modules:
+        found = "compiled; give the model itself, its _orig_mod"
+    elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        found = "a wrapper; give the model itself, its module"
+    if found:
+        raise ArgumentError(f"model={type(model).__name__} object is {found}")
 
 
 def check_shapes(model: nn.Module, subject: str = "model") -> None:

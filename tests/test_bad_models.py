@@ -556,6 +556,24 @@ def test_two_names_of_a_buffer_stay_one_tensor():
     assert lean(X).eq(2).all()
 
 
+WRAPPED = {
+    "RecursiveScriptModule object is of TorchScript; give the model that it was made from": (
+        torch.jit.script
+    ),
+    "OptimizedModule object is compiled; give the model itself, its _orig_mod": (
+        lambda model: torch.compile(model, backend="eager")
+    ),
+    "DataParallel object is a wrapper; give the model itself, its module": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("text", WRAPPED)
+@pytest.mark.parametrize("inputs", [X, None], ids=["inputs", "none"])
+def test_what_wraps_a_model_is_refused_by_name(text, inputs):
+    with pytest.raises(ArgumentError, match=f"^model={text}$"):
+        lean_fx.leanify(WRAPPED[text](mlp()), inputs)
+
+
 @pytest.mark.parametrize("inputs", [X, None], ids=["inputs", "none"])
 def test_buffers_that_are_not_saved_stay_so(inputs):
     class Positions(nn.Module):

@@ -26,6 +26,7 @@ from lean_fx.passes.base import is_altered, sharing_copy
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.transformers import PLAIN
+from lean_fx.unrecorded import Unrecorded
 
 _STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
@@ -59,7 +60,7 @@ def capture(
 
     Raises:
         ArgumentError: ``model`` is not a module, or wraps one, or has lazy layers without a shape.
-        CaptureError: it cannot be copied or traced.
+        CaptureError: it cannot be copied or traced, or does in a mode what a graph would lose.
 
     Example:
         >>> print(capture(nn.Sequential(nn.Linear(4, 2), nn.ReLU())).code.strip())
@@ -82,11 +83,7 @@ def capture(
         traced, graph = trace_copy(root, inputs, evaluation=evaluation)
         captured = GraphModule(traced, graph, name)
     except Exception as error:
-        raise CaptureError(
-            f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
-            "depends on values out of forward, or give example_inputs: then each layer reduces its "
-            "own input"
-        ) from error
+        raise _untraced(name, error) from error
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
             node.type = None
@@ -175,6 +172,8 @@ def _follow_mode(
         module.training = not module.training
     try:
         other, opposite = trace_copy(root, inputs)
+    except Unrecorded as error:
+        raise _untraced(type(root).__name__, error) from error
     except Exception as error:
         reason = _reason(error)
     else:
@@ -193,6 +192,14 @@ def _follow_mode(
         "mode that you need",
         LeanWarning,
         stacklevel=5,
+    )
+
+
+def _untraced(name: str, error: Exception) -> CaptureError:
+    return CaptureError(
+        f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
+        "depends on values out of forward, or give example_inputs: then each layer reduces its "
+        "own input"
     )
 
 

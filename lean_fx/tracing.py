@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
-from torch.fx.proxy import ParameterProxy, TraceError
+from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import rnn
 
 from lean_fx.attention import AttentionHeads
@@ -16,7 +16,14 @@ from lean_fx.modes import ByMode, InMode
 from lean_fx.packed import SequenceDropout, layer_states, with_data
 from lean_fx.rebuild import REBUILDERS
 from lean_fx.registry import is_reduction
-from lean_fx.unrecorded import Before, KeepsData, autocasting, has_gradient, refusing_functions
+from lean_fx.unrecorded import (
+    Before,
+    KeepsData,
+    Unrecorded,
+    autocasting,
+    has_gradient,
+    refusing_functions,
+)
 
 # What is a node, and never looked into: torch.fx's own check of an absent input is one.
 _NODES = (
@@ -92,9 +99,9 @@ class LeanTracer(Tracer):
         if has_gradient(node, self.root, self._parameters, self._learned):
             self._learned.add(node)
             if not torch.is_grad_enabled():
-                raise TraceError(f"{node.name} is computed without a gradient")
+                raise Unrecorded(f"{node.name} is computed without a gradient")
         if autocasting() != self._autocast:
-            raise TraceError(f"autocast is turned on or off around {node.name}")
+            raise Unrecorded(f"autocast is turned on or off around {node.name}")
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

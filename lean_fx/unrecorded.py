@@ -26,6 +26,11 @@ from torch._functorch import utils
 from torch.fx import Node, Proxy
 from torch.fx.proxy import TraceError
 
+
+class Unrecorded(TraceError):  # noqa: N818
+    """A forward does what a graph would lose."""
+
+
 _SIZES = ("shape", "dtype", "device", "ndim", "size", "dim")
 
 
@@ -65,13 +70,13 @@ def refusing_functions() -> Iterator[None]:
     arguments first, by this function of torch, even where a model holds a Function's ``apply``.
 
     Raises:
-        TraceError: one was about to.
+        Unrecorded: one was about to.
     """
     unwrap = utils.unwrap_dead_wrappers
 
     def refuse(args: tuple[Any, ...]) -> Any:
         if any(issubclass(type(each), Proxy) for each in args):
-            raise TraceError("a torch.autograd.Function has a gradient of its own")
+            raise Unrecorded("a torch.autograd.Function has a gradient of its own")
         return unwrap(args)
 
     utils.unwrap_dead_wrappers = refuse
@@ -86,7 +91,7 @@ class KeepsData(Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            raise TraceError(f"the data of {self.node.name} is assigned in forward")
+            raise Unrecorded(f"the data of {self.node.name} is assigned in forward")
         super().__setattr__(name, value)
 
 
@@ -111,21 +116,21 @@ class Before:
         """Check, after its forward, that it left all as it was.
 
         Raises:
-            TraceError: it did not.
+            Unrecorded: it did not.
         """
         name = type(module).__name__
         for key, value in (*module._buffers.items(), *module._parameters.items()):
             if issubclass(type(value), Proxy):
-                raise TraceError(f"{name} assigns {key!r} in forward")
+                raise Unrecorded(f"{name} assigns {key!r} in forward")
         now = _numbers(module)
         for key in self.numbers.keys() & now.keys():
             if self.numbers[key] != now[key]:
-                raise TraceError(f"{name} changes {key!r} in forward")
+                raise Unrecorded(f"{name} changes {key!r} in forward")
         (drawn, others), (state, rest) = self.chance, _chance()
         with torch._C.DisableTorchFunction():
             same = torch.equal(drawn, state)
         if not same or others != rest:
-            raise TraceError(f"{name} draws random numbers that are no values of the graph")
+            raise Unrecorded(f"{name} draws random numbers that are no values of the graph")
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -139,10 +139,24 @@ def test_training_is_that_of_the_model(between, nested):
     assert layers == ({"1.b", "3"} if nested else {"b"})
 
 
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("between", UNRECORDED)
+def test_a_model_in_evaluation_is_trained_as_it_would_be(between):
+    def in_training(self, x):
+        return between(self, x) if self.training else self.a(x)
+
+    model = Net(in_training).eval()
+    lean = lean_fx.leanify(model, X, min_channels=64)
+    found, wanted = steps_of(lean), steps_of(model)
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key])
+    torch.testing.assert_close(lean.eval()(X), model(X))
+
+
 @pytest.mark.parametrize("between", UNRECORDED)
 def test_without_inputs_it_is_refused_by_name(between):
     with pytest.raises(
-        CaptureError, match=r"Net: torch.fx cannot trace its forward \(TraceError: "
+        CaptureError, match=r"Net: torch.fx cannot trace its forward \(Unrecorded: "
     ):
         capture(Net(between))
 

@@ -30,13 +30,18 @@ from lean_fx.tracing import LeanTracer, is_wrapped
 
 
 def trace_copy(
-    root: nn.Module, inputs: Sequence[Any], *, evaluation: bool = False
+    root: nn.Module,
+    inputs: Sequence[Any],
+    whole: frozenset[str] = frozenset(),
+    *,
+    evaluation: bool = False,
 ) -> tuple[nn.Module, Graph]:
     """Trace copies of a module until it goes; the copy that went, and its graph.
 
     Args:
         root: the module.
         inputs: example inputs, as far as they are known.
+        whole: names of modules that are leaves in any case.
         evaluation: whether the graph is for evaluation alone. Else modules whose ``train`` is their
             own are leaves, as a graph would forget it.
 
@@ -46,12 +51,30 @@ def trace_copy(
     own = set() if evaluation else set(_modules_with_own_train(root))
     if "" in own:
         raise TraceError(f"{type(root).__name__} has a train of its own, which a graph has not")
-    opaque = own | {
-        name
-        for name, each in root.named_modules()
-        if name and (reduces_within(each) or has_hooks(each))
-    }
-    return _trace_seeing(root, inputs, frozenset(opaque))
+    opaque = (
+        whole
+        | own
+        | {
+            name
+            for name, each in root.named_modules()
+            if name and (reduces_within(each) or has_hooks(each))
+        }
+    )
+    return _trace_seeing(root, inputs, opaque)
+
+
+def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
+    """The modules that a graph calls whole because they could not be traced.
+
+    Args:
+        root: the copy that gave the graph.
+        graph: what :func:`trace_copy` returned along with it.
+    """
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    tracer = LeanTracer()
+    return frozenset(
+        name for name in called if not tracer.is_leaf_module(root.get_submodule(name), name)
+    )
 
 
 def _modules_with_own_train(root: nn.Module) -> Iterator[str]:

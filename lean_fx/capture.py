@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils import rnn
 
-from lean_fx.attempts import trace_copy
+from lean_fx.attempts import trace_copy, whole_modules
 from lean_fx.checks import check_plain, check_shapes
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
@@ -75,12 +75,24 @@ def capture(
         raise ArgumentError(
             f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
         )
-    name = type(model).__name__
     root = plain_copy(model)
     if evaluation:
         root.eval()
+    captured, whole = None, frozenset[str]()
+    while captured is None:
+        captured, whole = _captured(root, inputs, whole, evaluation)
+    ModularizeCalls()(captured)
+    _keep_unsaved(captured, root)
+    return captured
+
+
+def _captured(
+    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], evaluation: bool
+) -> tuple[GraphModule | None, frozenset[str]]:
+    """A captured model; or none, and the modules to keep whole, as its other mode does."""
+    name = type(root).__name__
     try:
-        traced, graph = trace_copy(root, inputs, evaluation=evaluation)
+        traced, graph = trace_copy(root, inputs, whole, evaluation=evaluation)
         captured = GraphModule(traced, graph, name)
     except Exception as error:
         raise _untraced(name, error) from error
@@ -89,11 +101,8 @@ def capture(
             node.type = None
     _keep_hooks(captured, root)
     _keep_layers(captured, root)
-    if not evaluation:
-        _follow_mode(captured, traced, root, inputs)
-    ModularizeCalls()(captured)
-    _keep_unsaved(captured, root)
-    return captured
+    more = frozenset[str]() if evaluation else _follow_mode(captured, traced, root, inputs, whole)
+    return (None, whole | more) if more else (captured, whole)
 
 
 def copied_graph(graph_module: GraphModule) -> GraphModule:
@@ -164,22 +173,33 @@ def _check(model: nn.Module) -> None:
 
 
 def _follow_mode(
-    captured: GraphModule, traced: nn.Module, root: nn.Module, inputs: Sequence[Any]
-) -> None:
-    """Make a captured model do in the opposite mode what the model does there."""
+    captured: GraphModule,
+    traced: nn.Module,
+    root: nn.Module,
+    inputs: Sequence[Any],
+    whole: frozenset[str],
+) -> frozenset[str]:
+    """Make a captured model do in the opposite mode what the model does there.
+
+    Returns:
+        The modules that must be whole for that, if they are not; then nothing was done.
+    """
     modules = list(root.modules())
     for module in modules:
         module.training = not module.training
     try:
-        other, opposite = trace_copy(root, inputs)
+        other, opposite = trace_copy(root, inputs, whole)
     except Unrecorded as error:
         raise _untraced(type(root).__name__, error) from error
     except Exception as error:
         reason = _reason(error)
     else:
+        more = whole_modules(other, opposite) - whole_modules(traced, captured.graph)
+        if more:
+            return more
         try:
             merge_modes(captured, traced, opposite, other)
-            return
+            return more
         except CannotMerge as error:
             reason = str(error)
     finally:
@@ -191,8 +211,9 @@ def _follow_mode(
         f"since its graph in the other mode cannot be joined to it ({reason}); capture it in the "
         "mode that you need",
         LeanWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
+    return frozenset()
 
 
 def _untraced(name: str, error: Exception) -> CaptureError:

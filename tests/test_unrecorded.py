@@ -140,12 +140,16 @@ def test_training_is_that_of_the_model(between, nested):
 
 
 @pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("between", UNRECORDED)
-def test_a_model_in_evaluation_is_trained_as_it_would_be(between):
+def test_a_model_in_evaluation_is_trained_as_it_would_be(between, nested):
     def in_training(self, x):
         return between(self, x) if self.training else self.a(x)
 
-    model = Net(in_training).eval()
+    model = Net(in_training)
+    if nested:
+        model = nn.Sequential(nn.Linear(8, 8), model, nn.Linear(4, 32), nn.Linear(32, 2))
+    model.eval()
     lean = lean_fx.leanify(model, X, min_channels=64)
     found, wanted = steps_of(lean), steps_of(model)
     for key, value in found.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -129,8 +130,16 @@ class LeanTracer(Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """A node for a leaf; what forward returns for another module."""
-        path = self.path_of_module(m)
+        """A node for a leaf; what forward returns for another module.
+
+        A module without parameters that the model's forward makes is looked into.
+        """
+        try:
+            path = self.path_of_module(m)
+        except NameError:  # forward has made it
+            if next(itertools.chain(m.parameters(), m.buffers()), None) is not None:
+                raise
+            return forward(*args, **kwargs)
         depth = len(self.module_stack)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)

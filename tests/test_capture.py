@@ -535,3 +535,24 @@ def test_a_model_that_takes_no_other_sizes_is_no_matter_for_a_log(caplog):
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Fixed())
     assert capture(model, (X(2, 6, 4),))(X(3, 6, 4)).shape == (3, 4)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_modules_without_parameters_that_forward_makes_are_traced(given):
+    def forward(self, x):
+        x = nn.Dropout(0.5)(nn.ReLU()(self.a(x)))
+        return self.b(nn.Flatten()(nn.Sequential(nn.MaxPool2d(2), nn.Tanh())(x)))
+
+    model, x = Net(forward, a=nn.Conv2d(3, 32, 1), b=nn.Linear(32 * 4, 4)), X(2, 3, 4, 4)
+    captured = capture(model.eval(), (x,) if given else ())
+    torch.manual_seed(0)
+    found = captured(x)
+    torch.manual_seed(0)  # a module that is made in forward is in training
+    torch.testing.assert_close(found, model(x))
+    (site,) = lean_fx.plan(model, x if given else None).sites
+    assert (site.in_channels, site.layers) == (32, ("b",))
+
+
+def test_layers_that_forward_makes_are_not_traced():
+    with pytest.raises(CaptureError, match="module is not installed as a submodule"):
+        capture(Net(lambda self, x: nn.Linear(4, 4)(self.a(x)), a=nn.Linear(4, 4)))

@@ -101,16 +101,17 @@ class Before:
 
     Attributes:
         numbers: those that the module holds.
-        chance: the states of torch's generator of random numbers, and of those of Python.
+        chance: the states of torch's generator of random numbers, and of those of Python; or None,
+            where what is around the module looks at them.
     """
 
     numbers: dict[str, Any]
-    chance: tuple[Tensor, Any]
+    chance: tuple[Tensor, Any] | None
 
     @classmethod
-    def of(cls, module: nn.Module) -> Before:
+    def of(cls, module: nn.Module, *, chance: bool = True) -> Before:
         """That of a module."""
-        return cls(_numbers(module), _chance())
+        return cls(_numbers(module), _chance() if chance else None)
 
     def check(self, module: nn.Module) -> None:
         """Check, after its forward, that it left all as it was.
@@ -126,6 +127,8 @@ class Before:
         for key in self.numbers.keys() & now.keys():
             if self.numbers[key] != now[key]:
                 raise Unrecorded(f"{name} changes {key!r} in forward")
+        if self.chance is None:
+            return
         (drawn, others), (state, rest) = self.chance, _chance()
         with torch._C.DisableTorchFunction():
             same = torch.equal(drawn, state)

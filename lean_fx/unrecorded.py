@@ -26,12 +26,11 @@ from torch._functorch import utils
 from torch.fx import Node, Proxy
 from torch.fx.proxy import TraceError
 
+_SIZES = ("shape", "dtype", "device", "ndim", "size", "dim")
+
 
 class Unrecorded(TraceError):  # noqa: N818
     """A forward does what a graph would lose."""
-
-
-_SIZES = ("shape", "dtype", "device", "ndim", "size", "dim")
 
 
 def autocasting() -> tuple[Any, ...]:

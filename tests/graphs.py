@@ -1,9 +1,14 @@
 """Small models that the tests share, one for each thing that a graph can hold."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+
+import lean_fx
 
 
 def graph_text(graph_module: GraphModule) -> str:
@@ -19,6 +24,30 @@ def graph_text(graph_module: GraphModule) -> str:
 
 def _target(node: Node) -> str:
     return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+def reasons(model: nn.Module, inputs: Any = None, **options: Any) -> dict[str, str]:
+    """Why layers are left alone, by name."""
+    return {e.layer: e.reason for e in lean_fx.plan(model, inputs, **options).left_alone}
+
+
+def sites(model: nn.Module, inputs: Any = None, **options: Any) -> list[tuple[Any, ...]]:
+    """Where reductions would be: the value, its axis and channels, and the layers that read it."""
+    found = lean_fx.plan(model, inputs, **options).sites
+    return [(s.value, s.dim, s.in_channels, s.layers) for s in found]
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward given as a function."""
+
+    def __init__(self, function: Callable[..., Any], **layers: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
 
 
 class Residual(nn.Module):

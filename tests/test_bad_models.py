@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import lean_fx
+from graphs import reasons
 from lean_fx.copying import copied_whole, memory_of
 from lean_fx.errors import ArgumentError, CaptureError, ExportError
 
@@ -23,10 +24,6 @@ PICTURES = torch.rand(2, 3, 8, 8)
 
 def mlp():
     return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 8))
-
-
-def reasons(model, inputs=None):
-    return {each.layer: each.reason for each in lean_fx.plan(model, inputs).left_alone}
 
 
 def layers(model, inputs=None):

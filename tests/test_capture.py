@@ -14,24 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lean_fx
+from graphs import Net
 from lean_fx.capture import capture
 from lean_fx.errors import BranchError, CaptureError, LeanError
 from lean_fx.guards import check_branch
 from lean_fx.modes import ByMode, InMode
 from lean_fx.passes.modularize_weights import weights_of_products
-
-
-class Net(nn.Module):
-    """Layers by name, and a forward given as a function."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def X(*shape):  # noqa: N802

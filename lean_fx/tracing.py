@@ -23,6 +23,7 @@ from lean_fx.unrecorded import (
     Unrecorded,
     autocasting,
     has_gradient,
+    keep,
     refusing_functions,
 )
 
@@ -144,13 +145,15 @@ class LeanTracer(Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         before = Before.of(m, chance=self.give_up)  # else the model as a whole is to blame
+        restore = keep(m) if self.give_up else None
         try:
             returned = super().call_module(m, forward, args, kwargs)
             before.check(m)
             return returned
         except Exception:
-            if not self.give_up:
+            if restore is None:
                 raise
+            restore()
             while len(self.module_stack) > depth:
                 self.module_stack.popitem(last=True)
             self.opaque |= {path}

@@ -7,15 +7,15 @@ torch.fx records calls on values. It does not see
 2. that autocast is turned on or off around a call;
 3. random numbers that Python draws, or that torch draws for no value of the graph: the graph would
    hold those of the trace for ever;
-4. that forward assigns its buffers, or the ``data`` of a tensor, or changes its numbers
-   (``self.step += 1``), for later calls.
+4. that forward assigns its buffers or other tensors, or the ``data`` of one, or changes its numbers
+   (``self.step += 1``), for later calls. What was None before is taken for a cache.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,17 +100,20 @@ class Before:
 
     Attributes:
         numbers: those that the module holds.
+        tensors: the names of those that are neither its buffers nor its parameters.
         chance: the states of torch's generator of random numbers, and of those of Python; or None,
             where what is around the module looks at them.
     """
 
     numbers: dict[str, Any]
+    tensors: frozenset[str]
     chance: tuple[Tensor, Any] | None
 
     @classmethod
     def of(cls, module: nn.Module, *, chance: bool = True) -> Before:
         """That of a module."""
-        return cls(_numbers(module), _chance() if chance else None)
+        tensors = frozenset(key for key, held in vars(module).items() if isinstance(held, Tensor))
+        return cls(_numbers(module), tensors, _chance() if chance else None)
 
     def check(self, module: nn.Module) -> None:
         """Check, after its forward, that it left all as it was.
@@ -119,7 +122,8 @@ class Before:
             Unrecorded: it did not.
         """
         name = type(module).__name__
-        for key, value in (*module._buffers.items(), *module._parameters.items()):
+        plain = ((key, vars(module)[key]) for key in self.tensors & vars(module).keys())
+        for key, value in (*module._buffers.items(), *module._parameters.items(), *plain):
             if issubclass(type(value), Proxy):
                 raise Unrecorded(f"{name} assigns {key!r} in forward")
         now = _numbers(module)
@@ -133,6 +137,27 @@ class Before:
             same = torch.equal(drawn, state)
         if not same or others != rest:
             raise Unrecorded(f"{name} draws random numbers that are no values of the graph")
+
+
+def keep(module: nn.Module) -> Callable[[], None]:
+    """Note what a module, and those in it, hold before a forward on proxies.
+
+    Returns:
+        What puts it back.
+    """
+    dicts = [
+        held
+        for each in module.modules()
+        for held in (vars(each), each._buffers, each._parameters, each._modules)
+    ]
+    kept = [(held, dict(held)) for held in dicts]
+
+    def restore() -> None:
+        for held, before in kept:
+            held.clear()
+            held.update(before)
+
+    return restore
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import GraphModule
 
 import lean_fx
 from lean_fx.capture import capture
@@ -39,7 +40,7 @@ class Net(nn.Module):
         self.between = between
         self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
         self.register_buffer("mean", torch.zeros(32))
-        self.steps = 0
+        self.steps, self.state = 0, torch.zeros(32)
 
     def forward(self, x):
         return self.b(F.relu(self.between(self, x)))
@@ -95,6 +96,12 @@ def assigning_data(self, x):
     return y - self.mean
 
 
+def assigning_a_tensor(self, x):
+    y = self.a(x) + self.state
+    self.state = 0.5 * self.state + y.mean(0).detach()
+    return y
+
+
 def counting(self, x):
     self.steps += 1
     return self.a(x) * self.steps
@@ -103,7 +110,7 @@ def counting(self, x):
 UNRECORDED = [
     *(without_gradient, with_a_gradient_of_its_own, with_a_gradient_by_another_name),
     *(with_autocast, with_noise, with_chance_of_python, with_chance_of_numpy),
-    *(assigning_a_buffer, assigning_data, writing_a_buffer, counting),
+    *(assigning_a_buffer, assigning_data, writing_a_buffer, assigning_a_tensor, counting),
 ]
 
 
@@ -155,6 +162,45 @@ def test_a_model_in_evaluation_is_trained_as_it_would_be(between, nested):
     for key, value in found.items():
         torch.testing.assert_close(value, wanted[key])
     torch.testing.assert_close(lean.eval()(X), model(X))
+
+
+def test_what_forward_keeps_to_look_at_or_makes_once_is_traced():
+    def keeping(self, x):
+        if self.made is None:
+            self.made = torch.ones(32)
+        self.seen = self.a(x) * self.made
+        return self.seen
+
+    model = Net(keeping)
+    model.made = model.seen = None
+    lean = lean_fx.leanify(model)
+    assert isinstance(lean, GraphModule)
+    assert lean(X).shape == (4, 4)
+
+
+def test_a_cache_within_what_cannot_be_traced_holds_values():
+    def caching(self, x):
+        if self.made is None:
+            self.made = x.new_ones(32)
+        return self.a(x) * self.made
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Net(caching)
+            self.inner.made = None
+
+        def forward(self, x):
+            x = self.inner(x)
+            return x if x.sum() > 0 else -x
+
+    model = nn.Sequential(nn.Linear(8, 8), Branching(), nn.Linear(4, 32), nn.Linear(32, 2))
+    lean = lean_fx.leanify(model, X, min_channels=32)
+    assert {layer for site in lean.meta["lean_fx.plan"].sites for layer in site.layers} == {
+        "1.inner.b",
+        "3",
+    }
+    assert lean(X).shape == (4, 2)
 
 
 @pytest.mark.parametrize("between", UNRECORDED)

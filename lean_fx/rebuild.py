@@ -10,7 +10,8 @@ are drawn anew too, and get the root mean square of the old ones; all else of a 
 was chosen for it, such as orthogonal weights or a forget gate's bias of 1; so does all else of a
 layer of a subclass, which is a copy (see :mod:`lean_fx.subclasses`).
 
-A layer with torch's weight norm or spectral norm is rebuilt without, and gets it anew.
+A layer with torch's weight norm or spectral norm is rebuilt without, and gets it anew; one whose
+norm is made of hooks gets the parametrization that has taken their place.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lean_fx.errors import PassError
+from lean_fx.old_norms import with_norm_of_today
 from lean_fx.subclasses import keeps_meaning, narrowed, scale_like
 
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
@@ -210,6 +212,7 @@ def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     """
     names = ["weight", "weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"]
     names += ["parametrizations.weight.original", "parametrizations.weight.original1"]
+    names += ["weight_orig", "weight_v"]  # of the norms that torch made of hooks
     return {name: value for name, value in layer.named_parameters() if name in names}
 
 
@@ -249,6 +252,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         >>> rebuild(nn.GRU(64, 32, num_layers=2, batch_first=True), 8)
         GRU(8, 32, num_layers=2, batch_first=True)
     """
+    layer = with_norm_of_today(layer)
     reason = why_not_rebuilt(layer)
     if reason:
         raise PassError(f"rebuild: {reason}")

@@ -20,7 +20,7 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 2. a parameter of it is shared or read elsewhere (or memory of it), or frozen, or its weight is not
    floating-point or of a subclass of torch's parameters; or it is called more than once, and
    reads through a flatten, or along different axes, or one of the calls is refused;
-3. it has hooks, which would be lost;
+3. it has hooks, which would be lost, other than torch's own that give its weight a norm;
 4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
 5. it is attention, which is first to be split into its linear layers (:class:`SplitAttention`);
 6. it reads a reduction already, or no value of the graph;
@@ -43,6 +43,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrize
 
 from lean_fx.checks import is_quantized_layer
+from lean_fx.old_norms import with_norm_of_today
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
 from lean_fx.passes.flattens import is_flatten
@@ -173,6 +174,7 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
         return "bilinear layers read two values" if isinstance(layer, nn.Bilinear) else ""
     if is_reduction(getattr(layer, "reduction", None)):
         return "it reads a reduction already"
+    layer = with_norm_of_today(layer)
     if has_hooks(layer) or _has_state_hooks(layer):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters():

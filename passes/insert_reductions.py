@@ -54,6 +54,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
+from lean_fx.old_norms import with_norm_of_today
 from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, add_module, facts, forget_facts, is_altered
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
@@ -147,6 +148,7 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
         PlanError: it is not.
     """
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
+    layer = None if layer is None else with_norm_of_today(layer)
     if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"

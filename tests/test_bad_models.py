@@ -433,7 +433,10 @@ def test_weights_that_hooks_compute(norm, called, tmp_path):
     learned = [name for name, each in lean.named_parameters() if each.grad is not None]
     assert len(learned) == len(list(lean.parameters()))
     lean_fx.export_onnx(lean, tmp_path / "a.onnx", X)
-    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), OLD_NORMS[norm](nn.Linear(32, 8)))
+
+
+def test_pruned_layers_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), OLD_NORMS["pruning"](nn.Linear(32, 8)))
     assert reasons(model)["2"] == "it has hooks, which a rebuilt layer would lose"
 
 

@@ -20,6 +20,7 @@ LAYERS = (
         "lean_fx.copying",
         "lean_fx.guards",
         "lean_fx.modes",
+        "lean_fx.old_norms",
         "lean_fx.packed",
         "lean_fx.plain",
         "lean_fx.walk",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -307,5 +308,5 @@ def _channels(site: Site, layer: str, options: Options) -> tuple[int | None, str
 
 def _free_name(value: str, sites: Iterable[Site]) -> str:
     taken = {site.name for site in sites}
-    names = (value, *(f"{value}_{count}" for count in range(1, len(taken) + 1)))
+    names = itertools.chain([value], (f"{value}_{count}" for count in itertools.count(1)))
     return next(name for name in names if name not in taken)

@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lean_fx.passes.products import LIKE, factors, why_computed
 from lean_fx.planning import LeftAlone
 from lean_fx.rebuild import REBUILDERS
+from lean_fx.watching import Watch
 
 
-class WatchProducts(TorchFunctionMode):
+class WatchProducts(Watch):
     """See which parameters of no layer a model multiplies values with, and why they stay.
 
     Args:
@@ -44,9 +44,8 @@ class WatchProducts(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(model)
         self.left_alone: dict[str, LeftAlone] = {}
-        self._running: list[nn.Module] = []
         self._origins: Any = WeakTensorKeyDictionary()
         self._modules = dict(model.named_modules())
         for buffer in model.buffers():
@@ -54,15 +53,6 @@ class WatchProducts(TorchFunctionMode):
         for name, parameter in model.named_parameters():
             self._origins[parameter] = (name,)
         self._parameters = dict(model.named_parameters())
-        for module in model.modules():
-            module.register_forward_pre_hook(self._enter, prepend=True)
-            module.register_forward_hook(self._leave, always_call=True)
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._running.append(module)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.pop()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -100,7 +90,7 @@ class WatchProducts(TorchFunctionMode):
 
     def _is_known(self) -> bool:
         """Whether what runs is a layer, another module of torch.nn, or a graph with its facts."""
-        module = self._running[-1]
+        module = self._modules[self._running[-1]]
         known = type(module).__module__.startswith("torch.nn.")
         return known or isinstance(module, (GraphModule, *REBUILDERS))
 

@@ -26,7 +26,31 @@ class Use:
     input: Tensor | None
 
 
-class WatchWeights(TorchFunctionMode):
+class Watch(TorchFunctionMode):
+    """Knows which modules of a model run.
+
+    Args:
+        model: gets hooks, so give a copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._running: list[str] = []
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(self._enter(name), prepend=True)
+            module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, name: str) -> Any:
+        def enter(module: nn.Module, args: Any) -> None:
+            self._running.append(name)
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
+
+
+class WatchWeights(Watch):
     """See what the weights of a model's linear layers and convolutions are used for.
 
     Args:
@@ -52,24 +76,12 @@ class WatchWeights(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(model)
         self.uses: dict[str, list[Use]] = {}
-        self._running: list[str] = []
         self._layers: dict[int, tuple[str, nn.Module]] = {}
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(self._enter(name), prepend=True)
-            module.register_forward_hook(self._leave, always_call=True)
             if name and type(module) in LAYERS.values():
                 self._layers[id(module.weight)] = (name, module)
-
-    def _enter(self, name: str) -> Any:
-        def enter(module: nn.Module, args: Any) -> None:
-            self._running.append(name)
-
-        return enter
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.pop()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import pickle
-import warnings
 from collections.abc import Iterable
 
 import onnx
@@ -18,7 +17,6 @@ from graphs import Net
 from lean_fx.capture import capture
 from lean_fx.errors import BranchError, CaptureError, LeanError
 from lean_fx.guards import check_branch
-from lean_fx.modes import ByMode, InMode
 from lean_fx.passes.modularize_weights import weights_of_products
 
 
@@ -258,43 +256,6 @@ def test_caches_are_neither_filled_nor_kept(warm):
     torch.testing.assert_close(again(X(7, 5, 8)).shape, torch.Size([7, 5, 4]))
 
 
-class Opaque(nn.Module):
-    """Branches on numbers, and caches."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(32, 32)
-        self.norm = nn.Identity()
-        self.seen = None
-
-    def forward(self, x):
-        self.seen = x.detach()
-        x = self.norm(x)
-        return self.inner(x) if x.sum() > 0 else x
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_what_cannot_be_traced_is_a_leaf(given):
-    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Opaque(), nn.ReLU(), nn.Linear(32, 4))
-    x = X(2, 8)
-    captured = capture(model, (x,) if given else ())
-    torch.testing.assert_close(captured(x), model(x))
-    made = lean_fx.plan(model, x if given else None)
-    if given:  # what the layer reads is seen then, and it reduces its own input
-        assert [site.layers for site in made.sites] == [("4",), ("2.inner",)]
-    else:
-        assert [site.layers for site in made.sites] == [("4",)]
-        reasons = {each.layer: each.reason for each in made.left_alone}
-        assert reasons["2.inner"] == "inside 2, which is not traced"
-    lean = lean_fx.leanify(copy.deepcopy(model), x if given else None)
-    assert type(copy.deepcopy(lean)(x)) is Tensor
-
-
-def test_a_model_that_is_a_leaf_as_a_whole_is_refused():
-    with pytest.raises(CaptureError, match="0 cannot be traced, and no layer is elsewhere"):
-        capture(nn.Sequential(Opaque()), (X(2, 32),))
-
-
 def test_lru_caches_get_no_proxies():
     @functools.lru_cache
     def doubled(size):
@@ -330,104 +291,6 @@ def test_a_followed_model_is_compiled():
     torch.testing.assert_close(compiled(x), model(x))
 
 
-# Modes.
-
-
-class Aux(nn.Module):
-    """Auxiliary outputs in training only, dropout, a counter, and noise by the mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Conv2d(3, 32, 3)
-        self.norm = nn.BatchNorm2d(32)
-        self.aux = nn.Sequential(nn.Conv2d(32, 4, 5), nn.BatchNorm2d(4))
-        self.head = nn.Conv2d(32, 5, 1)
-        self.register_buffer("steps", torch.tensor(0))
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.body(x)))
-        if self.training:
-            self.steps.add_(1)
-            extra = self.aux(x)
-        x = F.batch_norm(
-            x, self.norm.running_mean, self.norm.running_var, training=self.training, momentum=0.3
-        )
-        y = self.head(F.dropout(x, 0.5, self.training))
-        if self.training:
-            return y, {"aux": extra}
-        return y
-
-
-def run(model, mode, x):
-    model = copy.deepcopy(model).train(mode)
-    torch.manual_seed(0)
-    return model(x), dict(model.state_dict())
-
-
-@pytest.mark.parametrize("start", [True, False])
-def test_a_graph_that_differs_between_modes_follows_the_mode(start):
-    model, x = Aux().train(start), X(4, 3, 9, 9)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", lean_fx.LeanWarning)
-        captured = capture(model, (x,))
-    others = (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured)))
-    again = capture(captured, (x,))
-    for module in (captured, *others, again):
-        for mode in (True, False, True):
-            torch.testing.assert_close(run(module, mode, x), run(model, mode, x), rtol=0, atol=0)
-    small = X(4, 3, 4, 4)
-    torch.testing.assert_close(run(captured, False, small), run(model, False, small))
-    with pytest.raises(RuntimeError, match="Kernel size"):
-        run(captured, True, small)
-
-
-@pytest.mark.parametrize("start", [True, False])
-def test_a_reduced_model_follows_the_mode(start, tmp_path):
-    model, x = Aux().train(start), X(4, 3, 9, 9)
-    before = copy.deepcopy(model.state_dict())
-    lean = lean_fx.leanify(model, x)
-    plan = lean.meta["lean_fx.plan"]
-    assert [site.layers for site in plan.sites] == [("head",)]
-    reasons = {each.layer: each.reason for each in plan.left_alone}
-    assert reasons["aux.0"] == "called in training only, or in evaluation only"
-    torch.testing.assert_close(model.state_dict(), before)
-    aux = {name: value for name, value in lean.state_dict().items() if name.startswith("aux.")}
-    torch.testing.assert_close(aux, {n: v for n, v in before.items() if n.startswith("aux.")})
-    y, extra = lean.train()(x)
-    assert (y.shape, extra["aux"].shape) == ((4, 5, 7, 7), (4, 4, 3, 3))
-    (y.sum() + extra["aux"].sum()).backward()
-    assert all(parameter.grad is not None for parameter in lean.parameters())
-    assert lean.eval()(x).shape == (4, 5, 7, 7)
-    assert lean_fx.export_onnx(lean, tmp_path / "net.onnx", x).path.exists()
-
-
-def test_parts_of_a_mode_and_values_by_mode_are_seen():
-    captured = capture(Aux())
-    modules = [type(module) for module in captured.calls.children()]
-    assert set(modules) == {ByMode, InMode, nn.Dropout}
-
-
-def test_frozen_parts_keep_their_mode():
-    block = Net(lambda self, x: F.rrelu(x - 0.5, training=self.training))
-    model = nn.Sequential(nn.Linear(4, 32), block).train()
-    block.eval()
-    captured = capture(model)
-    assert captured(X(3, 4)).shape == (3, 32)
-    x = X(3, 4)
-    torch.testing.assert_close(captured(x), model(x), rtol=0, atol=0)
-
-
-def test_modes_that_cannot_be_one_are_told():
-    def swapped(self, x):
-        return self.a(self.b(x)) if self.training else self.b(self.a(x))
-
-    model = Net(swapped, a=nn.Linear(32, 32), b=nn.Linear(32, 32)).eval()
-    with pytest.warns(lean_fx.LeanWarning, match="^Net: does what it does in eval mode after"):
-        captured = capture(model)
-    x = X(2, 32)
-    torch.testing.assert_close(captured.train()(x), model(x), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("followed", [False, True])
 def test_the_size_of_a_parameter_is_a_constant(followed):
     class Net(nn.Module):
@@ -447,54 +310,6 @@ def test_the_size_of_a_parameter_is_a_constant(followed):
     assert list(weights_of_products(captured)) == ["weight"]  # nothing else reads it
 
 
-class Windows(nn.Module):
-    """Branches on the length, which the sum over windows hides: it takes any."""
-
-    def __init__(self, least):
-        super().__init__()
-        self.read, self.least = nn.Linear(32, 16), least
-
-    def forward(self, x):
-        if x.shape[1] > self.least:
-            x = x[:, : self.least]
-        return self.read(x)
-
-
-@pytest.mark.parametrize(("least", "kept"), [(8, True), (100, False)])
-def test_a_module_that_would_refuse_other_sizes_is_a_leaf(least, kept):
-    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Windows(least), nn.Linear(16, 2))
-    x = torch.rand(2, 6, 4)
-    captured = capture(model, (x,))
-    assert isinstance(captured.get_submodule("2"), Windows) == kept
-    lean = lean_fx.leanify(model, x)
-    layers = [site.layers[0] for site in lean.meta["lean_fx.plan"].sites]
-    assert sorted(layers) == ["2.read", "3"]
-    assert lean(torch.rand(3, 9, 4)).shape == (3, min(9, least), 2)
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_a_weight_that_a_whole_module_reads_too_stays_a_parameter(given):
-    class Inner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.read = nn.Parameter(torch.rand(32, 32)), nn.Linear(32, 32)
-
-        def forward(self, x):
-            return self.read(x @ self.weight)
-
-    def forward(self, x):
-        x = self.a(x)
-        return self.b(x @ self.inner.weight + F.linear(x, self.inner.read.weight) + self.inner(x))
-
-    model, x = Net(forward, a=nn.Linear(8, 32), b=nn.Linear(32, 4), inner=Inner()), X(2, 8)
-    model.inner.register_forward_hook(lambda module, args, out: out + 1)
-    captured = capture(model, (x,) if given else ())
-    torch.testing.assert_close(captured(x), model(x))
-    lean = lean_fx.leanify(model, x if given else None)
-    assert lean.get_submodule("b").in_features == 4
-    assert lean(x).shape == (2, 4)
-
-
 def test_sizes_of_samples_without_positions_are_probed(caplog):
     class Few(nn.Module):
         def __init__(self):
@@ -508,39 +323,3 @@ def test_sizes_of_samples_without_positions_are_probed(caplog):
     captured = capture(model, (X(2, 4),))
     torch.testing.assert_close(captured(x := X(3, 4)), model(x))
     assert not caplog.records
-
-
-def test_a_model_that_takes_no_other_sizes_is_no_matter_for_a_log(caplog):
-    class Fixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.read, self.give = nn.Linear(32, 16), nn.Linear(96, 4)
-
-        def forward(self, x):
-            x = self.read(x) if x.shape[1] > 2 else x
-            return self.give(x.flatten(1))
-
-    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Fixed())
-    assert capture(model, (X(2, 6, 4),))(X(3, 6, 4)).shape == (3, 4)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_modules_without_parameters_that_forward_makes_are_traced(given):
-    def forward(self, x):
-        x = nn.Dropout(0.5)(nn.ReLU()(self.a(x)))
-        return self.b(nn.Flatten()(nn.Sequential(nn.MaxPool2d(2), nn.Tanh())(x)))
-
-    model, x = Net(forward, a=nn.Conv2d(3, 32, 1), b=nn.Linear(32 * 4, 4)), X(2, 3, 4, 4)
-    captured = capture(model.eval(), (x,) if given else ())
-    torch.manual_seed(0)
-    found = captured(x)
-    torch.manual_seed(0)  # a module that is made in forward is in training
-    torch.testing.assert_close(found, model(x))
-    (site,) = lean_fx.plan(model, x if given else None).sites
-    assert (site.in_channels, site.layers) == (32, ("b",))
-
-
-def test_layers_that_forward_makes_are_not_traced():
-    with pytest.raises(CaptureError, match="module is not installed as a submodule"):
-        capture(Net(lambda self, x: nn.Linear(4, 4)(self.a(x)), a=nn.Linear(4, 4)))

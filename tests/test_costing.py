@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import operator
 
 import pytest
 import torch
@@ -12,24 +11,11 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import lean_fx
-from graphs import CHANGED
+from graphs import CHANGED, Net
 from lean_fx.controls import GroupedSumReduction, ProjectionReduction
 from lean_fx.errors import ArgumentError, CaptureError
 from lean_fx.measure.cost import count_macs, count_parameters, counting
 from lean_fx.measure.formulas import call_macs
-
-
-class Calls(nn.Module):
-    """A model of one call, which is a node of the graph."""
-
-    def __init__(self, call, **parameters):
-        super().__init__()
-        self.call = call
-        for name, value in parameters.items():
-            setattr(self, name, nn.Parameter(value))
-
-    def forward(self, x):
-        return self.call(self, x)
 
 
 def by_operators(call):
@@ -237,7 +223,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("call", FUNCTIONS)
 def test_functions_by_hand(call):
     function, x, parameters, expected = FUNCTIONS[call]
-    net = Calls(function, **parameters)
+    net = Net(function, **{name: nn.Parameter(each) for name, each in parameters.items()})
     costs = lean_fx.costs_of(net, x)
     assert costs.macs == expected == count_macs(net, x)
     assert costs.without_formula == ()
@@ -255,7 +241,7 @@ BY_FORMULA_ALONE = {
 @pytest.mark.parametrize("call", BY_FORMULA_ALONE)
 def test_products_that_only_a_formula_counts(call):
     function, expected = BY_FORMULA_ALONE[call]
-    costs = lean_fx.costs_of(Calls(function), torch.eye(4, 3))
+    costs = lean_fx.costs_of(Net(function), torch.eye(4, 3))
     assert costs.macs == expected
     assert costs.without_formula == ()
 
@@ -274,7 +260,7 @@ WITHOUT_FORMULA = {
 @pytest.mark.parametrize("call", WITHOUT_FORMULA)
 def test_what_has_no_formula_is_told(call):
     function, expected = WITHOUT_FORMULA[call]
-    costs = lean_fx.costs_of(Calls(function), torch.eye(3))
+    costs = lean_fx.costs_of(Net(function), torch.eye(3))
     assert costs.macs == expected
     assert len(costs.without_formula) == 1
     assert costs.without_formula[0] in costs.footnotes()[-1]
@@ -349,97 +335,6 @@ def test_both_ways_to_count_agree(model):
         assert costs.parameters == count_parameters(each)
 
 
-# Bytes.
-
-
-def moved(net, x):
-    return [
-        (node.kind, node.read_bytes, node.written_bytes) for node in lean_fx.costs_of(net, x).nodes
-    ]
-
-
-def test_bytes_by_hand():
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)
-    )
-    weights, statistics = 4 * (8 * 27 + 8), 4 * 4 * 8 + 8
-    assert moved(net, X(2, 3, 6, 6)) == [
-        ("Conv2d", 4 * 216 + weights, 4 * 256),
-        ("BatchNorm2d", 4 * 256 + statistics, 4 * 256),
-        ("ReLU", 4 * 256, 4 * 256),
-        ("MaxPool2d", 4 * 256, 4 * 64),
-    ]
-    assert moved(net.half(), X(2, 3, 6, 6, dtype=torch.float16))[0] == (
-        *("Conv2d", 2 * 216 + weights // 2, 2 * 256),
-    )
-
-
-MOVED = {
-    "a view": (lambda m, x: x.transpose(0, 1), 0),
-    "a view by reshape": (lambda m, x: x.reshape(12), 0),
-    "a copy by reshape": (lambda m, x: x.t().reshape(12), 48 + 48),  # of the reshape
-    "parts": (lambda m, x: x.chunk(2), 0),
-    "an item": (lambda m, x: x[0], 0),
-    "a size": (lambda m, x: x.size(0) * x, 96),
-    "read twice": (lambda m, x: x * x, 96),
-    "two views of one": (lambda m, x: x[:, :2] * x[:, 2:], 24 + 24 + 24),
-    "expanded": (lambda m, x: x[:1].expand(3, 4) + 0, 16 + 48),
-    "in place": (lambda m, x: x.add_(1), 96),
-    "in place, a view of what is read": (lambda m, x: x[0].add_(x[1]), 16 + 16 + 16),
-    "in place, an item": (lambda m, x: operator.setitem(x, 0, x[1]), 48 + 16 + 48),
-    "dropout": (lambda m, x: F.dropout(x, training=m.training), 0),
-    "contiguous already": (lambda m, x: x.contiguous(), 0),
-    "several results": (lambda m, x: x.max(1), 48 + 12 + 24),
-    "made": (lambda m, x: torch.zeros(5), 0),  # no node: it does not depend on the input
-}
-
-
-@pytest.mark.parametrize("call", MOVED)
-def test_bytes_of_functions(call):
-    function, expected = MOVED[call]
-    costs = lean_fx.costs_of(Calls(function), torch.ones(3, 4))
-    assert costs.moved_bytes == expected
-    assert costs.macs == 0
-
-
-def test_a_look_up_reads_its_rows():
-    index = torch.zeros(2, 5, dtype=torch.long)
-    expected = ("Embedding", 8 * 10 + 10 * 12, 10 * 12)
-    assert moved(nn.Sequential(nn.Embedding(100, 3)), index) == [expected]
-    net = Calls(lambda m, x: F.embedding(x, m.table), table=X(100, 3))
-    assert moved(net, index) == [("embedding", *expected[1:])]
-    costs = lean_fx.costs_of(net, index)
-    assert (costs.parameters, costs.weight_bytes) == (300, 1200)
-    assert moved(nn.Sequential(nn.EmbeddingBag(100, 3)), index) == [
-        ("EmbeddingBag", 8 * 10 + 10 * 12, 2 * 12)
-    ]
-
-
-def test_weights_count_where_they_are_first_read_and_are_read_each_time():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.place = nn.Linear(4, 4), nn.Parameter(X(9, 4))
-            self.unread = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.layer(self.layer(x)) + self.place[:3]
-
-    nodes = lean_fx.costs_of(Twice(), X(3, 4)).nodes
-    assert [node.parameters for node in nodes if node.kind == "Linear"] == [20, 0]
-    assert [node.read_bytes for node in nodes if node.kind == "Linear"] == [48 + 80] * 2
-    assert [(n.parameters, n.read_bytes) for n in nodes if n.kind == "getitem"] == [(0, 0)]
-    assert [(n.parameters, n.read_bytes) for n in nodes if n.kind == "add"] == [(36, 96)]
-
-
-def test_recurrent_layers_move_their_states_too():
-    (lstm,) = lean_fx.costs_of(nn.Sequential(nn.LSTM(3, 5, batch_first=True)), X(2, 7, 3)).nodes
-    weights = 4 * 5 * (3 + 5 + 2)
-    assert lstm.parameters == weights
-    assert lstm.read_bytes == 4 * (2 * 7 * 3 + weights)
-    assert lstm.written_bytes == 4 * (2 * 7 * 5 + 2 * 5 + 2 * 5)
-
-
 # The whole.
 
 
@@ -472,7 +367,7 @@ def test_it_is_counted_in_eval_mode():
 
 def test_inputs_within_a_list_stay_as_they_were():
     inputs = [torch.ones(3), torch.ones(3)]
-    costs = lean_fx.costs_of(Calls(lambda m, x: x[0].add_(x[1])), (inputs,))
+    costs = lean_fx.costs_of(Net(lambda m, x: x[0].add_(x[1])), (inputs,))
     assert costs.moved_bytes == 3 * 12
     assert torch.equal(inputs[0], torch.ones(3))
 

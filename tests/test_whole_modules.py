@@ -1,0 +1,138 @@
+"""Which modules are called whole, and what is captured around them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lean_fx
+from graphs import Net
+from lean_fx.capture import capture
+from lean_fx.errors import CaptureError
+
+
+def X(*shape):  # noqa: N802
+    return torch.rand(shape)
+
+
+class Opaque(nn.Module):
+    """Branches on numbers, and caches."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+        self.norm = nn.Identity()
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x.detach()
+        x = self.norm(x)
+        return self.inner(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_cannot_be_traced_is_a_leaf(given):
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Opaque(), nn.ReLU(), nn.Linear(32, 4))
+    x = X(2, 8)
+    captured = capture(model, (x,) if given else ())
+    torch.testing.assert_close(captured(x), model(x))
+    made = lean_fx.plan(model, x if given else None)
+    if given:  # what the layer reads is seen then, and it reduces its own input
+        assert [site.layers for site in made.sites] == [("4",), ("2.inner",)]
+    else:
+        assert [site.layers for site in made.sites] == [("4",)]
+        reasons = {each.layer: each.reason for each in made.left_alone}
+        assert reasons["2.inner"] == "inside 2, which is not traced"
+    lean = lean_fx.leanify(copy.deepcopy(model), x if given else None)
+    assert type(copy.deepcopy(lean)(x)) is Tensor
+
+
+def test_a_model_that_is_a_leaf_as_a_whole_is_refused():
+    with pytest.raises(CaptureError, match="0 cannot be traced, and no layer is elsewhere"):
+        capture(nn.Sequential(Opaque()), (X(2, 32),))
+
+
+class Windows(nn.Module):
+    """Branches on the length, which the sum over windows hides: it takes any."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.read, self.least = nn.Linear(32, 16), least
+
+    def forward(self, x):
+        if x.shape[1] > self.least:
+            x = x[:, : self.least]
+        return self.read(x)
+
+
+@pytest.mark.parametrize(("least", "kept"), [(8, True), (100, False)])
+def test_a_module_that_would_refuse_other_sizes_is_a_leaf(least, kept):
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Windows(least), nn.Linear(16, 2))
+    x = torch.rand(2, 6, 4)
+    captured = capture(model, (x,))
+    assert isinstance(captured.get_submodule("2"), Windows) == kept
+    lean = lean_fx.leanify(model, x)
+    layers = [site.layers[0] for site in lean.meta["lean_fx.plan"].sites]
+    assert sorted(layers) == ["2.read", "3"]
+    assert lean(torch.rand(3, 9, 4)).shape == (3, min(9, least), 2)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_weight_that_a_whole_module_reads_too_stays_a_parameter(given):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.read = nn.Parameter(torch.rand(32, 32)), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.read(x @ self.weight)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x @ self.inner.weight + F.linear(x, self.inner.read.weight) + self.inner(x))
+
+    model, x = Net(forward, a=nn.Linear(8, 32), b=nn.Linear(32, 4), inner=Inner()), X(2, 8)
+    model.inner.register_forward_hook(lambda module, args, out: out + 1)
+    captured = capture(model, (x,) if given else ())
+    torch.testing.assert_close(captured(x), model(x))
+    lean = lean_fx.leanify(model, x if given else None)
+    assert lean.get_submodule("b").in_features == 4
+    assert lean(x).shape == (2, 4)
+
+
+def test_a_model_that_takes_no_other_sizes_is_no_matter_for_a_log(caplog):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.give = nn.Linear(32, 16), nn.Linear(96, 4)
+
+        def forward(self, x):
+            x = self.read(x) if x.shape[1] > 2 else x
+            return self.give(x.flatten(1))
+
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), Fixed())
+    assert capture(model, (X(2, 6, 4),))(X(3, 6, 4)).shape == (3, 4)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_modules_without_parameters_that_forward_makes_are_traced(given):
+    def forward(self, x):
+        x = nn.Dropout(0.5)(nn.ReLU()(self.a(x)))
+        return self.b(nn.Flatten()(nn.Sequential(nn.MaxPool2d(2), nn.Tanh())(x)))
+
+    model, x = Net(forward, a=nn.Conv2d(3, 32, 1), b=nn.Linear(32 * 4, 4)), X(2, 3, 4, 4)
+    captured = capture(model.eval(), (x,) if given else ())
+    torch.manual_seed(0)
+    found = captured(x)
+    torch.manual_seed(0)  # a module that is made in forward is in training
+    torch.testing.assert_close(found, model(x))
+    (site,) = lean_fx.plan(model, x if given else None).sites
+    assert (site.in_channels, site.layers) == (32, ("b",))
+
+
+def test_layers_that_forward_makes_are_not_traced():
+    with pytest.raises(CaptureError, match="module is not installed as a submodule"):
+        capture(Net(lambda self, x: nn.Linear(4, 4)(self.a(x)), a=nn.Linear(4, 4)))

@@ -37,8 +37,6 @@ def test_a_net_that_passes_every_ring():
     assert (row.numbers["conv_calls"], row.numbers["depthwise_calls"]) == (2, 1)
     assert (row.numbers["sites"], row.numbers["sites_reduced"]) == (2, 2)
     assert row.numbers["macs_lean"] < row.numbers["macs"]
-    assert row.numbers["leanify_s"] > 0
-    assert row.numbers["trace_s"] > 0
     assert row.reasons == {}
 
 

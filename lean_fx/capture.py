@@ -49,7 +49,7 @@ def capture(
         inputs: example inputs, as far as they are known. With them branches on sizes are followed,
             and a call whose sizes lead elsewhere raises a BranchError. A parameter of forward that
             is None by default and that they do not give is None in the graph, which refuses
-            another value.
+            another value by a BranchError too.
         evaluation: whether to capture what the model does in eval mode, and only that.
 
     Returns:

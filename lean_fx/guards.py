@@ -58,6 +58,32 @@ inputs, but the model was captured where it gives True; capture it with inputs o
 
 
 @_as_node
+def check_absent(value: Any, name: str) -> None:
+    """Check that an optional input that was None when a model was captured still is.
+
+    Args:
+        value: the input, now.
+        name: that of the parameter of forward.
+
+    Raises:
+        BranchError: it is something else.
+
+    Example:
+        >>> check_absent(None, "mask")
+        >>> check_absent([1], "mask")
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.BranchError: mask is a list, but the model was captured where it is None; \
+capture it with example inputs that give it
+    """
+    if value is not None:
+        raise BranchError(
+            f"{name} is a {type(value).__name__}, but the model was captured where it is None; "
+            "capture it with example inputs that give it"
+        )
+
+
+@_as_node
 def count_items(value: Sized) -> int:
     """How many items a value has: ``len``, which torch.fx cannot trace.
 

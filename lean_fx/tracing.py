@@ -13,6 +13,7 @@ from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import rnn
 
 from lean_fx.attention import AttentionHeads
+from lean_fx.guards import check_absent
 from lean_fx.modes import ByMode, InMode
 from lean_fx.packed import SequenceDropout, layer_states, with_data
 from lean_fx.rebuild import REBUILDERS
@@ -27,7 +28,7 @@ from lean_fx.unrecorded import (
     refusing_functions,
 )
 
-# What is a node, and never looked into: torch.fx's own check of an absent input is one.
+# What is a node, and never looked into: in a graph of torch.fx's own, its check of an absent input.
 _NODES = (
     *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
     *(rnn.unpack_sequence, rnn.unpad_sequence, with_data, layer_states),
@@ -48,14 +49,15 @@ def is_wrapped(function: Any) -> bool:
 
 
 class LeanTracer(Tracer):
-    """torch.fx's tracer, with six differences.
+    """torch.fx's tracer, with seven differences.
 
     Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
     into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
     of the graph, so that what forward computes of them is computed at every call, not once. The
     functions that pack and pad sequences are nodes, since they cannot run without lengths. The
     shape of a parameter is a constant. What a graph would lose (:mod:`lean_fx.unrecorded`) is not
-    traced. Modules whose forward cannot be traced may become leaves.
+    traced. Modules whose forward cannot be traced may become leaves. Inputs that are None keep
+    their names.
 
     Args:
         opaque: names of modules that are leaves, whatever they are.
@@ -94,6 +96,24 @@ class LeanTracer(Tracer):
             if id(node.target) in self._autowrap_function_ids:
                 node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
         return graph
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders, each of the name of its parameter, and a check of those that are None.
+
+        torch.fx's own has other names for the latter, by which no caller could give them.
+        """
+        function, args = super().create_args_for_root(root_fn, is_module)
+        for place, each in enumerate(args):
+            if isinstance(each, Proxy) and each.node.target in (concrete_args or ()):
+                each.node.type = None  # not every annotation can be written to generated code
+                self.create_proxy("call_function", check_absent, (each, each.node.target), {})
+                args[place] = None
+        return function, args
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Make a node, where nothing around the call would be lost."""

@@ -1,8 +1,10 @@
 """What once went wrong, or nearly: one small model each."""
 
 import copy
+import inspect
 import operator
 import pickle
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.fx import symbolic_trace
 
 import lean_fx
 from graphs import Net, graph_text, reasons, sites
-from lean_fx.errors import ArgumentError, CaptureError, PlanError
+from lean_fx.errors import ArgumentError, BranchError, CaptureError, PlanError
 from lean_fx.passes import TrackWrites, facts
 
 
@@ -323,9 +325,42 @@ def test_an_optional_input_that_is_not_given_is_none():
     x, mask = torch.rand(2, 4), torch.rand(2, 32)
     for inputs in (None, x, (x, None)):
         lean = lean_fx.leanify(Optional(), inputs)
-        assert lean(x).shape == (2, 4)
-        with pytest.raises(Exception, match="mask has been specialized to have value None"):
-            lean(x, mask)
+        assert list(inspect.signature(lean.forward).parameters) == ["x", "mask"]
+        torch.testing.assert_close(lean(x, mask=None), lean(x))
+        for call in (lambda: lean(x, mask), lambda: lean(x=x, mask=mask)):  # noqa: B023
+            with pytest.raises(BranchError) as caught:
+                call()
+            assert str(caught.value) == (
+                "mask is a Tensor, but the model was captured where it is None; capture it with "
+                "example inputs that give it"
+            )
+
+
+def test_the_check_of_an_absent_input_by_torch_fx_is_kept():
+    class Needed(Optional):
+        def forward(self, x, mask):
+            return super().forward(x, mask)
+
+    lean = lean_fx.leanify(symbolic_trace(Needed(), concrete_args={"mask": None}))
+    x = torch.rand(2, 4)
+    assert lean(x, None).shape == (2, 4)
+    with pytest.raises(AssertionError, match="mask has been specialized to have value None"):
+        lean(x, x)
+
+
+def test_an_absent_input_of_any_annotation():
+    class Own:
+        """Found in no module."""
+
+    for kind in (Own, Literal["sum", None]):
+
+        def forward(self, x, mode: kind = None):
+            return self.b(F.relu(self.a(x))) if mode is None else x
+
+        model = type("Net", (Optional,), {"forward": forward})()
+        lean = lean_fx.leanify(model)
+        twin, x = pickle.loads(pickle.dumps(lean)), torch.rand(2, 4)
+        torch.testing.assert_close(twin(x, mode=None), lean(x))
 
 
 def test_an_optional_input_that_is_given_is_needed():

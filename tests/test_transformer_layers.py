@@ -261,11 +261,11 @@ def test_the_graph_of_an_encoder_layer():
         graph_text(lean_fx.leanify(layer)),
         """\
 src = src()
-src_mask_1 = src_mask_1(None)
-_assert_is_none = _assert_is_none(src_mask_1, src_mask has been specialized to have value None but got another value)
-src_key_padding_mask_1 = src_key_padding_mask_1(None)
-_assert_is_none_1 = _assert_is_none(src_key_padding_mask_1, src_key_padding_mask has been specialized to have value None but got another value)
+src_mask = src_mask(None)
+src_key_padding_mask = src_key_padding_mask(None)
 is_causal = is_causal(False)
+check_absent = check_absent(src_mask, src_mask)
+check_absent_1 = check_absent(src_key_padding_mask, src_key_padding_mask)
 norm1 = norm1(src)  # LayerNorm((32,), eps=1e-05, elementwise_affine=True, bias=True)
 self_attn_in_proj = self_attn.in_proj(norm1)  # Linear(in_features=32, out_features=96, bias=True)
 chunk = chunk(self_attn_in_proj, 3, -1)

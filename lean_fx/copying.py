@@ -22,6 +22,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lean_fx.errors import CaptureError
 
+#: Torch's own hooks that compute a weight anew before every call.
+COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
+
 
 def copied_whole(model: nn.Module) -> nn.Module:
     """A deep copy of a model.
@@ -87,11 +90,9 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 def _computed_by_hooks(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            name = ""
-            if isinstance(hook, WeightNorm | SpectralNorm):
-                name = hook.name
-            elif isinstance(hook, BasePruningMethod):
-                name = hook._tensor_name
+            if not isinstance(hook, COMPUTING):
+                continue
+            name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
             value = vars(module).get(name)
             if isinstance(value, Tensor) and not value.is_leaf:
                 yield value

@@ -15,12 +15,14 @@ is given becomes ``z0 = P+ h0`` with the pseudoinverse of ``P``, whose rows must
 
 from __future__ import annotations
 
-import copy
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lean_fx.copying import COMPUTING, copied_whole
+from lean_fx.errors import CaptureError
 
 _ORDERS = {nn.RNN: (0,), nn.LSTM: (0, 3, 1, 2), nn.GRU: (1, 0, 2)}
 
@@ -38,11 +40,15 @@ def with_onnx_operators(model: nn.Module) -> nn.Module:
     if not any(map(_is_ours, model.modules())):
         return model
     try:
-        copied = copy.deepcopy(model)
-    except Exception:  # whatever a module's own __deepcopy__ raises
+        copied = copied_whole(model)
+    except CaptureError:
         return model
     layers: list[Any] = [layer for layer in copied.modules() if _is_ours(layer)]
     for layer in layers:
+        with torch.no_grad():
+            for hook in layer._forward_pre_hooks.values():
+                if isinstance(hook, COMPUTING):  # what it computed last may be of other weights
+                    hook(layer, ())
         weights = [_weights(layer, index) for index in range(layer.num_layers)]
         for index, named in enumerate(weights):
             for name, value in named.items():

@@ -4,6 +4,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import lean_fx
@@ -25,6 +26,13 @@ class Net(nn.Module):
         if h is None:
             return self.layer(x)
         return self.layer(x, h if c is None else (h, c))
+
+
+class First(nn.Module):
+    """The values of a recurrent layer, without its states."""
+
+    def forward(self, pair):
+        return pair[0]
 
 
 def states_of(layer, *batch):
@@ -125,6 +133,33 @@ def test_a_layer_keeps_its_hooks_and_attributes(tmp_path):
     lean_fx.export_onnx(Reads(), path, torch.randn(4, 2, 6), dynamic_shapes=shapes, tolerance=1e-5)
     names = {value.name for value in onnx.load(path).graph.initializer}
     assert not any("weight" in name for name in names)  # none is there twice
+
+
+NORMS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruning": lambda layer, name: prune.l1_unstructured(layer, name, 0.5),
+}
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("normed", ["0.weight_hh_l0", "2.weight"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_hooks_compute(norm, normed, called, tmp_path):
+    net = nn.Sequential(nn.GRU(6, 5), First(), nn.Linear(5, 3))
+    owner, _, name = normed.partition(".")
+    NORMS[norm](net.get_submodule(owner), name)
+    x, path = torch.randn(4, 2, 6), tmp_path / "net.onnx"
+    if called:
+        net(x)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.01)  # as after a step
+    shapes = ({0: "length", 1: "batch"},)
+    lean_fx.export_onnx(net, path, x, dynamic_shapes=shapes, tolerance=1e-5)
+    assert operators(path).count("Slice") == 0  # which torch's slower graph has
+    assert operators(path).count("GRU") == 1
 
 
 def test_a_reduced_stack(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
 
 from lean_fx.attempts import trace_copy, whole_modules
 from lean_fx.checks import check_plain, check_shapes
@@ -134,6 +135,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
 
+    Tensors that were made in inference mode are copied: elsewhere a model could not write to them.
+
     Raises:
         ArgumentError: they are neither a tensor nor a tuple or list, or packed sequences without a
             step.
@@ -153,7 +156,10 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
         )
     if any(isinstance(each, rnn.PackedSequence) and not len(each.batch_sizes) for each in inputs):
         raise ArgumentError("example_inputs: packed sequences without a step; give one or more")
-    return inputs
+    own: tuple[Any, ...] = pytree.tree_map_only(
+        torch.Tensor, lambda x: x.clone() if x.is_inference() else x, inputs
+    )
+    return own
 
 
 def _check(model: nn.Module) -> None:

@@ -89,14 +89,15 @@ def compare(
     if energy_s:
         require("codecarbon", purpose="metering energy")
         _check_country(country)
-    inputs = tuple(value.detach().cpu().clone() for value in inputs)
-    arms = {name: _copy(name, model).cpu().eval() for name, model in models.items()}
-    _check_outputs(arms, inputs)
     with (
         tempfile.TemporaryDirectory() as temporary,
         torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
         torch.enable_grad(),  # of training steps, wherever it is called
     ):
+        inputs = tuple(value.detach().cpu().clone() for value in inputs)
+        arms = {name: _copy(name, model).cpu().eval() for name, model in models.items()}
+        _check_outputs(arms, inputs)
         _check_steps(arms, inputs)
         kept = make_folder(folder) if folder is not None else None
         files = dict(zip(arms, _files(Path(temporary), arms), strict=True))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -110,12 +111,13 @@ class Plan:
         Raises:
             PlanError: the plan does not fit the model.
         """
-        if self.traced:
-            inputs = as_inputs(example_inputs) if example_inputs is not None else ()
-            return self.apply_to_graph(capture(model, inputs))
-        copied = plain_copy(model)
-        for site in self.sites:
-            swap_layer(copied, site, self.reduction, nonnegative=False)
+        with torch.inference_mode(False):  # what is made in it could not be trained
+            if self.traced:
+                inputs = as_inputs(example_inputs) if example_inputs is not None else ()
+                return self.apply_to_graph(capture(model, inputs))
+            copied = plain_copy(model)
+            for site in self.sites:
+                swap_layer(copied, site, self.reduction, nonnegative=False)
         held = getattr(copied, "meta", None)
         if held is None:
             copied.meta = {"lean_fx.plan": self}  # type: ignore[assignment]
@@ -129,7 +131,8 @@ class Plan:
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
         rewrite = ModularizeWeights(self.weights), SplitLayers(self.split)
-        Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
+        with torch.inference_mode(False):
+            Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
         graph_module.meta["lean_fx.plan"] = self
         return graph_module
 

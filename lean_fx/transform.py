@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -105,7 +106,8 @@ def leanify(
         workshop on Neural Compression.
     """
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
-    made, captured = _planned(model, example_inputs, options, keep)
+    with torch.inference_mode(False):  # the copies are to be trained
+        made, captured = _planned(model, example_inputs, options, keep)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
@@ -151,7 +153,8 @@ def plan(
         0  Linear  in_channels=8 is below min_channels=16
     """
     options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
-    return _planned(model, example_inputs, options, keep)[0]
+    with torch.inference_mode(False):
+        return _planned(model, example_inputs, options, keep)[0]
 
 
 def _planned(

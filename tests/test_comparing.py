@@ -110,6 +110,13 @@ def test_compare(tmp_path):
     assert [column.header.plain for column in result.table().columns] == ["", "base", "lean"]
 
 
+def test_compare_in_inference_mode():
+    with torch.inference_mode():
+        inputs = torch.rand(2, 3, 8, 8)
+        (base,) = lean_fx.compare({"base": net()}, inputs, batches=(1,), rounds=2).models
+    assert base.peak_training_bytes > base.peak_inference_bytes
+
+
 class Loops(nn.Module):
     """Captured as a graph it would have as many steps for ever."""
 

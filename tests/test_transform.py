@@ -5,11 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import nn
 
 import lean_fx
 from graphs import CHANGED, UNCHANGED, Flattened, MyConv, Residual, graph_text
+from lean_fx.capture import capture
 from lean_fx.controls import SliceReduction
 from lean_fx.errors import ArgumentError, CaptureError
 from lean_fx.registry import reductions
@@ -156,6 +158,37 @@ def test_dtype_device_and_mode_of_the_model_are_kept():
     assert not any(module.training for module in lean.modules())
     meta = lean_fx.leanify(Residual().to("meta"))
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
+
+
+class Writes(nn.Module):
+    """It writes to its input."""
+
+    def __init__(self, traced):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 32), nn.Linear(32, 4)
+        self.traced = traced
+
+    def forward(self, x):
+        y = F.relu(self.a(x.sub_(0.5)))
+        return self.b(y if self.traced or y.sum() > 0 else -y)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_what_is_made_in_inference_mode_can_be_trained(traced):
+    captured = capture(Writes(True))
+    with torch.inference_mode():
+        model, x = Writes(traced), torch.rand(2, 4)
+        before = x.clone()
+        plan = lean_fx.plan(model, x, channels=4)
+        models = [lean_fx.leanify(model, x, channels=4), plan.apply(model, x)]
+        if traced:
+            models.append(plan.apply_to_graph(captured))
+        assert torch.equal(x, before)
+    assert [site.layers for site in plan.sites] == [("b",)]
+    for made in models:
+        made(torch.rand(2, 4)).sum().backward()
+        assert all(each.grad is not None for each in made.parameters())
 
 
 def test_the_same_seed_gives_the_same_model():

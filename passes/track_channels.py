@@ -12,7 +12,8 @@ from C*H*W to C'*H*W features.
 Rules:
 
 1. Conv and ConvTranspose give ``out_channels`` on axis 1; Linear gives ``out_features`` on axis -1;
-   an input of the model that is known to have three axes or more has its channels on axis 1.
+   an input of the model that is known to have four axes or more has its channels on axis 1 (one of
+   three may be a sequence, whose channels are last, or a picture without a batch).
 2. Elementwise layers and dropout keep what their input has; batch, instance, group and layer norms
    too. Pooling does if the channels are on axis 1 (or 0, without a batch), not where it pools.
 3. Sums and products of values, and what is one value in training and another in evaluation, keep
@@ -151,7 +152,7 @@ def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | Non
     if facts(node).packed and shape is not None:
         return Channels(-1, shape[-1], packed=True)
     if node.op == "placeholder":
-        return Channels(1, shape[1]) if shape is not None and len(shape) > 2 else None
+        return Channels(1, shape[1]) if shape is not None and len(shape) > 3 else None
     if is_flatten(node, modules):
         return _flattened(node)
     if node.op == "call_module":

@@ -19,6 +19,26 @@ def test_unbatched_inputs():
     assert lean_fx.leanify(model, inputs)(inputs).shape == model(inputs).shape
 
 
+def test_inputs_of_three_axes_may_be_sequences():
+    def residual(self, x):
+        return self.b((x + self.p(x)).flatten(1))
+
+    model = Net(residual, p=nn.Linear(32, 32), b=nn.Linear(16 * 32, 4))
+    assert sites(model, torch.rand(2, 16, 32)) == [("add", -1, 32, ("b",))]
+    model = Net(residual, p=nn.Conv1d(32, 32, 1), b=nn.Linear(16 * 32, 4))
+    assert sites(model, torch.rand(2, 32, 16)) == [("add", 1, 32, ("b",))]
+    model = Net(lambda self, x: self.b(x.flatten(1)), b=nn.Linear(32 * 24, 4))
+    for shape, found in (((2, 32, 24), []), ((2, 32, 6, 4), [("x", 1, 32, ("b",))])):
+        assert sites(model, torch.rand(shape), reduce_inputs=True) == found
+    scaled = Net(
+        lambda self, x: self.b((x * self.gain).flatten(1)),
+        gain=nn.Parameter(torch.ones(24)),
+        b=nn.Linear(32 * 24, 4),
+    )
+    wanted = "the channels of what is flattened before it are unknown"
+    assert reasons(scaled, torch.rand(2, 32, 24))["b"] == wanted
+
+
 def test_a_view_that_merges_rows_is_no_flatten():
     model = Net(
         lambda self, x: self.b(F.relu(self.a(x)).view(-1, 64)),

@@ -96,7 +96,7 @@ def _captured(
         traced, graph = trace_copy(root, inputs, whole, evaluation=evaluation)
         captured = GraphModule(traced, graph, name)
     except Exception as error:
-        raise _untraced(name, error) from error
+        raise _untraced(name, error, inputs) from error
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
             node.type = None
@@ -196,7 +196,7 @@ def _follow_mode(
     try:
         other, opposite = trace_copy(root, inputs, whole)
     except Unrecorded as error:
-        raise _untraced(type(root).__name__, error) from error
+        raise _untraced(type(root).__name__, error, inputs) from error
     except Exception as error:
         reason = _reason(error)
     else:
@@ -222,12 +222,14 @@ def _follow_mode(
     return frozenset()
 
 
-def _untraced(name: str, error: Exception) -> CaptureError:
-    return CaptureError(
-        f"{name}: torch.fx cannot trace its forward ({_reason(error)}); move the part that "
-        "depends on values out of forward, or give example_inputs: then each layer reduces its "
-        "own input"
-    )
+def _untraced(name: str, error: Exception, inputs: Sequence[Any]) -> CaptureError:
+    remedy = "move the part that depends on values out of forward"
+    if not inputs:
+        remedy += (
+            ", or give example_inputs: branches on sizes are followed by them, else each layer "
+            "reduces its own input"
+        )
+    return CaptureError(f"{name}: torch.fx cannot trace its forward ({_reason(error)}); {remedy}")
 
 
 def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:

@@ -101,14 +101,18 @@ class Plan:
 
         Args:
             model: the model that the plan was made from, or another instance of it; it is copied.
-            example_inputs: as the plan was made with; they matter only for a model with optional
-                inputs.
+            example_inputs: as the plan was made with; they matter for a model that branches on
+                sizes or has optional inputs.
 
         Returns:
             An ordinary module (a GraphModule, if the model can be traced) with the plan in its
             ``meta["lean_fx.plan"]``; deepcopy keeps that, pickle of a GraphModule does not.
 
         Raises:
+            ArgumentError: ``model`` is not a module that can be captured, or the example inputs are
+                neither a tensor nor a tuple.
+            CaptureError: the model cannot be copied or traced; or it branches on sizes, and there
+                are no example inputs.
             PlanError: the plan does not fit the model.
         """
         with torch.inference_mode(False):  # what is made in it could not be trained

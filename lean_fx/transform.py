@@ -54,8 +54,9 @@ def leanify(
     channels and new weights. ``model`` itself is not touched.
 
     Args:
-        model: any module. One that torch.fx cannot trace needs example inputs; each of its layers
-            then reduces its own input, and a LeanWarning says so (:mod:`lean_fx.layerwise`).
+        model: any module. One that torch.fx cannot trace needs example inputs: branches on sizes
+            are followed by them; where more hinders it each of its layers reduces its own input,
+            and a LeanWarning says so (:mod:`lean_fx.layerwise`).
         example_inputs: a tensor, packed sequences, or a tuple of the positional inputs; optional.
             With them the shapes of all values are known and checked, and the rebuilt layers start
             at the scale of those that they replace.

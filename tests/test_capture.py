@@ -196,6 +196,24 @@ def test_branches_on_numbers_are_not_followed():
         capture(model, (X(2, 3),))
 
 
+def test_the_plan_of_a_model_that_branches_on_sizes_needs_example_inputs():
+    model, x = Net(branches, **convs()), X(2, 3, 8, 8)
+    plan = lean_fx.Plan.from_json(lean_fx.plan(model, x).to_json())
+    with pytest.raises(CaptureError) as caught:
+        plan.apply(model)
+    assert str(caught.value).endswith(
+        "; move the part that depends on values out of forward, or give example_inputs: branches "
+        "on sizes are followed by them, else each layer reduces its own input"
+    )
+    assert plan.apply(model, x).b.in_channels == plan.sites[0].out_channels
+
+
+def test_given_example_inputs_are_not_asked_for():
+    model = Net(lambda self, x: self.a(x) if x.sum() > 0 else x, a=nn.Linear(32, 4))
+    with pytest.raises(CaptureError, match="the part that depends on values out of forward$"):
+        lean_fx.costs_of(model, X(2, 32))
+
+
 def test_branches_on_parameters_alone_need_no_check():
     def wide(self, x):
         return self.b(self.a(x)) if self.a.weight.shape[0] > 8 and x.shape[0] else x

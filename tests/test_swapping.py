@@ -152,7 +152,7 @@ embed  Linear  in_channels=6 is below min_channels=16""",
 
 
 def test_without_example_inputs_it_is_an_error():
-    with pytest.raises(CaptureError, match="or give example_inputs: then each layer reduces its"):
+    with pytest.raises(CaptureError, match="else each layer reduces its own input$"):
         lean_fx.leanify(Loop())
     with pytest.raises(ArgumentError, match="^keep='saving' needs a graph; Loop: torch.fx cannot"):
         lean_fx.leanify(Loop(), torch.randn(4, 5, 6), keep="saving")

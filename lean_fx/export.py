@@ -26,7 +26,7 @@ from lean_fx.errors import (
     require,
 )
 from lean_fx.files import replacing
-from lean_fx.onnx_function import DOMAIN
+from lean_fx.onnx_function import DOMAIN, INLINED
 from lean_fx.onnx_inputs import (
     batch_axes,
     check_axes,
@@ -234,6 +234,8 @@ def _inline(part: Path) -> None:
     kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)
+    for node in model.graph.node:
+        node.name = node.name or INLINED + node.output[0]  # those of functions have none
     onnx.save(model, part)
 
 

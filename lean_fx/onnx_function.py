@@ -21,6 +21,9 @@ from dataclasses import dataclass
 DOMAIN = "lean_fx"
 OPERATOR = "LEAN"
 
+#: How the names of the nodes begin that stand in the place of a LEAN node.
+INLINED = f"{OPERATOR}/"
+
 
 @dataclass(frozen=True)
 class LeanFunction:

@@ -1,7 +1,8 @@
 """INT8 twins of ONNX files, by onnxruntime.quantization, and what they cost in accuracy.
 
-Convolutions, linear layers and matrix products become INT8; the functions of LEAN nodes stay in
-floating point, since their divisions bear no rounding of what they divide by.
+Convolutions, linear layers and matrix products become INT8; the functions of LEAN nodes, and the
+standard operators in their place, stay in floating point, since their divisions bear no rounding of
+what they divide by.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, DataError, ExportError, require
 from lean_fx.files import replacing, weights_beside
 from lean_fx.measure.timing import open_session
+from lean_fx.onnx_function import INLINED
 
 Quantize = Literal["dynamic", "static"]
 
@@ -58,7 +60,12 @@ def quantize_onnx(
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    options = {"use_external_data_format": weights_beside(source).exists()}
+    onnx = require("onnx", purpose="quantisation")
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    options = {
+        "use_external_data_format": weights_beside(source).exists(),
+        "nodes_to_exclude": [node.name for node in nodes if node.name.startswith(INLINED)],
+    }
     with replacing(twin) as part, _quiet():
         try:
             if mode == "dynamic":

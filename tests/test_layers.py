@@ -61,7 +61,7 @@ LAYERS = (
 )
 OPTIONAL = {
     "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_nodes", "lean_fx.comparing"}
-    | {"lean_fx.measure"},
+    | {"lean_fx.quantization", "lean_fx.measure"},
     "onnx_ir": {"lean_fx.onnx_nodes"},
     "onnxscript": {"lean_fx.export", "lean_fx.comparing"},
     "onnxruntime": {

@@ -53,6 +53,25 @@ def test_the_twin_is_int8_and_close(mode, tmp_path):
     assert 0 < np.abs(outputs[0] - outputs[1]).mean() < 0.1 * np.abs(outputs[0]).mean()
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_reductions_of_standard_operators_stay_in_floating_point_too(mode, tmp_path):
+    model = lean()
+    data = [images for images, _ in batches(model)]
+    outputs = []
+    for functions in ("keep", "inline"):
+        exported = lean_fx.export_onnx(
+            model,
+            tmp_path / f"{functions}.onnx",
+            data[0],
+            functions=functions,
+            quantize=mode,
+            calibration=data if mode == "static" else None,
+        )
+        session = onnxruntime.InferenceSession(exported.int8_path)
+        outputs.append(session.run(None, {"input": data[0].numpy()})[0])
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
+
+
 def test_accuracy(tmp_path):
     path = tmp_path / "net.onnx"
     lean_fx.export_onnx(nn.Identity(), path, torch.rand(2, 3))

@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the file to make; its folder must exist.
 
     Raises:
-        WriteError: the folder is missing or read-only, or ``path`` is a folder.
+        WriteError: the folder is missing or read-only, or ``path`` is a folder or a device.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -36,6 +36,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         if target.is_dir():
             raise WriteError(f"{target}: is a folder; give the name of a file")
+        if target.exists() and not target.is_file():
+            raise WriteError(
+                f"{target}: is no file but a device or the like; give the name of a file"
+            )
         home = tempfile.TemporaryDirectory(
             dir=target.parent, prefix=f".{target.stem[:32]}.", ignore_cleanup_errors=True
         )

@@ -35,6 +35,16 @@ def test_an_error_of_the_system_is_told_as_ours(tmp_path):
         raise OSError(28, "No space left on device")
 
 
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(WriteError, match="pipe: is no file but a device or the like; give the name"),
+        replacing(tmp_path / "pipe") as part,
+    ):
+        part.write_text("text")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_permissions_are_those_of_any_new_file(tmp_path):
     write_text(tmp_path / "a.txt", "text")
     (tmp_path / "b.txt").write_text("text")

@@ -37,7 +37,7 @@ from lean_fx.onnx_inputs import (
 from lean_fx.onnx_program import PACKED, exported_program
 from lean_fx.parity import check_parity
 from lean_fx.planning import Plan
-from lean_fx.quantization import Quantize, accuracy_of, quantize_onnx
+from lean_fx.quantization import Quantize, accuracy_of, gives_batches, quantize_onnx
 
 Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]
@@ -137,6 +137,12 @@ def export_onnx(
         )
     if quantize == "static" and calibration is None:
         raise ArgumentError("export_onnx: quantize='static' needs calibration; give batches")
+    for name, batches in (("calibration", calibration), ("evaluation", evaluation)):
+        if batches is not None and not gives_batches(batches):
+            raise ArgumentError(
+                f"export_onnx: {name}={type(batches).__name__} object gives no batches; give them "
+                "in a list or a loader"
+            )
     if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
         raise ArgumentError(f"export_onnx: tolerance={tolerance!r} is not a float above 0 or None")
     for package in ("onnx", "onnxscript") + ("onnxruntime",) * (
@@ -177,8 +183,8 @@ def export_onnx(
     twin = quantize_onnx(target, quantize, calibration)
     if evaluation is None:
         return Exported(target, twin)
-    batches = list(evaluation)  # it may be an iterator, and two files are to be tried
-    return Exported(target, twin, accuracy_of(target, batches), accuracy_of(twin, batches))
+    tried = list(evaluation)  # it may be an iterator, and two files are to be tried
+    return Exported(target, twin, accuracy_of(target, tried), accuracy_of(twin, tried))
 
 
 @dataclass(frozen=True)

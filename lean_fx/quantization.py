@@ -41,7 +41,8 @@ def quantize_onnx(
         The path of the twin.
 
     Raises:
-        ArgumentError: ``"static"`` has no calibration data, or these have no batches.
+        ArgumentError: ``"static"`` has no calibration data, or these are no batches of the file's
+            inputs, or one has no rows.
         ExportError: ONNX Runtime cannot quantise the file.
         MissingDependencyError: onnxruntime or onnx is not installed.
     """
@@ -49,9 +50,12 @@ def quantize_onnx(
     source = Path(path)
     twin = source.with_suffix(".int8.onnx")
     names = [value.name for value in open_session(source.name, source, threads=1).get_inputs()]
-    batches = [_arrays(names, each) for each in calibration or ()]
+    given = () if calibration is None else calibration
+    batches = [_arrays("calibration", names, each) for each in given]
     if mode == "static" and not batches:
         raise ArgumentError("quantize='static' has no calibration data; give batches of inputs")
+    if any(not array.size for batch in batches for array in batch.values()):
+        raise ArgumentError("calibration: a batch has no rows; give one or more")
 
     class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -91,7 +95,8 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
 
     Raises:
         DataError: there are no samples, or the file is not there.
-        ArgumentError: a batch is no pair of inputs and labels.
+        ArgumentError: a batch is no pair of inputs and labels, or the file does not take its
+            inputs, or there is no label for each row of scores.
     """
     session = open_session(str(path), Path(path), threads=max(1, torch.get_num_threads()))
     names = [value.name for value in session.get_inputs()]
@@ -99,23 +104,56 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
     for batch in evaluation:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentError("evaluation: a batch is no pair; give batches (inputs, labels)")
-        inputs, labels = batch
-        scores = torch.as_tensor(session.run(None, _arrays(names, inputs))[0])
-        right += int((scores.argmax(-1) == torch.as_tensor(labels)).sum())
+        arrays = _arrays("evaluation", names, batch[0])
+        try:
+            scores = torch.as_tensor(session.run(None, arrays)[0])
+        except Exception as error:
+            shapes = ", ".join(str(list(array.shape)) for array in arrays.values())
+            raise ArgumentError(
+                f"evaluation: {Path(path).name} cannot run on {shapes} "
+                f"({' '.join(str(error).split())[:300]}); give batches of its inputs"
+            ) from error
+        labels = torch.as_tensor(batch[1])
+        if scores.dim() != 2 or labels.shape != scores.shape[:1]:
+            raise ArgumentError(
+                f"evaluation: scores {list(scores.shape)} and labels {list(labels.shape)} do not "
+                "fit; give a model whose first output is [N, classes] and labels [N]"
+            )
+        right += int((scores.argmax(1) == labels).sum())
         total += len(labels)
     if not total:
         raise DataError("evaluation: has no samples; give one batch or more")
     return right / total
 
 
-def _arrays(names: list[str], inputs: Any) -> dict[str, Any]:
-    tensors = as_inputs(tuple(inputs) if isinstance(inputs, list) else inputs)
+def gives_batches(data: Any) -> bool:
+    """Whether data can be iterated over, and are not one tensor, whose rows are no batches.
+
+    Example:
+        >>> gives_batches([torch.rand(2, 3)]), gives_batches(torch.rand(2, 3))
+        (True, False)
+    """
+    try:
+        iter(data)
+    except TypeError:
+        return False
+    return not isinstance(data, torch.Tensor)
+
+
+def _arrays(subject: str, names: list[str], inputs: Any) -> dict[str, Any]:
+    if not isinstance(inputs, torch.Tensor | tuple | list):
+        raise ArgumentError(
+            f"{subject}: a batch is a {type(inputs).__name__} object; give tensors, or tuples of "
+            "them"
+        )
+    tensors = as_inputs(inputs)
     if len(tensors) != len(names):
         raise ArgumentError(
-            f"calibration or evaluation: a batch has {len(tensors)} inputs and the model takes "
-            f"{len(names)}; give batches of its inputs"
+            f"{subject}: a batch has {len(tensors)} inputs and the model takes {len(names)}; give "
+            "batches of its inputs"
         )
-    return {name: torch.as_tensor(x).numpy() for name, x in zip(names, tensors, strict=True)}
+    arrays = (torch.as_tensor(each).detach().cpu().numpy() for each in tensors)
+    return dict(zip(names, arrays, strict=True))
 
 
 @contextmanager

@@ -83,9 +83,59 @@ def test_accuracy(tmp_path):
         accuracy_of(path, [scores])
 
 
+def test_accuracy_is_that_of_a_label_for_each_row_of_scores(tmp_path):
+    path = tmp_path / "net.onnx"
+    lean_fx.export_onnx(nn.Identity(), path, torch.rand(2, 3))
+    for labels in (torch.tensor([[0], [1], [2]]), torch.eye(3), torch.tensor([0]), 0):
+        shape = str(list(torch.as_tensor(labels).shape))
+        with pytest.raises(ArgumentError) as caught:
+            accuracy_of(path, [(torch.eye(3), labels)])
+        assert str(caught.value) == (
+            f"evaluation: scores [3, 3] and labels {shape} do not fit; give a model whose first "
+            "output is [N, classes] and labels [N]"
+        )
+    with pytest.raises(ArgumentError, match="evaluation: scores .2, 3, 4. and labels .2, 3. do no"):
+        lean_fx.export_onnx(
+            nn.Identity(),
+            tmp_path / "words.onnx",
+            torch.rand(2, 3, 4),
+            quantize="dynamic",
+            evaluation=[(torch.rand(2, 3, 4), torch.zeros(2, 3))],
+        )
+    with pytest.raises(ArgumentError, match="evaluation: net.onnx cannot run on .3, 4. .* give b"):
+        accuracy_of(path, [(torch.rand(3, 4), [0, 1, 2])])
+    assert accuracy_of(path, [(torch.eye(3).requires_grad_(), [0, 1, 2])]) == 1.0
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples of no known number."""
+
+    def __iter__(self):
+        return iter(torch.rand(4, 3))
+
+
+def test_calibration_by_a_loader_of_no_known_length(tmp_path):
+    exported = lean_fx.export_onnx(
+        nn.Linear(3, 3),
+        tmp_path / "net.onnx",
+        torch.rand(2, 3),
+        quantize="static",
+        calibration=torch.utils.data.DataLoader(Stream(), batch_size=2),
+    )
+    assert exported.int8_path.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"quantize": "static", "calibration": torch.rand(2, 3)},
+            "calibration=Tensor object gives no batches; give them in a list or a loader",
+        ),
+        (
+            {"quantize": "dynamic", "evaluation": 5},
+            "evaluation=int object gives no batches; give them in a list or a loader",
+        ),
         ({"quantize": "int4"}, "quantize='int4' is not known; use dynamic or static"),
         ({"quantize": "static"}, "quantize='static' needs calibration; give batches"),
         (
@@ -101,13 +151,24 @@ def test_errors(options, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_calibration_batches(tmp_path):
-    with pytest.raises(ArgumentError, match="quantize='static' has no calibration data; give bat"):
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "quantize='static' has no calibration data; give bat"),
+        ([torch.rand(0, 3)], "calibration: a batch has no rows; give one or more"),
+        (
+            [torch.rand(2, 3)] * 2 + [5],
+            "calibration: a batch is a int object; give tensors, or tuples",
+        ),
+    ],
+)
+def test_no_calibration_batches(calibration, message, tmp_path):
+    with pytest.raises(ArgumentError, match=message):
         lean_fx.export_onnx(
             nn.Linear(3, 3),
             tmp_path / "a.onnx",
             torch.rand(2, 3),
             quantize="static",
-            calibration=[],
+            calibration=calibration,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]  # earlier results are kept

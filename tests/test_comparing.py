@@ -194,11 +194,15 @@ def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
     assert rows["CO2 of a call, ug (cpu_load)"] == [
         short(1e6 * model.energy.co2_g) for model in result.models
     ]
+    base = result.models[0].energy
     note = (
         "Energy and CO2 (meter cpu_load): an estimate, which follows time: at equal load its "
-        "ratios are the ratios of time; a call at batch 1, a training step at batch 2."
+        "ratios are the ratios of time; a call at batch 1, a training step at batch 2; "
+        f"{3.6e6 * base.co2_g / base.energy_j:.0f} g of CO2 a kWh."
     )
     assert note in result.footnotes()
+    memory = "Peak memory: tensors alive at once in PyTorch at batch 2, weights included."
+    assert memory in result.footnotes()
     stored = json.loads(result.to_json())["models"][1]["step_energy"]
     assert stored == dataclasses.asdict(result.models[1].step_energy)
 

@@ -182,7 +182,8 @@ class Comparison:
             "below 1 is faster, with its bootstrap interval.",
             "MACs and bytes moved: of one sample; each layer reads its inputs and weights once and "
             "writes its result.",
-            "Peak memory: tensors alive at once in PyTorch, weights included.",
+            f"Peak memory: tensors alive at once in PyTorch at batch {base.eager.batch}, weights "
+            "included.",
         ]
         if base.energy is not None:
             estimate = (
@@ -192,7 +193,8 @@ class Comparison:
             )
             notes.append(
                 f"Energy and CO2 (meter {base.energy.meter}): {estimate}; a call at batch "
-                f"{timed.batch}, a training step at batch {base.step.batch}."
+                f"{timed.batch}, a training step at batch {base.step.batch}; "
+                f"{base.energy.co2_g_per_kwh:.0f} g of CO2 a kWh."
             )
         return notes + [
             f"{model.name}: {text}." for model in self.models for text in model.off_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +56,11 @@ class Energy:
         return Energy(
             self.energy_j * factor, self.co2_g * factor, self.seconds * factor, self.meter
         )
+
+    @property
+    def co2_g_per_kwh(self) -> float:
+        """Grams of CO2 equivalent of a kilowatt-hour; NaN without a joule."""
+        return self.co2_g / self.energy_j * _JOULES_PER_KWH if self.energy_j else math.nan
 
     @property
     def is_estimate(self) -> bool:

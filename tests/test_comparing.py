@@ -60,6 +60,26 @@ def test_an_interval_that_rounding_puts_beside_the_median_is_drawn():
     assert [bar.get_height() for bar in axis.patches] == [1.0, 0.007]
 
 
+def test_json_has_every_figure_of_the_table():
+    def measured(name, *samples):
+        took = latency(*samples)
+        return Compared(name, 1, 4, 1, 4, 4, 4, 4, 0, (), (took, took), took, took)
+
+    result = Comparison((measured("base", 1.0, 2.0, 4.0), measured("net", 3.0, 3.5, 5.0)), "box")
+    for model, told in zip(result.models, json.loads(result.to_json())["models"], strict=True):
+        ratio = ratio_of(model.step, result.models[0].step)
+        for each in (*told["latencies"], told["eager"], told["step"]):
+            assert each == {
+                "median_ms": model.step.median_ms,
+                "q1_ms": model.step.q1_ms,
+                "q3_ms": model.step.q3_ms,
+                "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high},
+                "samples_ms": list(model.step.samples_ms),
+                "batch": 1,
+                "threads": 1,
+            }
+
+
 def test_peak_memory_is_what_lives_at_once():
     def chain():
         x = torch.zeros(250)  # 1 kB

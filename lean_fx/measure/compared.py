@@ -211,7 +211,13 @@ class Comparison:
 
     def to_json(self) -> str:
         """Every figure as JSON, the samples of each round included."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        base, told = self.models[0], dataclasses.asdict(self)
+        for model, stored in zip(self.models, told["models"], strict=True):
+            pairs = zip(model.latencies, base.latencies, strict=True)
+            stored["latencies"] = [_told(*pair) for pair in pairs]
+            stored["eager"] = _told(model.eager, base.eager)
+            stored["step"] = _told(model.step, base.step)
+        return json.dumps(told, indent=1) + "\n"
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write ``comparison.md``, ``comparison.json`` and ``latency.png``; return their paths.
@@ -242,3 +248,14 @@ class Comparison:
             axis.set_title(f"ONNX Runtime, batch {base.latencies[index].batch}")
             axis.set_ylabel(f"time, {base.name} = 1")
         return figure
+
+
+def _told(latency: Latency, baseline: Latency) -> dict[str, Any]:
+    """A latency for JSON, its medians and its ratio before its samples."""
+    return {
+        "median_ms": latency.median_ms,
+        "q1_ms": latency.q1_ms,
+        "q3_ms": latency.q3_ms,
+        "ratio": dataclasses.asdict(ratio_of(latency, baseline)),
+        **dataclasses.asdict(latency),
+    }

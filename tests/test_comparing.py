@@ -346,8 +346,9 @@ def test_what_cannot_be_metered_is_told_before_the_work(monkeypatch, tmp_path):
         )
 
 
-def test_it_compares_without_gradients():
-    with torch.no_grad():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_compares_without_gradients(mode):
+    with mode():
         result = lean_fx.compare({"a": nn.Linear(4, 2)}, torch.rand(2, 4), rounds=2)
     assert result.models[0].step.samples_ms
     assert result.models[0].peak_training_bytes > result.models[0].peak_inference_bytes

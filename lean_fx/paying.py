@@ -60,7 +60,8 @@ def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
     kept: list[Site] = []
     dropped: list[LeftAlone] = []
     for number, site in enumerate(plan.sites, start=1):
-        pays, figures = judge(site, plan.reduction, graph_module, nodes)
+        with torch.random.fork_rng(devices=[]):
+            pays, figures = judge(site, plan.reduction, graph_module, nodes)
         _LOGGER.info("site %d of %d: %s: %s", number, len(plan.sites), site.value, figures)
         if pays:
             note = "; ".join(filter(None, (site.note, figures)))

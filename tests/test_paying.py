@@ -103,10 +103,13 @@ def test_measured_keeps_what_is_faster(monkeypatch):
 
 
 def test_measured_by_the_clock():
-    plan = lean_fx.plan(TwoSites(), torch.rand(1, 3, 8, 8), keep="measured")
+    model, inputs = TwoSites(), torch.rand(1, 3, 8, 8)
+    chance = torch.get_rng_state()
+    plan = lean_fx.plan(model, inputs, keep="measured")
     notes = [site.note for site in plan.sites] + [each.reason for each in plan.left_alone[1:]]
     assert len(notes) == 2
     assert all(note.startswith("measured ") for note in notes)
+    assert torch.equal(torch.get_rng_state(), chance)  # a plan costs no random numbers
 
 
 def test_errors():

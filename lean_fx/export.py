@@ -65,7 +65,8 @@ def export_onnx(
     function of standard operators. Inputs are named ``input`` (or ``input_0``, ``input_1``, ...);
     the first axis of each is the batch, unless ``dynamic_shapes`` says otherwise: of layers that
     take sequences first, as recurrent ones do by default, it is the length. A reduced model's plan
-    is stored with it, see :func:`plan_of`. The model's own mode is restored. A file at ``path`` is
+    is stored with it, see :func:`plan_of`. The model's own mode is restored, and so is the state of
+    the CPU's random numbers. A file at ``path`` is
     replaced only when the new one is whole and gives what the model gives. Weights of more than
     1.5 GB, which such a file cannot hold, stand beside it: ``net.onnx.data`` for ``net.onnx``.
 
@@ -290,7 +291,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -291,6 +291,18 @@ def test_modes_are_restored(tmp_path):
     check(model, tmp_path / "net.onnx", (2, 4))
 
 
+def test_random_numbers_are_as_before(tmp_path):
+    class Draws(nn.Module):
+        def forward(self, x):
+            return x + 1e-6 * torch.rand_like(x)
+
+    chance = torch.get_rng_state()
+    lean_fx.export_onnx(
+        Draws(), tmp_path / "net.onnx", torch.rand(2, 4, generator=torch.Generator())
+    )
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
 def test_the_exporter_says_nothing(tmp_path, capfd):
     lean_fx.export_onnx(nn.Linear(4, 4), tmp_path / "net.onnx", torch.rand(2, 4))
     assert capfd.readouterr() == ("", "")

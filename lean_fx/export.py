@@ -66,9 +66,9 @@ def export_onnx(
     the first axis of each is the batch, unless ``dynamic_shapes`` says otherwise: of layers that
     take sequences first, as recurrent ones do by default, it is the length. A reduced model's plan
     is stored with it, see :func:`plan_of`. The model's own mode is restored, and so is the state of
-    the CPU's random numbers. A file at ``path`` is
-    replaced only when the new one is whole and gives what the model gives. Weights of more than
-    1.5 GB, which such a file cannot hold, stand beside it: ``net.onnx.data`` for ``net.onnx``.
+    the CPU's random numbers. A file at ``path`` is replaced only when the new one is whole and
+    gives what the model gives. Weights of more than 1.5 GB, which such a file cannot hold, stand
+    beside it: ``net.onnx.data`` for ``net.onnx``.
 
     ONNX has no packed sequences, and ONNX Runtime's CPU no RNN, LSTM or GRU of float64.
 
@@ -86,7 +86,8 @@ def export_onnx(
             size in the example inputs.
         opset: the ONNX opset, 18 or more, or None for the exporter's own.
         functions: ``"keep"`` for LEAN nodes, ``"inline"`` for standard operators alone, for
-            runtimes that know no functions.
+            runtimes that know no functions, or no overloads of them, as onnx's own
+            ``ReferenceEvaluator``: reductions of different forms share the name LEAN.
         quantize: ``"dynamic"`` or ``"static"`` to write an INT8 twin beside the file too, see
             :func:`~lean_fx.quantization.quantize_onnx`.
         calibration: batches of inputs, for ``"static"``.

@@ -400,9 +400,9 @@ def test_costs_add_up_and_are_shown():
         "read, kB",
         "written, kB",
     )
-    assert conv == ("0", "Conv2d", "224", "0.90", "0.0054", "1.20", "0.80")
-    assert linear == ("2", "Linear", "2,010", "8.04", "0.0020", "8.84", "0.0400")
-    assert total == ("total", "", "2,234", "8.94", "0.0074", "10.0", "0.84")
+    assert conv == ("0", "Conv2d", "224", "0.896", "0.00540", "1.20", "0.800")
+    assert linear == ("2", "Linear", "2,010", "8.04", "0.00200", "8.84", "0.0400")
+    assert total == ("total", "", "2,234", "8.94", "0.00740", "10.0", "0.840")
     assert costs.macs == 5400 + 2000
     assert costs.parameters == count_parameters(net)
     assert costs.weight_bytes == 4 * costs.parameters

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lean_fx.errors import ArgumentError, DataError, LeanError, WriteError
 from lean_fx.measure.energy import Energy
+from lean_fx.measure.pictures import short
 from lean_fx.measure.report import Arm, Epoch, Report
 from lean_fx.measure.timing import Latency
 
@@ -55,6 +56,21 @@ def shown(report: Report, width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     console.print(report.table())
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@given(st.floats(1e-9, 1e9), st.sampled_from([1, -1]))
+def test_a_short_number_keeps_three_digits(size: float, sign: int) -> None:
+    text = short(sign * size)
+    digits = text.replace(",", "").replace(".", "").lstrip("-0")
+    assert len(digits) >= 3
+    assert "e" not in text
+    assert float(text.replace(",", "")) == pytest.approx(sign * size, rel=0.005)
+
+
+def test_short_numbers() -> None:
+    values = (0.1234, 1e-5, 0.0, -0.05, 99.99, float("inf"), float("nan"))
+    wanted = ["0.123", "0.0000100", "0.00", "-0.0500", "100.0", "inf", "n/a"]
+    assert [short(value) for value in values] == wanted
 
 
 def test_properties_of_an_arm() -> None:

@@ -23,15 +23,13 @@ def short(value: float) -> str:
 
     Example:
         >>> [short(x) for x in (12345.6, 38.59, 1.5, 0.00123, float("nan"))]
-        ['12,346', '38.6', '1.50', '0.0012', 'n/a']
+        ['12,346', '38.6', '1.50', '0.00123', 'n/a']
     """
     if math.isnan(value):
         return "n/a"
-    if value >= 100:
-        return f"{value:,.0f}"
-    if value >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
+    if value == 0 or math.isinf(value):
+        return f"{value:.2f}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, list[Any]]:

@@ -6,7 +6,7 @@
 Every model is reduced with channels="sqrt" and keep="all", "saving" and "measured"; the table has
 the reductions, parameters and MACs of each, and its latency in ONNX Runtime on one thread at batch
 1, all arms of a model timed in turn, as a ratio to the model as it is. A model that is in
-runs/paying/paying.csv already is not measured again.
+runs/paying/paying.csv already, of the same size and rounds, is not measured again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.errors import require
+from lean_fx.errors import DataError, require
 from lean_fx.experiment.script import command_line, run_script
 from lean_fx.experiment.zoo_models import torchvision_models
 from lean_fx.files import make_folder, write_text
@@ -27,7 +27,8 @@ from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.timing import machine, time_onnx
 
 KEEPS = ("all", "saving", "measured")
-FIELDS = ("model", "keep", "reductions", "parameters", "macs", "median_ms", "q1_ms", "q3_ms")
+FIELDS = ("model", "size", "rounds", "keep", "reductions", "parameters", "macs", "median_ms")
+FIELDS += ("q1_ms", "q3_ms")
 
 
 class Block(nn.Module):
@@ -92,6 +93,8 @@ def measure(name: str, size: int, rounds: int) -> list[dict[str, object]]:
     return [
         {
             "model": name,
+            "size": size,
+            "rounds": rounds,
             "keep": keep,
             "reductions": len(arm.meta["lean_fx.plan"].sites) if keep != "baseline" else 0,
             "parameters": count_parameters(arm),
@@ -102,6 +105,18 @@ def measure(name: str, size: int, rounds: int) -> list[dict[str, object]]:
         }
         for keep, arm in arms.items()
     ]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of earlier runs."""
+    with path.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != FIELDS:
+        raise DataError(
+            f"{path}: is no table of examples/paying.py; move it away, or give another --out"
+        )
+    return rows
 
 
 def markdown(rows: list[dict[str, str]], size: int, rounds: int) -> str:
@@ -136,17 +151,21 @@ def main() -> None:
     track = require("rich.progress", extra="examples", purpose="the progress bar").track
     folder = make_folder(args.out)
     path = folder / "paying.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    wanted = [name.strip() for name in args.models.split(",")]
-    todo = [name for name in wanted if name not in {row["model"] for row in rows}]
-    for name in track(todo, description="models"):
+    rows = read_rows(path) if path.exists() else []
+    wanted = list(dict.fromkeys(name.strip() for name in args.models.split(",")))
+
+    def rows_of(name: str) -> list[dict[str, str]]:
+        key = (name, str(args.size), str(args.rounds))
+        return [row for row in rows if (row["model"], row["size"], row["rounds"]) == key]
+
+    for name in track([name for name in wanted if not rows_of(name)], description="models"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lean_fx.LeanWarning)
             measured = measure(name, args.size, args.rounds)
         rows += [{key: str(value) for key, value in row.items()} for row in measured]
         text = [",".join(FIELDS), *(",".join(row[key] for key in FIELDS) for row in rows)]
         write_text(path, "\n".join(text) + "\n")
-    table = markdown(rows, args.size, args.rounds)
+    table = markdown([row for name in wanted for row in rows_of(name)], args.size, args.rounds)
     print(table)
     write_text(folder / "paying.md", table)
     print(f"written to {path} and {folder / 'paying.md'}")

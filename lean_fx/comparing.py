@@ -22,7 +22,7 @@ from lean_fx.copying import copied_whole
 from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
 from lean_fx.export import export_onnx
-from lean_fx.files import make_folder, onnx_bytes, replacing, weights_beside
+from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
@@ -30,6 +30,7 @@ from lean_fx.measure.energy import Energy, EnergyMeter, energy_in_turn
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
+from lean_fx.onnx_files import onnx_bytes, weight_files
 from lean_fx.onnx_inputs import resized
 
 
@@ -107,8 +108,8 @@ def compare(
             for file in files.values():
                 with replacing(kept / file.name) as part:
                     shutil.copyfile(file, part)
-                    if weights_beside(file).exists():
-                        shutil.copyfile(weights_beside(file), weights_beside(part))
+                    for each in weight_files(file):
+                        shutil.copyfile(each, part.parent / each.name)
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)

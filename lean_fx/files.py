@@ -123,19 +123,3 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         ) from error
     check_writable(folder)
     return folder
-
-
-def weights_beside(path: str | os.PathLike[str]) -> Path:
-    """Where the weights of an ONNX file stand that are too large to be in it.
-
-    Example:
-        >>> weights_beside("net.onnx").name
-        'net.onnx.data'
-    """
-    return Path(f"{os.fspath(path)}.data")
-
-
-def onnx_bytes(path: str | os.PathLike[str]) -> int:
-    """The size of an ONNX file, with the weights beside it if there are any."""
-    files = Path(path), weights_beside(path)
-    return sum(file.stat().st_size for file in files if file.exists())

@@ -18,8 +18,9 @@ import torch
 
 from lean_fx.capture import as_inputs
 from lean_fx.errors import ArgumentError, DataError, ExportError, require
-from lean_fx.files import replacing, weights_beside
+from lean_fx.files import replacing
 from lean_fx.measure.timing import open_session
+from lean_fx.onnx_files import weight_files
 from lean_fx.onnx_function import INLINED
 
 Quantize = Literal["dynamic", "static"]
@@ -67,7 +68,7 @@ def quantize_onnx(
     onnx = require("onnx", purpose="quantisation")
     nodes = onnx.load(source, load_external_data=False).graph.node
     options = {
-        "use_external_data_format": weights_beside(source).exists(),
+        "use_external_data_format": bool(weight_files(source)),
         "nodes_to_exclude": [node.name for node in nodes if node.name.startswith(INLINED)],
     }
     with replacing(twin) as part, _quiet():

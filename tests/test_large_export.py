@@ -8,14 +8,22 @@ import lean_fx
 from graphs import Residual
 from lean_fx.errors import ExportError
 from lean_fx.measure.layout import blocked_layout
+from lean_fx.onnx_files import onnx_bytes, weight_files
 from lean_fx.parity import greatest_difference
 from lean_fx.quantization import quantize_onnx
 from test_export import run
 
 
 @pytest.fixture(autouse=True)
-def low_limit(monkeypatch):
-    monkeypatch.setattr(torch.onnx._internal.exporter._onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)
+def limit(monkeypatch):
+    """Set the bytes above which weights are beside the file."""
+    program = torch.onnx._internal.exporter._onnx_program
+
+    def set_limit(size):
+        monkeypatch.setattr(program, "_LARGE_MODEL_THRESHOLD", size)
+
+    set_limit(1000)
+    return set_limit
 
 
 @pytest.mark.parametrize("functions", ["keep", "inline"])
@@ -52,3 +60,18 @@ def test_compare_keeps_and_counts_both_files(tmp_path):
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert set(sizes) == {"baseline.onnx", "baseline.onnx.data"}
     assert comparison.models[0].onnx_bytes == sum(sizes.values())
+
+
+def test_weights_of_an_older_file_are_not_counted(tmp_path, limit):
+    inputs, path = torch.rand(2, 3, 16, 16), tmp_path / "net.onnx"
+    beside = tmp_path / "net.onnx.data"
+    lean_fx.export_onnx(Residual(), path, inputs)
+    assert weight_files(path) == (beside,)
+    assert onnx_bytes(path) == path.stat().st_size + beside.stat().st_size
+    limit(10**9)
+    lean_fx.export_onnx(Residual(), path, inputs)
+    assert beside.exists()
+    assert weight_files(path) == ()
+    assert onnx_bytes(path) == path.stat().st_size
+    quantize_onnx(path, "dynamic")
+    assert not (tmp_path / "net.int8.onnx.data").exists()

@@ -27,6 +27,7 @@ LAYERS = (
         "lean_fx.functional",
         "lean_fx.parity",
         "lean_fx.replaying",
+        "lean_fx.onnx_files",
         "lean_fx.onnx_function",
         "lean_fx.onnx_nodes",
         "lean_fx.onnx_inputs",
@@ -61,7 +62,7 @@ LAYERS = (
 )
 OPTIONAL = {
     "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_nodes", "lean_fx.comparing"}
-    | {"lean_fx.quantization", "lean_fx.measure"},
+    | {"lean_fx.onnx_files", "lean_fx.quantization", "lean_fx.measure"},
     "onnx_ir": {"lean_fx.onnx_nodes"},
     "onnxscript": {"lean_fx.export", "lean_fx.comparing"},
     "onnxruntime": {

@@ -21,11 +21,12 @@ from lean_fx.experiment.processes import (
     processes,
 )
 from lean_fx.export import export_onnx
-from lean_fx.files import make_folder, onnx_bytes
+from lean_fx.files import make_folder
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
 from lean_fx.measure.report import Arm, Epoch, Report
 from lean_fx.measure.timing import Latency, machine, time_onnx
+from lean_fx.onnx_files import onnx_bytes
 
 if TYPE_CHECKING:
     from lean_fx.experiment.training import Settings

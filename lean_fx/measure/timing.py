@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from lean_fx.errors import ArgumentError, DataError, require
-from lean_fx.files import weights_beside
+from lean_fx.onnx_files import weights_beside
 
 if TYPE_CHECKING:
     import numpy as np

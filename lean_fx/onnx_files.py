@@ -1,0 +1,51 @@
+"""ONNX files, and the weights beside them that are too large to be in one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lean_fx.errors import require
+
+
+def weights_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the weights of an ONNX file go that are too large to be in it.
+
+    Example:
+        >>> weights_beside("net.onnx").name
+        'net.onnx.data'
+    """
+    return Path(f"{os.fspath(path)}.data")
+
+
+def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The files that an ONNX file has weights in; an older file's, which may lie there, are none.
+
+    Raises:
+        MissingDependencyError: onnx is not installed.
+
+    Example:
+        >>> import lean_fx, tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "net.onnx"
+        >>> exported = lean_fx.export_onnx(torch.nn.Linear(4, 2), path, torch.rand(2, 4))
+        >>> weight_files(path)
+        ()
+    """
+    onnx = require("onnx", purpose="reading ONNX files")
+    places = {
+        entry.value
+        for weight in onnx.load(os.fspath(path), load_external_data=False).graph.initializer
+        if weight.data_location == onnx.TensorProto.EXTERNAL
+        for entry in weight.external_data
+        if entry.key == "location"
+    }
+    return tuple(Path(path).parent / place for place in sorted(places))
+
+
+def onnx_bytes(path: str | os.PathLike[str]) -> int:
+    """The size of an ONNX file, with its weights beside it if there are any.
+
+    Raises:
+        MissingDependencyError: onnx is not installed.
+    """
+    return sum(file.stat().st_size for file in (Path(path), *weight_files(path)))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import lean_fx
-from lean_fx.errors import ArgumentError, require
-from lean_fx.experiment.script import command_line, run_script
+from lean_fx.checks import check_int
+from lean_fx.errors import require
+from lean_fx.experiment.script import command_line, run_script, whole_numbers
 from lean_fx.experiment.zoo_times import trace_with_shapes
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.pictures import colour, new_figure
@@ -98,13 +99,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="runs/bench_leanify")
     args = parser.parse_args()
-    if not all(text.strip().isdecimal() and int(text) > 1 for text in args.layers.split(",")):
-        raise ArgumentError(f"layers={args.layers!r} are not whole numbers of 2 or more")
-    if args.rounds < 1:
-        raise ArgumentError(f"rounds={args.rounds} is below 1; use 1 or more")
+    depths = sorted(whole_numbers("layers", args.layers, 2))
+    check_int("rounds", args.rounds, 1)
     torch.set_num_threads(1)
     folder = make_folder(args.out)
-    taken = measure(sorted({int(text) for text in args.layers.split(",")}), args.rounds)
+    taken = measure(depths, args.rounds)
     text = markdown(taken, args.rounds)
     figure, (ax,) = new_figure(6, 4, 1, 1)
     for index, (arm, by_depth) in enumerate(taken.items()):

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import lean_fx
+from lean_fx.checks import check_int, check_ints
 from lean_fx.errors import ArgumentError, require
 from lean_fx.experiment.models import PaperNet
 from lean_fx.experiment.script import command_line, run_script
@@ -104,13 +105,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--out", default="runs/metering")
     args = parser.parse_args()
-    for option, value, least in (
-        ("rounds", args.rounds, 2),
-        ("seconds", args.seconds, 0.1),
-        ("threads", min(args.threads), 1),
-    ):
-        if not value >= least:
-            raise ArgumentError(f"metering: {option}={value} is too little; give {least} or more")
+    check_int("metering: rounds", args.rounds, 2)
+    check_ints("metering: threads", args.threads, 1)
+    if not args.seconds >= 0.1:
+        raise ArgumentError(f"metering: seconds={args.seconds} is too little; give 0.1 or more")
     folder = make_folder(args.out)
     torch.manual_seed(0)
     progress = require("rich.progress", extra="examples", purpose="the progress bar").Progress

@@ -1,6 +1,11 @@
-"""What a model must be to be captured, exported or measured; what is not is refused by name."""
+"""What a model and its options must be; what is not is refused by name."""
 
 from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +14,84 @@ from torch.nn.parameter import is_lazy
 from lean_fx.errors import ArgumentError
 
 _OBSERVING = ("torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer")
+
+
+def check_int(subject: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """Check that a value is an int, of Python or NumPy but no bool, and in its range.
+
+    Args:
+        subject: whose value it is and its name, for the error.
+        value: to check.
+        least: the smallest that is allowed, or None.
+        most: the greatest that is allowed, or None; it needs ``least``.
+
+    Returns:
+        The value, as an int of Python.
+
+    Raises:
+        ArgumentError: it is none.
+
+    Example:
+        >>> check_int("time_onnx: threads", 0, 1)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: time_onnx: threads=0 is not an int of 1 or more
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if whole and (least is None or value >= least) and (most is None or value <= most):
+        return operator.index(value)
+    upto = "or more" if most is None else f"to {most}"
+    allowed = "" if least is None else f" of {least} {upto}"
+    raise ArgumentError(f"{subject}={value!r} is not an int{allowed}")
+
+
+def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
+    """Check that a value is a sequence of one int or more, each as :func:`check_int` takes it.
+
+    Raises:
+        ArgumentError: it is none.
+
+    Example:
+        >>> check_ints("PaperNet: widths", [50, 0], 1)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: PaperNet: widths=[50, 0] is no list of ints of 1 or more
+    """
+    try:
+        if isinstance(values, Sequence) and len(values):
+            return tuple(check_int(subject, value, least) for value in values)
+    except ArgumentError:
+        pass
+    raise ArgumentError(f"{subject}={values!r} is no list of ints of {least} or more")
+
+
+def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
+    """Check that an option is one of the words that are known.
+
+    Raises:
+        ArgumentError: it is not.
+
+    Example:
+        >>> check_choice("LeanReduction: split", "odd", ("contiguous", "interleaved"))
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: LeanReduction: split='odd' is not known; use contiguous or \
+interleaved
+    """
+    known = tuple(choices)
+    if value not in known:
+        raise ArgumentError(f"{subject}={value!r} is not known; use {one_of(known)}")
+
+
+def one_of(words: Sequence[object]) -> str:
+    """One word or more, as a sentence lists them.
+
+    Example:
+        >>> one_of((1, 2, 4)), one_of(["sum"])
+        ('1, 2 or 4', 'sum')
+    """
+    *most, last = map(str, words)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def check_plain(model: nn.Module) -> None:

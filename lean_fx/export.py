@@ -15,7 +15,13 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.capture import as_inputs
-from lean_fx.checks import check_shapes, check_values, quantized_by_torch
+from lean_fx.checks import (
+    check_choice,
+    check_int,
+    check_shapes,
+    check_values,
+    quantized_by_torch,
+)
 from lean_fx.copying import copied_whole
 from lean_fx.errors import (
     ArgumentError,
@@ -124,15 +130,12 @@ def export_onnx(
     _check_float(model)
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"export_onnx: path={path!r} is no path; give the name of a file")
-    if opset is not None and (type(opset) is not int or opset < 18):
-        raise ArgumentError(
-            f"export_onnx: opset={opset!r} is not an int of 18 or more; leave it out for the "
-            "exporter's own"
-        )
-    _check_choice("batch", batch, get_args(Batch))
-    _check_choice("functions", functions, get_args(Functions))
+    if opset is not None:
+        opset = check_int("export_onnx: opset", opset, 18)
+    check_choice("export_onnx: batch", batch, get_args(Batch))
+    check_choice("export_onnx: functions", functions, get_args(Functions))
     if quantize is not None:
-        _check_choice("quantize", quantize, get_args(Quantize))
+        check_choice("export_onnx: quantize", quantize, get_args(Quantize))
     elif calibration is not None or evaluation is not None:
         raise ArgumentError(
             "export_onnx: calibration and evaluation are for quantize; give that too, or neither"
@@ -245,13 +248,6 @@ def _inline(part: Path) -> None:
     for node in model.graph.node:
         node.name = node.name or INLINED + node.output[0]  # those of functions have none
     onnx.save(model, part)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ArgumentError(
-            f"export_onnx: {name}={value!r} is not known; use {' or '.join(choices)}"
-        )
 
 
 def _check_float(model: nn.Module) -> None:

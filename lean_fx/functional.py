@@ -57,6 +57,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lean_fx.checks import check_choice, check_int
 from lean_fx.errors import ArgumentError, LeanError
 from lean_fx.plain import plain_walk
 from lean_fx.walk import column_walk
@@ -177,7 +178,7 @@ def lean_reduction(
                 iterations=iterations,
                 tol=tol,
             )
-    axis = dim % x.dim()
+    axis = int(dim) % x.dim()
     if _as_onnx_nodes:
         return torch.onnx.ops.symbolic(
             "lean_fx::LEAN",
@@ -187,7 +188,7 @@ def lean_reduction(
                 "normalize": normalize,
                 "scale": scale,
                 "split": split,
-                "iterations": iterations,
+                "iterations": int(iterations),
                 "nonnegative": nonnegative,
             },
             dtype=x.dtype,
@@ -218,23 +219,12 @@ def check_options(
     Raises:
         ArgumentError: one is out of its range; the message begins with ``owner``.
     """
-    check_choice(owner, "normalize", normalize, get_args(Normalize))
-    check_choice(owner, "scale", scale, get_args(Scale))
-    check_choice(owner, "split", split, get_args(Split))
-    if type(iterations) is not int or iterations < 1:
-        raise ArgumentError(f"{owner}: iterations={iterations!r} is not an int of 1 or more")
+    check_choice(f"{owner}: normalize", normalize, get_args(Normalize))
+    check_choice(f"{owner}: scale", scale, get_args(Scale))
+    check_choice(f"{owner}: split", split, get_args(Split))
+    check_int(f"{owner}: iterations", iterations, 1)
     if tol is not None and not (type(tol) in (int, float) and tol > 0):
         raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")
-
-
-def check_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Check that an option is one of the words that are known.
-
-    Raises:
-        ArgumentError: it is not.
-    """
-    if value not in choices:
-        raise ArgumentError(f"{owner}: {name}={value!r} is not known; use {', '.join(choices)}")
 
 
 def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
@@ -247,7 +237,7 @@ def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
             raise ArgumentError(
                 f"lean_reduction: {name} is {value.dtype}; give floating-point values"
             )
-    if type(dim) is not int or not -x.dim() <= dim < x.dim():
+    if not -x.dim() <= check_int("lean_reduction: dim", dim) < x.dim():
         raise ArgumentError(
             f"lean_reduction: dim={dim!r} is no axis of x, which has {x.dim()}; give the axis of "
             "its channels"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError
 from lean_fx.passes.sites import Site
 from lean_fx.reduction import divisors
@@ -38,8 +39,7 @@ def check_channels_policy(channels: Any) -> None:
         >>> check_channels_policy(0)
         Traceback (most recent call last):
         ...
-        lean_fx.errors.ArgumentError: channels=0 is not 1 or more; give the number of channels to \
-keep
+        lean_fx.errors.ArgumentError: channels=0 is not an int of 1 or more
     """
     if isinstance(channels, Mapping):
         for name, value in channels.items():
@@ -61,10 +61,8 @@ def _check_scalar(value: Any, subject: str) -> None:
             raise ArgumentError(
                 f"{subject}={value!r} is not in ]0, 1[; a float is the part to keep"
             )
-    elif operator.index(value) < 1:
-        raise ArgumentError(
-            f"{subject}={value!r} is not 1 or more; give the number of channels to keep"
-        )
+    else:
+        check_int(subject, value, 1)
 
 
 def wanted_channels(channels: ChannelsPolicy, site: Site, layer: str) -> float | None:

@@ -9,12 +9,12 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lean_fx.checks import check_choice, check_int, one_of
 from lean_fx.errors import ArgumentError
 from lean_fx.functional import (
     Normalize,
     Scale,
     Split,
-    check_choice,
     check_options,
     lean_reduction,
 )
@@ -38,22 +38,23 @@ def divisors(number: int) -> list[int]:
     return low + [number // d for d in reversed(low) if d * d != number]
 
 
-def check_channels(owner: str, in_channels: int, out_channels: int) -> None:
+def check_channels(owner: str, in_channels: int, out_channels: int) -> tuple[int, int]:
     """Check that ``out_channels`` is a divisor of ``in_channels``.
+
+    Returns:
+        Both, as ints of Python.
 
     Raises:
         ArgumentError: either is no positive int, or the division leaves a rest.
     """
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{owner}: {name}={value!r} is not an int of 1 or more")
+    in_channels = check_int(f"{owner}: in_channels", in_channels, 1)
+    out_channels = check_int(f"{owner}: out_channels", out_channels, 1)
     if in_channels % out_channels:
-        usable = [str(d) for d in divisors(in_channels)]
-        choice = " or ".join(filter(None, (", ".join(usable[:-1]), usable[-1])))
         raise ArgumentError(
             f"{owner}: out_channels={out_channels} does not divide in_channels={in_channels}; "
-            f"use {choice}"
+            f"use {one_of(divisors(in_channels))}"
         )
+    return in_channels, out_channels
 
 
 class LeanReduction(nn.Module):
@@ -116,12 +117,10 @@ use 1, 2, 4 or 8
         tol: float | None = None,
     ) -> None:
         super().__init__()
-        check_channels("LeanReduction", in_channels, out_channels)
-        if type(dim) is not int:
-            raise ArgumentError(f"LeanReduction: dim={dim!r} is not an int; give an axis")
+        in_channels, out_channels = check_channels("LeanReduction", in_channels, out_channels)
         check_options("LeanReduction", normalize, scale, split, iterations, tol)
-        check_choice("LeanReduction", "seed", seed, get_args(SeedShape))
-        check_choice("LeanReduction", "seed_init", seed_init, get_args(SeedInit))
+        check_choice("LeanReduction: seed", seed, get_args(SeedShape))
+        check_choice("LeanReduction: seed_init", seed_init, get_args(SeedInit))
         if seed_init == "ones" and normalize == "row":
             raise ArgumentError(
                 "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk "
@@ -129,12 +128,12 @@ use 1, 2, 4 or 8
             )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.dim = dim
+        self.dim = check_int("LeanReduction: dim", dim)
         self.normalize: Normalize = normalize
         self.scale: Scale = scale
         self.split: Split = split
         self.seed_init: SeedInit = seed_init
-        self.iterations = iterations
+        self.iterations = int(iterations)
         self.tol = tol
         self.nonnegative = False
         matrix = (out_channels, in_channels // out_channels)

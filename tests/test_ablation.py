@@ -51,10 +51,10 @@ def test_grid_has_no_setting_twice():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("0", "", "0"), "channels: '0' is not a whole number of 1 or more"),
-        (("4,", "", "0"), "channels: '' is not a whole number of 1 or more"),
-        (("4", "", "-1"), "seeds: '-1' is not a whole number of 0 or more"),
-        (("4", "slize", "0"), "control='slize' is not known; use lean_row, lean_mean, "),
+        (("0", "", "0"), "channels: '0' is not an int of 1 or more"),
+        (("4,", "", "0"), "channels: '' is not an int of 1 or more"),
+        (("4", "", "-1"), "seeds: '-1' is not an int of 0 or more"),
+        (("4", "slize", "0"), "control='slize' is not known; use lean, lean_row, lean_mean, "),
     ],
 )
 def test_grid_errors(arguments, message):

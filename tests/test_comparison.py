@@ -117,13 +117,13 @@ def test_scripts_end_with_one_line(capsys):
             "error: nowhere: lacks 3000 of 3000 recordings, the first 0_george_0.wav; run again "
             "with --download",
         ),
-        ("examples/digits.py --channels 0", "error: channels=0 is not 1 or more"),
-        ("examples/digits.py --epochs 0", "error: Settings: epochs=0 is not a whole number"),
-        ("examples/metering.py --rounds 1", "error: metering: rounds=1 is too little; give 2"),
+        ("examples/digits.py --channels 0", "error: channels=0 is not an int of 1 or more"),
+        ("examples/digits.py --epochs 0", "error: Settings: epochs=0 is not an int of 1"),
+        ("examples/metering.py --rounds 1", "error: metering: rounds=1 is not an int of 2 or"),
         ("examples/bench_onnx.py --out /dev/null", "error: /dev/null: cannot be made (File exists"),
         (
             "examples/ablate.py --control slize",
-            "error: control='slize' is not known; use lean_row, ",
+            "error: control='slize' is not known; use lean, lean_row, ",
         ),
     ],
 )

@@ -262,7 +262,7 @@ def test_a_static_batch(tmp_path):
         ({"tolerance": 0.0}, "tolerance=0.0 is not a float above 0 or None"),
         (
             {"opset": 17},
-            "opset=17 is not an int of 18 or more; leave it out for the exporter's own",
+            "opset=17 is not an int of 18 or more",
         ),
     ],
 )

@@ -83,10 +83,10 @@ def test_a_picture_that_the_poolings_would_empty_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"widths": ()}, r"widths=\(\) must be one or more numbers of at least 1"),
-        ({"widths": (4, 0)}, r"widths=\(4, 0\) must be one or more numbers of at least 1"),
-        ({"in_channels": 0}, "in_channels=0 is below 1; use 1 or more"),
-        ({"classes": -1}, "classes=-1 is below 1; use 1 or more"),
+        ({"widths": ()}, r"widths=\(\) is no list of ints of 1 or more"),
+        ({"widths": (4, 0)}, r"widths=\(4, 0\) is no list of ints of 1 or more"),
+        ({"in_channels": 0}, "in_channels=0 is not an int of 1 or more"),
+        ({"classes": -1}, "classes=-1 is not an int of 1 or more"),
     ],
 )
 def test_numbers_that_make_no_net_are_refused(wrong, message):
@@ -98,5 +98,5 @@ def test_numbers_that_make_no_net_are_refused(wrong, message):
 
 
 def test_a_budget_below_one_is_refused():
-    with pytest.raises(ArgumentError, match=r"^narrow_widths: parameters=0 is below 1; give a"):
+    with pytest.raises(ArgumentError, match="^narrow_widths: parameters=0 is not an int of 1 or m"):
         narrow_widths(0)

@@ -57,8 +57,8 @@ FORMS = (
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        (0, "channels=0 is not 1 or more; give the number of channels to keep"),
-        (-4, "channels=-4 is not 1 or more; give the number of channels to keep"),
+        (0, "channels=0 is not an int of 1 or more"),
+        (-4, "channels=-4 is not an int of 1 or more"),
         (True, f"channels=True is a bool; {FORMS}"),
         (None, f"channels=None is a NoneType; {FORMS}"),
         ([4], f"channels=[4] is a list; {FORMS}"),
@@ -66,7 +66,7 @@ FORMS = (
         (1.5, "channels=1.5 is not in ]0, 1[; a float is the part to keep"),
         (0.0, "channels=0.0 is not in ]0, 1[; a float is the part to keep"),
         (float("nan"), "channels=nan is not in ]0, 1[; a float is the part to keep"),
-        ({"conv": 0}, "channels['conv']=0 is not 1 or more; give the number of channels to keep"),
+        ({"conv": 0}, "channels['conv']=0 is not an int of 1 or more"),
         ({3: 4}, "channels: the key 3 is not the name of a layer"),
     ],
 )

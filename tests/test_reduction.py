@@ -260,14 +260,18 @@ def test_compiled_gradients_are_the_eager_ones(shape, dim, split, nonnegative):
         ((8, 0), "LeanReduction: out_channels=0 is not an int of 1 or more"),
         ((8, 2.0), "LeanReduction: out_channels=2.0 is not an int of 1 or more"),
         ((True, 1), "LeanReduction: in_channels=True is not an int of 1 or more"),
+        ((8, 4, True), "LeanReduction: dim=True is not an int"),
         ((1, 2), "LeanReduction: out_channels=2 does not divide in_channels=1; use 1"),
-        ({"scale": "max"}, "LeanReduction: scale='max' is not known; use sum, mean, magnitude"),
-        ({"normalize": 1}, "LeanReduction: normalize=1 is not known; use column, row, none"),
-        ({"seed": "all"}, "LeanReduction: seed='all' is not known; use vector, matrix"),
-        ({"split": "odd"}, "LeanReduction: split='odd' is not known; use contiguous, interleaved"),
+        ({"scale": "max"}, "LeanReduction: scale='max' is not known; use sum, mean or magnitude"),
+        ({"normalize": 1}, "LeanReduction: normalize=1 is not known; use column, row or none"),
+        ({"seed": "all"}, "LeanReduction: seed='all' is not known; use vector or matrix"),
+        (
+            {"split": "odd"},
+            "LeanReduction: split='odd' is not known; use contiguous or interleaved",
+        ),
         (
             {"seed_init": "x"},
-            "LeanReduction: seed_init='x' is not known; use normal, uniform, ones",
+            "LeanReduction: seed_init='x' is not known; use normal, uniform or ones",
         ),
         ({"tol": 0}, "LeanReduction: tol=0 is not a number above 0; leave it out for none"),
         (
@@ -298,10 +302,7 @@ FUNCTION_ERRORS = [
         {"dim": 2},
         "dim=2 is no axis of x, which has 2; give the axis of its channels",
     ),
-    (
-        {"dim": 1.0},
-        "dim=1.0 is no axis of x, which has 2; give the axis of its channels",
-    ),
+    ({"dim": 1.0}, "dim=1.0 is not an int"),
     *(
         (
             {"seed": torch.randn(shape)},
@@ -310,9 +311,9 @@ FUNCTION_ERRORS = [
         )
         for shape in ((5,), (4, 2), (4, 3, 1), (), (0,))
     ),
-    ({"normalize": "colum"}, "normalize='colum' is not known; use column, row, none"),
-    ({"scale": "foo"}, "scale='foo' is not known; use sum, mean, magnitude"),
-    ({"split": None}, "split=None is not known; use contiguous, interleaved"),
+    ({"normalize": "colum"}, "normalize='colum' is not known; use column, row or none"),
+    ({"scale": "foo"}, "scale='foo' is not known; use sum, mean or magnitude"),
+    ({"split": None}, "split=None is not known; use contiguous or interleaved"),
     ({"iterations": 0}, "iterations=0 is not an int of 1 or more"),
     ({"iterations": True}, "iterations=True is not an int of 1 or more"),
     ({"tol": -1.0}, "tol=-1.0 is not a number above 0; leave it out for none"),

@@ -71,20 +71,20 @@ def test_a_convolutional_net_computes_its_formula():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RecurrentNet("rnn"), "RecurrentNet: cell='rnn' is unknown; use gru, lstm"),
-        (lambda: RecurrentNet(hidden=0), "RecurrentNet: hidden=0 is below 1; use 1 or more"),
-        (lambda: RecurrentNet(layers=0), "RecurrentNet: layers=0 is below 1; use 1 or more"),
+        (lambda: RecurrentNet("rnn"), "RecurrentNet: cell='rnn' is not known; use gru or lstm"),
+        (lambda: RecurrentNet(hidden=0), "RecurrentNet: hidden=0 is not an int of 1 or more"),
+        (lambda: RecurrentNet(layers=0), "RecurrentNet: layers=0 is not an int of 1 or more"),
         (lambda: FullyConnectedNet(frames=20), "FullyConnectedNet: frames=20 is not a multiple"),
-        (lambda: FullyConnectedNet((4, 0)), r"FullyConnectedNet: widths=\(4, 0\) is below 1; use"),
-        (lambda: Conv1dNet(()), "Conv1dNet: widths is empty; give one or more numbers of at lea"),
-        (lambda: Conv1dNet(classes=0), "Conv1dNet: classes=0 is below 1; use 1 or more"),
+        (lambda: FullyConnectedNet((4, 0)), r"FullyConnectedNet: widths=\(4, 0\) is no list of"),
+        (lambda: Conv1dNet(()), r"Conv1dNet: widths=\(\) is no list of ints of 1 or more"),
+        (lambda: Conv1dNet(classes=0), "Conv1dNet: classes=0 is not an int of 1 or more"),
         (
             lambda: sequence_net("cnn", (4,), in_channels=4, frames=8, classes=2),
-            "sequence_net: 'cnn' is unknown; use gru, lstm, fc, conv1d",
+            "sequence_net: kind='cnn' is not known; use gru, lstm, fc or conv1d",
         ),
         (
             lambda: sequence_arms(sequences(), "cnn"),
-            "net='cnn' is unknown; use gru, lstm, fc, conv1d",
+            "net='cnn' is not known; use gru, lstm, fc or conv1d",
         ),
     ],
 )

@@ -329,7 +329,7 @@ def test_a_users_own_reduction():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 0}, "channels=0 is not 1 or more; give the number of channels to keep"),
+        ({"channels": 0}, "channels=0 is not an int of 1 or more"),
         (
             {"channels": 33},
             "channels of left: 33 is above its 32 input channels; give at most 32, ",

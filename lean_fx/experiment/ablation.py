@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lean_fx.errors import ArgumentError, DataError, require
+from lean_fx.checks import check_choice
+from lean_fx.errors import DataError, require
 from lean_fx.experiment.arms import baseline_net, lean_net, narrow_net
 from lean_fx.experiment.comparison import export_and_time, require_all
 from lean_fx.experiment.datasets import Dataset
@@ -108,8 +109,7 @@ def grid(channels: str, controls: str, seeds: str, epochs: int) -> list[Setting]
     names = ["lean", *(name.strip() for name in controls.split(",") if name.strip())]
     known = (*reductions(), "narrow")
     for name in names:
-        if name not in known:
-            raise ArgumentError(f"control={name!r} is not known; use {', '.join(known[1:])}")
+        check_choice("control", name, known)
     kept = whole_numbers("channels", channels, 1)
     settings = []
     for seed in whole_numbers("seeds", seeds, 0):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lean_fx.errors import ArgumentError
+from lean_fx.checks import check_choice
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths, nearest_widths
 from lean_fx.experiment.sequence_nets import SEQUENCE_WIDTHS, sequence_net
@@ -93,8 +93,7 @@ def sequence_arms(
     Raises:
         ArgumentError: there is no such net.
     """
-    if net not in SEQUENCE_WIDTHS:
-        raise ArgumentError(f"net={net!r} is unknown; use {', '.join(SEQUENCE_WIDTHS)}")
+    check_choice("net", net, SEQUENCE_WIDTHS)
     _, in_channels, frames = data.train_x.shape
     return three_arms(
         lambda widths: sequence_net(net, widths, in_channels, frames, data.classes),

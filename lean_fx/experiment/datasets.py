@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, require
 
 
@@ -116,8 +117,7 @@ def digits(seed: int = 0, test_fraction: float = 0.2) -> Dataset:
         raise ArgumentError(
             f"digits: test_fraction={test_fraction} lies outside [0.01, 0.99]; use 0.2"
         )
-    if not 0 <= seed < 2**32:
-        raise ArgumentError(f"digits: seed={seed} lies outside 0 to 2**32 - 1; use 0")
+    seed = check_int("digits: seed", seed, 0, 2**32 - 1)
     purpose = "the digits data set"
     loader = require("sklearn.datasets", extra="examples", purpose=purpose)
     splitter = require("sklearn.model_selection", extra="examples", purpose=purpose)

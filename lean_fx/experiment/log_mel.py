@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError
 
 _FLOOR = 1e-6  # keeps the logarithm of silence finite; full scale is 1
@@ -52,8 +53,7 @@ def log_mel(
         >>> log_mel(torch.zeros(2, 8320)).shape
         torch.Size([2, 40, 64])
     """
-    if type(hop) is not int or hop < 1:
-        raise ArgumentError(f"log_mel: hop={hop!r} is not an int of 1 or more; use half a window")
+    hop = check_int("log_mel: hop", hop, 1)
     filters = mel_filters(channels, window, sample_rate)
     if not isinstance(samples, Tensor) or samples.dtype not in (torch.float32, torch.float64):
         kind = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
@@ -102,15 +102,9 @@ def mel_filters(channels: int, window: int, sample_rate: int) -> Tensor:
         tensor([[0.0000, 0.6800, 0.0000, 0.0000, 0.0000],
                 [0.0000, 0.3200, 0.9100, 0.4500, 0.0000]], dtype=torch.float64)
     """
-    for name, value, least in (
-        ("channels", channels, 1),
-        ("window", window, 2),
-        ("sample_rate", sample_rate, 1),
-    ):
-        if type(value) is not int or value < least:
-            raise ArgumentError(
-                f"mel_filters: {name}={value!r} is not an int of {least} or more; give one"
-            )
+    channels = check_int("mel_filters: channels", channels, 1)
+    window = check_int("mel_filters: window", window, 2)
+    sample_rate = check_int("mel_filters: sample_rate", sample_rate, 1)
     top = 2595 * torch.tensor(1 + sample_rate / 2 / 700, dtype=torch.float64).log10()
     mels = torch.linspace(0, 1, channels + 2, dtype=torch.float64) * top
     corners = 700 * (10 ** (mels / 2595) - 1)

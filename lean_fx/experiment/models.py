@@ -9,6 +9,7 @@ from math import floor
 import torch
 from torch import Tensor, nn
 
+from lean_fx.checks import check_int, check_ints
 from lean_fx.errors import ArgumentError
 
 PAPER_WIDTHS = (50, 100, 150)
@@ -130,8 +131,7 @@ def narrow_widths(
         >>> parameters_of((8, 16, 23))
         37857
     """
-    if parameters < 1:
-        raise ArgumentError(f"narrow_widths: parameters={parameters} is below 1; give a budget")
+    check_int("narrow_widths: parameters", parameters, 1)
     _last_side(widths, in_channels, image_size, classes)
     shape = {"in_channels": in_channels, "image_size": image_size, "classes": classes}
     return nearest_widths(parameters, widths, lambda net: parameters_of(net, **shape))
@@ -168,14 +168,10 @@ def _scaled(widths: Sequence[int], factor: Fraction) -> tuple[int, ...]:
 
 def _last_side(widths: Sequence[int], in_channels: int, image_size: int, classes: int) -> int:
     """Return the pixels a side after the last pooling; refuse numbers that make no net."""
-    if not widths or any(width < 1 for width in widths):
-        raise ArgumentError(
-            f"PaperNet: widths={tuple(widths)} must be one or more numbers of at least 1, "
-            f"such as {PAPER_WIDTHS}"
-        )
-    for name, value in (("in_channels", in_channels), ("classes", classes)):
-        if value < 1:
-            raise ArgumentError(f"PaperNet: {name}={value} is below 1; use 1 or more")
+    check_ints("PaperNet: widths", widths, 1)
+    check_int("PaperNet: in_channels", in_channels, 1)
+    check_int("PaperNet: image_size", image_size, 1)
+    check_int("PaperNet: classes", classes, 1)
     smallest = 1 << len(widths)
     if image_size < smallest:
         raise ArgumentError(

@@ -67,7 +67,7 @@ def whole_numbers(subject: str, text: str, least: int) -> list[int]:
         least: the smallest that is allowed, 0 or more.
 
     Raises:
-        ArgumentError: one is not a whole number of ``least`` or more.
+        ArgumentError: one is not an int of ``least`` or more.
 
     Example:
         >>> whole_numbers("seeds", "0, 1,2", 0)
@@ -75,7 +75,7 @@ def whole_numbers(subject: str, text: str, least: int) -> list[int]:
     """
     for part in text.split(","):
         if not part.strip().isdecimal() or int(part) < least:
-            raise ArgumentError(f"{subject}: {part!r} is not a whole number of {least} or more")
+            raise ArgumentError(f"{subject}: {part!r} is not an int of {least} or more")
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 

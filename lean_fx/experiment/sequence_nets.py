@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lean_fx.checks import check_choice, check_int, check_ints
 from lean_fx.errors import ArgumentError
 
 _CELLS = {"gru": nn.GRU, "lstm": nn.LSTM}
@@ -41,13 +42,12 @@ def sequence_net(
         >>> type(sequence_net("conv1d", (8, 8), in_channels=5, frames=16, classes=3)).__name__
         'Conv1dNet'
     """
+    check_choice("sequence_net: kind", kind, SEQUENCE_WIDTHS)
     if kind in _CELLS:
         return RecurrentNet(kind, widths[0], in_channels=in_channels, classes=classes)
     if kind == "fc":
         return FullyConnectedNet(widths, in_channels, frames, classes)
-    if kind == "conv1d":
-        return Conv1dNet(widths, in_channels, classes)
-    raise ArgumentError(f"sequence_net: {kind!r} is unknown; use {', '.join(SEQUENCE_WIDTHS)}")
+    return Conv1dNet(widths, in_channels, classes)
 
 
 class RecurrentNet(nn.Module):
@@ -82,10 +82,10 @@ class RecurrentNet(nn.Module):
         classes: int = 10,
     ) -> None:
         super().__init__()
-        _check("RecurrentNet", hidden=hidden, layers=layers, in_channels=in_channels)
-        _check("RecurrentNet", classes=classes)
-        if cell not in _CELLS:
-            raise ArgumentError(f"RecurrentNet: cell={cell!r} is unknown; use {', '.join(_CELLS)}")
+        check_choice("RecurrentNet: cell", cell, _CELLS)
+        check_int("RecurrentNet: hidden", hidden, 1)
+        check_int("RecurrentNet: layers", layers, 1)
+        _check_ends("RecurrentNet", in_channels, classes)
         make: Any = _CELLS[cell]
         self.rnn = make(in_channels, hidden, layers, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(2 * hidden, classes)
@@ -126,8 +126,9 @@ class FullyConnectedNet(nn.Module):
         classes: int = 10,
     ) -> None:
         super().__init__()
-        _check("FullyConnectedNet", widths=widths, in_channels=in_channels, classes=classes)
-        if frames < 8 or frames % 8:
+        check_ints("FullyConnectedNet: widths", widths, 1)
+        _check_ends("FullyConnectedNet", in_channels, classes)
+        if check_int("FullyConnectedNet: frames", frames, 8) % 8:
             raise ArgumentError(f"FullyConnectedNet: frames={frames} is not a multiple of 8")
         self.pool = nn.AvgPool1d(frames // 8)
         features = 8 * in_channels
@@ -171,7 +172,8 @@ class Conv1dNet(nn.Module):
         self, widths: Sequence[int] = (64, 128, 128), in_channels: int = 40, classes: int = 10
     ) -> None:
         super().__init__()
-        _check("Conv1dNet", widths=widths, in_channels=in_channels, classes=classes)
+        check_ints("Conv1dNet: widths", widths, 1)
+        _check_ends("Conv1dNet", in_channels, classes)
         self._depth = len(widths)
         channels = in_channels
         for number, width in enumerate(widths, start=1):
@@ -189,10 +191,6 @@ class Conv1dNet(nn.Module):
         return self.linear(x.mean(2))  # type: ignore[no-any-return]
 
 
-def _check(net: str, **numbers: int | Sequence[int]) -> None:
-    for name, value in numbers.items():
-        each = [value] if isinstance(value, int) else list(value)
-        if not each:
-            raise ArgumentError(f"{net}: {name} is empty; give one or more numbers of at least 1")
-        if min(each) < 1:
-            raise ArgumentError(f"{net}: {name}={value} is below 1; use 1 or more")
+def _check_ends(net: str, in_channels: int, classes: int) -> None:
+    check_int(f"{net}: in_channels", in_channels, 1)
+    check_int(f"{net}: classes", classes, 1)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lean_fx.checks import check_choice, check_int
 from lean_fx.errors import ArgumentError, require
 from lean_fx.experiment.batches import batches
 from lean_fx.experiment.datasets import Dataset
@@ -59,7 +60,7 @@ class Settings:
         >>> Settings(epochs=0)
         Traceback (most recent call last):
         ...
-        lean_fx.errors.ArgumentError: Settings: epochs=0 is not a whole number of 1 or more
+        lean_fx.errors.ArgumentError: Settings: epochs=0 is not an int of 1 or more
     """
 
     epochs: int = 20
@@ -69,22 +70,15 @@ class Settings:
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"Settings: {name}={value} is not a whole number of 1 or more")
+        ranges = {"epochs": (1, None), "batch_size": (1, None), "seed": (0, 2**32 - 1)}
+        for name, (least, most) in ranges.items():
+            checked = check_int(f"Settings: {name}", getattr(self, name), least, most)
+            object.__setattr__(self, name, checked)  # a checkpoint takes no int of NumPy
         if not 0 < self.learning_rate <= 1:
             raise ArgumentError(
                 f"Settings: learning_rate={self.learning_rate} lies outside ]0, 1]; use 1e-3"
             )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ArgumentError(
-                f"Settings: seed={self.seed} is not a whole number in 0 to 2**32 - 1; use 0"
-            )
-        if self.accelerator not in _ACCELERATORS:
-            raise ArgumentError(
-                f"Settings: accelerator={self.accelerator!r} is unknown; "
-                f"use one of {', '.join(_ACCELERATORS)}"
-            )
+        check_choice("Settings: accelerator", self.accelerator, _ACCELERATORS)
 
 
 def train(

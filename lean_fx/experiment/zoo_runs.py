@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from lean_fx.checks import check_choice, check_int
 from lean_fx.errors import ArgumentError
 from lean_fx.experiment.zoo_rows import RINGS, Row, read_row, write_row
 from lean_fx.files import make_folder
@@ -40,8 +41,7 @@ def rings_upto(last: str) -> tuple[str, ...]:
         >>> rings_upto("captured")
         ('baseline', 'captured')
     """
-    if last not in RINGS:
-        raise ArgumentError(f"rings={last!r} is not known; use {', '.join(RINGS)}")
+    check_choice("rings", last, RINGS)
     return RINGS[: RINGS.index(last) + 1]
 
 
@@ -103,9 +103,9 @@ def run_zoo(
         WriteError: the folder cannot be written.
     """
     rings = rings_upto(upto)
-    for subject, value in (("jobs", jobs), ("timeout", timeout_s)):
-        if value < 1:
-            raise ArgumentError(f"{subject}={value} is below 1; use 1 or more")
+    check_int("jobs", jobs, 1)
+    if not timeout_s >= 1:
+        raise ArgumentError(f"timeout={timeout_s!r} is not 1 second or more")
     wanted = list(names)
     make_folder(folder / "models")
     rows = {row.model: row for row in read_rows(wanted, folder)}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, DataError, require
 from lean_fx.onnx_files import weights_beside
 
@@ -107,7 +108,12 @@ def time_onnx(
         DataError: a file is missing or is not a model that ONNX Runtime can load.
         MissingDependencyError: onnxruntime is not installed.
     """
-    _check_range(files, threads, rounds, min_round_ms)
+    if not files:
+        raise ArgumentError("time_onnx: files is empty; give at least one name and file")
+    threads = check_int("time_onnx: threads", threads, 1)
+    rounds = check_int("time_onnx: rounds", rounds, 2)
+    if not min_round_ms > 0:
+        raise ArgumentError(f"time_onnx: min_round_ms={min_round_ms} is not above 0; use 5.0, say")
     names = list(files)
     with flushing_denormals():
         calls = {name: onnx_call(name, Path(files[name]), inputs, threads) for name in names}
@@ -171,18 +177,6 @@ def machine() -> str:
         )
         if part
     )
-
-
-def _check_range(
-    files: Mapping[str, Path | str], threads: int, rounds: int, min_round_ms: float
-) -> None:
-    if not files:
-        raise ArgumentError("time_onnx: files is empty; give at least one name and file")
-    for name, value, least in (("threads", threads, 1), ("rounds", rounds, 2)):
-        if value < least:
-            raise ArgumentError(f"time_onnx: {name}={value} is too few; use {least} or more")
-    if not min_round_ms > 0:
-        raise ArgumentError(f"time_onnx: min_round_ms={min_round_ms} is not above 0; use 5.0, say")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The LEAN reduction as a module; its formulas are those of :mod:`lean_fx.functional`."""
+"""Reductions as modules: their base, and LEAN by the formulas of :mod:`lean_fx.functional`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,77 @@ def check_channels(owner: str, in_channels: int, out_channels: int) -> tuple[int
     return in_channels, out_channels
 
 
-class LeanReduction(nn.Module):
+class Reduction(nn.Module):
+    """What all reductions have in common: their arguments and what they reduce, checked.
+
+    A reduction says in :meth:`reduce` what it makes of values that fit.
+
+    Args:
+        in_channels: the channels ``C_in`` of the input, 1 or more.
+        out_channels: the channels ``C'`` of the output, a divisor of ``in_channels``.
+        dim: the axis of the channels.
+
+    Shape:
+        - input: ``[..., C_in, ...]``, ``C_in`` along ``dim``
+        - output: ``[..., C', ...]``
+
+    Raises:
+        ArgumentError: ``out_channels`` does not divide ``in_channels``, or one is no int.
+
+    Example:
+        >>> class Every(Reduction):
+        ...     def reduce(self, x):
+        ...         return x[..., :: self.in_channels // self.out_channels]
+        >>> Every(4, 2, dim=-1)(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor([1., 3.])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dim: int = 1) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        self.in_channels, self.out_channels = check_channels(owner, in_channels, out_channels)
+        self.dim = check_int(f"{owner}: dim", dim)
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds of one position."""
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce ``x``, of packed sequences their data.
+
+        Raises:
+            ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
+        """
+        if isinstance(x, PackedSequence):
+            return with_data(x, self.forward(x.data))
+        if isinstance(x, Tensor):  # and not the proxy of one
+            self._check(x)
+        return self.reduce(x)
+
+    def _check(self, x: Tensor) -> None:
+        subject, shape = type(self).__name__, list(x.shape)
+        if not -x.dim() <= self.dim < x.dim():
+            raise ArgumentError(
+                f"{subject}: dim={self.dim} is no axis of {shape}; give values of more axes, or "
+                "another dim"
+            )
+        if x.shape[self.dim] != self.in_channels:
+            raise ArgumentError(
+                f"{subject}: axis {self.dim} of {shape} is not in_channels={self.in_channels}; "
+                "give such values, or another dim"
+            )
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Reduce values that have ``in_channels`` along ``dim``."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The arguments, as in torch.nn."""
+        return f"{self.in_channels}, {self.out_channels}, dim={self.dim}"
+
+
+class LeanReduction(Reduction):
     """Reduce C_in channels to C' by one step of a random walk over them, with a learned seed.
 
     The seed values, drawn from a standard normal, are all its parameters.
@@ -116,8 +186,7 @@ use 1, 2, 4 or 8
         iterations: int = 1,
         tol: float | None = None,
     ) -> None:
-        super().__init__()
-        in_channels, out_channels = check_channels("LeanReduction", in_channels, out_channels)
+        super().__init__(in_channels, out_channels, dim)
         check_options("LeanReduction", normalize, scale, split, iterations, tol)
         check_choice("LeanReduction: seed", seed, get_args(SeedShape))
         check_choice("LeanReduction: seed_init", seed_init, get_args(SeedInit))
@@ -126,9 +195,6 @@ use 1, 2, 4 or 8
                 "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk "
                 "keeps a constant seed; use normal or uniform"
             )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.dim = check_int("LeanReduction: dim", dim)
         self.normalize: Normalize = normalize
         self.scale: Scale = scale
         self.split: Split = split
@@ -136,8 +202,8 @@ use 1, 2, 4 or 8
         self.iterations = int(iterations)
         self.tol = tol
         self.nonnegative = False
-        matrix = (out_channels, in_channels // out_channels)
-        self.seed = nn.Parameter(torch.empty(matrix if seed == "matrix" else out_channels))
+        matrix = (self.out_channels, self.in_channels // self.out_channels)
+        self.seed = nn.Parameter(torch.empty(matrix if seed == "matrix" else matrix[:1]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -159,23 +225,8 @@ use 1, 2, 4 or 8
             + (self.in_channels if self.scale == "magnitude" else 0)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reduce ``x``, of packed sequences their data; see :func:`~lean_fx.lean_reduction`.
-
-        Raises:
-            ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
-        """
-        if isinstance(x, PackedSequence):
-            return with_data(x, self.forward(x.data))
-        if (
-            isinstance(x, Tensor)
-            and -x.dim() <= self.dim < x.dim()
-            and x.shape[self.dim] != self.in_channels
-        ):
-            raise ArgumentError(
-                f"LeanReduction: axis {self.dim} of {list(x.shape)} is not "
-                f"in_channels={self.in_channels}; give such values, or another dim"
-            )
+    def reduce(self, x: Tensor) -> Tensor:
+        """Reduce by :func:`~lean_fx.lean_reduction`."""
         return lean_reduction(
             x,
             self.seed,
@@ -201,4 +252,4 @@ use 1, 2, 4 or 8
         }
         changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]
         sign = ", nonnegative" if self.nonnegative else ""
-        return f"{self.in_channels}, {self.out_channels}, dim={self.dim}{''.join(changed)}{sign}"
+        return f"{super().extra_repr()}{''.join(changed)}{sign}"

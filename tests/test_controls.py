@@ -1,6 +1,9 @@
+import pickle
+
 import pytest
 import torch
 
+import lean_fx
 from lean_fx import register_reduction
 from lean_fx.controls import (
     GroupedSumReduction,
@@ -11,6 +14,7 @@ from lean_fx.controls import (
     SliceReduction,
 )
 from lean_fx.errors import ArgumentError
+from lean_fx.measure.cost import count_macs
 from lean_fx.registry import reduction_factory, reduction_name, reductions, unregister_reduction
 
 
@@ -34,6 +38,7 @@ def literal(module, row):
 
 
 CONTROLS = [name for name in reductions() if not name.startswith("lean")]
+KINDS = [lean_fx.LeanReduction, *map(reduction_factory, CONTROLS)]
 
 
 @pytest.mark.parametrize("dim", [1, -1])
@@ -74,9 +79,66 @@ def test_learned_controls_keep_the_scale():
         assert kind(400, 20)(x).std().item() == pytest.approx(1, rel=0.1)
 
 
-def test_errors_name_the_control():
-    with pytest.raises(ArgumentError, match="^MaxReduction: out_channels=5 does not divide"):
-        MaxReduction(12, 5)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((12, 5), "out_channels=5 does not divide in_channels=12; use 1, 2, 3, 4, 6 or 12"),
+        ((12.0, 4), "in_channels=12.0 is not an int of 1 or more"),
+        ((12, 4, "x"), "dim='x' is not an int"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_name_the_reduction(kind, arguments, message):
+    with pytest.raises(ArgumentError) as caught:
+        kind(*arguments)
+    assert str(caught.value) == f"{kind.__name__}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "message"),
+    [
+        ((2, 12), 1, "axis 1 of [2, 12] is not in_channels=8; give such values, or another dim"),
+        ((8, 4), -1, "axis -1 of [8, 4] is not in_channels=8; give such values, or another dim"),
+        ((2, 8), 2, "dim=2 is no axis of [2, 8]; give values of more axes, or another dim"),
+        ((8,), -2, "dim=-2 is no axis of [8]; give values of more axes, or another dim"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_another_width_are_refused(kind, shape, dim, message):
+    module = kind(8, 4, dim)
+    with pytest.raises(ArgumentError) as caught:
+        module(torch.rand(shape))
+    assert str(caught.value) == f"{kind.__name__}: {message}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_are_reduced_in_their_data(kind):
+    module = kind(8, 4)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.rand(3, 8), torch.rand(2, 8)])
+    out = module(packed)
+    torch.testing.assert_close(out.data, module(packed.data), rtol=0, atol=0)
+    assert out.batch_sizes.tolist() == packed.batch_sizes.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_stays_what_it_is_when_it_is_taken_elsewhere(kind, tmp_path):
+    torch.compiler.reset()  # each case compiles the same code anew, of which torch keeps eight
+    module, x = kind(12, 4).eval(), torch.rand(2, 12, 5)
+    y = module(x)
+    elsewhere = {
+        "pickle": pickle.loads(pickle.dumps(module)),
+        "compile": torch.compile(module, fullgraph=True, backend="eager"),
+        "trace": torch.fx.symbolic_trace(module),
+        "export": torch.export.export(module, (x,)).module(),
+    }
+    for way, other in elsewhere.items():
+        torch.testing.assert_close(other(x), y, msg=way)
+    torch.compiler.reset()
+    lean_fx.export_onnx(module, tmp_path / "net.onnx", x)  # compares the file with the module
+    macs = {GroupedSumReduction: 12, ProjectionReduction: 48, RandomProjectionReduction: 48}
+    macs[lean_fx.LeanReduction] = 2 * 12 + 4 * 12
+    assert module.macs_per_position == macs.get(kind, 0)
+    assert count_macs(module, x) == 2 * 5 * macs.get(kind, 0)
 
 
 def test_registry():

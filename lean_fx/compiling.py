@@ -27,13 +27,16 @@ def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
         The model itself.
 
     Raises:
-        ArgumentError: the model has no LeanReduction.
+        ArgumentError: the model has no LeanReduction, or is no module.
 
     Example:
         >>> import torch, lean_fx
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
         >>> lean = lean_fx.compile_reductions(lean_fx.leanify(net, torch.rand(5, 8)))
     """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise ArgumentError(f"compile_reductions: model={kind} object is not a module")
     found = [module for module in model.modules() if isinstance(module, LeanReduction)]
     if not found:
         raise ArgumentError(

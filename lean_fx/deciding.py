@@ -295,15 +295,20 @@ def _channels(site: Site, layer: str, options: Options) -> tuple[int | None, str
     if wanted is None:
         return None, "not named in channels"
     found = nearest_divisor(site.in_channels, wanted, options.align)
+    if site.in_channels == 1:
+        return None, "in_channels=1: nothing to reduce"
     if found is None:
         return None, f"in_channels={site.in_channels} is prime: only 1 and itself divide it"
     if found == site.in_channels:
         return None, f"channels={found} equals in_channels: nothing to reduce"
+    missed = bool(options.align and found % options.align)
+    notes = []
     if abs(found - wanted) >= 1:
-        aligned = options.align and found % options.align == 0
-        why = f", a multiple of {options.align}" if aligned else ""
-        return found, f"{wanted:.3g} wanted, {found} is the nearest divisor{why}"
-    return found, ""
+        why = f", a multiple of {options.align}" if options.align and not missed else ""
+        notes.append(f"{wanted:.3g} wanted, {found} is the nearest divisor{why}")
+    if missed:
+        notes.append(f"no divisor below {site.in_channels} is a multiple of align={options.align}")
+    return found, "; ".join(notes)
 
 
 def _free_name(value: str, sites: Iterable[Site]) -> str:

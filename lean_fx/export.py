@@ -96,7 +96,7 @@ def export_onnx(
             ``ReferenceEvaluator``: reductions of different forms share the name LEAN.
         quantize: ``"dynamic"`` or ``"static"`` to write an INT8 twin beside the file too, see
             :func:`~lean_fx.quantization.quantize_onnx`.
-        calibration: batches of inputs, for ``"static"``.
+        calibration: batches of inputs, for ``"static"`` alone.
         evaluation: batches ``(inputs, labels)``, to say what the twin costs in accuracy.
         tolerance: the greatest difference from the model's own outputs, as a fraction of their
             greatest magnitude, above 0; None to write the file unchecked. Where rounding alone,
@@ -142,6 +142,10 @@ def export_onnx(
         )
     if quantize == "static" and calibration is None:
         raise ArgumentError("export_onnx: quantize='static' needs calibration; give batches")
+    if quantize == "dynamic" and calibration is not None:
+        raise ArgumentError(
+            "export_onnx: calibration is for quantize='static'; give that, or leave calibration out"
+        )
     for name, batches in (("calibration", calibration), ("evaluation", evaluation)):
         if batches is not None and not gives_batches(batches):
             raise ArgumentError(
@@ -214,6 +218,7 @@ def plan_of(path: str | os.PathLike[str]) -> Plan:
 
     Raises:
         DataError: there is no such file, it is no ONNX file, or it holds no plan.
+        PlanError: the plan is of an unknown version, or its reduction is not registered here.
 
     Example:
         >>> import lean_fx, pathlib, tempfile

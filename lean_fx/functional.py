@@ -227,16 +227,16 @@ def check_options(
         raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")
 
 
-def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
-    for name, value in (("x", x), ("seed", seed)):
+def _check_floating(owner: str, **values: Tensor) -> None:
+    for name, value in values.items():
         if not isinstance(value, Tensor):
-            raise ArgumentError(
-                f"lean_reduction: {name} is a {type(value).__name__}; give a tensor"
-            )
+            raise ArgumentError(f"{owner}: {name} is a {type(value).__name__}; give a tensor")
         if not value.is_floating_point():
-            raise ArgumentError(
-                f"lean_reduction: {name} is {value.dtype}; give floating-point values"
-            )
+            raise ArgumentError(f"{owner}: {name} is {value.dtype}; give floating-point values")
+
+
+def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
+    _check_floating("lean_reduction", x=x, seed=seed)
     if not -x.dim() <= check_int("lean_reduction: dim", dim) < x.dim():
         raise ArgumentError(
             f"lean_reduction: dim={dim!r} is no axis of x, which has {x.dim()}; give the axis of "
@@ -299,7 +299,8 @@ def power_iteration_embedding(
         - output: ``[C']``
 
     Raises:
-        ArgumentError: the shapes do not fit, the seed is constant, or an option out of range.
+        ArgumentError: the shapes or types do not fit, the seed is constant, or an option out of
+            range.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
@@ -311,6 +312,7 @@ def power_iteration_embedding(
         Huang et al. (2023), Algorithm 1, after Lin and Cohen: Power Iteration Clustering,
         ICML 2010.
     """
+    _check_floating("power_iteration_embedding", matrix=matrix, seed=seed)
     if matrix.dim() != 2 or seed.shape != matrix.shape[:1]:
         raise ArgumentError(
             f"power_iteration_embedding: matrix {list(matrix.shape)} and seed {list(seed.shape)} "

@@ -27,7 +27,7 @@ from lean_fx.passes import (
 )
 from lean_fx.passes.swap_layers import swap_layer
 from lean_fx.reduction import check_channels
-from lean_fx.registry import ReductionFactory, reduction_factory, reduction_name, reductions
+from lean_fx.registry import ReductionFactory, reduction_name, reductions, registered_name
 
 _FORMAT = "lean_fx.plan"
 #: How the reason begins for a layer of a stack that stays whole: the stack stands for it.
@@ -160,11 +160,11 @@ class Plan:
         Raises:
             PlanError: the reduction is a class without a registered name.
         """
-        name = reduction_name(self.reduction)
-        if name not in reductions():
+        name = registered_name(self.reduction)
+        if name is None:
             raise PlanError(
-                f"plan: the reduction {name} has no registered name; give it one with "
-                f"lean_fx.register_reduction({name!r}, {name})"
+                f"plan: the reduction {reduction_name(self.reduction)} has no registered name; "
+                "give it one with lean_fx.register_reduction('my_name', factory)"
             )
         content = {"format": _FORMAT, "version": _VERSION}
         content |= dataclasses.asdict(dataclasses.replace(self, reduction=name))
@@ -175,7 +175,8 @@ class Plan:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            PlanError: the text is no plan, or of an unknown version.
+            PlanError: the text is no plan, or of an unknown version, or its reduction is not
+                registered here.
         """
         try:
             content: dict[str, Any] = json.loads(text)
@@ -202,7 +203,11 @@ class Plan:
             raise PlanError(
                 f"plan: a part is missing or unknown ({error}); make it anew"
             ) from error
-        reduction_factory(plan.reduction)
+        if plan.reduction not in reductions():
+            raise PlanError(
+                f"plan: the reduction {plan.reduction!r} is not registered here; do so first with "
+                f"lean_fx.register_reduction({plan.reduction!r}, factory)"
+            )
         return plan
 
     def __str__(self) -> str:

@@ -57,7 +57,7 @@ def register_reduction(name: str, factory: ReductionFactory) -> None:
             ``factory(in_channels, out_channels, dim=dim)`` and returns a module.
 
     Raises:
-        ArgumentError: the name is taken, or the factory cannot be called.
+        ArgumentError: the name is taken, or the factory cannot be called, or is a module already.
 
     Example:
         >>> from functools import partial
@@ -69,8 +69,11 @@ def register_reduction(name: str, factory: ReductionFactory) -> None:
     """
     if not isinstance(name, str) or not name:
         raise ArgumentError(f"register_reduction: name={name!r} is not a name; give a string")
-    if not callable(factory):
-        raise ArgumentError(f"register_reduction: {name}: {factory!r} cannot be called")
+    if not _is_factory(factory):
+        raise ArgumentError(
+            f"register_reduction: {name!r}: {type(factory).__name__} object is no factory; give a "
+            "module class, which is made anew for each site"
+        )
     if _FACTORIES.get(name, factory) is not factory:
         raise ArgumentError(f"register_reduction: {name!r} is taken; choose another name")
     _FACTORIES[name] = factory
@@ -104,7 +107,7 @@ random_projection or a module class
                 "module class"
             )
         return _FACTORIES[reduction]
-    if isinstance(reduction, nn.Module) or not callable(reduction):
+    if not _is_factory(reduction):
         kind = type(reduction).__name__
         raise ArgumentError(
             f"reduction={kind} object is neither a name nor a module class; give the class, "
@@ -113,17 +116,34 @@ random_projection or a module class
     return reduction
 
 
+def _is_factory(value: Any) -> bool:
+    return callable(value) and not isinstance(value, nn.Module)
+
+
+def registered_name(reduction: str | ReductionFactory) -> str | None:
+    """The name under which a reduction is registered, or None.
+
+    Example:
+        >>> registered_name(LeanReduction), registered_name("slice"), registered_name(nn.Linear)
+        ('lean', 'slice', None)
+    """
+    if isinstance(reduction, str):
+        return reduction if reduction in _FACTORIES else None
+    return next((name for name, factory in _FACTORIES.items() if factory is reduction), None)
+
+
 def reduction_name(reduction: str | ReductionFactory) -> str:
     """The name to show for a reduction: its registered name, else its own.
 
     Example:
-        >>> reduction_name(LeanReduction), reduction_name("slice")
-        ('lean', 'slice')
+        >>> reduction_name(LeanReduction), reduction_name(partial(LeanReduction, tol=0.1))
+        ('lean', 'LeanReduction')
     """
     if isinstance(reduction, str):
         return reduction
-    known = next((name for name, factory in _FACTORIES.items() if factory is reduction), None)
-    return known or str(getattr(reduction, "__name__", reduction))
+    made_by = reduction.func if isinstance(reduction, partial) else reduction
+    own = getattr(made_by, "__name__", type(made_by).__name__)
+    return registered_name(reduction) or str(own)
 
 
 def make_reduction(

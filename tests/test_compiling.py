@@ -51,3 +51,6 @@ def test_without_a_reduction_there_is_nothing_to_compile():
     assert str(caught.value) == (
         "model=Linear has no LeanReduction to compile; give what leanify makes"
     )
+    with pytest.raises(lean_fx.errors.ArgumentError) as caught:
+        lean_fx.compile_reductions(3)
+    assert str(caught.value) == "compile_reductions: model=int object is not a module"

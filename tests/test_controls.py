@@ -150,8 +150,14 @@ def test_registry():
     finally:
         unregister_reduction("mine")
     assert reduction_name(MeanReduction) == "mean"
-    with pytest.raises(ArgumentError, match="cannot be called"):
-        register_reduction("mine", 3)
+    for value, kind in ((3, "int"), ("lean", "str"), (MeanReduction(4, 2), "MeanReduction")):
+        with pytest.raises(ArgumentError) as caught:
+            register_reduction("mine", value)
+        assert str(caught.value) == (
+            f"register_reduction: 'mine': {kind} object is no factory; give a module class, which "
+            "is made anew for each site"
+        )
+    assert "mine" not in reductions()
     with pytest.raises(ArgumentError, match="is not a name"):
         register_reduction("", MeanReduction)
     with pytest.raises(ArgumentError, match="is neither a name nor a module class"):

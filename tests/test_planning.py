@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -6,7 +7,8 @@ from torch import nn
 
 import lean_fx
 from graphs import CHANGED, UNCHANGED, Flattened, Residual, graph_text
-from lean_fx.errors import ArgumentError, PlanError
+from lean_fx.controls import SliceReduction
+from lean_fx.errors import PlanError
 
 
 @pytest.mark.parametrize("model", CHANGED | UNCHANGED)
@@ -45,7 +47,7 @@ def test_a_reduction_without_a_name_has_no_json():
         plan.to_json()
     assert str(caught.value) == (
         "plan: the reduction Own has no registered name; give it one with "
-        "lean_fx.register_reduction('Own', Own)"
+        "lean_fx.register_reduction('my_name', factory)"
     )
 
 
@@ -86,5 +88,27 @@ def test_texts_that_are_no_plan(text, message):
 
 
 def test_a_plan_with_an_unknown_reduction():
-    with pytest.raises(ArgumentError, match="^reduction='other' is not known; use lean, "):
-        lean_fx.Plan.from_json(edited(lambda c: c.update(reduction="other")))
+    for name in ("other", 3):
+        with pytest.raises(PlanError) as caught:
+            lean_fx.Plan.from_json(edited(lambda c, name=name: c.update(reduction=name)))
+        assert str(caught.value) == (
+            f"plan: the reduction {name!r} is not registered here; do so first with "
+            f"lean_fx.register_reduction({name!r}, factory)"
+        )
+
+
+def test_a_plan_of_a_partial_factory():
+    factory = functools.partial(lean_fx.LeanReduction, scale="mean")
+    plan = lean_fx.plan(Residual(), channels=8, reduction=factory)
+    assert " (LeanReduction) before " in str(plan)
+    with pytest.raises(PlanError, match="^plan: the reduction LeanReduction has no registered nam"):
+        plan.to_json()
+
+
+def test_the_name_of_another_reduction_is_not_written():
+    def lean(in_channels, out_channels, dim=1):
+        return SliceReduction(in_channels, out_channels, dim)
+
+    plan = lean_fx.plan(Residual(), channels=8, reduction=lean)
+    with pytest.raises(PlanError, match="^plan: the reduction lean has no registered name; give"):
+        plan.to_json()

@@ -139,6 +139,10 @@ def test_calibration_by_a_loader_of_no_known_length(tmp_path):
         ({"quantize": "int4"}, "quantize='int4' is not known; use dynamic or static"),
         ({"quantize": "static"}, "quantize='static' needs calibration; give batches"),
         (
+            {"quantize": "dynamic", "calibration": []},
+            "calibration is for quantize='static'; give that, or leave calibration out",
+        ),
+        (
             {"evaluation": []},
             "calibration and evaluation are for quantize; give that too, or neither",
         ),

@@ -328,6 +328,19 @@ def test_errors_of_the_function(changed, message):
     assert str(caught.value) == f"lean_reduction: {message}"
 
 
+@pytest.mark.parametrize(
+    ("matrix", "seed", "message"),
+    [
+        ([[1.0, 2.0]], torch.rand(1), "matrix is a list; give a tensor"),
+        (torch.rand(1, 2), [1.0], "seed is a list; give a tensor"),
+        (torch.ones(2, 2).long(), torch.rand(2), "matrix is torch.int64; give floating-point val"),
+    ],
+)
+def test_what_is_no_matrix_or_seed(matrix, seed, message):
+    with pytest.raises(ArgumentError, match=f"^power_iteration_embedding: {message}"):
+        power_iteration_embedding(matrix, seed)
+
+
 def test_errors_of_power_iteration_embedding():
     with pytest.raises(ArgumentError, match="seed holds 1 alone, which the walk keeps; give"):
         power_iteration_embedding(torch.rand(4, 3), torch.ones(4))

@@ -278,6 +278,25 @@ def test_channels():
     assert decided(Wide(), channels={"a": 4, "b*": 0.25}) == {"a": 4, "b": 16, "b2": 5}
     assert decided(Wide(), channels={"a": 4}) == {"a": 4}
     assert decided(Wide(), channels=10, align=8) == {"a": 8, "b": 8, "b2": 10}
+
+
+def test_an_align_that_cannot_be_kept_is_told():
+    def notes(**options):
+        return {site.layers[0]: site.note for site in lean_fx.plan(Wide(), **options).sites}
+
+    missed = "no divisor below 64 is a multiple of align=7"
+    assert notes(channels=8, align=7)["a"] == missed
+    assert notes(channels=10, align=7)["a"] == f"10 wanted, 8 is the nearest divisor; {missed}"
+    assert notes(channels=8, align=64)["a"] == "no divisor below 64 is a multiple of align=64"
+    assert notes(channels=8, align=8)["a"] == ""
+    assert notes(channels=8, align=1)["a"] == ""
+
+
+def test_a_single_channel_is_no_prime():
+    net = nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Conv2d(1, 4, 3))
+    plan = lean_fx.plan(net, channels="tenth", min_channels=1)
+    (left,) = [each for each in plan.left_alone if each.layer == "2"]
+    assert left.reason == "in_channels=1: nothing to reduce"
     assert decided(Wide(), min_channels=21) == {"a": 8, "b": 8}
     assert decided(Wide(), filter=lambda module, name: getattr(module, "out_channels", 0) == 4) == {
         "b2": 4

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture import as_inputs
-from lean_fx.checks import check_shapes, check_values
+from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.copying import copied_whole
 from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
@@ -85,6 +85,7 @@ def compare(
     """
     inputs = as_inputs(example_inputs)
     _check(models, inputs, batches, threads, rounds, energy_s)
+    batches, threads, rounds = tuple(map(int, batches)), int(threads), int(rounds)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, purpose="comparing")
     if energy_s:
@@ -173,12 +174,9 @@ def _check(
             f"compare: example_inputs: batches of {sizes} differ; give one batch, the first axis "
             "of all inputs (hidden states have it second: let the model make its own)"
         )
-    listed = isinstance(batches, tuple | list) and len(batches) > 0
-    if not listed or not all(type(batch) is int and batch > 0 for batch in batches):
-        raise ArgumentError(f"compare: batches={batches!r} is no list of ints of 1 or more")
-    for option, value, least in (("threads", threads, 1), ("rounds", rounds, 2)):
-        if type(value) is not int or value < least:
-            raise ArgumentError(f"compare: {option}={value!r} is not an int of {least} or more")
+    check_ints("compare: batches", batches, 1)
+    check_int("compare: threads", threads, 1)
+    check_int("compare: rounds", rounds, 2)
     most = 4 * (os.cpu_count() or 1)
     if threads > most:
         raise ArgumentError(f"compare: threads={threads} is above {most}, four a core; give fewer")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture import as_inputs, capture, copied_graph, plain_copy
-from lean_fx.checks import first_without_values
+from lean_fx.checks import check_choice, check_int, first_without_values
 from lean_fx.deciding import Options, make_plan, stacks_to_split, weights_to_make
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.layerwise import plan_layers
@@ -162,8 +162,7 @@ def _planned(
     model: nn.Module, example_inputs: Any, options: Options, keep: Keep
 ) -> tuple[Plan, GraphModule | None]:
     """The plan, and the model captured, its stacks split as the plan says; None if it cannot be."""
-    if keep not in get_args(Keep):
-        raise ArgumentError(f"keep={keep!r} is not known; use all, saving or measured")
+    check_choice("keep", keep, get_args(Keep))
     inputs = as_inputs(example_inputs) if example_inputs is not None else ()
     passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
     if inputs:
@@ -243,10 +242,8 @@ def _options(
 ) -> Options:
     check_channels_policy(channels)
     reduction_factory(reduction)
-    for name, value in (("align", align), ("min_channels", min_channels)):
-        allowed = value is None and name == "align"
-        if not allowed and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ArgumentError(f"{name}={value!r} is not an int of 1 or more")
+    align = None if align is None else check_int("align", align, 1)
+    min_channels = check_int("min_channels", min_channels, 1)
     if not isinstance(reduce_inputs, bool):
         raise ArgumentError(f"reduce_inputs={reduce_inputs!r} is not True or False")
     if filter is not None and not callable(filter):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import lean_fx
 from lean_fx.checks import check_choice, check_int, check_ints
@@ -55,4 +56,12 @@ def test_ints_of_numpy_are_taken_everywhere():
         4,
     )
     check_channels_policy(n)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    plan = lean_fx.plan(net, channels=n, align=n, min_channels=n)
+    assert [site.out_channels for site in plan.sites] == [4]
+    assert lean_fx.Plan.from_json(plan.to_json()) == plan
+    one, two = np.int64(1), np.int64(2)
+    found = lean_fx.compare({"net": net}, torch.rand(2, 4), batches=[one], threads=one, rounds=two)
+    assert [latency.threads for latency in found.models[0].latencies] == [1]
+    assert "net" in found.to_json()
     assert type(Settings(epochs=n, batch_size=n, seed=n).seed) is int

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import require
 from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text

@@ -8,15 +8,15 @@ Example:
 """
 
 from lean_fx.comparing import compare
-from lean_fx.compiling import compile_reductions
 from lean_fx.costing import costs_of
 from lean_fx.errors import LeanError, LeanWarning
-from lean_fx.export import export_onnx, plan_of
-from lean_fx.functional import checking_signs, lean_reduction, power_iteration_embedding
+from lean_fx.export.exporting import export_onnx, plan_of
 from lean_fx.passes import Consumer, Site
-from lean_fx.planning import LeftAlone, Plan
-from lean_fx.reduction import LeanReduction
-from lean_fx.registry import reductions, register_reduction
+from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.reduction.compiling import compile_reductions
+from lean_fx.reduction.functional import checking_signs, lean_reduction, power_iteration_embedding
+from lean_fx.reduction.lean import LeanReduction
+from lean_fx.reduction.registry import reductions, register_reduction
 from lean_fx.transform import leanify, plan
 
 __version__ = "0.1.0"

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture import as_inputs
+from lean_fx.capture.capturing import as_inputs
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.copying import copied_whole
 from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
-from lean_fx.export import export_onnx
+from lean_fx.export.exporting import export_onnx
+from lean_fx.export.inputs import resized
 from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
@@ -31,7 +32,6 @@ from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
 from lean_fx.onnx_files import onnx_bytes, weight_files
-from lean_fx.onnx_inputs import resized
 
 
 def compare(

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture import as_inputs, capture
+from lean_fx.capture.capturing import as_inputs, capture
+from lean_fx.capture.tracing import LeanTracer
 from lean_fx.checks import is_quantized_layer
 from lean_fx.errors import ArgumentError
+from lean_fx.layers.transformers import PLAIN
 from lean_fx.measure.cost import Counter, counting, counting_device, without_gradients
 from lean_fx.measure.costed import Costs, NodeCost
 from lean_fx.measure.formulas import call_macs
 from lean_fx.passes.propagate_shapes import check_count
-from lean_fx.registry import is_reduction
-from lean_fx.tracing import LeanTracer
-from lean_fx.transformers import PLAIN
+from lean_fx.reduction.registry import is_reduction
 
 # Modules that hold parameters and multiply by them element by element, or only look them up.
 _WITHOUT_SUMS = (

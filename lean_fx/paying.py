@@ -23,14 +23,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import ArgumentError
-from lean_fx.export import export_onnx
+from lean_fx.export.exporting import export_onnx
+from lean_fx.layers.rebuild import input_channels, input_weights, is_recurrent
 from lean_fx.measure.formulas import layer_macs
 from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import Consumer, Site, facts
-from lean_fx.planning import LeftAlone, Plan
-from lean_fx.rebuild import input_channels, input_weights, is_recurrent
-from lean_fx.reduction import LeanReduction
-from lean_fx.registry import ReductionFactory
+from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.reduction.lean import LeanReduction
+from lean_fx.reduction.registry import ReductionFactory
 
 Keep = Literal["all", "saving", "measured"]
 

@@ -11,11 +11,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture import as_inputs, capture, copied_graph, plain_copy
+from lean_fx.capture.capturing import as_inputs, capture, copied_graph, plain_copy
 from lean_fx.checks import check_choice, check_int, first_without_values
-from lean_fx.deciding import Options, make_plan, stacks_to_split, weights_to_make
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
-from lean_fx.layerwise import plan_layers
 from lean_fx.passes import (
     FindConsumers,
     InferSign,
@@ -29,10 +27,12 @@ from lean_fx.passes import (
     TrackWrites,
 )
 from lean_fx.paying import Keep, keep_paying
-from lean_fx.planning import WITHIN, LeftAlone, Plan
-from lean_fx.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
-from lean_fx.registry import ReductionFactory, reduction_factory
-from lean_fx.unseen import hidden_layers
+from lean_fx.planning.deciding import Options, make_plan, stacks_to_split, weights_to_make
+from lean_fx.planning.layerwise import plan_layers
+from lean_fx.planning.plans import WITHIN, LeftAlone, Plan
+from lean_fx.planning.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
+from lean_fx.planning.unseen import hidden_layers
+from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 
 
 def leanify(
@@ -56,7 +56,7 @@ def leanify(
     Args:
         model: any module. One that torch.fx cannot trace needs example inputs: branches on sizes
             are followed by them; where more hinders it each of its layers reduces its own input,
-            and a LeanWarning says so (:mod:`lean_fx.layerwise`).
+            and a LeanWarning says so (:mod:`lean_fx.planning.layerwise`).
         example_inputs: a tensor, packed sequences, or a tuple of the positional inputs; optional.
             With them the shapes of all values are known and checked, and the rebuilt layers start
             at the scale of those that they replace.

@@ -15,8 +15,8 @@ axis, or through a flatten and dropouts::
 Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
 
 1. it cannot be rebuilt: it is of a subclass that does not keep the meaning of its type
-   (:mod:`lean_fx.subclasses`), or its weight is parametrized by more than torch's weight norm or
-   spectral norm;
+   (:mod:`lean_fx.layers.subclasses`), or its weight is parametrized by more than torch's weight
+   norm or spectral norm;
 2. a parameter of it is shared or read elsewhere (or memory of it), or frozen, or its weight is not
    floating-point or of a subclass of torch's parameters; or it is called more than once, and
    reads through a flatten, or along different axes, or one of the calls is refused;
@@ -43,8 +43,16 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrize
 
 from lean_fx.checks import is_quantized_layer
-from lean_fx.old_norms import with_norm_of_today
-from lean_fx.packed import with_data
+from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.rebuild import (
+    REBUILDERS,
+    groups_of,
+    input_channels,
+    input_weights,
+    is_recurrent,
+    why_not_rebuilt,
+)
+from lean_fx.layers.transformers import PLAIN
 from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.graph_context import GraphContext, Read, attribute_of
@@ -53,16 +61,8 @@ from lean_fx.passes.modularize_weights import behind_transpose, weights_of_produ
 from lean_fx.passes.products import CALLS, find_weight, why_computed
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout
-from lean_fx.rebuild import (
-    REBUILDERS,
-    groups_of,
-    input_channels,
-    input_weights,
-    is_recurrent,
-    why_not_rebuilt,
-)
-from lean_fx.registry import is_reduction
-from lean_fx.transformers import PLAIN
+from lean_fx.reduction.packed import with_data
+from lean_fx.reduction.registry import is_reduction
 
 _CONVOLUTIONS = CALLS - {F.linear}
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")

@@ -1,7 +1,7 @@
 """Analysis: which values are proved to have no element below zero.
 
-A LEAN reduction of such a value is cheaper: its sums factor (see :mod:`lean_fx.walk`). A wrong
-proof would be silent, so a rule says yes only where the mathematics does, and no otherwise.
+A LEAN reduction of such a value is cheaper: its sums factor (:mod:`lean_fx.reduction.walk`). A
+wrong proof would be silent, so a rule says yes only where the mathematics does, and no otherwise.
 
 Values are taken to be real and floating, as everything is that a reduction reads. Rules:
 
@@ -34,8 +34,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.packed import SequenceDropout
 from lean_fx.passes.base import Pass, argument, called, facts
+from lean_fx.reduction.packed import SequenceDropout
 
 _NEVER_NEGATIVE: set[Any] = {
     *(nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d),

@@ -54,13 +54,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
-from lean_fx.old_norms import with_norm_of_today
-from lean_fx.packed import with_data
-from lean_fx.passes.base import Pass, add_module, facts, forget_facts, is_altered
-from lean_fx.passes.find_consumers import layer_input, reads_reduction
-from lean_fx.passes.flattens import view_sizes
-from lean_fx.passes.sites import Consumer, Site
-from lean_fx.rebuild import (
+from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.rebuild import (
     groups_of,
     input_channels,
     input_weights,
@@ -68,8 +63,13 @@ from lean_fx.rebuild import (
     rebuild,
     why_not_rebuilt,
 )
-from lean_fx.reduction import LeanReduction
-from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
+from lean_fx.passes.base import Pass, add_module, facts, forget_facts, is_altered
+from lean_fx.passes.find_consumers import layer_input, reads_reduction
+from lean_fx.passes.flattens import view_sizes
+from lean_fx.passes.sites import Consumer, Site
+from lean_fx.reduction.lean import LeanReduction
+from lean_fx.reduction.packed import with_data
+from lean_fx.reduction.registry import ReductionFactory, make_reduction, reduction_factory
 
 _POSITIONS = 1024  # of the sample: a relative error of the root mean square of a few percent
 

@@ -24,9 +24,9 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.packed import with_data
 from lean_fx.passes.base import Pass, facts, shallow, sharing_copy
 from lean_fx.passes.propagate_shapes import cannot_run
+from lean_fx.reduction.packed import with_data
 
 
 class MeasureScale(Pass):

@@ -34,6 +34,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lean_fx.errors import PlanError
+from lean_fx.layers.rebuild import REBUILDERS
 from lean_fx.passes.base import Pass, argument
 from lean_fx.passes.modularize_calls import (
     SETTINGS,
@@ -43,7 +44,6 @@ from lean_fx.passes.modularize_calls import (
     within_called,
 )
 from lean_fx.passes.reducing import LAYERS
-from lean_fx.rebuild import REBUILDERS
 
 _PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm"}
 _SWAPS = {(0, 1), (1, 0), (-1, -2), (-2, -1)}

@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from lean_fx.packed import with_data
-from lean_fx.rebuild import groups_of
+from lean_fx.layers.rebuild import groups_of
+from lean_fx.reduction.packed import with_data
 
 #: What a layer's forward calls, and the layer.
 LAYERS: dict[Any, type[nn.Module]] = {

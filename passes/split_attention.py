@@ -31,7 +31,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lean_fx.attention import AttentionHeads
+from lean_fx.layers.attention import AttentionHeads
 from lean_fx.passes.base import argument, is_altered, item, replace_node
 from lean_fx.passes.splitting import Splitting
 

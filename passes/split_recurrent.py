@@ -31,9 +31,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.packed import SequenceDropout, layer_states
 from lean_fx.passes.base import argument, is_altered, item, replace_node, rewire
 from lean_fx.passes.splitting import Splitting
+from lean_fx.reduction.packed import SequenceDropout, layer_states
 
 _STACKS = (nn.RNN, nn.LSTM, nn.GRU)
 

@@ -24,14 +24,14 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.errors import PlanError
+from lean_fx.layers.rebuild import input_weights, rebuild
 from lean_fx.passes.base import Pass, facts
 from lean_fx.passes.find_consumers import layer_input
 from lean_fx.passes.insert_reductions import check_layer, match_scale
 from lean_fx.passes.reducing import reduce_first, reduce_within
 from lean_fx.passes.sites import Site
-from lean_fx.rebuild import input_weights, rebuild
-from lean_fx.reduction import LeanReduction
-from lean_fx.registry import ReductionFactory, make_reduction, reduction_factory
+from lean_fx.reduction.lean import LeanReduction
+from lean_fx.reduction.registry import ReductionFactory, make_reduction, reduction_factory
 
 
 class SwapLayers(Pass):

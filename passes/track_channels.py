@@ -42,10 +42,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.modes import ByMode
-from lean_fx.packed import SequenceDropout
+from lean_fx.layers.modes import ByMode
 from lean_fx.passes.base import Pass, argument, called, facts
 from lean_fx.passes.flattens import is_flatten, source_of
+from lean_fx.reduction.packed import SequenceDropout
 
 _CONVS = (
     nn.Conv1d,

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.modes import InMode
+from lean_fx.layers.modes import InMode
 from lean_fx.passes.base import Pass, argument, called, facts
 
 # Layers and functions of torch.nn that may return a view of their input, or the input itself.

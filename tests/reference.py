@@ -8,7 +8,7 @@ def algorithm_2(channels, seed, normalize="column", scale="sum", split="contiguo
     """The C' values of one position with the given C_in channels.
 
     Algorithm 1 normalises rows in place of columns; the options beyond the two algorithms follow
-    their formulas in lean_fx.reduction.
+    their formulas in lean_fx.reduction.lean.
     """
     preserved = len(seed)
     reducible = len(channels) // preserved

@@ -9,9 +9,9 @@ from torch import nn
 
 import lean_fx
 from graphs import graph_text
-from lean_fx.attention import AttentionHeads
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import PlanError
+from lean_fx.layers.attention import AttentionHeads
 from lean_fx.passes import SplitAttention
 
 L, S, N, E, H = 5, 7, 3, 12, 2

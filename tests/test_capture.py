@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import lean_fx
 from graphs import Net
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
+from lean_fx.capture.guards import check_branch
 from lean_fx.errors import BranchError, CaptureError, LeanError
-from lean_fx.guards import check_branch
 from lean_fx.passes.modularize_weights import weights_of_products
 
 

@@ -11,7 +11,7 @@ import lean_fx
 from lean_fx.checks import check_choice, check_int, check_ints
 from lean_fx.errors import ArgumentError
 from lean_fx.experiment.training import Settings
-from lean_fx.policy import check_channels_policy
+from lean_fx.planning.policy import check_channels_policy
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])

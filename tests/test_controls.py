@@ -5,7 +5,9 @@ import torch
 
 import lean_fx
 from lean_fx import register_reduction
-from lean_fx.controls import (
+from lean_fx.errors import ArgumentError
+from lean_fx.measure.cost import count_macs
+from lean_fx.reduction.controls import (
     GroupedSumReduction,
     MaxReduction,
     MeanReduction,
@@ -13,9 +15,12 @@ from lean_fx.controls import (
     RandomProjectionReduction,
     SliceReduction,
 )
-from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_macs
-from lean_fx.registry import reduction_factory, reduction_name, reductions, unregister_reduction
+from lean_fx.reduction.registry import (
+    reduction_factory,
+    reduction_name,
+    reductions,
+    unregister_reduction,
+)
 
 
 def literal(module, row):

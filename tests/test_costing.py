@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import pack_sequence
 
 import lean_fx
 from graphs import CHANGED, Net
-from lean_fx.controls import GroupedSumReduction, ProjectionReduction
 from lean_fx.errors import ArgumentError, CaptureError
 from lean_fx.measure.cost import count_macs, count_parameters, counting
 from lean_fx.measure.formulas import call_macs
+from lean_fx.reduction.controls import GroupedSumReduction, ProjectionReduction
 
 
 def by_operators(call):

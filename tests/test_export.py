@@ -12,14 +12,14 @@ from onnx import numpy_helper
 from torch import nn
 
 import lean_fx
-import lean_fx.functional
+import lean_fx.reduction.functional
 from graphs import CHANGED, Residual
 from lean_fx.errors import ArgumentError, DataError, ExportError, MissingDependencyError, WriteError
 from lean_fx.experiment.models import PaperNet
-from lean_fx.onnx_nodes import define_functions
-from lean_fx.onnx_program import exported_program
-from lean_fx.parity import first_difference, greatest_difference
-from lean_fx.registry import reductions
+from lean_fx.export.nodes import define_functions
+from lean_fx.export.parity import first_difference, greatest_difference
+from lean_fx.export.program import exported_program
+from lean_fx.reduction.registry import reductions
 
 
 def run(path, inputs):
@@ -95,7 +95,7 @@ def test_two_free_lengths(shape, dim, free, nonnegative):
     module = lean_fx.LeanReduction(12, 4, dim).eval()
     module.nonnegative = nonnegative
     sizes = {0: torch.export.Dim("batch"), free: torch.export.Dim("length")}
-    with lean_fx.functional.as_onnx_nodes():
+    with lean_fx.reduction.functional.as_onnx_nodes():
         program = torch.onnx.export(
             module, (torch.rand(shape),), dynamo=True, dynamic_shapes=(sizes,), verbose=False
         )

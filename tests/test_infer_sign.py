@@ -8,8 +8,8 @@ from torch.fx import symbolic_trace
 
 import lean_fx
 from graphs import CHANGED, UNCHANGED, Residual
-from lean_fx.functional import checking_signs
 from lean_fx.passes import InferSign, TrackWrites, facts
+from lean_fx.reduction.functional import checking_signs
 
 
 def proofs(model):

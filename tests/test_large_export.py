@@ -7,10 +7,10 @@ import torch
 import lean_fx
 from graphs import Residual
 from lean_fx.errors import ExportError
+from lean_fx.export.parity import greatest_difference
+from lean_fx.export.quantization import quantize_onnx
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.onnx_files import onnx_bytes, weight_files
-from lean_fx.parity import greatest_difference
-from lean_fx.quantization import quantize_onnx
 from test_export import run
 
 
@@ -46,7 +46,7 @@ def test_a_failed_export_leaves_both_files(tmp_path, monkeypatch):
     inputs, path = torch.rand(2, 3, 16, 16), tmp_path / "net.onnx"
     lean_fx.export_onnx(Residual(), path, inputs)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setattr("lean_fx.parity.greatest_difference", lambda *_: 1.0)
+    monkeypatch.setattr("lean_fx.export.parity.greatest_difference", lambda *_: 1.0)
     with pytest.raises(ExportError, match="differs from Residual"):
         lean_fx.export_onnx(Residual(), path, inputs)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -3,75 +3,36 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "lean_fx").glob("*.py")) + sorted(ROOT.glob("passes/*.py"))
-FILES += sorted(ROOT.glob("lean_fx/measure/*.py")) + sorted(ROOT.glob("lean_fx/experiment/*.py"))
+FILES = [path for path in sorted(ROOT.glob("lean_fx/**/*.py")) if "passes" not in path.parts]
+FILES += sorted(ROOT.glob("passes/*.py"))
 
 # From the bottom up; a module may import modules of its own layer and of those below it.
 LAYERS = (
-    {"lean_fx.errors", "lean_fx.files"},
-    {
-        "lean_fx.attention",
-        "lean_fx.checks",
-        "lean_fx.copying",
-        "lean_fx.guards",
-        "lean_fx.modes",
-        "lean_fx.old_norms",
-        "lean_fx.packed",
-        "lean_fx.plain",
-        "lean_fx.walk",
-        "lean_fx.functional",
-        "lean_fx.parity",
-        "lean_fx.replaying",
-        "lean_fx.onnx_files",
-        "lean_fx.onnx_function",
-        "lean_fx.onnx_nodes",
-        "lean_fx.onnx_inputs",
-        "lean_fx.onnx_pooling",
-        "lean_fx.onnx_recurrent",
-        "lean_fx.reduction",
-        "lean_fx.controls",
-        "lean_fx.registry",
-        "lean_fx.rebuild",
-        "lean_fx.subclasses",
-        "lean_fx.tracing",
-        "lean_fx.transformers",
-        "lean_fx.unrecorded",
-    },
-    {"lean_fx.passes", "lean_fx.measure"},
-    {
-        "lean_fx.compiling",
-        "lean_fx.following",
-        "lean_fx.proxies",
-        "lean_fx.merging",
-        "lean_fx.probing",
-        "lean_fx.attempts",
-        "lean_fx.unseen",
-        "lean_fx.onnx_program",
-        "lean_fx.capture",
-    }
-    | {"lean_fx.policy", "lean_fx.planning", "lean_fx.deciding"}
-    | {"lean_fx.layerwise", "lean_fx.multiplying", "lean_fx.watching"}
-    | {"lean_fx.transform", "lean_fx.export", "lean_fx.paying", "lean_fx.comparing", "lean_fx"}
-    | {"lean_fx.quantization", "lean_fx.costing"},
+    {"lean_fx.errors", "lean_fx.files", "lean_fx.onnx_files"},
+    {"lean_fx.checks", "lean_fx.copying"},
+    {"lean_fx.reduction"},
+    {"lean_fx.layers"},
+    {"lean_fx.passes"},
+    {"lean_fx.measure"},
+    {"lean_fx.capture"},
+    {"lean_fx.planning"},
+    {"lean_fx.export"},
+    {"lean_fx.costing", "lean_fx.paying"},
+    {"lean_fx.comparing", "lean_fx.transform"},
+    {"lean_fx"},
     {"lean_fx.experiment"},
 )
 OPTIONAL = {
-    "onnx": {"lean_fx.export", "lean_fx.parity", "lean_fx.onnx_nodes", "lean_fx.comparing"}
-    | {"lean_fx.onnx_files", "lean_fx.quantization", "lean_fx.measure"},
-    "onnx_ir": {"lean_fx.onnx_nodes"},
+    "onnx": {"lean_fx.onnx_files", "lean_fx.export", "lean_fx.comparing", "lean_fx.measure"},
+    "onnx_ir": {"lean_fx.export"},
     "onnxscript": {"lean_fx.export", "lean_fx.comparing"},
-    "onnxruntime": {
-        "lean_fx.export",
-        "lean_fx.quantization",
-        "lean_fx.parity",
-        "lean_fx.comparing",
-        "lean_fx.measure",
-    },
+    "onnxruntime": {"lean_fx.export", "lean_fx.comparing", "lean_fx.measure"},
     "codecarbon": {"lean_fx.comparing", "lean_fx.measure"},
     "rich": {"lean_fx.measure", "lean_fx.experiment"},
     "torchvision": {"lean_fx.experiment"},
@@ -89,9 +50,12 @@ def module_name(path):
     return ".".join(parts).removesuffix(".__init__")
 
 
+MODULES = {module_name(path) for path in FILES}
+
+
 def layer_of(module):
-    names = [module.rsplit(".", cut)[0] if cut else module for cut in range(module.count(".") + 1)]
-    return next(i for name in names for i, layer in enumerate(LAYERS) if name in layer)
+    name = ".".join(module.split(".")[:2])  # a package is in one layer
+    return next(i for i, layer in enumerate(LAYERS) if name in layer)
 
 
 def imports(path):
@@ -124,6 +88,19 @@ def test_imports_point_downwards(path):
                 (name for name in OPTIONAL.get(package, ()) if module.startswith(name)), None
             )
             assert home, f"{module} imports {imported}"
+
+
+def runs_imports(path):
+    """The modules of lean_fx that a file imports as it is imported itself."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("lean_fx."):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names & MODULES or {node.module}
+
+
+def test_modules_import_each_other_in_no_circle():
+    sorter = TopologicalSorter({module_name(path): set(runs_imports(path)) for path in FILES})
+    sorter.prepare()
 
 
 def test_every_module_has_a_layer():

@@ -11,8 +11,8 @@ from torch import nn
 
 import lean_fx
 from graphs import Net
-from lean_fx.capture import capture
-from lean_fx.modes import ByMode, InMode
+from lean_fx.capture.capturing import capture
+from lean_fx.layers.modes import ByMode, InMode
 
 
 def X(*shape):  # noqa: N802

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import lean_fx
 from graphs import CHANGED, Weights, WrittenOut, graph_text
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
+from lean_fx.capture.tracing import LeanTracer
 from lean_fx.errors import PlanError
 from lean_fx.passes import ModularizeWeights
 from lean_fx.passes.modularize_weights import weights_of_products
-from lean_fx.tracing import LeanTracer
 
 
 def test_functional_dropout_follows_the_mode():

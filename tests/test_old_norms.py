@@ -9,8 +9,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import lean_fx
 from graphs import reasons
-from lean_fx.old_norms import with_norm_of_today
-from lean_fx.rebuild import rebuild
+from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.rebuild import rebuild
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::lean_fx.LeanWarning")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lean_fx
-from lean_fx.onnx_pooling import PoolsAnyLength
+from lean_fx.export.pooling import PoolsAnyLength
 
 POOLS = {
     "module": nn.MaxPool1d(3, stride=2, padding=1, ceil_mode=True),

@@ -8,9 +8,9 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import lean_fx
-from lean_fx import onnx_recurrent
 from lean_fx.errors import ArgumentError, ExportError
-from lean_fx.onnx_recurrent import _weights, recurrence
+from lean_fx.export import recurrent as onnx_recurrent
+from lean_fx.export.recurrent import _weights, recurrence
 
 KINDS = [(nn.RNN, {}), (nn.RNN, {"nonlinearity": "relu"}), (nn.LSTM, {}), (nn.GRU, {})]
 

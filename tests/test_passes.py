@@ -9,7 +9,7 @@ from torch.fx import symbolic_trace
 
 import lean_fx
 from graphs import CHANGED, UNCHANGED, Residual, Tokens, graph_text
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import ArgumentError, PassError, PlanError
 from lean_fx.passes import (
     FindConsumers,

@@ -7,8 +7,8 @@ from torch import nn
 
 import lean_fx
 from graphs import CHANGED, UNCHANGED, Flattened, Residual, graph_text
-from lean_fx.controls import SliceReduction
 from lean_fx.errors import PlanError
+from lean_fx.reduction.controls import SliceReduction
 
 
 @pytest.mark.parametrize("model", CHANGED | UNCHANGED)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lean_fx import Consumer, LeanError, Site
-from lean_fx.policy import (
+from lean_fx.planning.policy import (
     check_channels_policy,
     check_names,
     check_skip,

@@ -10,7 +10,7 @@ from torch import nn
 import lean_fx
 from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment.models import PaperNet
-from lean_fx.quantization import accuracy_of
+from lean_fx.export.quantization import accuracy_of
 
 
 def lean():

@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import (
 
 import lean_fx
 from graphs import graph_text
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import BranchError, PlanError
 from lean_fx.measure.timing import Latency
-from lean_fx.packed import with_data
 from lean_fx.passes import SplitRecurrent
+from lean_fx.reduction.packed import with_data
 
 OPTIONS = [
     {},

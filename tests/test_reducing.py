@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 import lean_fx
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import LeanWarning, PlanError
 from reference import reduce_all
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lean_fx import LeanReduction, lean_reduction, power_iteration_embedding
 from lean_fx.errors import ArgumentError, LeanError
-from lean_fx.functional import checking_signs
-from lean_fx.reduction import divisors
+from lean_fx.reduction.functional import checking_signs
+from lean_fx.reduction.lean import divisors
 from reference import algorithm_2, reduce_all
 
 OPTIONS = {
@@ -43,7 +43,7 @@ def cases(draw):
 def runs(x, seed, dim, **options):
     """The reduction on its two ways: hand-written where that applies, and plain as when traced."""
     yield lean_reduction(x, seed, dim, **options)
-    with mock.patch("lean_fx.functional._runs_eagerly", return_value=False):
+    with mock.patch("lean_fx.reduction.functional._runs_eagerly", return_value=False):
         yield lean_reduction(x, seed, dim, **options)
 
 
@@ -117,7 +117,7 @@ def test_blocks_do_not_show(nonnegative, dim, monkeypatch):
     seed = torch.randn(4)
     found = []
     for size in (1, 700, 10**9):
-        monkeypatch.setattr("lean_fx.walk._BLOCK_BYTES", size)
+        monkeypatch.setattr("lean_fx.reduction.walk._BLOCK_BYTES", size)
         leaf, v = x.clone().requires_grad_(), seed.clone().requires_grad_()
         y = lean_reduction(leaf, v, dim, nonnegative=nonnegative)
         found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, v))))

@@ -11,10 +11,10 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ExportError, LeanWarning
-from lean_fx.onnx_function import LeanFunction
-from lean_fx.onnx_program import exported_program
-from lean_fx.parity import first_difference, rounding_error
-from lean_fx.replaying import in_float64, values_of
+from lean_fx.export.lean_function import LeanFunction
+from lean_fx.export.parity import first_difference, rounding_error
+from lean_fx.export.program import exported_program
+from lean_fx.export.replaying import in_float64, values_of
 
 
 class Logistic(nn.Module):

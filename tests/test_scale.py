@@ -6,7 +6,7 @@ from torch import nn
 
 import lean_fx
 from graphs import Residual
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.passes import MeasureScale, facts
 
 

@@ -9,8 +9,8 @@ from torch.nn.utils import parametrizations
 import lean_fx
 from graphs import Kinds, MyConv, SameConv, StandardConv
 from lean_fx.errors import PassError
-from lean_fx.rebuild import rebuild
-from lean_fx.subclasses import keeps_meaning
+from lean_fx.layers.rebuild import rebuild
+from lean_fx.layers.subclasses import keeps_meaning
 
 
 class Empty(nn.ConvTranspose1d):

@@ -11,10 +11,10 @@ from torch import nn
 
 import lean_fx
 from graphs import CHANGED, UNCHANGED, Flattened, MyConv, Residual, graph_text
-from lean_fx.capture import capture
-from lean_fx.controls import SliceReduction
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import ArgumentError, CaptureError
-from lean_fx.registry import reductions
+from lean_fx.reduction.controls import SliceReduction
+from lean_fx.reduction.registry import reductions
 
 
 class PaperForm(nn.Module):

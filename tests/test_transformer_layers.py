@@ -13,7 +13,7 @@ from torch import nn
 
 import lean_fx
 from graphs import Transformed, graph_text
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.passes import SplitLayers
 
 L, S, N, E, H = 5, 4, 3, 12, 2

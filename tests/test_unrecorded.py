@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import lean_fx
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import CaptureError
 
 X = torch.rand(4, 8)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lean_fx
 from graphs import Net
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import CaptureError
 
 

@@ -25,7 +25,7 @@ from lean_fx.experiment.script import whole_numbers
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.pictures import colour, new_figure
-from lean_fx.registry import reductions
+from lean_fx.reduction.registry import reductions
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,8 +12,8 @@ from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths, nearest_widths
 from lean_fx.experiment.sequence_nets import SEQUENCE_WIDTHS, sequence_net
 from lean_fx.measure.cost import count_parameters
-from lean_fx.policy import ChannelsPolicy, Skip
-from lean_fx.registry import ReductionFactory, reduction_name
+from lean_fx.planning.policy import ChannelsPolicy, Skip
+from lean_fx.reduction.registry import ReductionFactory, reduction_name
 from lean_fx.transform import leanify
 
 

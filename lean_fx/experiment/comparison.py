@@ -20,7 +20,7 @@ from lean_fx.experiment.processes import (
     leave_to_first_process,
     processes,
 )
-from lean_fx.export import export_onnx
+from lean_fx.export.exporting import export_onnx
 from lean_fx.files import make_folder
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter

@@ -1,7 +1,7 @@
 """What is asked of one model of the zoo, ring by ring, from the inside out.
 
 1. baseline: it can be built and runs; its call sites are counted;
-2. captured: :func:`lean_fx.capture.capture` gives a graph;
+2. captured: :func:`lean_fx.capture.capturing.capture` gives a graph;
 3. leanified: :func:`lean_fx.leanify` ends, the model itself is untouched;
 4. runs: at the example batch, at another batch, and at another resolution where the baseline does;
 5. trains: one step of SGD reaches every parameter;
@@ -33,17 +33,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture import capture
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import LeanError
 from lean_fx.experiment.zoo_models import build, fitting_images, why_not
 from lean_fx.experiment.zoo_rows import RINGS, Ring, Row, write_row
 from lean_fx.experiment.zoo_sites import CallSite, find_call_sites, worth_reducing
 from lean_fx.experiment.zoo_times import time_leanify
-from lean_fx.export import export_onnx
+from lean_fx.export.exporting import export_onnx
+from lean_fx.export.parity import difference
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.timing import time_onnx
-from lean_fx.parity import difference
-from lean_fx.planning import Plan
+from lean_fx.planning.plans import Plan
 from lean_fx.transform import leanify
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lean_fx.registry import is_reduction
+from lean_fx.reduction.registry import is_reduction
 
 # What gives the same channels again, elsewhere in memory; views share the memory and need no list.
 _COPIES = {"clone", "_to_copy", "_unsafe_view", "constant_pad_nd", "native_dropout", "roll"}

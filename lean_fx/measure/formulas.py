@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lean_fx.layers.rebuild import input_weights
 from lean_fx.passes.base import is_altered
-from lean_fx.rebuild import input_weights
-from lean_fx.registry import is_reduction
+from lean_fx.reduction.registry import is_reduction
 
 
 def layer_macs(layer: nn.Module, read: int, written: int) -> int:

@@ -1,0 +1,1 @@
+"""A model becomes a torch.fx graph: traced, followed through branches, or kept whole in parts."""

@@ -1,0 +1,176 @@
+"""Tracing copies of a model, with other tracers and other leaves, until it goes.
+
+By, in turn,
+
+1. torch.fx's tracer, with the leaves of :class:`~lean_fx.capture.tracing.LeanTracer`;
+2. with example inputs, one that follows branches on sizes (:mod:`lean_fx.capture.following`);
+3. the same with the modules that still cannot be traced as leaves, the innermost that will do, and
+   those whose branches would refuse sizes that the model takes (:mod:`lean_fx.capture.probing`);
+4. the same with those as leaves that give the weights of layers to a function that torch.fx.wrap
+   made a node, which no pass could see into.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule
+from torch.fx.proxy import TraceError
+
+from lean_fx.capture.following import FollowingTracer
+from lean_fx.capture.guards import check_branch
+from lean_fx.capture.probing import refusing_modules
+from lean_fx.capture.tracing import LeanTracer, is_wrapped
+from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.passes.base import has_hooks, sharing_copy
+from lean_fx.passes.reducing import reduces_within
+
+
+def trace_copy(
+    root: nn.Module,
+    inputs: Sequence[Any],
+    whole: frozenset[str] = frozenset(),
+    *,
+    evaluation: bool = False,
+) -> tuple[nn.Module, Graph]:
+    """Trace copies of a module until it goes; the copy that went, and its graph.
+
+    Args:
+        root: the module.
+        inputs: example inputs, as far as they are known.
+        whole: names of modules that are leaves in any case.
+        evaluation: whether the graph is for evaluation alone. Else modules whose ``train`` is their
+            own are leaves, as a graph would forget it.
+
+    Raises:
+        TraceError: the module cannot be traced; or what its own code raises.
+    """
+    own = set() if evaluation else set(_modules_with_own_train(root))
+    if "" in own:
+        raise TraceError(f"{type(root).__name__} has a train of its own, which a graph has not")
+    opaque = (
+        whole
+        | own
+        | {
+            name
+            for name, each in root.named_modules()
+            if name and (reduces_within(each) or has_hooks(each))
+        }
+    )
+    return _trace_seeing(root, inputs, opaque)
+
+
+def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
+    """The modules that a graph calls whole because they could not be traced.
+
+    Args:
+        root: the copy that gave the graph.
+        graph: what :func:`trace_copy` returned along with it.
+    """
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    tracer = LeanTracer()
+    return frozenset(
+        name for name in called if not tracer.is_leaf_module(root.get_submodule(name), name)
+    )
+
+
+def _modules_with_own_train(root: nn.Module) -> Iterator[str]:
+    for name, each in root.named_modules():
+        if (type(each).train, type(each).eval) != (nn.Module.train, nn.Module.eval):
+            yield name
+
+
+def _trace_seeing(
+    root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+) -> tuple[nn.Module, Graph]:
+    """As :func:`trace_copy`, with these leaves, and those that hide the weights of layers."""
+    copied, graph = _trace_around(root, inputs, opaque)
+    hiding = _hiding_weights(copied, graph)
+    if hiding:
+        try:
+            return _trace_around(root, inputs, opaque | hiding)
+        except Exception:  # what is around them asks more of their outputs than to be passed on
+            pass
+    return copied, graph
+
+
+def _trace_around(
+    root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+) -> tuple[nn.Module, Graph]:
+    """As :func:`trace_copy`, with these leaves, and more if need be."""
+    copied = sharing_copy(root)
+    absent = _absent(root, inputs)
+    try:
+        return copied, LeanTracer(opaque).trace(copied, absent)
+    except Exception:  # the model's own code may raise anything on proxies
+        copied, graph, leaves = _trace_in_parts(root, inputs, absent, opaque)
+    if leaves > opaque and not _layers_called(copied, graph):
+        names = ", ".join(sorted(leaves - opaque))
+        raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
+    return _without_refusals(root, inputs, absent, copied, graph, leaves)
+
+
+def _trace_in_parts(
+    root: nn.Module, inputs: Sequence[Any], absent: dict[str, Any], opaque: frozenset[str]
+) -> tuple[nn.Module, Graph, frozenset[str]]:
+    """Trace copies of a module, with ever more leaves, until it goes."""
+    while True:
+        copied = sharing_copy(root)
+        tracer = (
+            FollowingTracer(inputs, opaque, give_up=True)
+            if inputs
+            else LeanTracer(opaque, give_up=True)
+        )
+        graph = tracer.trace(copied, absent)
+        if tracer.opaque == opaque:
+            return copied, graph, opaque
+        opaque = tracer.opaque
+
+
+def _without_refusals(
+    root: nn.Module,
+    inputs: Sequence[Any],
+    absent: dict[str, Any],
+    copied: nn.Module,
+    graph: Graph,
+    opaque: frozenset[str],
+) -> tuple[nn.Module, Graph]:
+    """The same with modules as leaves whose branches would refuse sizes that the model takes."""
+    names = {name for name, _ in root.named_modules() if name}
+    while any(node.target is check_branch for node in graph.nodes):
+        refusing = refusing_modules(root, GraphModule(copied, graph), inputs) & names
+        if refusing <= opaque:
+            break
+        other, parts, opaque = _trace_in_parts(root, inputs, absent, opaque | refusing)
+        if not _layers_called(other, parts):
+            break
+        copied, graph = other, parts
+    return copied, graph
+
+
+def _hiding_weights(root: nn.Module, graph: Graph) -> frozenset[str]:
+    """The modules that give weights of layers to functions that torch.fx.wrap made nodes."""
+    found = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and is_wrapped(node.target):
+            read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
+            owners = (name.removesuffix(".weight") for name in read if name.endswith(".weight"))
+            around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            if around and any(type(root.get_submodule(each)) in REBUILDERS for each in owners):
+                found.add(around[-1])
+    return frozenset(found)
+
+
+def _layers_called(root: nn.Module, graph: Graph) -> bool:
+    targets = (str(node.target) for node in graph.nodes if node.op == "call_module")
+    return any(isinstance(root.get_submodule(target), tuple(REBUILDERS)) for target in targets)
+
+
+def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
+    """The parameters of forward that are None: given so, or by default."""
+    parameters = list(inspect.signature(root.forward).parameters.values())
+    given = dict(zip((each.name for each in parameters), inputs, strict=False))
+    return {each.name: None for each in parameters if given.get(each.name, each.default) is None}

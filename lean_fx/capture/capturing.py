@@ -1,0 +1,273 @@
+"""From a module to a torch.fx graph, without touching the module.
+
+Copies of the model, torch's Transformer modules in them made plain
+(:mod:`lean_fx.layers.transformers`), are traced until one attempt succeeds
+(:mod:`lean_fx.capture.attempts`), in the mode that the model is in and in the other, and the two
+graphs become one (:mod:`lean_fx.capture.merging`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
+
+from lean_fx.capture.attempts import trace_copy, whole_modules
+from lean_fx.capture.merging import CannotMerge, merge_modes
+from lean_fx.capture.unrecorded import Unrecorded
+from lean_fx.checks import check_plain, check_shapes
+from lean_fx.copying import copied_whole
+from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.layers.transformers import PLAIN
+from lean_fx.passes.base import is_altered, sharing_copy
+from lean_fx.passes.modularize_calls import ModularizeCalls
+
+_STATE_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+_ROOT_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def capture(
+    model: nn.Module, inputs: Sequence[Any] = (), *, evaluation: bool = False
+) -> GraphModule:
+    """Capture a model as a torch.fx graph.
+
+    Args:
+        model: a module; it is copied first and stays as it is.
+        inputs: example inputs, as far as they are known. With them branches on sizes are followed,
+            and a call whose sizes lead elsewhere raises a BranchError. A parameter of forward that
+            is None by default and that they do not give is None in the graph, which refuses
+            another value by a BranchError too.
+        evaluation: whether to capture what the model does in eval mode, and only that.
+
+    Returns:
+        A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
+        of each, and with all hooks; a container with hooks stays whole. What forward does in one
+        mode only, it does there too (see :mod:`lean_fx.capture.merging`), and functional dropout
+        has become a module. Where the two modes cannot be joined, it keeps its own, and a
+        LeanWarning says so.
+
+    Raises:
+        ArgumentError: ``model`` is not a module, or wraps one, or has lazy layers without a shape.
+        CaptureError: it cannot be copied or traced, or does in a mode what a graph would lose.
+
+    Example:
+        >>> print(capture(nn.Sequential(nn.Linear(4, 2), nn.ReLU())).code.strip())
+        def forward(self, input):
+            input_1 = input
+            _0 = getattr(self, "0")(input_1);  input_1 = None
+            _1 = getattr(self, "1")(_0);  _0 = None
+            return _1
+    """
+    _check(model)
+    if isinstance(model, nn.RNNBase):
+        raise ArgumentError(
+            f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
+        )
+    root = plain_copy(model)
+    if evaluation:
+        root.eval()
+    captured, whole = None, frozenset[str]()
+    while captured is None:
+        captured, whole = _captured(root, inputs, whole, evaluation)
+    ModularizeCalls()(captured)
+    _keep_unsaved(captured, root)
+    return captured
+
+
+def _captured(
+    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], evaluation: bool
+) -> tuple[GraphModule | None, frozenset[str]]:
+    """A captured model; or none, and the modules to keep whole, as its other mode does."""
+    name = type(root).__name__
+    try:
+        traced, graph = trace_copy(root, inputs, whole, evaluation=evaluation)
+        captured = GraphModule(traced, graph, name)
+    except Exception as error:
+        raise _untraced(name, error, inputs) from error
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
+            node.type = None
+    _keep_hooks(captured, root)
+    _keep_layers(captured, root)
+    more = frozenset[str]() if evaluation else _follow_mode(captured, traced, root, inputs, whole)
+    return (None, whole | more) if more else (captured, whole)
+
+
+def copied_graph(graph_module: GraphModule) -> GraphModule:
+    """A copy of a captured model that shares its tensors, with its class name and its hooks."""
+    copied = sharing_copy(graph_module)
+    assert isinstance(copied, GraphModule)
+    named = GraphModule(copied, copied.graph, type(graph_module).__name__)
+    _keep_hooks(named, graph_module)
+    _keep_unsaved(named, graph_module)
+    return named
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, torch's Transformer modules in it made plain.
+
+    Those with hooks stay, unless the model is one: to trace what is inside would lose these.
+
+    Raises:
+        CaptureError: it cannot be copied.
+    """
+    copied = copied_whole(model)
+    for module in copied.modules():
+        kept = is_altered(module) or any(getattr(module, hooks) for hooks in _ROOT_HOOKS)
+        if type(module) in PLAIN and (module is copied or not kept):
+            module.__class__ = PLAIN[type(module)]
+    return copied
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
+
+    Tensors that were made in inference mode are copied: elsewhere a model could not write to them.
+
+    Raises:
+        ArgumentError: they are neither a tensor nor a tuple or list, or packed sequences without a
+            step.
+
+    Example:
+        >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
+        [torch.Size([2, 3])]
+    """
+    if isinstance(example_inputs, torch.Tensor | rnn.PackedSequence):
+        inputs: tuple[Any, ...] = (example_inputs,)
+    elif isinstance(example_inputs, tuple | list):
+        inputs = tuple(example_inputs)
+    else:
+        raise ArgumentError(
+            f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a "
+            "tuple; give one tensor, or a tuple of the positional inputs"
+        )
+    if any(isinstance(each, rnn.PackedSequence) and not len(each.batch_sizes) for each in inputs):
+        raise ArgumentError("example_inputs: packed sequences without a step; give one or more")
+    own: tuple[Any, ...] = pytree.tree_map_only(
+        torch.Tensor, lambda x: x.clone() if x.is_inference() else x, inputs
+    )
+    return own
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model={type(model).__name__} object is not a torch.nn.Module; give the model itself"
+        )
+    check_plain(model)
+    check_shapes(model)
+    names = {*dir(GraphModule), "meta"}
+    taken = [name for name, _ in model.named_children() if name in names]
+    if taken and not isinstance(model, GraphModule):
+        raise CaptureError(
+            f"{type(model).__name__}: its submodule {taken[0]!r} has the name of an attribute of "
+            "torch.fx.GraphModule; rename it"
+        )
+
+
+def _follow_mode(
+    captured: GraphModule,
+    traced: nn.Module,
+    root: nn.Module,
+    inputs: Sequence[Any],
+    whole: frozenset[str],
+) -> frozenset[str]:
+    """Make a captured model do in the opposite mode what the model does there.
+
+    Returns:
+        The modules that must be whole for that, if they are not; then nothing was done.
+    """
+    modules = list(root.modules())
+    for module in modules:
+        module.training = not module.training
+    try:
+        other, opposite = trace_copy(root, inputs, whole)
+    except Unrecorded as error:
+        raise _untraced(type(root).__name__, error, inputs) from error
+    except Exception as error:
+        reason = _reason(error)
+    else:
+        more = whole_modules(other, opposite) - whole_modules(traced, captured.graph)
+        if more:
+            return more
+        try:
+            merge_modes(captured, traced, opposite, other)
+            return more
+        except CannotMerge as error:
+            reason = str(error)
+    finally:
+        for module in modules:
+            module.training = not module.training
+    mode = "train" if root.training else "eval"
+    warnings.warn(
+        f"{type(root).__name__}: does what it does in {mode} mode after train() and eval() alike, "
+        f"since its graph in the other mode cannot be joined to it ({reason}); capture it in the "
+        "mode that you need",
+        LeanWarning,
+        stacklevel=6,
+    )
+    return frozenset()
+
+
+def _untraced(name: str, error: Exception, inputs: Sequence[Any]) -> CaptureError:
+    remedy = "move the part that depends on values out of forward"
+    if not inputs:
+        remedy += (
+            ", or give example_inputs: branches on sizes are followed by them, else each layer "
+            "reduces its own input"
+        )
+    return CaptureError(f"{name}: torch.fx cannot trace its forward ({_reason(error)}); {remedy}")
+
+
+def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:
+    """Keep the hooks of the model itself, and those of state_dicts of its containers.
+
+    The captured model has containers of its own. Other hooks of a container keep it whole.
+    """
+    for hooks in _ROOT_HOOKS:
+        setattr(captured, hooks, getattr(root, hooks))
+    modules = dict(captured.named_modules())
+    for name, module in root.named_modules():
+        there = modules.get(name, module)
+        for hooks in _STATE_HOOKS if there is not module else ():
+            setattr(there, hooks, OrderedDict(getattr(module, hooks)))
+        for key, hook in there._load_state_dict_pre_hooks.items():
+            if hook.with_module:  # such a hook knows its module
+                there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
+
+
+def _keep_unsaved(captured: GraphModule, root: nn.Module) -> None:
+    """Keep buffers out of state_dicts that were: torch.fx would save those that it copies."""
+    modules = dict(root.named_modules())
+    for name, there in captured.named_modules():
+        unsaved = modules[name]._non_persistent_buffers_set if name in modules else set()
+        there._non_persistent_buffers_set |= unsaved & there._buffers.keys()
+
+
+def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
+    """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
+    modules = dict(root.named_modules())
+    for node in captured.graph.nodes:
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and owner and type(modules.get(owner)) in REBUILDERS:
+            captured.set_submodule(owner, modules[owner])
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}".removesuffix(".")

@@ -1,0 +1,316 @@
+"""Tracing with values: what Python decides by a size, it decides as for the example inputs.
+
+torch.fx's proxies stand for any value, so that ``if x.shape[1] > 8`` cannot be traced. Here every
+proxy also has the value that the example inputs give: of a tensor a fake one, which has a shape, a
+dtype and a device but no numbers, of anything else the thing itself. Rules:
+
+1. Sizes stay nodes: what is computed of them (padding, positions) is computed at every call.
+2. Where Python needs a value, to branch (``bool``), to count (``len``, ``range``) or as a number
+   (``int``), it gets the one of the example inputs, and the graph gets a
+   :func:`~lean_fx.capture.guards.check_branch`, which refuses inputs that would give another.
+3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of
+   a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
+4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
+5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments; the limits
+   of a dtype (``torch.finfo(x.dtype).min``) are nodes too.
+6. A cell that is called again is in a loop, whose steps would be frozen: an error too.
+7. Nodes that only led to a decision, and compute no tensor, are removed in the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx import Graph, Node, Proxy
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import TraceError
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lean_fx.capture.guards import check_branch, count_items, round_number
+from lean_fx.capture.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
+from lean_fx.capture.tracing import LeanTracer
+from lean_fx.capture.unrecorded import keeping_chance
+from lean_fx.passes.base import fake_of, run_on, sharing_copy
+
+_FIXED = "lean_fx.fixed"
+_CALLS = ("call_function", "call_method")
+_NO_VALUE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+_MAKERS: tuple[Callable[..., Any], ...] = (
+    *(torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros),
+    *(torch.rand, torch.randint, torch.randn, torch.randperm),
+)
+_MAKERS_OF_VALUES: tuple[Callable[..., Any], ...] = (torch.tensor, torch.as_tensor)
+_OF_TYPES: tuple[Callable[..., Any], ...] = (torch.finfo, torch.iinfo)
+_DECIDING = {getattr(operator, name) for name in operator.__all__} | {
+    getattr,
+    count_items,
+    round_number,
+}
+_DECIDING -= {operator.setitem, operator.delitem}
+_DECIDING_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"}
+
+
+class FollowingTracer(LeanTracer):
+    """A tracer whose proxies have the values that example inputs give.
+
+    Args:
+        inputs: the positional example inputs.
+        opaque: names of modules that are leaves.
+        give_up: whether modules whose forward cannot be traced become leaves.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Any] = (),
+        opaque: frozenset[str] = frozenset(),
+        *,
+        give_up: bool = False,
+    ) -> None:
+        super().__init__(
+            opaque, give_up=give_up, wrapped=(*_MAKERS, *_MAKERS_OF_VALUES, *_OF_TYPES)
+        )
+        self._autowrap_search.append(torch)
+        self._inputs = tuple(inputs)
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._state: dict[Tensor, Tensor] = {}
+        self._evaluating = False
+        self._decided: set[tuple[str, Any]] = set()
+        self._cells: set[nn.Module] = set()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        """Trace; the values are dropped in the end."""
+        with _Recording(self):
+            graph = super().trace(root, concrete_args)
+        for node in reversed(graph.nodes):
+            if not node.users and _only_decides(node):
+                graph.erase_node(node)
+        for node in graph.nodes:
+            drop_value(node)
+            node.meta.pop(_FIXED, None)
+        return graph
+
+    # What torch.fx's tracer asks of a subclass.
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Make a node, and its value."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        try:
+            keep_value(node, self._value_of(node))
+        except Exception:  # the model's own code may expect it
+            if not node.users:
+                self.graph.erase_node(node)
+            raise
+        sources = node.all_input_nodes
+        node.meta[_FIXED] = kind != "placeholder" and all(n.meta[_FIXED] for n in sources)
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """As torch.fx's, which takes a proxy that says it is a tensor for one."""
+        return a.node if issubclass(type(a), Proxy) else super().create_arg(a)
+
+    def proxy(self, node: Node) -> Proxy:
+        """A proxy of the kind that the value calls for."""
+        return followed(node, self)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        """A proxy; None itself where an item or attribute is None, and a constant itself."""
+        proxy = super().create_proxy(*args, **kwargs)
+        node, value = proxy.node, value_of(proxy.node)
+        if node.meta[_FIXED] and isinstance(value, int | float | torch.Size) and node.op in _CALLS:
+            self.graph.erase_node(node)
+            return value
+        return None if value is None and node.target in (operator.getitem, getattr) else proxy
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """As the base class, unless a value is being computed."""
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        if isinstance(m, nn.RNNCellBase):
+            if m in self._cells:
+                raise TraceError(f"{self.path_of_module(m)} is called in a loop")
+            self._cells.add(m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As the base class, unless a value is being computed."""
+        if self._evaluating:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """The way that a branch goes."""
+        return bool(self.decide(obj, bool))
+
+    def keys(self, obj: Proxy) -> Any:
+        """The names in a dictionary."""
+        value = value_of(obj.node)
+        return list(value) if isinstance(value, dict) else super().keys(obj)
+
+    # What proxies ask.
+
+    def decide(self, proxy: Proxy, kind: Callable[[Any], Any]) -> Any:
+        """What Python makes of a value, which the graph is to check.
+
+        Raises:
+            TraceError: it is not known without the numbers in a tensor.
+        """
+        node = proxy.node
+        value = value_of(node)
+        if value is UNKNOWN or isinstance(value, Tensor):
+            raise TraceError(f"{self._place()} depends on the numbers in a tensor")
+        outcome = kind(value)
+        self._check(node, outcome)
+        return outcome
+
+    def count(self, proxy: Proxy, checked: bool = True) -> int:
+        """How many items a value has."""
+        value = value_of(proxy.node)
+        found = len(value)
+        if checked and not isinstance(value, torch.Size):
+            self._check(self.create_node("call_function", count_items, (proxy.node,), {}), found)
+        return found
+
+    def count_axes(self, proxy: Proxy) -> int:
+        """How many axes a tensor has: as many as the inputs make."""
+        value = value_of(proxy.node)
+        if proxy.node.op == "placeholder":
+            axes = self.create_node("call_method", "dim", (proxy.node,), {})
+            self._check(axes, value.dim())
+        return int(value.dim())
+
+    def _check(self, node: Node, outcome: Any) -> None:
+        if node.meta[_FIXED] or (node.name, outcome) in self._decided:
+            return
+        self._decided.add((node.name, outcome))
+        self.create_node("call_function", check_branch, (node, outcome, self._place()), {})
+
+    def _place(self) -> str:
+        """Where the model's code is: the module, the file, the line and its text."""
+        frame = inspect.currentframe()
+        while frame and _is_machinery(frame.f_globals.get("__name__", "")):
+            frame = frame.f_back
+        module = self.scope.module_path or self.root_module_name
+        if frame is None:
+            return module
+        path, line = frame.f_code.co_filename, frame.f_lineno
+        text = linecache.getline(path, line).strip()
+        return f"{module} ({Path(path).name}:{line}: {text})"
+
+    # The values.
+
+    def _value_of(self, node: Node) -> Any:
+        if node.op == "output" or node.target is check_branch:
+            return None
+        if any(value_of(each) is UNKNOWN for each in node.all_input_nodes):
+            return UNKNOWN
+        args, kwargs = (map_aggregate(each, _value) for each in (node.args, node.kwargs))
+        before, self._evaluating = self._evaluating, True
+        try:
+            with self._fakes, torch.no_grad(), torch._C.DisableTorchFunction():
+                return self._run(node, args, kwargs)
+        except _NO_VALUE:
+            return UNKNOWN
+        finally:
+            self._evaluating = before
+
+    def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
+        match node.op:
+            case "placeholder":
+                return self._input(str(node.target), args)
+            case "get_attr":
+                value = self._fetch(str(node.target))
+                if isinstance(value, nn.Module):
+                    return sharing_copy(value, self._fake)
+                return self._fake(value) if isinstance(value, Tensor) else value
+            case "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            case "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        with keeping_chance():
+            return run_on(self._fetch(str(node.target)), self._fake, args, kwargs)
+
+    def _fetch(self, path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), self.root)
+
+    def _input(self, name: str, default: tuple[Any, ...]) -> Any:
+        place = sum(node.op == "placeholder" for node in self.graph.nodes) - 1
+        if name.startswith("**"):
+            return {}
+        if name.startswith("*"):
+            given: Any = self._inputs[place:]
+        elif place < len(self._inputs):
+            given = self._inputs[place]
+        else:
+            return default[0] if default else UNKNOWN
+        return pytree.tree_map_only(Tensor, self._fake, given)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if tensor not in self._state:
+            self._state[tensor] = fake_of(tensor, self._fakes)
+        return self._state[tensor]
+
+
+class _Recording(TorchFunctionMode):
+    """Sees the calls of torch's functions that no proxy sees."""
+
+    def __init__(self, tracer: FollowingTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        leaves += [
+            end
+            for each in leaves
+            if isinstance(each, slice)
+            for end in (each.start, each.stop, each.step)
+        ]
+        proxied = any(issubclass(type(each), Proxy) for each in leaves)
+        if not proxied and func not in _MAKERS:
+            return func(*args, **kwargs)
+        if torch.overrides.is_tensor_method_or_property(func):
+            return self._tracer.create_proxy("call_method", func.__name__, args, kwargs)
+        return self._tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def _value(argument: Any) -> Any:
+    return value_of(argument) if isinstance(argument, Node) else argument
+
+
+def _is_machinery(module: str) -> bool:
+    return module in ("torch", __name__, followed.__module__) or module.startswith("torch.")
+
+
+def _only_decides(node: Node) -> bool:
+    """Whether a node without users has no effect: it led to a decision."""
+    if node.op == "get_attr":
+        return True
+    if isinstance(value_of(node), Tensor) or value_of(node) is UNKNOWN:
+        return False
+    if node.op == "call_method":
+        return node.target in _DECIDING_METHODS
+    return node.op == "call_function" and node.target in _DECIDING

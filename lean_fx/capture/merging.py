@@ -1,0 +1,242 @@
+"""Two graphs of one model, of training and of evaluation, become one that follows the mode.
+
+Tracing freezes ``self.training``. So a model is traced in its own mode and in the opposite one, and
+the two graphs are laid side by side::
+
+    # training                     # evaluation                   # both
+    x = self.body(x)               x = self.body(x)               x = self.body(x)
+    aux = self.aux(x)                                             aux, = in_training(x, self.aux)
+                                                                  flag = by_mode(True, False)
+    y = F.rrelu(x, training=True)  y = F.rrelu(x, training=False) y = F.rrelu(x, training=flag)
+    return y, aux                  return y                       return by_mode((y, aux), y)
+
+Rules:
+
+1. Calls of the same thing, in the same module and order, are one. Where their arguments differ, a
+   :class:`~lean_fx.layers.modes.ByMode` gives each mode its own.
+2. Calls between them that only one mode makes are one :class:`~lean_fx.layers.modes.InMode`.
+3. Both start in the mode that the module was in whose forward made the call.
+4. A layer that such a part calls is called nowhere else; or else the graphs cannot be merged.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph_module import _copy_attr
+from torch.fx.node import map_arg
+
+from lean_fx.layers.modes import ByMode, InMode
+from lean_fx.passes.base import add_module, facts
+from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode
+
+
+class CannotMerge(Exception):  # noqa: N818
+    """The graphs of the two modes differ in a way that one graph cannot follow."""
+
+
+def merge_modes(captured: GraphModule, model: nn.Module, opposite: Graph, other: nn.Module) -> None:
+    """Make a captured model follow train() and eval(), in place.
+
+    Functional dropout whose flag follows the mode is only marked, for
+    :class:`~lean_fx.passes.ModularizeCalls`.
+
+    Args:
+        captured: a model in its own mode.
+        model: that model, with the mode of each module.
+        opposite: the graph of the model in the opposite mode.
+        other: the copy of the model that gave that graph.
+
+    Raises:
+        CannotMerge: by rule 4; ``captured`` is as it was.
+    """
+    blocks = _blocks(list(captured.graph.nodes), list(opposite.nodes))
+    _check(blocks)
+    _Merger(captured, model, other).merge(blocks)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Nodes of the two graphs: the same calls in both, or what either has alone."""
+
+    mine: list[Node]
+    theirs: list[Node]
+    shared: bool
+
+
+def _blocks(mine: list[Node], theirs: list[Node]) -> list[_Block]:
+    ours, others = ([_key(node) for node in nodes] for nodes in (mine, theirs))
+    if ours == others:
+        return [_Block(mine, theirs, True)]
+    matcher = SequenceMatcher(None, ours, others, autojunk=False)
+    return [
+        _Block(mine[i:j], theirs[k:m], tag == "equal") for tag, i, j, k, m in matcher.get_opcodes()
+    ]
+
+
+def _key(node: Node) -> tuple[Any, ...]:
+    return node.op, node.target, _home(node), len(node.args), tuple(node.kwargs)
+
+
+def _home(node: Node) -> str:
+    """The module whose forward made a call."""
+    stack = node.meta.get("nn_module_stack", {})
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _check(blocks: Sequence[_Block]) -> None:
+    called = Counter(
+        node.target
+        for block in blocks
+        for node in (*block.mine, *(() if block.shared else block.theirs))
+        if node.op == "call_module"
+    )
+    for block in blocks:
+        for node in () if block.shared else (*block.mine, *block.theirs):
+            if node.op in ("placeholder", "output"):
+                raise CannotMerge(f"{node.name} is not alike in both")
+            if node.op == "call_module" and called[node.target] > 1:
+                raise CannotMerge(f"{node.target} is called in different places")
+
+
+class _Merger:
+    def __init__(self, captured: GraphModule, model: nn.Module, other: nn.Module) -> None:
+        self.captured, self.model, self.other = captured, model, other
+        self.graph = captured.graph
+        self.found: dict[Node, Node] = {}  # a node of the opposite graph -> what it is in ours
+        self.changed = False
+
+    def merge(self, blocks: Sequence[_Block]) -> None:
+        for block, after in zip(blocks, (*blocks[1:], None), strict=True):
+            if block.shared:
+                for mine, their in zip(block.mine, block.theirs, strict=True):
+                    self._join(mine, their)
+            elif after is not None:  # the last block is shared: it has the output
+                self._part(block.theirs, False, after.mine[0])
+                self._part(block.mine, True, after.mine[0])
+        if self.changed:
+            self.graph.lint()
+            self.captured.recompile()
+
+    def _join(self, mine: Node, their: Node) -> None:
+        """One node for both (rule 1)."""
+        self.found[their] = mine
+        args, kwargs = (
+            map_arg(each, self.found.__getitem__) for each in (their.args, their.kwargs)
+        )
+        if mine.target in FUNCTIONS:
+            facts(mine).follows_mode = (mine.args, mine.kwargs) != (args, kwargs)
+            if can_follow_mode(mine):
+                args, kwargs = _with_flags(args, mine.args), _with_flags(kwargs, mine.kwargs)
+        if (mine.args, mine.kwargs) != (args, kwargs):
+            mine.args = self._either(mine.args, args, mine)
+            mine.kwargs = self._either(mine.kwargs, kwargs, mine)
+
+    def _either(self, mine: Any, their: Any, reader: Node) -> Any:
+        """An argument that is one thing in the model's mode and another in the opposite one."""
+        if mine is their or (type(mine) is type(their) and mine == their):
+            return mine
+        if type(mine) is type(their) and isinstance(mine, tuple | list | dict):
+            if isinstance(mine, dict) and mine.keys() == their.keys():
+                return {name: self._either(mine[name], their[name], reader) for name in mine}
+            if isinstance(mine, tuple | list) and len(mine) == len(their):
+                pairs = zip(mine, their, strict=True)
+                return type(mine)([self._either(*pair, reader) for pair in pairs])
+        values = (mine, their) if self._trains(reader) else (their, mine)
+        return self._call(ByMode(), "by_mode", values, reader, self._trains(reader))
+
+    def _part(self, nodes: Sequence[Node], own: bool, before: Node) -> None:
+        """A module for what only one mode does (rule 2), whose nodes are ours or theirs."""
+        inside = {node for node in nodes if node.op != "get_attr"}
+        for node in nodes:
+            if node.op == "get_attr" and not own:
+                self.found[node] = self._attribute(str(node.target), before)
+        if not inside:
+            return
+        ordered = [node for node in nodes if node in inside]
+        read = dict.fromkeys(each for node in ordered for each in node.all_input_nodes)
+        outer = [node for node in read if node not in inside]
+        paths = dict.fromkeys(str(node.target) for node in ordered if node.op == "call_module")
+        given = [node if own else self.found[node] for node in outer]
+        given += [self._attribute(path, before) for path in paths]
+
+        part = Graph()
+        copies = {node: part.placeholder(f"input_{place}") for place, node in enumerate(outer)}
+        modules = {path: part.placeholder(f"module_{place}") for place, path in enumerate(paths)}
+        for node in ordered:
+            if node.op == "call_module":
+                args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
+                module = modules[str(node.target)]
+                copies[node] = part.call_method("__call__", (module, *args), kwargs)
+            else:
+                copies[node] = part.node_copy(node, copies.__getitem__)
+        returned = [node for node in ordered if any(each not in inside for each in node.users)]
+        part.output(tuple(copies[node] for node in returned))
+
+        trains = self._trains(ordered[0])
+        mode = trains == own
+        alone = InMode(GraphModule(nn.Module(), part), mode)
+        name = "in_training" if mode else "in_evaluation"
+        call = self._call(alone, name, tuple(given), before, trains)
+        for place, node in enumerate(returned):
+            with self.graph.inserting_before(before):
+                item = self.graph.call_function(operator.getitem, (call, place))
+            if own:
+                node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
+            else:
+                self.found[node] = item
+        for node in reversed(ordered) if own else ():
+            self.graph.erase_node(node)
+
+    def _attribute(self, path: str, before: Node) -> Node:
+        """A parameter, buffer or module of the model as a value of the graph."""
+        name = path
+        if path.rpartition(".")[2].startswith("_tensor_constant"):  # each trace has its own
+            taken = (f"_tensor_constant{number}" for number in itertools.count())
+            name = next(each for each in taken if not hasattr(self.captured, each))
+            self.captured.register_buffer(name, _fetch(self.other, path))
+        elif not _has(self.captured, path):
+            _copy_attr(self.other, self.captured, path)
+        with self.graph.inserting_before(before):
+            return self.graph.get_attr(name)
+
+    def _call(
+        self, module: nn.Module, name: str, args: tuple[Any, ...], before: Node, trains: bool
+    ) -> Node:
+        self.changed = True
+        target = add_module(self.captured, "calls", name, module.train(trains))
+        with self.graph.inserting_before(before):
+            return self.graph.call_module(target, args)
+
+    def _trains(self, node: Node) -> bool:
+        """The mode of the module whose forward made a call."""
+        return self.model.get_submodule(_home(node)).training
+
+
+def _with_flags(theirs: Any, mine: Any) -> Any:
+    """Arguments of a call, but with the flags of another."""
+    if isinstance(mine, dict):
+        return {name: _with_flags((theirs[name],), (mine[name],))[0] for name in mine}
+    pairs = zip(theirs, mine, strict=True)
+    return tuple(own if isinstance(own, bool) else their for their, own in pairs)
+
+
+def _fetch(root: nn.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), root)
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        _fetch(root, path)
+    except AttributeError:
+        return False
+    return True

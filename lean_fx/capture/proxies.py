@@ -1,0 +1,125 @@
+"""Proxies of values that are known: what Python asks of them, they answer or pass on.
+
+They say that they are of the type of their value, so that ``isinstance(x, torch.Tensor)`` holds.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import operator
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node, Proxy
+from torch.fx.proxy import Attribute
+
+from lean_fx.capture.guards import round_number
+from lean_fx.capture.unrecorded import KeepsData
+
+if TYPE_CHECKING:
+    from lean_fx.capture.following import FollowingTracer
+
+#: What stands for a value that is not known.
+UNKNOWN = object()
+_VALUE = "lean_fx.value"
+
+
+def value_of(node: Node) -> Any:
+    """The value that a node has for the example inputs, while it is traced; or UNKNOWN."""
+    return node.meta.get(_VALUE, UNKNOWN)
+
+
+def keep_value(node: Node, value: Any) -> None:
+    """Note the value of a node."""
+    node.meta[_VALUE] = value
+
+
+def drop_value(node: Node) -> None:
+    """Forget the value of a node."""
+    node.meta.pop(_VALUE, None)
+
+
+def followed(node: Node, tracer: FollowingTracer) -> Proxy:
+    """A proxy of the kind that the value of a node calls for."""
+    value = value_of(node)
+    if value is UNKNOWN:
+        return KeepsData(node, tracer)
+    return (FollowedItems if hasattr(type(value), "__iter__") else Followed)(node, tracer)
+
+
+class Followed(KeepsData):
+    """A proxy of a known value that has no items; it says that it is of the type of that."""
+
+    tracer: FollowingTracer
+    __iter__: Any = None  # it is no collections.abc.Iterable
+    __len__: Any = None
+
+    @property
+    def __class__(self) -> Any:
+        """The type of the value, for isinstance."""
+        return type(value_of(self.node))
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None:
+        raise AttributeError("a proxy keeps its type")
+
+    def __getattr__(self, k: str) -> Any:
+        value = value_of(self.node)
+        if value is UNKNOWN:  # after the trace
+            return Attribute(self, k)
+        if isinstance(value, Tensor) and k in ("ndim", "dim", "ndimension"):
+            axes = functools.partial(self.tracer.count_axes, self)
+            return axes() if k == "ndim" else axes
+        with torch._C.DisableTorchFunction():
+            found = getattr(value, k)
+        if k == "_is_param":
+            return found
+        if callable(found) and not isinstance(found, type | nn.Module):
+            return lambda *args, **kwargs: self.tracer.create_proxy(
+                "call_method", k, (self, *args), kwargs
+            )
+        return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self, operator.index))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round_number(self, digits)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
+
+
+class FollowedItems(Followed):
+    """A proxy of a known value that has items, such as a tensor."""
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame else None
+        counted = caller is None or not _unpacks(caller)  # unpacking counts by itself
+        if isinstance(value_of(self.node), dict):
+            return iter(value_of(self.node))
+        places = range(self.tracer.count(self, counted))
+        return iter([operator.getitem(self, place) for place in places])
+
+    def __len__(self) -> int:
+        return self.tracer.count(self)
+
+
+def _unpacks(frame: FrameType) -> bool:
+    """Whether a frame is about to unpack something into a known number of names."""
+    return bool(dis.opname[frame.f_code.co_code[frame.f_lasti]] == "UNPACK_SEQUENCE")

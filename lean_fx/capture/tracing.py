@@ -1,0 +1,188 @@
+"""torch.fx's tracer for the models that people have."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
+from torch.fx.proxy import ParameterProxy
+from torch.nn.utils import rnn
+
+from lean_fx.capture.guards import check_absent
+from lean_fx.capture.unrecorded import (
+    Before,
+    KeepsData,
+    Unrecorded,
+    autocasting,
+    has_gradient,
+    keep,
+    refusing_functions,
+)
+from lean_fx.layers.attention import AttentionHeads
+from lean_fx.layers.modes import ByMode, InMode
+from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
+from lean_fx.reduction.registry import is_reduction
+
+# What is a node, and never looked into: in a graph of torch.fx's own, its check of an absent input.
+_NODES = (
+    *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
+    *(rnn.unpack_sequence, rnn.unpad_sequence, with_data, layer_states),
+    _symbolic_trace._assert_is_none,
+)
+
+
+def is_wrapped(function: Any) -> bool:
+    """Whether torch.fx.wrap has made a function of the model's own code a node.
+
+    Example:
+        >>> is_wrapped(len)
+        False
+    """
+    name, module = getattr(function, "__name__", ""), getattr(function, "__globals__", {})
+    ours = str(module.get("__name__")).partition(".")[0] in ("torch", "lean_fx")
+    return not ours and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
+
+
+class LeanTracer(Tracer):
+    """torch.fx's tracer, with seven differences.
+
+    Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
+    into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
+    of the graph, so that what forward computes of them is computed at every call, not once. The
+    functions that pack and pad sequences are nodes, since they cannot run without lengths. The
+    shape of a parameter is a constant. What a graph would lose
+    (:mod:`lean_fx.capture.unrecorded`) is not traced. Modules whose forward cannot be traced may
+    become leaves. Inputs that are None keep
+    their names.
+
+    Args:
+        opaque: names of modules that are leaves, whatever they are.
+        give_up: whether a module whose forward cannot be traced becomes a leaf, the innermost
+            first. ``opaque`` has its name then, and the graph has remains of it: trace anew.
+        wrapped: further functions that are nodes.
+    """
+
+    def __init__(
+        self,
+        opaque: frozenset[str] = frozenset(),
+        *,
+        give_up: bool = False,
+        wrapped: tuple[Callable[..., Any], ...] = (),
+    ) -> None:
+        super().__init__(autowrap_functions=(*_NODES, *wrapped))
+        self._autowrap_search += [rnn, _symbolic_trace]  # for calls by the module's name
+        self.opaque = opaque
+        self.give_up = give_up
+        self._names: dict[int, str] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._autocast: tuple[Any, ...] = ()
+        self._learned: set[Node] = set()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
+        self._parameters = dict(root.named_parameters())
+        named = (*root.named_buffers(), *self._parameters.items())
+        self._names = {id(tensor): name for name, tensor in named}
+        self._autocast = autocasting()
+        before = Before.of(root)
+        with torch.enable_grad(), refusing_functions():
+            graph = super().trace(root, concrete_args)
+        before.check(root)
+        for node in graph.nodes:
+            if id(node.target) in self._autowrap_function_ids:
+                node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
+        return graph
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders, each of the name of its parameter, and a check of those that are None.
+
+        torch.fx's own has other names for the latter, by which no caller could give them.
+        """
+        function, args = super().create_args_for_root(root_fn, is_module)
+        for place, each in enumerate(args):
+            if isinstance(each, Proxy) and each.node.target in (concrete_args or ()):
+                each.node.type = None  # not every annotation can be written to generated code
+                self.create_proxy("call_function", check_absent, (each, each.node.target), {})
+                args[place] = None
+        return function, args
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Make a node, where nothing around the call would be lost."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        if has_gradient(node, self.root, self._parameters, self._learned):
+            self._learned.add(node)
+            if not torch.is_grad_enabled():
+                raise Unrecorded(f"{node.name} is computed without a gradient")
+        if autocasting() != self._autocast:
+            raise Unrecorded(f"autocast is turned on or off around {node.name}")
+        return node
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a call of ``m`` becomes one node."""
+        kinds = (*REBUILDERS, SequenceDropout, AttentionHeads, ByMode, InMode)
+        leaf = isinstance(m, kinds) or is_reduction(m) or module_qualified_name in self.opaque
+        return leaf or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A node for a parameter or buffer; found by its id, where torch.fx searches them all."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def proxy(self, node: Node) -> Proxy:
+        """A proxy; of a parameter one whose shape is constant, which is read in no node."""
+        name = str(node.target)
+        if node.op == "get_attr" and name in self._parameters:
+            return _Weight(self, node, name, self._parameters[name])
+        return KeepsData(node, self)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """A node for a leaf; what forward returns for another module.
+
+        A module without parameters that the model's forward makes is looked into.
+        """
+        try:
+            path = self.path_of_module(m)
+        except NameError:  # forward has made it
+            if next(itertools.chain(m.parameters(), m.buffers()), None) is not None:
+                raise
+            return forward(*args, **kwargs)
+        depth = len(self.module_stack)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        before = Before.of(m, chance=self.give_up)  # else the model as a whole is to blame
+        restore = keep(m) if self.give_up else None
+        try:
+            returned = super().call_module(m, forward, args, kwargs)
+            before.check(m)
+            return returned
+        except Exception:
+            if restore is None:
+                raise
+            restore()
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem(last=True)
+            self.opaque |= {path}
+            return super().call_module(m, forward, args, kwargs)
+
+
+class _Weight(KeepsData, ParameterProxy):
+    """torch.fx's own, which does not know ``size(0)``."""
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.param.size() if dim is None else self.param.size(dim)

@@ -1,0 +1,1 @@
+"""A model becomes an ONNX file: LEAN nodes with their function, compared with torch, quantised."""

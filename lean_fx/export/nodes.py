@@ -1,0 +1,96 @@
+"""The LEAN nodes of an exported model: their names, shapes and functions."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+from lean_fx.errors import require
+from lean_fx.export.lean_function import DOMAIN, OPERATOR, LeanFunction
+
+#: Where a LEAN node keeps the name that its value has in torch's graph.
+TORCH_NAME = "lean_fx.torch_name"
+
+_DTYPES = {"FLOAT": "float", "DOUBLE": "double", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+
+
+def define_functions(model: Any) -> None:
+    """Give every LEAN node of a model its shapes and its function.
+
+    Args:
+        model: an ``onnx_ir.Model``; changed in place.
+    """
+    onnx, ir = require("onnx", purpose="export"), require("onnx_ir", purpose="export")
+    opset = model.opset_imports[""]
+    taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
+    for node in model.graph.all_nodes():
+        taken |= {node.name, *(value.name for value in node.outputs)}
+    for node in model.graph.all_nodes():
+        if (node.domain, node.op_type) != (DOMAIN, OPERATOR):
+            continue
+        x, seed = node.inputs
+        shape = [size if isinstance(size, int) else None for size in x.shape]
+        given = {name: attribute.value for name, attribute in node.attributes.items()}
+        preserved, axis = seed.shape[0], given.pop("axis")
+        function = LeanFunction(
+            preserved=preserved,
+            reducible=shape[axis] // preserved,
+            rows=axis == len(shape) - 1,
+            matrix=len(seed.shape) == 2,
+            dtype=_DTYPES[x.dtype.name],
+            **{**given, "nonnegative": bool(given["nonnegative"])},
+        )
+        shapes = _shapes(shape, axis, function)
+        if shapes is None:
+            function = dataclasses.replace(function, axis=axis)
+        else:
+            for name, sizes in zip(("matrix_shape", "output_shape"), shapes, strict=True):
+                node.attributes[name] = ir.AttrInt64s(name, sizes)
+        node.overload = function.overload
+        (output,) = node.outputs
+        node.metadata_props[TORCH_NAME] = output.name
+        node.name = _free(_module_of(node) or node.name, taken)
+        output.name = _free(OPERATOR, taken)
+        proto = onnx.parser.parse_function(function.text(opset))
+        proto.overload = function.overload
+        definition = ir.serde.deserialize_function(proto)
+        model.functions[definition.identifier()] = definition
+
+
+def _free(wanted: str, taken: set[str]) -> str:
+    """``wanted``, or with a number behind it; taken from now on."""
+    names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(1)))
+    name = next(name for name in names if name not in taken)
+    taken.add(name)
+    return name
+
+
+def _module_of(node: Any) -> str:
+    """The qualified name of the reduction that a node was exported from, or nothing."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _shapes(
+    shape: list[int | None], axis: int, function: LeanFunction
+) -> tuple[list[int], list[int]] | None:
+    """What to reshape the input and the output to; None if a length more than one is unknown."""
+    behind = shape[axis + 1 :]
+    matrix = [function.preserved, function.reducible]
+    if function.split == "interleaved":
+        matrix = matrix[::-1]
+    if function.rows:
+        matrix = [-1, *matrix]
+    elif axis <= 1:
+        matrix = [1 - axis, *matrix, -1]  # 0 copies a length
+    elif None not in behind:
+        matrix = [-1, *matrix, math.prod(size or 1 for size in behind)]
+    else:
+        return None
+    output = [*shape[:axis], function.preserved, *behind]
+    if output.count(None) > 1:
+        return None
+    return matrix, [-1 if size is None else size for size in output]

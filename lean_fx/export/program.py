@@ -1,0 +1,110 @@
+"""From a module to torch's ONNX program, for :mod:`lean_fx.export.exporting` to write."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lean_fx.errors import ExportError
+from lean_fx.export.inputs import Axes
+from lean_fx.export.nodes import define_functions
+from lean_fx.export.pooling import PoolsAnyLength
+from lean_fx.export.recurrent import with_onnx_operators
+from lean_fx.reduction.functional import as_onnx_nodes
+
+#: What is said of models that take or make packed sequences.
+PACKED = (
+    "ONNX has no packed sequences; give the recurrent layers padded tensors, batch and length as "
+    "they are"
+)
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def exported_program(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], axes: Axes, opset: int | None
+) -> torch.onnx.ONNXProgram:
+    """Let torch's exporter make an ONNX program, whose reductions are nodes with a function.
+
+    Args:
+        model: in eval mode.
+        inputs: example inputs.
+        axes: of each input those that may have any size, by name.
+        opset: as in :func:`~lean_fx.export_onnx`.
+
+    Raises:
+        ExportError: it cannot; says why.
+    """
+    # Names, not Dims, which would promise sizes from 1 on: many nets have a least one.
+    shapes = axes if any(axes) else None
+    try:
+        with _quiet(), as_onnx_nodes(), PoolsAnyLength():
+            program = torch.onnx.export(
+                with_onnx_operators(model),
+                tuple(value.clone() for value in inputs),
+                dynamo=True,
+                opset_version=opset,
+                input_names=_names("input", len(inputs), model.state_dict()),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as error:
+        cause: BaseException = error  # the exporter's own words are about itself
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if "PackedSequence" in str(cause):
+            raise ExportError(f"export_onnx: {type(model).__name__}: {PACKED}") from error
+        reason = " ".join(_COLOURS.sub("", str(cause)).split())[:300]
+        raise ExportError(
+            f"export_onnx: {type(model).__name__} cannot be exported "
+            f"({type(cause).__name__}: {reason}); try it with torch.onnx.export first"
+        ) from error
+    assert program is not None
+    found = program.model.opset_imports.get("")
+    if opset is not None and found != opset:
+        raise ExportError(
+            f"export_onnx: opset={opset} cannot be reached, the exporter gives {found}; leave "
+            "opset out, or give that"
+        )
+    define_functions(program.model)
+    _name_apart(program.model)
+    return program
+
+
+def _name_apart(model: Any) -> None:
+    """Rename an output that the exporter gave the name of an input that it copies."""
+    taken = {value.name for value in model.graph.inputs}
+    for index, value in enumerate(model.graph.outputs):
+        if value.name in taken:
+            value.name = f"output_{index}"
+
+
+def _names(stem: str, count: int, taken: Container[str]) -> list[str]:
+    while stem in taken:
+        stem += "_"
+    return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on its own insides off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

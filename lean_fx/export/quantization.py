@@ -1,0 +1,168 @@
+"""INT8 twins of ONNX files, by onnxruntime.quantization, and what they cost in accuracy.
+
+Convolutions, linear layers and matrix products become INT8; the functions of LEAN nodes, and the
+standard operators in their place, stay in floating point, since their divisions bear no rounding of
+what they divide by.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lean_fx.capture.capturing import as_inputs
+from lean_fx.errors import ArgumentError, DataError, ExportError, require
+from lean_fx.export.lean_function import INLINED
+from lean_fx.files import replacing
+from lean_fx.measure.timing import open_session
+from lean_fx.onnx_files import weight_files
+
+Quantize = Literal["dynamic", "static"]
+
+
+def quantize_onnx(
+    path: str | os.PathLike[str], mode: Quantize, calibration: Iterable[Any] | None = None
+) -> Path:
+    """Write the INT8 twin of an ONNX file beside it: ``net.int8.onnx`` for ``net.onnx``.
+
+    Args:
+        path: the file, in float32.
+        mode: ``"dynamic"``: INT8 weights, activations by their range in each call; ``"static"``:
+            both, activations by their range over ``calibration``.
+        calibration: for ``"static"``: batches of inputs, each a tensor or a tuple of them; what
+            else a loader gives beside the inputs, such as labels, is for the caller to drop.
+
+    Returns:
+        The path of the twin.
+
+    Raises:
+        ArgumentError: ``"static"`` has no calibration data, or these are no batches of the file's
+            inputs, or one has no rows.
+        ExportError: ONNX Runtime cannot quantise the file.
+        MissingDependencyError: onnxruntime or onnx is not installed.
+    """
+    tools = require("onnxruntime.quantization", purpose="quantisation")
+    source = Path(path)
+    twin = source.with_suffix(".int8.onnx")
+    names = [value.name for value in open_session(source.name, source, threads=1).get_inputs()]
+    given = () if calibration is None else calibration
+    batches = [_arrays("calibration", names, each) for each in given]
+    if mode == "static" and not batches:
+        raise ArgumentError("quantize='static' has no calibration data; give batches of inputs")
+    if any(not array.size for batch in batches for array in batch.values()):
+        raise ArgumentError("calibration: a batch has no rows; give one or more")
+
+    class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    onnx = require("onnx", purpose="quantisation")
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    options = {
+        "use_external_data_format": bool(weight_files(source)),
+        "nodes_to_exclude": [node.name for node in nodes if node.name.startswith(INLINED)],
+    }
+    with replacing(twin) as part, _quiet():
+        try:
+            if mode == "dynamic":
+                # Convolutions with signed weights have no INT8 kernel on the CPU.
+                tools.quantize_dynamic(source, part, weight_type=tools.QuantType.QUInt8, **options)
+            else:
+                tools.quantize_static(source, part, Reader(), per_channel=True, **options)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ExportError(
+                f"{source}: ONNX Runtime cannot quantise it ({reason}); use the file as it is"
+            ) from error
+    return twin
+
+
+def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> float:
+    """The part of samples whose greatest score is that of their label, in [0, 1].
+
+    Args:
+        path: an ONNX file whose first output are scores ``[N, classes]``.
+        evaluation: batches ``(inputs, labels)``, such as a DataLoader gives; inputs a tensor or a
+            tuple of them, labels whole numbers ``[N]``.
+
+    Raises:
+        DataError: there are no samples, or the file is not there.
+        ArgumentError: a batch is no pair of inputs and labels, or the file does not take its
+            inputs, or there is no label for each row of scores.
+    """
+    session = open_session(str(path), Path(path), threads=max(1, torch.get_num_threads()))
+    names = [value.name for value in session.get_inputs()]
+    right = total = 0
+    for batch in evaluation:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ArgumentError("evaluation: a batch is no pair; give batches (inputs, labels)")
+        arrays = _arrays("evaluation", names, batch[0])
+        try:
+            scores = torch.as_tensor(session.run(None, arrays)[0])
+        except Exception as error:
+            shapes = ", ".join(str(list(array.shape)) for array in arrays.values())
+            raise ArgumentError(
+                f"evaluation: {Path(path).name} cannot run on {shapes} "
+                f"({' '.join(str(error).split())[:300]}); give batches of its inputs"
+            ) from error
+        labels = torch.as_tensor(batch[1])
+        if scores.dim() != 2 or labels.shape != scores.shape[:1]:
+            raise ArgumentError(
+                f"evaluation: scores {list(scores.shape)} and labels {list(labels.shape)} do not "
+                "fit; give a model whose first output is [N, classes] and labels [N]"
+            )
+        right += int((scores.argmax(1) == labels).sum())
+        total += len(labels)
+    if not total:
+        raise DataError("evaluation: has no samples; give one batch or more")
+    return right / total
+
+
+def gives_batches(data: Any) -> bool:
+    """Whether data can be iterated over, and are not one tensor, whose rows are no batches.
+
+    Example:
+        >>> gives_batches([torch.rand(2, 3)]), gives_batches(torch.rand(2, 3))
+        (True, False)
+    """
+    try:
+        iter(data)
+    except TypeError:
+        return False
+    return not isinstance(data, torch.Tensor)
+
+
+def _arrays(subject: str, names: list[str], inputs: Any) -> dict[str, Any]:
+    if not isinstance(inputs, torch.Tensor | tuple | list):
+        raise ArgumentError(
+            f"{subject}: a batch is a {type(inputs).__name__} object; give tensors, or tuples of "
+            "them"
+        )
+    tensors = as_inputs(inputs)
+    if len(tensors) != len(names):
+        raise ArgumentError(
+            f"{subject}: a batch has {len(tensors)} inputs and the model takes {len(names)}; give "
+            "batches of its inputs"
+        )
+    arrays = (torch.as_tensor(each).detach().cpu().numpy() for each in tensors)
+    return dict(zip(names, arrays, strict=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the advice to preprocess off the terminal: the exporter has done it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,241 @@
+"""A plan for what cannot be traced, a model or modules in it: every layer reduces its own input.
+
+Without a graph there is no knowing what else reads a value, or its sign; what the layers read is
+seen in one forward pass on the example inputs. A layer is left alone by the rules of
+:class:`~lean_fx.passes.FindConsumers` that speak of the layer itself, and where
+
+1. the pass neither calls it nor applies its weight as the layer would (a function that gets
+   ``self.qkv.weight`` and calls F.linear), or it reads the model's input itself (or a view of it);
+2. it belongs to a module of torch.nn that reads its weights (attention);
+3. the model fails once it reduces its input: its code asks more of it than to be called.
+
+Parameters of no layer that multiply values are named, and stay
+(:mod:`lean_fx.planning.multiplying`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lean_fx.checks import check_values
+from lean_fx.copying import copied_whole
+from lean_fx.errors import ArgumentError
+from lean_fx.layers.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
+from lean_fx.passes import Consumer, Read, Site
+from lean_fx.passes.find_consumers import refusal_of
+from lean_fx.passes.graph_context import owners_of
+from lean_fx.passes.measure_scale import unit_variance
+from lean_fx.planning.deciding import Options, settle, unwanted
+from lean_fx.planning.multiplying import WatchProducts
+from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.planning.policy import check_names
+from lean_fx.planning.watching import Use, WatchWeights
+
+_LAYERS: Any = tuple(REBUILDERS)  # for isinstance
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass
+class _Seen:
+    """What a layer read in one forward pass.
+
+    Attributes:
+        calls: of the layer, or in place of it.
+        squares: the sum of the mean squares of what they read.
+        is_input: whether one read the model's input.
+        applied_by: the module whose forward applies the weight, if the layer is not called.
+        otherwise: whether forward reads the weight for something else.
+    """
+
+    calls: int = 0
+    squares: float = 0.0
+    is_input: bool = False
+    applied_by: str | None = None
+    otherwise: bool = False
+
+    def add(self, value: Any, own: set[int]) -> None:
+        """Add what a call reads."""
+        value = value.data if isinstance(value, PackedSequence) else value
+        if not isinstance(value, Tensor):
+            return  # of a subclass that is called otherwise
+        self.calls += 1
+        self.squares += float(value.float().square().mean())
+        self.is_input |= value.untyped_storage().data_ptr() in own
+
+
+def plan_layers(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    options: Options,
+    only: Collection[str] | None = None,
+) -> Plan:
+    """Decide for each layer of a model by itself.
+
+    Args:
+        model: it stays as it is.
+        inputs: example inputs, which it must take.
+        options: what the user asked for.
+        only: the names of the layers to decide for; all if left out.
+
+    Raises:
+        ArgumentError: the model fails on the inputs or has no values, or an option does not fit it.
+        CaptureError: it cannot be copied.
+    """
+    check_values(model)
+    seen, products = _observe(copied_whole(model), inputs)  # what cannot be copied is told as that
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    options = dataclasses.replace(options, modules=modules | dict(options.modules))
+    owners = owners_of(model)
+    sites: list[Site] = []
+    left: list[LeftAlone] = []
+    for name, layer in modules.items():
+        if not name or not isinstance(layer, _LAYERS) or (only is not None and name not in only):
+            continue
+        reason = _inside(name, modules) or refusal_of(layer, owners)
+        groups = groups_of(layer)
+        read = Read(
+            "",
+            _axis(layer),
+            input_channels(layer) // groups,
+            groups=groups,
+            intermediate=not seen[name].is_input,
+        )
+        applied_by = seen[name].applied_by
+        if seen[name].otherwise or (applied_by == "" and only is not None):  # a graph has no hooks
+            reason = reason or "forward reads its weight itself"
+        if not reason and not seen[name].calls:
+            reason = "not called in forward on the example inputs"
+        reason = reason or unwanted(read, name, layer, options)
+        if reason:
+            left.append(LeftAlone(name, type(layer).__name__, reason))
+            continue
+        weights = sum(weight.numel() for weight in input_weights(layer).values())
+        kind = plain_type(layer).__name__
+        consumer = Consumer(name, kind, "", weights=weights, applied_by=applied_by)
+        rms = math.sqrt(seen[name].squares / seen[name].calls)
+        rms = rms if 0 < rms < math.inf else 1.0
+        note = "" if applied_by is None else f"applied by {applied_by or type(model).__name__}"
+        site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms, note=note)
+        settle(site, options, sites, left)
+    left += products
+    names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
+    if only is None:
+        check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
+    if only is None and isinstance(options.channels, dict):
+        check_names("channels", options.channels, names)
+    made = Plan(
+        model=type(model).__name__,
+        sites=tuple(sites),
+        left_alone=tuple(left),
+        reduction=options.reduction,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        traced=False,
+    )
+    return _without_failing(made, model, inputs)
+
+
+def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
+    """What every layer reads, for inputs of unit variance, else for the inputs themselves.
+
+    And the parameters of no layer that multiply values.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            return _seen(model, tuple(map(unit_variance, inputs)))
+        except Exception:  # the model's own code may raise anything on such numbers
+            pass
+    try:
+        return _seen(model, inputs)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ArgumentError(
+            f"example_inputs: {type(model).__name__} cannot run on them ({reason}); give inputs of "
+            "the shape and dtype that the model takes"
+        ) from error
+
+
+def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
+    copied = copied_whole(model).eval()
+    own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
+    called: dict[str, _Seen] = {}
+    for name, layer in copied.named_modules():
+        seen = called[name] = _Seen()
+        if isinstance(layer, _LAYERS):
+            layer.register_forward_pre_hook(_record(seen, own), with_kwargs=True)
+    with torch.no_grad(), WatchWeights(copied) as watch, WatchProducts(copied) as products:
+        copied(*inputs)
+    for name, uses in watch.uses.items():
+        if not called[name].calls:
+            called[name] = _applied(uses, own)
+    return called, list(products.left_alone.values())
+
+
+def _applied(uses: list[Use], own: set[int]) -> _Seen:
+    """What a layer that is never called read where its weight is used."""
+    if any(use.input is None for use in uses):
+        return _Seen(otherwise=True)
+    holders = set.intersection(*(set(use.within) for use in uses))
+    seen = _Seen(applied_by=max(holders, key=len))
+    for use in uses:
+        seen.add(use.input, own)
+    return seen
+
+
+def _record(seen: _Seen, own: set[int]) -> Any:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.add(args[0] if args else kwargs.get("input"), own)
+
+    return hook
+
+
+def _axis(layer: nn.Module) -> int:
+    """The axis of the channels that a layer reads, from the end: a batch may be missing."""
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
+    return -1 - len(kernel)
+
+
+def _inside(name: str, modules: dict[str, nn.Module]) -> str:
+    while name := name.rpartition(".")[0]:
+        holder = modules[name]
+        ours = type(holder) is nn.Module or isinstance(holder, _CONTAINERS)  # of a graph, too
+        if type(holder).__module__.startswith("torch.nn.") and not ours:
+            return f"inside {type(holder).__name__}, which reads its weights itself"
+    return ""
+
+
+def _without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
+    """The plan without the layers whose reduction the model's code does not take (rule 3)."""
+    if not _failure(made, model, inputs):
+        return made
+    kept: list[Site] = []
+    left = list(made.left_alone)
+    for site in made.sites:
+        reason = _failure(dataclasses.replace(made, sites=(*kept, site)), model, inputs)
+        if reason:
+            (consumer,) = site.consumers
+            text = f"the model fails where it reduces its input: {reason}"
+            left.append(LeftAlone(consumer.layer, consumer.kind, text))
+        else:
+            kept.append(site)
+    return dataclasses.replace(made, sites=tuple(kept), left_alone=tuple(left))
+
+
+def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Why a model fails with its layers swapped, in one line; empty if it does not."""
+    sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # at no scale: faster
+    tried = dataclasses.replace(made, sites=sites)
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            tried.apply(model).eval()(*inputs)
+        except Exception as error:  # the model's own code
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""

@@ -1,0 +1,99 @@
+"""Watch a model run for the products that its own code makes with weights of no layer.
+
+Where there is no graph this does what :mod:`lean_fx.passes.products` does with one, by its rules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.passes.products import LIKE, factors, why_computed
+from lean_fx.planning.plans import LeftAlone
+from lean_fx.planning.watching import Watch
+
+
+class WatchProducts(Watch):
+    """See which parameters of no layer a model multiplies values with, and why they stay.
+
+    Args:
+        model: gets hooks, so give a copy. If it is a graph, what that itself calls is left out.
+
+    Attributes:
+        left_alone: the parameters, by name, each with its reason and its function.
+
+    Example:
+        >>> import torch
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.table = nn.Parameter(torch.rand(5, 8))
+        ...     def forward(self, x):
+        ...         return x @ self.table[:3].T, x @ x.T
+        >>> net = Net()
+        >>> with WatchProducts(net) as watch:
+        ...     out = net(torch.rand(2, 8))
+        >>> for each in watch.left_alone.values():
+        ...     print(each.layer, each.kind, each.reason)
+        table matmul the weight is computed from it in forward, which no layer would do
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.left_alone: dict[str, LeftAlone] = {}
+        self._origins: Any = WeakTensorKeyDictionary()
+        self._modules = dict(model.named_modules())
+        for buffer in model.buffers():
+            self._origins[buffer] = ()
+        for name, parameter in model.named_parameters():
+            self._origins[parameter] = (name,)
+        self._parameters = dict(model.named_parameters())
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        method = getattr(Tensor, name, None) is func
+        given = _tensors((args, kwargs))
+        weights = [each for each in given if self._origins.get(each)]
+        if weights:
+            self._judge(name, factors(name if method else func, args, kwargs))
+        sources = given[:1] if method and name in LIKE else given
+        if all(each in self._origins for each in sources):
+            names = dict.fromkeys(name for each in sources for name in self._origins[each])
+            for tensor in _tensors(result):
+                self._origins.setdefault(tensor, tuple(names))
+        elif name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            self._origins.pop(given[0], None)
+        return result
+
+    def _judge(self, called: str, given: list[Any]) -> None:
+        """Note a product of a weight with something else than a weight."""
+        weights = [each for each in given if self._origins.get(each)]
+        if not 0 < len(weights) < len(given) or not self._running or self._is_known():
+            return
+        name, *more = self._origins[weights[0]]
+        owners = (self._modules[each.rpartition(".")[0]] for each in (name, *more))
+        if any(isinstance(owner, tuple(REBUILDERS)) for owner in owners):
+            return  # a layer has a reason of its own
+        weight, parameter = weights[0], self._parameters[name]
+        direct = (weight.data_ptr(), weight.numel()) == (parameter.data_ptr(), parameter.numel())
+        reason = "it is of no layer, and the call is not traced" if direct else why_computed(more)
+        self.left_alone.setdefault(name, LeftAlone(name, called, reason))
+
+    def _is_known(self) -> bool:
+        """Whether what runs is a layer, another module of torch.nn, or a graph with its facts."""
+        module = self._modules[self._running[-1]]
+        known = type(module).__module__.startswith("torch.nn.")
+        return known or isinstance(module, (GraphModule, *REBUILDERS))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]

@@ -1,0 +1,192 @@
+"""How many channels a site keeps, and which layers are left alone by wish."""
+
+from __future__ import annotations
+
+import fnmatch
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from lean_fx.checks import check_int
+from lean_fx.errors import ArgumentError
+from lean_fx.passes.sites import Site
+from lean_fx.reduction.lean import divisors
+
+#: A number, a fraction, ``"sqrt"`` or ``"tenth"``.
+Scalar = int | float | str
+#: A scalar for all sites, a function of the site, or scalars by layer name (or glob pattern).
+ChannelsPolicy = Scalar | Callable[[Site], Scalar] | Mapping[str, Scalar]
+#: Names, glob patterns and types of layers, and types of modules that hold them.
+Skip = Iterable[str | type[nn.Module]]
+
+_FORMS = (
+    "give an int, a float in ]0, 1[, 'sqrt', 'tenth', a function of the site or a mapping of layer "
+    "names"
+)
+
+
+def check_channels_policy(channels: Any) -> None:
+    """Check all of a policy that can be checked before a site is known.
+
+    Raises:
+        ArgumentError: a wrong type, or a value out of its range.
+
+    Example:
+        >>> check_channels_policy(0)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: channels=0 is not an int of 1 or more
+    """
+    if isinstance(channels, Mapping):
+        for name, value in channels.items():
+            if not isinstance(name, str):
+                raise ArgumentError(f"channels: the key {name!r} is not the name of a layer")
+            _check_scalar(value, f"channels[{name!r}]")
+    elif not callable(channels):
+        _check_scalar(channels, "channels")
+
+
+def _check_scalar(value: Any, subject: str) -> None:
+    if isinstance(value, str):
+        if value not in ("sqrt", "tenth"):
+            raise ArgumentError(f"{subject}={value!r} is not known; {_FORMS}")
+    elif isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if not isinstance(value, float):
+            raise ArgumentError(f"{subject}={value!r} is a {type(value).__name__}; {_FORMS}")
+        if not 0 < value < 1:
+            raise ArgumentError(
+                f"{subject}={value!r} is not in ]0, 1[; a float is the part to keep"
+            )
+    else:
+        check_int(subject, value, 1)
+
+
+def wanted_channels(channels: ChannelsPolicy, site: Site, layer: str) -> float | None:
+    """The number of channels that a policy wants for one layer of a site, not yet a divisor.
+
+    Returns:
+        The wish, or None if a mapping does not name the layer.
+
+    Raises:
+        ArgumentError: it is no number of channels, or above the site's ``in_channels``.
+    """
+    subject = f"channels of {layer}"
+    value: Any = channels
+    if isinstance(channels, Mapping):
+        # A stack of recurrent layers may be named for all of them, or as the first of them.
+        names = (layer, layer.rpartition(".")[0], f"{layer}.0")
+        hits = [name for name in names if name in channels]
+        hits += [key for key in channels if any(fnmatch.fnmatchcase(n, key) for n in names[::2])]
+        if not hits:
+            return None
+        value = channels[hits[0]]
+    elif callable(channels):
+        value = channels(site)
+    _check_scalar(value, subject)
+    if value == "sqrt":
+        return float(site.in_channels**0.5)
+    if value == "tenth":
+        return site.in_channels / 10
+    if isinstance(value, float):
+        return value * site.in_channels
+    if operator.index(value) > site.in_channels:
+        raise ArgumentError(
+            f"{subject}: {value} is above its {site.in_channels} input channels; give at most "
+            f"{site.in_channels}, skip the layer, or leave such layers alone with "
+            f"min_channels={value}"
+        )
+    return operator.index(value)
+
+
+def nearest_divisor(in_channels: int, wanted: float, align: int | None = None) -> int | None:
+    """The divisor of ``in_channels`` nearest to ``wanted``; the smaller of two equally near.
+
+    1 and ``in_channels`` itself are taken only if they are wanted exactly: one would leave a
+    single channel, the other would reduce nothing.
+
+    Args:
+        in_channels: the channels to divide.
+        wanted: the number of channels that is wished for.
+        align: prefer multiples of this number, if any divisor is one.
+
+    Returns:
+        The divisor, or None if there is none but 1 and ``in_channels``.
+
+    Example:
+        >>> nearest_divisor(50, 10), nearest_divisor(64, 10), nearest_divisor(96, 96**0.5)
+        (10, 8, 8)
+        >>> nearest_divisor(100, 10, align=4), nearest_divisor(17, 4)
+        (4, None)
+    """
+    usable = [d for d in divisors(in_channels) if 1 < d < in_channels or d == wanted]
+    aligned = [d for d in usable if align and d % align == 0]
+    return min(aligned or usable, key=lambda d: (abs(d - wanted), d), default=None)
+
+
+def check_skip(skip: Any) -> tuple[str | type[nn.Module], ...]:
+    """Bring ``skip`` to a tuple.
+
+    Raises:
+        ArgumentError: an entry is neither a string nor a type.
+    """
+    if not isinstance(skip, str | type | Iterable):
+        raise ArgumentError(
+            f"skip={skip!r} is a {type(skip).__name__}; give a tuple of names, patterns or types"
+        )
+    entries = (skip,) if isinstance(skip, str | type) else tuple(skip)
+    for entry in entries:
+        if not isinstance(entry, str | type):
+            raise ArgumentError(
+                f"skip: {entry!r} is a {type(entry).__name__}; give names, glob patterns or types"
+            )
+    return entries
+
+
+def skipped_by(
+    skip: Iterable[str | type[nn.Module]],
+    name: str,
+    layer: nn.Module,
+    holders: Iterable[nn.Module] = (),
+) -> str:
+    """The reason for which ``skip`` leaves a layer alone, or an empty string.
+
+    Args:
+        skip: names, glob patterns and types.
+        name: of the layer.
+        layer: it itself.
+        holders: the modules that it is in; a type of these speaks for all inside.
+
+    Example:
+        >>> skipped_by(("head*", nn.Conv2d), "head.fc", nn.Linear(1, 1))
+        "skip='head*'"
+    """
+    for entry in skip:
+        if isinstance(entry, str):
+            if fnmatch.fnmatchcase(name, entry):
+                return f"skip={entry!r}"
+        elif any(isinstance(each, entry) for each in (layer, *holders)):
+            return f"skip={entry.__name__}"
+    return ""
+
+
+def check_names(subject: str, names: Iterable[str], layers: Iterable[str]) -> None:
+    """Check that each name or glob pattern matches a layer.
+
+    Raises:
+        ArgumentError: one does not; the message has the nearest names.
+
+    Example:
+        >>> check_names("skip", ["conv3"], ["conv1", "conv2"])
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: skip: no layer is named 'conv3'; near it: conv2, conv1
+    """
+    known = list(layers)
+    for name in names:
+        if not any(fnmatch.fnmatchcase(layer, name) for layer in known):
+            near = ", ".join(get_close_matches(name, known) or known[:3]) or "no layer at all"
+            raise ArgumentError(f"{subject}: no layer is named {name!r}; near it: {near}")

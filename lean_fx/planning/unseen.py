@@ -1,0 +1,64 @@
+"""The layers of a model that its graph does not show: never called, or inside of what is a leaf."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import GraphModule
+
+from lean_fx.capture.tracing import LeanTracer
+from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.passes.base import has_hooks
+from lean_fx.planning.plans import LeftAlone
+
+
+def never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:
+    """Why layers that no node calls are left alone.
+
+    Args:
+        model: the model itself.
+        graph_module: its graph.
+        called: the names of what the graph calls.
+    """
+    modules = dict(model.named_modules())
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    owners = {name.rpartition(".")[0] for name in read}
+    left: list[LeftAlone] = []
+    for name, layer in modules.items():
+        kinds = (*REBUILDERS, nn.MultiheadAttention)
+        if type(layer) not in kinds or not name or name in called:
+            continue
+        holder = _holder(name, called)
+        if holder and LeanTracer().is_leaf_module(graph_module.get_submodule(holder), holder):
+            continue  # it is of the module that is called, which speaks for itself
+        reason = "forward reads its weight itself" if name in owners else "not called in forward"
+        if name in read:
+            reason = "called in training only, or in evaluation only"
+        if holder:
+            hooked = has_hooks(modules[holder])
+            reason = f"inside {holder}, which {'has hooks' if hooked else 'is not traced'}"
+        left.append(LeftAlone(name, type(layer).__name__, reason))
+    return left
+
+
+def hidden_layers(graph_module: GraphModule) -> frozenset[str]:
+    """The layers inside modules that are not traced, by name."""
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    modules = dict(graph_module.named_modules())
+    return frozenset(
+        name
+        for name, layer in modules.items()
+        if type(layer) in REBUILDERS
+        and (holder := _holder(name, called))
+        and not LeanTracer().is_leaf_module(modules[holder], holder)
+    )
+
+
+def _holder(name: str, called: set[str]) -> str:
+    """The module that is called and has the layer inside, or an empty string."""
+    return next((each for each in holders_of(name) if each in called), "")
+
+
+def holders_of(name: str) -> list[str]:
+    """The names of what a module is in, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]

@@ -1,0 +1,1 @@
+"""The operator: LEAN as a function and as a module, the controls beside it, and their registry."""

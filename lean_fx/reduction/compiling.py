@@ -1,0 +1,49 @@
+"""Compiled kernels for the reductions of a model, the rest of which stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lean_fx.errors import ArgumentError
+from lean_fx.reduction.lean import LeanReduction
+
+
+def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
+    """Let torch.compile make a kernel of each LEAN reduction, forward and backward.
+
+    Eager PyTorch runs the formulas of :mod:`lean_fx.reduction.functional` as one pass over memory
+    each; a compiler fuses them. The first call takes seconds
+    for every reduction, and again for a new size; then the values are the eager ones, to rounding.
+    A model that ``torch.compile`` takes as a whole needs no more than that.
+
+    Args:
+        model: with one LeanReduction or more. They are compiled in place, as by
+            ``torch.nn.Module.compile``: copies, pickles and ONNX files of it do not know.
+        options: of ``torch.compile``, such as ``backend`` or ``dynamic``.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ArgumentError: the model has no LeanReduction, or is no module.
+
+    Example:
+        >>> import torch, lean_fx
+        >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> lean = lean_fx.compile_reductions(lean_fx.leanify(net, torch.rand(5, 8)))
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise ArgumentError(f"compile_reductions: model={kind} object is not a module")
+    found = [module for module in model.modules() if isinstance(module, LeanReduction)]
+    if not found:
+        raise ArgumentError(
+            f"model={type(model).__name__} has no LeanReduction to compile; give what leanify makes"
+        )
+    # They share their code, of which torch keeps eight forms; isolated, each may have eight.
+    options.setdefault("isolate_recompiles", True)
+    for reduction in found:
+        reduction.compile(**options)
+    return model

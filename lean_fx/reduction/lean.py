@@ -1,0 +1,255 @@
+"""Reductions as modules: their base, and LEAN (formulas: :mod:`lean_fx.reduction.functional`)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lean_fx.checks import check_choice, check_int, one_of
+from lean_fx.errors import ArgumentError
+from lean_fx.reduction.functional import (
+    Normalize,
+    Scale,
+    Split,
+    check_options,
+    lean_reduction,
+)
+from lean_fx.reduction.packed import with_data
+
+# torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
+torch.fx.wrap("lean_reduction")
+
+SeedShape = Literal["vector", "matrix"]
+SeedInit = Literal["normal", "uniform", "ones"]
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive number, ascending.
+
+    Example:
+        >>> divisors(50)
+        [1, 2, 5, 10, 25, 50]
+    """
+    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
+
+
+def check_channels(owner: str, in_channels: int, out_channels: int) -> tuple[int, int]:
+    """Check that ``out_channels`` is a divisor of ``in_channels``.
+
+    Returns:
+        Both, as ints of Python.
+
+    Raises:
+        ArgumentError: either is no positive int, or the division leaves a rest.
+    """
+    in_channels = check_int(f"{owner}: in_channels", in_channels, 1)
+    out_channels = check_int(f"{owner}: out_channels", out_channels, 1)
+    if in_channels % out_channels:
+        raise ArgumentError(
+            f"{owner}: out_channels={out_channels} does not divide in_channels={in_channels}; "
+            f"use {one_of(divisors(in_channels))}"
+        )
+    return in_channels, out_channels
+
+
+class Reduction(nn.Module):
+    """What all reductions have in common: their arguments and what they reduce, checked.
+
+    A reduction says in :meth:`reduce` what it makes of values that fit.
+
+    Args:
+        in_channels: the channels ``C_in`` of the input, 1 or more.
+        out_channels: the channels ``C'`` of the output, a divisor of ``in_channels``.
+        dim: the axis of the channels.
+
+    Shape:
+        - input: ``[..., C_in, ...]``, ``C_in`` along ``dim``
+        - output: ``[..., C', ...]``
+
+    Raises:
+        ArgumentError: ``out_channels`` does not divide ``in_channels``, or one is no int.
+
+    Example:
+        >>> class Every(Reduction):
+        ...     def reduce(self, x):
+        ...         return x[..., :: self.in_channels // self.out_channels]
+        >>> Every(4, 2, dim=-1)(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor([1., 3.])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dim: int = 1) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        self.in_channels, self.out_channels = check_channels(owner, in_channels, out_channels)
+        self.dim = check_int(f"{owner}: dim", dim)
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds of one position."""
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce ``x``, of packed sequences their data.
+
+        Raises:
+            ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
+        """
+        if isinstance(x, PackedSequence):
+            return with_data(x, self.forward(x.data))
+        if isinstance(x, Tensor):  # and not the proxy of one
+            self._check(x)
+        return self.reduce(x)
+
+    def _check(self, x: Tensor) -> None:
+        subject, shape = type(self).__name__, list(x.shape)
+        if not -x.dim() <= self.dim < x.dim():
+            raise ArgumentError(
+                f"{subject}: dim={self.dim} is no axis of {shape}; give values of more axes, or "
+                "another dim"
+            )
+        if x.shape[self.dim] != self.in_channels:
+            raise ArgumentError(
+                f"{subject}: axis {self.dim} of {shape} is not in_channels={self.in_channels}; "
+                "give such values, or another dim"
+            )
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Reduce values that have ``in_channels`` along ``dim``."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The arguments, as in torch.nn."""
+        return f"{self.in_channels}, {self.out_channels}, dim={self.dim}"
+
+
+class LeanReduction(Reduction):
+    """Reduce C_in channels to C' by one step of a random walk over them, with a learned seed.
+
+    The seed values, drawn from a standard normal, are all its parameters.
+
+    Args:
+        in_channels: the channels ``C_in`` of the input, 1 or more.
+        out_channels: the preserved channels ``C'``, a divisor of ``in_channels``.
+        dim: the axis of the channels.
+        normalize: ``"column"`` (the paper's Algorithm 2), ``"row"`` (Algorithm 1) or ``"none"``.
+        scale: ``"sum"`` (the paper's: absolute values sum to 1), ``"mean"`` (times C': their mean
+            is 1) or ``"magnitude"`` (times C' and the mean magnitude of the position's input).
+        seed: ``"vector"`` (the paper's, C' values) or ``"matrix"`` (one value a channel, C_in).
+        seed_init: ``"normal"`` (standard), ``"uniform"`` (in [0, 1[) or ``"ones"``.
+        split: ``"contiguous"`` (channel ``i C'' + k`` is ``X[i,k]``) or ``"interleaved"``.
+        iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
+        tol: stop once no value changes by this much or more; above 0.
+
+    Attributes:
+        nonnegative: promises that no input is below 0, for the cheaper path; False when made.
+            ``leanify`` sets it where the graph proves it.
+
+    Shape:
+        - input: ``[..., C_in, ...]``, ``C_in`` along ``dim``
+        - output: ``[..., C', ...]``
+
+    Raises:
+        ArgumentError: ``out_channels`` does not divide ``in_channels``, or an argument is out of
+            its range.
+
+    Example:
+        >>> LeanReduction(50, 10)(torch.rand(2, 50, 8, 8)).shape
+        torch.Size([2, 10, 8, 8])
+        >>> LeanReduction(50, 10, dim=-1, scale="magnitude")(torch.rand(2, 7, 50)).shape
+        torch.Size([2, 7, 10])
+        >>> LeanReduction(8, 3)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: LeanReduction: out_channels=3 does not divide in_channels=8; \
+use 1, 2, 4 or 8
+
+    References:
+        Huang et al. (2023), Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dim: int = 1,
+        *,
+        normalize: Normalize = "column",
+        scale: Scale = "sum",
+        seed: SeedShape = "vector",
+        seed_init: SeedInit = "normal",
+        split: Split = "contiguous",
+        iterations: int = 1,
+        tol: float | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, dim)
+        check_options("LeanReduction", normalize, scale, split, iterations, tol)
+        check_choice("LeanReduction: seed", seed, get_args(SeedShape))
+        check_choice("LeanReduction: seed_init", seed_init, get_args(SeedInit))
+        if seed_init == "ones" and normalize == "row":
+            raise ArgumentError(
+                "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk "
+                "keeps a constant seed; use normal or uniform"
+            )
+        self.normalize: Normalize = normalize
+        self.scale: Scale = scale
+        self.split: Split = split
+        self.seed_init: SeedInit = seed_init
+        self.iterations = int(iterations)
+        self.tol = tol
+        self.nonnegative = False
+        matrix = (self.out_channels, self.in_channels // self.out_channels)
+        self.seed = nn.Parameter(torch.empty(matrix if seed == "matrix" else matrix[:1]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the seed anew, as ``seed_init`` says."""
+        draw = {"normal": nn.init.normal_, "uniform": nn.init.uniform_, "ones": nn.init.ones_}
+        draw[self.seed_init](self.seed)
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds of one position.
+
+        ``2 C_in`` a step; with normalisation ``2 C_in`` more for the sums of non-negative values,
+        ``C' C_in`` for those of any sign; ``C_in`` more for the magnitude.
+        """
+        sums = 2 * self.in_channels if self.nonnegative else self.out_channels * self.in_channels
+        return (
+            2 * self.in_channels * self.iterations
+            + (sums if self.normalize != "none" else 0)
+            + (self.in_channels if self.scale == "magnitude" else 0)
+        )
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Reduce by :func:`~lean_fx.lean_reduction`."""
+        return lean_reduction(
+            x,
+            self.seed,
+            self.dim,
+            nonnegative=self.nonnegative,
+            normalize=self.normalize,
+            scale=self.scale,
+            split=self.split,
+            iterations=self.iterations,
+            tol=self.tol,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments, as in torch.nn; options only where they are not the default."""
+        options = {
+            "normalize": (self.normalize, "column"),
+            "scale": (self.scale, "sum"),
+            "seed": ("matrix" if self.seed.dim() == 2 else "vector", "vector"),
+            "seed_init": (self.seed_init, "normal"),
+            "split": (self.split, "contiguous"),
+            "iterations": (self.iterations, 1),
+            "tol": (self.tol, None),
+        }
+        changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]
+        sign = ", nonnegative" if self.nonnegative else ""
+        return f"{super().extra_repr()}{''.join(changed)}{sign}"

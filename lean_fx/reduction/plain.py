@@ -1,0 +1,70 @@
+"""Every walk of LEAN in plain operations: what compiles, exports and vmaps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def without_zeros(divisor: Tensor) -> Tensor:
+    """A divisor of 0 or more with its zeros (and denormals, whose inverse overflows) made 1."""
+    positive: Tensor = torch.threshold(divisor, torch.finfo(divisor.dtype).tiny, 1.0)
+    return positive
+
+
+def absolute_affinity_sums(rows: Tensor) -> Tensor:
+    """``d[j] = sum_i |sum_k X[i,k] X[j,k]|`` for values of any sign.
+
+    Shape:
+        - rows: ``[..., C', C'']``
+        - output: ``[..., C']``
+    """
+    rows = rows.contiguous()  # other strides take bmm's slow way
+    return (rows @ rows.mT).abs().sum(-1)
+
+
+def plain_walk(
+    x: Tensor,
+    seed: Tensor,
+    axis: int,
+    nonnegative: bool,
+    normalize: str,
+    split: str,
+    iterations: int,
+    tol: float | None,
+) -> Tensor:
+    """The walk along ``axis`` of ``x``, channels staying where they are; differentiable at will.
+
+    Shape:
+        - x: ``[..., C_in, ...]``
+        - seed: ``[C']`` or ``[C', C'']``
+        - output: ``[..., C', ...]``
+    """
+    preserved = seed.shape[0]
+    rest = [1] * (x.dim() - axis - 1)
+    # i is the axis of the preserved channels, k that of the reducible ones.
+    if split == "contiguous":
+        i, k = axis, axis + 1
+        matrix = torch.unflatten(x, axis, (preserved, -1))
+        v = seed.reshape(preserved, -1, *rest)
+    else:
+        i, k = axis + 1, axis
+        matrix = torch.unflatten(x, axis, (-1, preserved))
+        v = seed.reshape(preserved, -1).mT.reshape(-1, preserved, *rest)
+    if normalize == "none":
+        d = torch.ones_like(matrix.narrow(k, 0, 1))
+    elif nonnegative:
+        d = without_zeros((matrix * matrix.sum(i, keepdim=True)).sum(k, keepdim=True))
+    else:
+        sums = absolute_affinity_sums(matrix.movedim((i, k), (-2, -1)))
+        d = without_zeros(sums.movedim(-1, axis).unsqueeze(k))
+    for _ in range(iterations):
+        weights = v / d if normalize == "column" else v
+        u = (matrix * weights).sum(i, keepdim=True)
+        y = (matrix * u).sum(k, keepdim=True)
+        if normalize == "row":
+            y = y / d
+        before, v = v, y / without_zeros(y.abs().sum(i, keepdim=True))
+        if tol is not None and bool((v - before).detach().abs().lt(tol).all()):
+            break
+    return v.squeeze(k)

@@ -6,7 +6,7 @@ Import it as ``lean_fx.passes``.
 if __name__ != "lean_fx.passes":
     raise ImportError(f"import this package as lean_fx.passes, not as {__name__}")
 
-from lean_fx.passes.base import Facts, Pass, Pipeline, facts
+from lean_fx.passes.base import Pass, Pipeline
 from lean_fx.passes.find_consumers import FindConsumers
 from lean_fx.passes.graph_context import Read
 from lean_fx.passes.infer_sign import InferSign
@@ -14,6 +14,7 @@ from lean_fx.passes.insert_reductions import InsertReductions
 from lean_fx.passes.measure_scale import MeasureScale
 from lean_fx.passes.modularize_calls import ModularizeCalls
 from lean_fx.passes.modularize_weights import ModularizeWeights
+from lean_fx.passes.node_facts import Facts, facts
 from lean_fx.passes.propagate_shapes import PropagateShapes
 from lean_fx.passes.sites import Consumer, Site
 from lean_fx.passes.split_attention import SplitAttention

@@ -53,11 +53,13 @@ from lean_fx.layers.rebuild import (
     why_not_rebuilt,
 )
 from lean_fx.layers.transformers import PLAIN
-from lean_fx.passes.base import Facts, Pass, argument, facts, has_hooks
+from lean_fx.passes.base import Pass
+from lean_fx.passes.calls import argument, has_hooks
 from lean_fx.passes.flattens import is_flatten
 from lean_fx.passes.graph_context import GraphContext, Read, attribute_of
 from lean_fx.passes.modularize_calls import readers
 from lean_fx.passes.modularize_weights import behind_transpose, weights_of_products
+from lean_fx.passes.node_facts import Facts, facts
 from lean_fx.passes.products import CALLS, find_weight, why_computed
 from lean_fx.passes.split_attention import SplitAttention
 from lean_fx.passes.track_channels import is_dropout

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from lean_fx.passes.base import argument, called, facts
+from lean_fx.passes.calls import argument, called
+from lean_fx.passes.node_facts import facts
 
 
 def source_of(node: Node) -> Node | None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.copying import memory_of
-from lean_fx.passes.base import facts
+from lean_fx.passes.node_facts import facts
 from lean_fx.passes.products import origins_of
 from lean_fx.passes.track_channels import is_dropout
 

@@ -34,7 +34,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.passes.base import Pass, argument, called, facts
+from lean_fx.passes.base import Pass
+from lean_fx.passes.calls import argument, called
+from lean_fx.passes.node_facts import facts
 from lean_fx.reduction.packed import SequenceDropout
 
 _NEVER_NEGATIVE: set[Any] = {

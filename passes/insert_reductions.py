@@ -63,9 +63,12 @@ from lean_fx.layers.rebuild import (
     rebuild,
     why_not_rebuilt,
 )
-from lean_fx.passes.base import Pass, add_module, facts, forget_facts, is_altered
+from lean_fx.passes.base import Pass
+from lean_fx.passes.calls import is_altered
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.flattens import view_sizes
+from lean_fx.passes.node_facts import facts, forget_facts
+from lean_fx.passes.rewriting import add_module
 from lean_fx.passes.sites import Consumer, Site
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.packed import with_data

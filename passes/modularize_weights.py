@@ -35,7 +35,8 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.errors import PlanError
 from lean_fx.layers.rebuild import REBUILDERS
-from lean_fx.passes.base import Pass, argument
+from lean_fx.passes.base import Pass
+from lean_fx.passes.calls import argument
 from lean_fx.passes.modularize_calls import (
     SETTINGS,
     add_bias,

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import argument, facts
+from lean_fx.passes.calls import argument
+from lean_fx.passes.node_facts import facts
 from lean_fx.passes.reducing import LAYERS
 
 #: What layers of torch.nn call with their weight.

@@ -25,7 +25,9 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError
-from lean_fx.passes.base import Pass, facts, fake_of, run_on, sharing_copy
+from lean_fx.passes.base import Pass
+from lean_fx.passes.node_facts import facts
+from lean_fx.passes.replicas import fake_of, run_on, sharing_copy
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 

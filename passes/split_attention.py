@@ -32,7 +32,8 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lean_fx.layers.attention import AttentionHeads
-from lean_fx.passes.base import argument, is_altered, item, replace_node
+from lean_fx.passes.calls import argument, is_altered
+from lean_fx.passes.rewriting import item, replace_node
 from lean_fx.passes.splitting import Splitting
 
 

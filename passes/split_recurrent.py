@@ -31,7 +31,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.base import argument, is_altered, item, replace_node, rewire
+from lean_fx.passes.calls import argument, is_altered
+from lean_fx.passes.rewriting import item, replace_node, rewire
 from lean_fx.passes.splitting import Splitting
 from lean_fx.reduction.packed import SequenceDropout, layer_states
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PlanError
-from lean_fx.passes.base import Pass, forget_facts
+from lean_fx.passes.base import Pass
+from lean_fx.passes.node_facts import forget_facts
 
 
 class Splitting(Pass):

@@ -25,9 +25,10 @@ from torch.fx import GraphModule
 
 from lean_fx.errors import PlanError
 from lean_fx.layers.rebuild import input_weights, rebuild
-from lean_fx.passes.base import Pass, facts
+from lean_fx.passes.base import Pass
 from lean_fx.passes.find_consumers import layer_input
 from lean_fx.passes.insert_reductions import check_layer, match_scale
+from lean_fx.passes.node_facts import facts
 from lean_fx.passes.reducing import reduce_first, reduce_within
 from lean_fx.passes.sites import Site
 from lean_fx.reduction.lean import LeanReduction

@@ -43,8 +43,10 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
 from lean_fx.layers.modes import ByMode
-from lean_fx.passes.base import Pass, argument, called, facts
+from lean_fx.passes.base import Pass
+from lean_fx.passes.calls import argument, called
 from lean_fx.passes.flattens import is_flatten, source_of
+from lean_fx.passes.node_facts import facts
 from lean_fx.reduction.packed import SequenceDropout
 
 _CONVS = (

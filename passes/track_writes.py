@@ -28,7 +28,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.layers.modes import InMode
-from lean_fx.passes.base import Pass, argument, called, facts
+from lean_fx.passes.base import Pass
+from lean_fx.passes.calls import argument, called
+from lean_fx.passes.node_facts import facts
 
 # Layers and functions of torch.nn that may return a view of their input, or the input itself.
 _VIEWS: set[Any] = {

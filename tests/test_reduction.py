@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lean_fx import LeanReduction, lean_reduction, power_iteration_embedding
 from lean_fx.errors import ArgumentError, LeanError
+from lean_fx.reduction.base import divisors
 from lean_fx.reduction.functional import checking_signs
-from lean_fx.reduction.lean import divisors
 from reference import algorithm_2, reduce_all
 
 OPTIONS = {

@@ -26,7 +26,7 @@ from lean_fx.passes import (
     TrackWrites,
 )
 from lean_fx.passes.swap_layers import swap_layer
-from lean_fx.reduction.lean import check_channels
+from lean_fx.reduction.base import check_channels
 from lean_fx.reduction.registry import ReductionFactory, reduction_name, reductions, registered_name
 
 _FORMAT = "lean_fx.plan"

@@ -14,7 +14,7 @@ from torch import nn
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError
 from lean_fx.passes.sites import Site
-from lean_fx.reduction.lean import divisors
+from lean_fx.reduction.base import divisors
 
 #: A number, a fraction, ``"sqrt"`` or ``"tenth"``.
 Scalar = int | float | str

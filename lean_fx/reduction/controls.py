@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lean_fx.reduction.lean import Reduction
+from lean_fx.reduction.base import Reduction
 
 
 def _grouped(reduction: Reduction, x: Tensor) -> Tensor:

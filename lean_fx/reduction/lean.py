@@ -1,4 +1,4 @@
-"""Reductions as modules: their base, and LEAN (formulas: :mod:`lean_fx.reduction.functional`)."""
+"""LEAN as a module; its formulas are those of :mod:`lean_fx.reduction.functional`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal, get_args
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.checks import check_choice, check_int, one_of
+from lean_fx.checks import check_choice
 from lean_fx.errors import ArgumentError
+from lean_fx.reduction.base import Reduction
 from lean_fx.reduction.functional import (
     Normalize,
     Scale,
@@ -18,113 +18,12 @@ from lean_fx.reduction.functional import (
     check_options,
     lean_reduction,
 )
-from lean_fx.reduction.packed import with_data
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("lean_reduction")
 
 SeedShape = Literal["vector", "matrix"]
 SeedInit = Literal["normal", "uniform", "ones"]
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of a positive number, ascending.
-
-    Example:
-        >>> divisors(50)
-        [1, 2, 5, 10, 25, 50]
-    """
-    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return low + [number // d for d in reversed(low) if d * d != number]
-
-
-def check_channels(owner: str, in_channels: int, out_channels: int) -> tuple[int, int]:
-    """Check that ``out_channels`` is a divisor of ``in_channels``.
-
-    Returns:
-        Both, as ints of Python.
-
-    Raises:
-        ArgumentError: either is no positive int, or the division leaves a rest.
-    """
-    in_channels = check_int(f"{owner}: in_channels", in_channels, 1)
-    out_channels = check_int(f"{owner}: out_channels", out_channels, 1)
-    if in_channels % out_channels:
-        raise ArgumentError(
-            f"{owner}: out_channels={out_channels} does not divide in_channels={in_channels}; "
-            f"use {one_of(divisors(in_channels))}"
-        )
-    return in_channels, out_channels
-
-
-class Reduction(nn.Module):
-    """What all reductions have in common: their arguments and what they reduce, checked.
-
-    A reduction says in :meth:`reduce` what it makes of values that fit.
-
-    Args:
-        in_channels: the channels ``C_in`` of the input, 1 or more.
-        out_channels: the channels ``C'`` of the output, a divisor of ``in_channels``.
-        dim: the axis of the channels.
-
-    Shape:
-        - input: ``[..., C_in, ...]``, ``C_in`` along ``dim``
-        - output: ``[..., C', ...]``
-
-    Raises:
-        ArgumentError: ``out_channels`` does not divide ``in_channels``, or one is no int.
-
-    Example:
-        >>> class Every(Reduction):
-        ...     def reduce(self, x):
-        ...         return x[..., :: self.in_channels // self.out_channels]
-        >>> Every(4, 2, dim=-1)(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        tensor([1., 3.])
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, dim: int = 1) -> None:
-        super().__init__()
-        owner = type(self).__name__
-        self.in_channels, self.out_channels = check_channels(owner, in_channels, out_channels)
-        self.dim = check_int(f"{owner}: dim", dim)
-
-    @property
-    def macs_per_position(self) -> int:
-        """Multiply-adds of one position."""
-        return 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Reduce ``x``, of packed sequences their data.
-
-        Raises:
-            ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
-        """
-        if isinstance(x, PackedSequence):
-            return with_data(x, self.forward(x.data))
-        if isinstance(x, Tensor):  # and not the proxy of one
-            self._check(x)
-        return self.reduce(x)
-
-    def _check(self, x: Tensor) -> None:
-        subject, shape = type(self).__name__, list(x.shape)
-        if not -x.dim() <= self.dim < x.dim():
-            raise ArgumentError(
-                f"{subject}: dim={self.dim} is no axis of {shape}; give values of more axes, or "
-                "another dim"
-            )
-        if x.shape[self.dim] != self.in_channels:
-            raise ArgumentError(
-                f"{subject}: axis {self.dim} of {shape} is not in_channels={self.in_channels}; "
-                "give such values, or another dim"
-            )
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """Reduce values that have ``in_channels`` along ``dim``."""
-        raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        """The arguments, as in torch.nn."""
-        return f"{self.in_channels}, {self.out_channels}, dim={self.dim}"
 
 
 class LeanReduction(Reduction):

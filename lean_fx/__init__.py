@@ -9,26 +9,55 @@ Example:
 
 from lean_fx.comparing import compare
 from lean_fx.costing import costs_of
-from lean_fx.errors import LeanError, LeanWarning
-from lean_fx.export.exporting import export_onnx, plan_of
+from lean_fx.errors import (
+    ArgumentError,
+    BranchError,
+    CaptureError,
+    DataError,
+    ExportError,
+    LeanError,
+    LeanWarning,
+    MissingDependencyError,
+    PassError,
+    PlanError,
+    WriteError,
+)
+from lean_fx.export.exporting import Exported, export_onnx
+from lean_fx.export.stored_plan import plan_of
+from lean_fx.measure.compared import Comparison
+from lean_fx.measure.costed import Costs
 from lean_fx.passes import Consumer, Site
 from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.reduction.base import Reduction
 from lean_fx.reduction.compiling import compile_reductions
 from lean_fx.reduction.functional import checking_signs, lean_reduction, power_iteration_embedding
 from lean_fx.reduction.lean import LeanReduction
-from lean_fx.reduction.registry import reductions, register_reduction
+from lean_fx.reduction.registry import reductions, register_reduction, unregister_reduction
 from lean_fx.transform import leanify, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
+    "BranchError",
+    "CaptureError",
+    "Comparison",
     "Consumer",
+    "Costs",
+    "DataError",
+    "ExportError",
+    "Exported",
     "LeanError",
     "LeanReduction",
     "LeanWarning",
     "LeftAlone",
+    "MissingDependencyError",
+    "PassError",
     "Plan",
+    "PlanError",
+    "Reduction",
     "Site",
+    "WriteError",
     "checking_signs",
     "compare",
     "compile_reductions",
@@ -41,4 +70,5 @@ __all__ = [
     "power_iteration_embedding",
     "reductions",
     "register_reduction",
+    "unregister_reduction",
 ]

@@ -20,17 +20,20 @@ from lean_fx.capture.capturing import as_inputs
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.copying import copied_whole
 from lean_fx.costing import costs_of
-from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, require
+from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.inputs import resized
 from lean_fx.files import make_folder, replacing
 from lean_fx.measure.compared import Compared, Comparison
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
-from lean_fx.measure.energy import Energy, EnergyMeter, energy_in_turn
+from lean_fx.measure.energy import Energy, energy_in_turn
 from lean_fx.measure.layout import blocked_layout
+from lean_fx.measure.machine import machine
 from lean_fx.measure.memory import peak_bytes
-from lean_fx.measure.timing import flushing_denormals, machine, onnx_call, time_onnx
+from lean_fx.measure.sessions import flushing_denormals, onnx_call
+from lean_fx.measure.timing import time_onnx
+from lean_fx.measure.tracker import check_country
 from lean_fx.onnx_files import onnx_bytes, weight_files
 
 
@@ -90,7 +93,7 @@ def compare(
         require(package, purpose="comparing")
     if energy_s:
         require("codecarbon", purpose="metering energy")
-        _check_country(country)
+        check_country("compare", country)
     with (
         tempfile.TemporaryDirectory() as temporary,
         torch.random.fork_rng(devices=[]),
@@ -184,13 +187,6 @@ def _check(
         raise ArgumentError(f"compare: energy_s={energy_s!r} is not 0 or more seconds")
 
 
-def _check_country(country: str) -> None:
-    try:
-        EnergyMeter(country)
-    except ArgumentError as error:
-        raise ArgumentError(str(error).replace("EnergyMeter", "compare", 1)) from error
-
-
 def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:
     forms = {}
     for name, arm in arms.items():
@@ -199,7 +195,7 @@ def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) ->
                 output = copy.deepcopy(arm)(*(value.clone() for value in inputs))
         except Exception as error:
             raise ArgumentError(
-                f"compare: {name!r} fails on the example inputs ({' '.join(str(error).split())}); "
+                f"compare: {name!r} fails on the example inputs ({one_line(error)}); "
                 "give inputs that all models take"
             ) from error
         if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(output)):
@@ -224,7 +220,7 @@ def _check_steps(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> N
         except Exception as error:
             raise ArgumentError(
                 f"compare: {name!r} cannot do a training step on the example inputs "
-                f"({' '.join(str(error).split())}); give a model whose outputs have gradients, "
+                f"({one_line(error)}); give a model whose outputs have gradients, "
                 "and a batch of 2 or more"
             ) from error
 

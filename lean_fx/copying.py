@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lean_fx.errors import CaptureError
+from lean_fx.errors import CaptureError, one_line
 
 #: Torch's own hooks that compute a weight anew before every call.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -52,7 +52,7 @@ def copied_whole(model: nn.Module) -> nn.Module:
             ) from error
         raise CaptureError(
             f"{name}: cannot be copied ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); give a model that copy.deepcopy can copy"
+            f"{one_line(error, 200)}); give a model that copy.deepcopy can copy"
         ) from error
     old, new = _state(model), _state(copied)
     pairs = [(old[each], new[each]) for each in old if each in new]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.capturing import as_inputs, capture
 from lean_fx.capture.tracing import LeanTracer
 from lean_fx.checks import is_quantized_layer
-from lean_fx.errors import ArgumentError
+from lean_fx.errors import ArgumentError, one_line
 from lean_fx.layers.transformers import PLAIN
 from lean_fx.measure.cost import Counter, counting, counting_device, without_gradients
 from lean_fx.measure.costed import Costs, NodeCost
@@ -98,7 +98,7 @@ def _count(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
             run.run(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ArgumentError(
             f"costs_of: {name} fails on inputs of shape {shapes} ({reason}); give inputs that its "
             "forward takes"

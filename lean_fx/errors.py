@@ -50,6 +50,16 @@ class LeanWarning(UserWarning):
     """Something that the user should know, though the result is right."""
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    r"""What an error says, in one line of no more than ``limit`` characters; else its type.
+
+    Example:
+        >>> one_line(ValueError("not\n  this")), one_line(KeyboardInterrupt())
+        ('not this', 'KeyboardInterrupt')
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def require(module: str, *, extra: str = "", purpose: str) -> ModuleType:
     """Import an optional package, or say in one line what to install.
 

@@ -27,8 +27,9 @@ from lean_fx.passes import (
     TrackWrites,
 )
 from lean_fx.paying import Keep, keep_paying
-from lean_fx.planning.deciding import Options, make_plan, stacks_to_split, weights_to_make
+from lean_fx.planning.deciding import make_plan, stacks_to_split, weights_to_make
 from lean_fx.planning.layerwise import plan_layers
+from lean_fx.planning.options import Options
 from lean_fx.planning.plans import WITHIN, LeftAlone, Plan
 from lean_fx.planning.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
 from lean_fx.planning.unseen import hidden_layers

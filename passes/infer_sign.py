@@ -37,6 +37,14 @@ from torch.nn.utils import rnn
 from lean_fx.passes.base import Pass
 from lean_fx.passes.calls import argument, called
 from lean_fx.passes.node_facts import facts
+from lean_fx.passes.vocabulary import (
+    ADAPTIVE_POOL_CALLS,
+    ADAPTIVE_POOLS,
+    DROPOUT_CALLS,
+    DROPOUTS,
+    MAX_POOL_CALLS,
+    MAX_POOLS,
+)
 from lean_fx.reduction.packed import SequenceDropout
 
 _NEVER_NEGATIVE: set[Any] = {
@@ -48,17 +56,11 @@ _NEVER_NEGATIVE: set[Any] = {
     *("square", "square_", "sqrt", "sqrt_"),
 }
 _KEEPS: set[Any] = {
-    nn.AvgPool1d,
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity),
+    *(nn.AvgPool1d, F.avg_pool1d, *ADAPTIVE_POOLS, *ADAPTIVE_POOL_CALLS),
+    *(*DROPOUTS, *DROPOUT_CALLS, nn.Identity),
     *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
-    F.avg_pool1d,
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
-    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
-    *(SequenceDropout, rnn.pack_padded_sequence),
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.pixel_unshuffle),
+    *(SequenceDropout, rnn.pack_padded_sequence, F.pixel_shuffle, F.pixel_unshuffle),
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
     *(torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.narrow, torch.clone),
     *(torch.mean, torch.sum, torch.amax, torch.amin, operator.getitem),
@@ -73,10 +75,7 @@ _JOINS: set[Any] = {
 }
 _QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 _CLAMPS: set[Any] = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
-_MAX_POOLS: set[Any] = {
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
-    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
-}
+_MAX_POOLS: set[Any] = {*MAX_POOLS, *MAX_POOL_CALLS}
 _AVERAGE_POOLS: set[Any] = {nn.AvgPool2d, nn.AvgPool3d, F.avg_pool2d, F.avg_pool3d}
 _MODES = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area")
 _PRODUCTS: set[Any] = {operator.mul, torch.mul, "mul"}

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.errors import ArgumentError
+from lean_fx.errors import ArgumentError, one_line
 from lean_fx.passes.base import Pass
 from lean_fx.passes.node_facts import facts
 from lean_fx.passes.replicas import fake_of, run_on, sharing_copy
@@ -99,7 +99,7 @@ def cannot_run(node: Node, env: Mapping[Node, Any], error: Exception) -> Argumen
         return value.shape if isinstance(value, torch.Tensor) else argument
 
     shapes = str(map_aggregate(node.args, shape_or_self)).replace("torch.Size", "")
-    reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    reason = one_line(error).removesuffix(".")
     return ArgumentError(
         f"example_inputs: the model cannot run on them: {what}"
         f"{shapes.replace('([', '[').replace('])', ']')} failed "

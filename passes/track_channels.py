@@ -47,6 +47,18 @@ from lean_fx.passes.base import Pass
 from lean_fx.passes.calls import argument, called
 from lean_fx.passes.flattens import is_flatten, source_of
 from lean_fx.passes.node_facts import facts
+from lean_fx.passes.vocabulary import (
+    ADAPTIVE_POOL_CALLS,
+    ADAPTIVE_POOLS,
+    ALPHA_DROPOUT_CALLS,
+    ALPHA_DROPOUTS,
+    AVERAGE_POOL_CALLS,
+    AVERAGE_POOLS,
+    DROPOUT_CALLS,
+    DROPOUTS,
+    MAX_POOL_CALLS,
+    MAX_POOLS,
+)
 from lean_fx.reduction.packed import SequenceDropout
 
 _CONVS = (
@@ -57,18 +69,12 @@ _CONVS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_DROPOUTS: set[Any] = {
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity),
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
-    *(F.alpha_dropout, F.feature_alpha_dropout),
-}
+_DROPOUTS: set[Any] = {*DROPOUTS, *ALPHA_DROPOUTS, nn.Identity}
+_DROPOUTS |= {*DROPOUT_CALLS, *ALPHA_DROPOUT_CALLS}
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
     *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid),
-    *(nn.Hardswish, nn.Softsign, nn.Identity, nn.Softmax),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.Hardswish, nn.Softsign, nn.Identity, nn.Softmax, *DROPOUTS, *ALPHA_DROPOUTS),
 )
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -77,9 +83,7 @@ _NORMS = (
 )
 # These act along the axes behind the channels, so they keep axis 1 but none behind it.
 _SPATIAL = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(*MAX_POOLS, *AVERAGE_POOLS, *ADAPTIVE_POOLS),
     *(nn.LPPool1d, nn.LPPool2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
 )
@@ -87,8 +91,8 @@ _ELEMENTWISE_CALLS: set[Any] = {
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus),
     *(F.hardtanh, F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh, F.softsign, F.logsigmoid),
     *(torch.relu, torch.sigmoid, torch.tanh, torch.abs, torch.clamp, torch.square, torch.sqrt),
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.softmax),
-    *(torch.softmax, torch.exp, torch.pow, operator.pow, operator.neg),
+    *(*DROPOUT_CALLS, F.alpha_dropout, F.softmax, torch.softmax),
+    *(torch.exp, torch.pow, operator.pow, operator.neg),
     *(F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm, torch.batch_norm),
 }
 _ELEMENTWISE_CALLS |= {
@@ -96,13 +100,8 @@ _ELEMENTWISE_CALLS |= {
     *("relu", "relu_", "sigmoid", "tanh", "abs", "clamp", "square", "sqrt"),
     *("contiguous", "clone", "detach", "float"),
 }
-_SPATIAL_CALLS = {
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
-    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
-    F.interpolate,
-}
+_SPATIAL_CALLS: set[Any] = {*MAX_POOL_CALLS, *AVERAGE_POOL_CALLS, *ADAPTIVE_POOL_CALLS}
+_SPATIAL_CALLS.add(F.interpolate)
 _JOINS: set[Any] = {
     operator.add,
     operator.iadd,

@@ -31,20 +31,18 @@ from lean_fx.layers.modes import InMode
 from lean_fx.passes.base import Pass
 from lean_fx.passes.calls import argument, called
 from lean_fx.passes.node_facts import facts
+from lean_fx.passes.vocabulary import (
+    ALPHA_DROPOUT_CALLS,
+    ALPHA_DROPOUTS,
+    DROPOUT_CALLS,
+    DROPOUTS,
+)
 
 # Layers and functions of torch.nn that may return a view of their input, or the input itself.
 _VIEWS: set[Any] = {
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
-    *(
-        nn.Dropout,
-        nn.Dropout1d,
-        nn.Dropout2d,
-        nn.Dropout3d,
-        nn.AlphaDropout,
-        nn.FeatureAlphaDropout,
-    ),
+    *(*DROPOUTS, *DROPOUT_CALLS, *ALPHA_DROPOUTS, *ALPHA_DROPOUT_CALLS),
     *(nn.Upsample, nn.Fold, nn.Unfold),
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.interpolate, F.upsample, F.pad),
     *(F.fold, F.unfold, F.native_channel_shuffle),
 }

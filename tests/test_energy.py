@@ -13,6 +13,7 @@ from codecarbon.external.ram import RAM
 from lean_fx.errors import ArgumentError, LeanError
 from lean_fx.measure import energy
 from lean_fx.measure.energy import Energy, EnergyMeter
+from lean_fx.measure.tracker import meter_of
 
 
 def busy(seconds: float) -> None:
@@ -258,7 +259,7 @@ def cpu(mode: str) -> CPU:
     ],
 )
 def test_the_meter_is_named_by_the_hardware(hardware: list, meter: str, estimate: bool) -> None:
-    assert energy._meter_of(hardware) == meter
+    assert meter_of(hardware) == meter
     assert Energy(1.0, 1.0, 1.0, meter).is_estimate is estimate
 
 

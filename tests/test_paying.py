@@ -12,7 +12,7 @@ from lean_fx.errors import ArgumentError
 from lean_fx.measure.cost import count_macs
 from lean_fx.passes import facts
 from lean_fx.paying import _alone
-from lean_fx.planning.deciding import Options
+from lean_fx.planning.options import Options
 from lean_fx.transform import _planned
 
 

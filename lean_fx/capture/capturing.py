@@ -24,7 +24,7 @@ from lean_fx.capture.merging import CannotMerge, merge_modes
 from lean_fx.capture.unrecorded import Unrecorded
 from lean_fx.checks import check_plain, check_shapes
 from lean_fx.copying import copied_whole
-from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
 from lean_fx.layers.rebuild import REBUILDERS
 from lean_fx.layers.transformers import PLAIN
 from lean_fx.passes.calls import is_altered
@@ -270,5 +270,4 @@ def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}".removesuffix(".")
+    return f"{type(error).__name__}: {one_line(error, 200)}".removesuffix(".")

@@ -24,8 +24,9 @@ from lean_fx.export.exporting import export_onnx
 from lean_fx.files import make_folder
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
+from lean_fx.measure.machine import machine
 from lean_fx.measure.report import Arm, Epoch, Report
-from lean_fx.measure.timing import Latency, machine, time_onnx
+from lean_fx.measure.timing import Latency, time_onnx
 from lean_fx.onnx_files import onnx_bytes
 
 if TYPE_CHECKING:

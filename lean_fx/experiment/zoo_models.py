@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lean_fx.errors import ArgumentError, require
+from lean_fx.errors import ArgumentError, one_line, require
 from lean_fx.experiment.zoo_timm import SMALLEST
 
 #: Pixels a side that are tried for a model, in order.
@@ -160,5 +160,5 @@ def why_not(model: nn.Module, images: Any) -> str:
         with torch.no_grad():
             model(images)
     except Exception as error:  # a model's own code may raise anything
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return one_line(error, 200)
     return ""

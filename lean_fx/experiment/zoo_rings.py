@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import capture
-from lean_fx.errors import LeanError
+from lean_fx.errors import LeanError, one_line
 from lean_fx.experiment.zoo_models import build, fitting_images, why_not
 from lean_fx.experiment.zoo_rows import RINGS, Ring, Row, write_row
 from lean_fx.experiment.zoo_sites import CallSite, find_call_sites, worth_reducing
@@ -103,14 +103,10 @@ def _run(ring: str, subject: _Subject, row: Row) -> Ring:
     except _Skipped as reason:
         return Ring("skip", str(reason))
     except (_Failed, LeanError) as error:
-        return Ring("fail", _one_line(error))
+        return Ring("fail", one_line(error))
     except Exception as error:  # whatever a model's own code, torch or a pass may raise
-        return Ring("crash", f"{type(error).__name__}: {_one_line(error)}")
+        return Ring("crash", f"{type(error).__name__}: {one_line(error)}")
     return Ring("ok")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 def _baseline(subject: _Subject, row: Row) -> None:
@@ -196,7 +192,7 @@ def _check_alike(where: str, expected: list[Tensor], lean: nn.Module, images: Te
     try:
         found = _outputs(lean, images)
     except Exception as error:
-        raise _Failed(f"at {where}: {type(error).__name__}: {_one_line(error)}") from error
+        raise _Failed(f"at {where}: {type(error).__name__}: {one_line(error)}") from error
     wanted, given = ([tuple(each.shape) for each in values] for values in (expected, found))
     if wanted != given:
         raise _Failed(f"at {where}: its outputs are {given}, not {wanted}")
@@ -210,7 +206,7 @@ def _trains(subject: _Subject, row: Row) -> None:
     try:
         missed = _step(copy.deepcopy(model), subject.images)
     except Exception as error:
-        raise _Skipped(f"the baseline cannot take a training step: {_one_line(error)}") from error
+        raise _Skipped(f"the baseline cannot take a training step: {one_line(error)}") from error
     if missed is None:
         raise _Skipped("the baseline has nothing to train")
     unreached = _step(copy.deepcopy(lean), subject.images)
@@ -257,7 +253,7 @@ def _exported(subject: _Subject, row: Row) -> None:
             export_onnx(model, files["baseline"], subject.images, batch=batch)
             break
         except LeanError as error:
-            reason = _one_line(error)
+            reason = one_line(error)
     else:
         raise _Skipped(f"the baseline cannot be exported: {reason}")
     row.numbers["dynamic_batch"] = int(batch == "dynamic")

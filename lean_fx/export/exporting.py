@@ -26,9 +26,9 @@ from lean_fx.copying import copied_whole
 from lean_fx.errors import (
     ArgumentError,
     CaptureError,
-    DataError,
     ExportError,
     LeanWarning,
+    one_line,
     require,
 )
 from lean_fx.export.inputs import (
@@ -42,13 +42,11 @@ from lean_fx.export.lean_function import DOMAIN, INLINED
 from lean_fx.export.parity import check_parity
 from lean_fx.export.program import PACKED, exported_program
 from lean_fx.export.quantization import Quantize, accuracy_of, gives_batches, quantize_onnx
+from lean_fx.export.stored_plan import PLAN
 from lean_fx.files import replacing
-from lean_fx.planning.plans import Plan
 
 Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]
-
-_PLAN = "lean_fx.plan"
 
 
 def export_onnx(
@@ -173,9 +171,9 @@ def export_onnx(
     remark = ""
     with replacing(path) as part, _evaluating(model):
         program = exported_program(model, inputs, axes, opset)
-        plan = getattr(model, "meta", {}).get("lean_fx.plan")
+        plan = getattr(model, "meta", {}).get(PLAN)
         if plan is not None and isinstance(plan.reduction, str):
-            program.model.metadata_props[_PLAN] = plan.to_json()
+            program.model.metadata_props[PLAN] = plan.to_json()
         program.save(part)
         if functions == "inline":
             _inline(part)
@@ -213,37 +211,6 @@ class Exported:
     int8_accuracy: float | None = None
 
 
-def plan_of(path: str | os.PathLike[str]) -> Plan:
-    """Read the plan of the reduced model in an ONNX file that :func:`export_onnx` wrote.
-
-    Raises:
-        DataError: there is no such file, it is no ONNX file, or it holds no plan.
-        PlanError: the plan is of an unknown version, or its reduction is not registered here.
-
-    Example:
-        >>> import lean_fx, pathlib, tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "net.onnx"
-        >>> net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
-        >>> lean = lean_fx.leanify(net, torch.rand(2, 4), channels=4)
-        >>> exported = lean_fx.export_onnx(lean, path, torch.rand(2, 4))
-        >>> lean_fx.plan_of(path) == lean.meta["lean_fx.plan"]
-        True
-    """
-    onnx = require("onnx", purpose="reading plans")
-    try:
-        model = onnx.load(os.fspath(path), load_external_data=False)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: there is no such file; give one that export_onnx wrote"
-        ) from error
-    except Exception as error:
-        raise DataError(f"{path}: is no ONNX file; give one that export_onnx wrote") from error
-    for entry in model.metadata_props:
-        if entry.key == _PLAN:
-            return Plan.from_json(entry.value)
-    raise DataError(f"{path}: holds no plan; give the file of a reduced model")
-
-
 def _inline(part: Path) -> None:
     onnx, inliner = require("onnx", purpose="export"), require("onnx.inliner", purpose="export")
     model = inliner.inline_local_functions(onnx.load(part, load_external_data=False))
@@ -273,7 +240,7 @@ def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             _copy(model)(*(value.clone() for value in inputs))
     except Exception as error:
         shapes = ", ".join(str(list(value.shape)) for value in inputs) or "none"
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ArgumentError(
             f"example_inputs: {type(model).__name__} cannot run on {shapes} ({reason}); give "
             "inputs of the shape and dtype that the model takes"

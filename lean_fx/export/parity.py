@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lean_fx.errors import ExportError, require
+from lean_fx.errors import ExportError, one_line, require
 from lean_fx.export.nodes import TORCH_NAME
 from lean_fx.export.replaying import in_float64, moved_by_rounding, values_of
 
@@ -56,7 +56,7 @@ def check_parity(
     except ExportError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ExportError(
             f"export_onnx: {type(model).__name__} cannot run at {at} ({reason}); "
             "export it with batch='static' and no dynamic_shapes, or with those of fewer axes"
@@ -235,6 +235,6 @@ def _run(file: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         remedy = "convert the model to float32" if other else "try another opset"
         raise ExportError(
             "export_onnx: ONNX Runtime cannot run the file "
-            f"({' '.join(str(error).split())[:300]}); {remedy}, or "
+            f"({one_line(error)}); {remedy}, or "
             "tolerance=None to keep the file unchecked"
         ) from error

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 
 from lean_fx.capture.capturing import as_inputs
-from lean_fx.errors import ArgumentError, DataError, ExportError, require
+from lean_fx.errors import ArgumentError, DataError, ExportError, one_line, require
 from lean_fx.export.lean_function import INLINED
 from lean_fx.files import replacing
-from lean_fx.measure.timing import open_session
+from lean_fx.measure.sessions import open_session
 from lean_fx.onnx_files import weight_files
 
 Quantize = Literal["dynamic", "static"]
@@ -79,7 +79,7 @@ def quantize_onnx(
             else:
                 tools.quantize_static(source, part, Reader(), per_channel=True, **options)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise ExportError(
                 f"{source}: ONNX Runtime cannot quantise it ({reason}); use the file as it is"
             ) from error
@@ -112,7 +112,7 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
             shapes = ", ".join(str(list(array.shape)) for array in arrays.values())
             raise ArgumentError(
                 f"evaluation: {Path(path).name} cannot run on {shapes} "
-                f"({' '.join(str(error).split())[:300]}); give batches of its inputs"
+                f"({one_line(error)}); give batches of its inputs"
             ) from error
         labels = torch.as_tensor(batch[1])
         if scores.dim() != 2 or labels.shape != scores.shape[:1]:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lean_fx.checks import check_shapes
 from lean_fx.copying import copied_whole
-from lean_fx.errors import ArgumentError
+from lean_fx.errors import ArgumentError, one_line
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _aten = torch.ops.aten
@@ -90,7 +90,7 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
         shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
         raise ArgumentError(
             f"count_macs: {type(model).__name__} fails on inputs of shape {shapes} "
-            f"({' '.join(str(error).split())}); give inputs that its forward takes"
+            f"({one_line(error)}); give inputs that its forward takes"
         ) from error
     return counter.macs + correction.macs
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from types import TracebackType
 from typing import Any
 
-from lean_fx.errors import ArgumentError, LeanError, require
-
-_JOULES_PER_KWH = 3.6e6
-_ESTIMATES = frozenset({"cpu_load", "constant"})
-# CodeCarbon's names of how a piece of hardware is read, in a reader's words.
-_METERS = {"intel_rapl": "rapl", "intel_power_gadget": "power_gadget"}
+from lean_fx.errors import ArgumentError, LeanError
+from lean_fx.measure.tracker import (
+    ESTIMATES,
+    JOULES_PER_KWH,
+    Totals,
+    check_country,
+    joined,
+    make_tracker,
+    meter_of,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Energy:
             self.energy_j + other.energy_j,
             self.co2_g + other.co2_g,
             self.seconds + other.seconds,
-            _join([*self.meter.split("+"), *other.meter.split("+")]),
+            joined([*self.meter.split("+"), *other.meter.split("+")]),
         )
 
     def scaled(self, factor: float) -> Energy:
@@ -60,12 +62,12 @@ class Energy:
     @property
     def co2_g_per_kwh(self) -> float:
         """Grams of CO2 equivalent of a kilowatt-hour; NaN without a joule."""
-        return self.co2_g / self.energy_j * _JOULES_PER_KWH if self.energy_j else math.nan
+        return self.co2_g / self.energy_j * JOULES_PER_KWH if self.energy_j else math.nan
 
     @property
     def is_estimate(self) -> bool:
         """True when any part was not read from a hardware counter but guessed by a model."""
-        return not set(self.meter.split("+")).isdisjoint(_ESTIMATES)
+        return not set(self.meter.split("+")).isdisjoint(ESTIMATES)
 
 
 class EnergyMeter:
@@ -110,18 +112,18 @@ class EnergyMeter:
     def __init__(self, country: str = "USA", interval_s: float = 1.0) -> None:
         if not interval_s > 0:
             raise ArgumentError(f"EnergyMeter: interval_s={interval_s} is not above 0; use 1.0")
-        _check_country(country)
+        check_country("EnergyMeter", country)
         self.country = country
         self.interval_s = interval_s
         self._tracker: Any = None
-        self._totals: _Totals | None = None
+        self._totals: Totals | None = None
         self._start = self._lap_start = Energy(0.0, 0.0, 0.0, "")
 
     def __enter__(self) -> EnergyMeter:
         if self._tracker is not None:
             raise LeanError("EnergyMeter: is running already; make another one for an inner block")
-        self._totals = _Totals()
-        self._tracker = _make_tracker(self.country, self.interval_s, self._totals)
+        self._totals = Totals()
+        self._tracker = make_tracker(self.country, self.interval_s, self._totals)
         self._tracker.start()
         try:
             # The first reading loads CodeCarbon's tables between its joules and its seconds; the
@@ -176,7 +178,7 @@ class EnergyMeter:
                 "to DEBUG to see why"
             )
         if self._tracker is not None:
-            self._totals.meter = _meter_of(self._tracker._hardware)
+            self._totals.meter = meter_of(self._tracker._hardware)
         return Energy(*self._totals.latest, self._totals.meter)
 
 
@@ -220,92 +222,6 @@ def _call_for(call: Callable[[], object], seconds: float) -> int:
         call()
         calls += 1
     return calls
-
-
-class _Totals:
-    """An output of CodeCarbon, called at every flush and at the stop, that keeps the totals."""
-
-    def __init__(self) -> None:
-        self.latest: tuple[float, float, float] | None = None
-        self.meter = ""
-
-    def out(self, total: Any, delta: Any) -> None:
-        self.latest = (
-            total.energy_consumed * _JOULES_PER_KWH,
-            total.emissions * 1e3,
-            total.duration,
-        )
-
-    def exit(self) -> None:
-        pass
-
-
-def _make_tracker(country: str, interval_s: float, totals: _Totals) -> Any:
-    base: Any = require("codecarbon", purpose="measuring energy").OfflineEmissionsTracker
-
-    class Tracker(base):  # type: ignore[misc]
-        """One reading at a time, and one at each flush, however short the lap.
-
-        The tracker's own thread and a flush could otherwise both count the same interval, and a
-        flush within 50 ms of a reading would leave the energy since to the next lap.
-        """
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            self._reading = threading.Lock()
-            super().__init__(*args, **options)
-
-        def _measure_power_and_energy(self) -> None:
-            with self._reading:
-                super()._measure_power_and_energy()
-
-        def _measure_power_and_energy_if_stale(self, min_interval_s: float = 0.0) -> None:
-            self._measure_power_and_energy()
-
-    # Its constructor logs two lines before it reads log_level.
-    logging.getLogger("codecarbon").setLevel(logging.ERROR)
-    return Tracker(
-        country_iso_code=country,
-        measure_power_secs=interval_s,
-        log_level="error",
-        tracking_mode="machine",
-        allow_multiple_runs=True,
-        output_methods=[],
-        output_handlers=[totals],
-        api_call_interval=-1,
-        # A user's configuration file must not bring the network in.
-        emissions_endpoint=False,
-        electricitymaps_api_token="",
-    )
-
-
-def _check_country(country: str) -> None:
-    known = require("codecarbon.input", purpose="measuring energy").DataSource()
-    if country not in known.get_global_energy_mix_data():
-        raise ArgumentError(
-            f"EnergyMeter: country={country!r} is not known to CodeCarbon; use a three-letter ISO "
-            "code in capitals, such as USA or DEU"
-        )
-
-
-def _meter_of(hardware: Iterable[Any]) -> str:
-    """Name how CodeCarbon reads processor and GPUs, from the objects it reads them with."""
-    return _join(sorted(filter(None, map(_meter_of_one, hardware)), key=_ESTIMATES.__contains__))
-
-
-def _meter_of_one(part: Any) -> str:
-    kind = type(part).__name__
-    if kind == "CPU":
-        return _METERS.get(part._mode, str(part._mode))
-    if kind == "GPU":
-        vendors = {type(device).__name__ for device in part.devices.devices}
-        return _join("amdsmi" if vendor.startswith("AMD") else "nvml" for vendor in sorted(vendors))
-    if kind == "RAM":  # a constant of the machine beside every meter
-        return ""
-    return {"AppleSiliconChip": "powermetrics", "Raspberry": "pmic"}.get(kind, kind.lower())
-
-
-def _join(meters: Iterable[str]) -> str:
-    return "+".join(dict.fromkeys(meters))
 
 
 def _difference(later: Energy, earlier: Energy) -> Energy:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lean_fx.errors import require
-from lean_fx.measure.timing import machine, open_session
+from lean_fx.measure.machine import machine
+from lean_fx.measure.sessions import open_session
 
 
 def _optimised(file: Path) -> Any:

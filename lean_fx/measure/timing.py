@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING
 
 from lean_fx.checks import check_int
-from lean_fx.errors import ArgumentError, DataError, require
-from lean_fx.onnx_files import weights_beside
+from lean_fx.errors import ArgumentError
+from lean_fx.measure.sessions import flushing_denormals, onnx_call
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Array: TypeAlias = NDArray[np.generic]
-    Inputs: TypeAlias = Mapping[str, Array] | tuple[Array, ...] | Array
+    from lean_fx.measure.sessions import Inputs
 
 
 @dataclass(frozen=True)
@@ -154,117 +144,6 @@ def time_in_turn(
     return {name: tuple(values) for name, values in samples.items()}
 
 
-def machine() -> str:
-    """Name the machine and the versions that a timing rests on, in one line.
-
-    Example:
-        >>> "onnxruntime" in machine()
-        True
-    """
-    facts = _cpu_facts()
-    model = facts.get("model name") or platform.processor() or platform.machine()
-    flags = facts.get("flags", "").split()
-    instructions = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
-    cores = os.cpu_count() or 1
-    return ", ".join(
-        part
-        for part in (
-            model,
-            instructions,
-            f"{cores} {'core' if cores == 1 else 'cores'}",
-            f"torch {torch.__version__}",
-            f"onnxruntime {require('onnxruntime', purpose='timing').__version__}",
-        )
-        if part
-    )
-
-
-@contextlib.contextmanager
-def flushing_denormals() -> Iterator[None]:
-    """Flush denormal numbers to zero on this thread, and put it back as it was.
-
-    The session's own option reaches its pool of threads; the calling thread obeys only the first
-    session of the process, whatever it asked for, and would keep the setting for good.
-    """
-    before = sys.float_info.min / 2 == 0.0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-def onnx_call(name: str, file: Path, inputs: Inputs, threads: int) -> Callable[[], object]:
-    """Load a model, warm it up, which checks its inputs, and return its call.
-
-    The arguments and the errors are those of :func:`time_onnx`.
-    """
-    session = open_session(name, file, threads)
-    wanted = [value.name for value in session.get_inputs()]
-    if isinstance(inputs, Mapping):
-        feeds = dict(inputs)
-    else:
-        arrays = inputs if isinstance(inputs, tuple) else (inputs,)
-        if len(arrays) != len(wanted):
-            raise ArgumentError(
-                f"{name}: arrays given: {len(arrays)}; the model has the inputs "
-                f"{', '.join(wanted)}; give an array for each"
-            )
-        feeds = dict(zip(wanted, arrays, strict=True))
-    if set(feeds) != set(wanted):
-        raise ArgumentError(
-            f"{name}: the inputs given are {', '.join(feeds)} and the model's are "
-            f"{', '.join(wanted)}; give these"
-        )
-    try:
-        for _ in range(3):  # the first calls plan and allocate memory
-            session.run(None, feeds)
-    except Exception as error:
-        given = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in feeds.items())
-        expected = ", ".join(f"{v.name} {v.type}{v.shape}" for v in session.get_inputs())
-        raise ArgumentError(
-            f"{name}: ONNX Runtime rejects {given} ({_one_line(error)}); the model takes {expected}"
-        ) from error
-    return lambda: session.run(None, feeds)
-
-
-def open_session(name: str, file: Path, threads: int, optimised: Path | None = None) -> Any:
-    """Load a file into ONNX Runtime as it is timed: CPU, all optimisations, no spinning threads.
-
-    Args:
-        name: what an error calls it.
-        file: the model.
-        threads: of a call, 1 or more.
-        optimised: where to write the graph as it is run, or None.
-
-    Raises:
-        DataError: the file is missing or is not a model that ONNX Runtime can load.
-        MissingDependencyError: onnxruntime is not installed.
-    """
-    ort = require("onnxruntime", purpose="timing")
-    if not file.is_file():
-        raise DataError(f"{name}: {file} is not a file; export the model there first")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
-        options.add_session_config_entry(  # a file cannot hold 2 GB
-            "session.optimized_model_external_initializers_file_name",
-            weights_beside(optimised).name,
-        )
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    try:
-        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise DataError(
-            f"{name}: ONNX Runtime cannot load {file} ({_one_line(error)}); export the model again"
-        ) from error
-
-
 def _repeats(call: Callable[[], object], min_round_ms: float) -> int:
     """Warm up, and find how many calls fill a round: double them until they do."""
     repeats = 1
@@ -278,20 +157,3 @@ def _mean_ms(call: Callable[[], object], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) * 1e3 / repeats
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _cpu_facts() -> dict[str, str]:
-    """Return the first processor's entries of /proc/cpuinfo; none where there is no such file."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    first = text.split("\n\n")[0]
-    return {
-        key.strip(): value.strip()
-        for key, _, value in (line.partition(":") for line in first.splitlines())
-    }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -14,35 +13,16 @@ from torch.fx import GraphModule
 
 from lean_fx.layers.rebuild import input_weights, plain_type
 from lean_fx.passes import Consumer, Facts, Read, Site, facts
+from lean_fx.planning.options import Options, named_by_user, skip_reason, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.planning.policy import (
-    ChannelsPolicy,
     check_names,
     nearest_divisor,
-    skipped_by,
     wanted_channels,
 )
-from lean_fx.planning.unseen import holders_of, never_called
+from lean_fx.planning.unseen import never_called
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user asked for; see :func:`lean_fx.leanify`.
-
-    ``modules`` are those of the model, by name: a graph does not know the types of what holds its
-    layers.
-    """
-
-    channels: ChannelsPolicy = "sqrt"
-    align: int | None = None
-    reduction: str | ReductionFactory = "lean"
-    min_channels: int = 16
-    skip: tuple[str | type[nn.Module], ...] = ()
-    filter: Callable[[nn.Module, str], bool] | None = None
-    reduce_inputs: bool = False
-    modules: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
 
 
 def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, ...]:
@@ -66,7 +46,7 @@ def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, .
         name
         for name, count in calls.items()
         if count == 1
-        and not _skipped(name, graph_module.get_submodule(name), options)
+        and not skip_reason(name, graph_module.get_submodule(name), options)
         and _passes_inside(name, graph_module.get_submodule(name), options)
     )
 
@@ -127,7 +107,7 @@ def make_plan(
             if known.read:
                 reason = unwanted(known.read, name, layer, options)
             elif known.splits:
-                reason = _named_by_user(name, layer, options) or reason
+                reason = named_by_user(name, layer, options) or reason
             if known.read and not reason:
                 candidates.append((known.read, _consumer(node.name, name, layer, known.read)))
             else:
@@ -167,34 +147,6 @@ def _parts(graph_module: GraphModule) -> list[str]:
             parts = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
         names += [f"{name}.{part}" for part in parts]
     return names
-
-
-def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
-    """Why the user does not want this layer to be reduced, or an empty string."""
-    reason = _named_by_user(name, layer, options)
-    if getattr(layer, "num_layers", 1) > 1:  # as a stack, it is its first layer that is reduced
-        reason = reason or _named_by_user(f"{name}.0", layer, options)
-    if reason:
-        return reason
-    if read.in_channels < options.min_channels:
-        each = f" of each of {read.groups} groups" if read.groups > 1 else ""
-        return f"in_channels={read.in_channels}{each} is below min_channels={options.min_channels}"
-    if not read.intermediate and not options.reduce_inputs:
-        return "reads the model's input, no intermediate value; reduce_inputs=True reduces it too"
-    return ""
-
-
-def _named_by_user(name: str, layer: nn.Module, options: Options) -> str:
-    """What the user's skip and filter say against a layer, or an empty string."""
-    reason = _skipped(name, layer, options)
-    if not reason and options.filter is not None and not options.filter(layer, name):
-        return "filter(module, name) is false"
-    return reason
-
-
-def _skipped(name: str, layer: nn.Module, options: Options) -> str:
-    holders = [options.modules[each] for each in holders_of(name) if each in options.modules]
-    return skipped_by(options.skip, name, layer, holders)
 
 
 def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:

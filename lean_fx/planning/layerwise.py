@@ -27,14 +27,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.checks import check_values
 from lean_fx.copying import copied_whole
-from lean_fx.errors import ArgumentError
+from lean_fx.errors import ArgumentError, one_line
 from lean_fx.layers.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
 from lean_fx.passes import Consumer, Read, Site
 from lean_fx.passes.find_consumers import refusal_of
 from lean_fx.passes.graph_context import owners_of
 from lean_fx.passes.measure_scale import unit_variance
-from lean_fx.planning.deciding import Options, settle, unwanted
+from lean_fx.planning.deciding import settle
 from lean_fx.planning.multiplying import WatchProducts
+from lean_fx.planning.options import Options, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.planning.policy import check_names
 from lean_fx.planning.watching import Use, WatchWeights
@@ -156,7 +157,7 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen
     try:
         return _seen(model, inputs)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ArgumentError(
             f"example_inputs: {type(model).__name__} cannot run on them ({reason}); give inputs of "
             "the shape and dtype that the model takes"
@@ -237,5 +238,5 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
         try:
             tried.apply(model).eval()(*inputs)
         except Exception as error:  # the model's own code
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return f"{type(error).__name__}: {one_line(error, 200)}"
     return ""

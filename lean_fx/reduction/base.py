@@ -58,6 +58,7 @@ class Reduction(nn.Module):
         ArgumentError: ``out_channels`` does not divide ``in_channels``, or one is no int.
 
     Example:
+        >>> import torch
         >>> class Every(Reduction):
         ...     def reduce(self, x):
         ...         return x[..., :: self.in_channels // self.out_channels]

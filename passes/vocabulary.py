@@ -1,0 +1,30 @@
+"""Layers and functions of torch that several passes have rules about."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+
+#: These give values below 0 in training.
+ALPHA_DROPOUTS = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+ALPHA_DROPOUT_CALLS = (F.alpha_dropout, F.feature_alpha_dropout)
+
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+MAX_POOL_CALLS = (
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+)
+AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+AVERAGE_POOL_CALLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+ADAPTIVE_POOLS = (
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+ADAPTIVE_POOL_CALLS = (
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+)

@@ -426,3 +426,9 @@ def test_no_rows_and_no_path(tmp_path):
 def test_the_cause_of_a_failed_export_is_told(tmp_path):
     with pytest.raises(ExportError, match="Could not guard|data-dependent"):
         lean_fx.export_onnx(Unexportable(), tmp_path / "net.onnx", torch.rand(2, 4))
+
+
+def test_a_model_that_was_not_reduced_holds_no_plan():
+    text = "plan_of: Linear object holds no plan; give what leanify gave"
+    with pytest.raises(ArgumentError, match=f"^{text}$"):
+        lean_fx.plan_of(nn.Linear(2, 2))

@@ -137,7 +137,7 @@ def _measured(
     reduced = Plan("site", (own,), reduction=reduction).apply_to_graph(copy.deepcopy(bare))
     for module in reduced.modules():
         if isinstance(module, LeanReduction):
-            module.nonnegative = site.nonnegative  # as proved of the whole graph
+            module.nonnegative |= site.nonnegative  # as proved of the whole graph
     arms = {"without": bare, "with": reduced}
     shape = facts(_calls(site, nodes)[0][0]).shape
     assert shape is not None

@@ -54,27 +54,18 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
-from lean_fx.layers.old_norms import with_norm_of_today
 from lean_fx.layers.rebuild import (
-    groups_of,
-    input_channels,
-    input_weights,
-    plain_type,
     rebuild,
-    why_not_rebuilt,
 )
 from lean_fx.passes.base import Pass
-from lean_fx.passes.calls import is_altered
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.passes.flattens import view_sizes
 from lean_fx.passes.node_facts import facts, forget_facts
 from lean_fx.passes.rewriting import add_module
+from lean_fx.passes.site_reductions import check_layer, reduction_for
 from lean_fx.passes.sites import Consumer, Site
-from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.packed import with_data
-from lean_fx.reduction.registry import ReductionFactory, make_reduction, reduction_factory
-
-_POSITIONS = 1024  # of the sample: a relative error of the root mean square of a few percent
+from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 
 
 class InsertReductions(Pass):
@@ -106,15 +97,15 @@ class InsertReductions(Pass):
     def run(self, graph_module: GraphModule) -> bool:
         """Insert the reductions and rebuild the layers, site by site."""
         todo = self._open(graph_module)
-        made = [
-            make_reduction(
-                self.reduction, site.in_channels, site.out_channels or 0, site.reduced_dim
-            )
-            for site in todo
-        ]
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        for site, module in zip(todo, made, strict=True):
-            _insert(graph_module, site, module, nodes)
+        made = []  # all before the graph is changed
+        for site in todo:
+            layer = graph_module.get_submodule(site.layers[0])
+            # The plan may have been made from another model, or by hand.
+            nonnegative = site.nonnegative and facts(nodes[site.value]).nonnegative
+            made.append(reduction_for(site, self.reduction, layer, nonnegative))
+        for site, (module, gain) in zip(todo, made, strict=True):
+            _insert(graph_module, site, module.train(graph_module.training), gain, nodes)
         if todo:
             forget_facts(graph_module)
         return bool(todo)
@@ -144,30 +135,6 @@ def _is_reduced(
     return source is not None and reads_reduction(source, modules)
 
 
-def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None:
-    """Check that a layer is what a site says of it, and can be rebuilt.
-
-    Raises:
-        PlanError: it is not.
-    """
-    subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
-    layer = None if layer is None else with_norm_of_today(layer)
-    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
-        raise PlanError(
-            f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
-        )
-    if is_altered(layer):
-        raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
-    there = (input_channels(layer), groups_of(layer))
-    planned = (site.in_channels * consumer.spread * site.groups, site.groups)
-    if there != planned:
-        groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
-        raise PlanError(
-            f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
-            f"{remedy}"
-        )
-
-
 def _check(
     consumer: Consumer, site: Site, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]
 ) -> None:
@@ -187,18 +154,16 @@ def _check(
 
 
 def _insert(
-    graph_module: GraphModule, site: Site, module: nn.Module, nodes: Mapping[str, Node]
+    graph_module: GraphModule,
+    site: Site,
+    module: nn.Module,
+    gain: float,
+    nodes: Mapping[str, Node],
 ) -> None:
     graph = graph_module.graph
     calls = [nodes[consumer.node] for consumer in site.consumers]
     assert site.out_channels is not None
 
-    weight = next(iter(input_weights(graph_module.get_submodule(site.layers[0])).values()))
-    module.to(device=weight.device, dtype=weight.dtype).train(graph_module.training)
-    if isinstance(module, LeanReduction):
-        # The plan may have been made from another model, or by hand.
-        module.nonnegative = site.nonnegative and facts(nodes[site.value]).nonnegative
-    gain = match_scale(module, site)
     target = add_module(graph_module, "reductions", site.name, module)
     with graph.inserting_before(calls[0]):
         value = nodes[site.value]
@@ -233,42 +198,6 @@ def _insert(
     for step in reversed(carried):
         if carried[step] is not nodes[step]:
             _erase_unused(nodes[step])
-
-
-def match_scale(module: nn.Module, site: Site) -> float:
-    """How many times larger the value of a site is than its reduction, by root mean squares.
-
-    The sample is normal, or what ReLU makes of that, brought to the rms of the value.
-
-    Raises:
-        PlanError: the module gives another number of channels than the site's.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(tensor.is_meta for tensor in tensors) or not site.rms:
-        return 1.0
-    like = tensors[0] if tensors else torch.empty(0)
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(_POSITIONS, site.in_channels, generator=generator) * site.rms
-    if site.nonnegative:
-        sample = sample.relu() * 2**0.5
-    rank = max(2, site.reduced_dim + 1, -site.reduced_dim)
-    axis, sizes = site.reduced_dim % rank, [1] * rank
-    sizes[axis], sizes[0 if axis else 1] = site.in_channels, _POSITIONS
-    sample = (sample if axis else sample.T).reshape(sizes)
-    try:
-        with torch.no_grad():
-            reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return 1.0  # a user's own reduction that takes values of another rank only
-    wanted = list(sample.shape)
-    wanted[site.reduced_dim] = site.out_channels or 0
-    if list(reduced.shape) != wanted:
-        raise PlanError(
-            f"plan: {type(module).__name__} makes {list(reduced.shape)} of {list(sample.shape)}, "
-            f"not {wanted}; a reduction gives out_channels along dim"
-        )
-    rms = float(reduced.square().mean().sqrt())
-    return site.rms / rms if rms else 1.0
 
 
 def _carry(step: Node, source: Node, call: Node, *, features: int, move: bool) -> Node:

@@ -24,15 +24,14 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.errors import PlanError
-from lean_fx.layers.rebuild import input_weights, rebuild
+from lean_fx.layers.rebuild import rebuild
 from lean_fx.passes.base import Pass
 from lean_fx.passes.find_consumers import layer_input
-from lean_fx.passes.insert_reductions import check_layer, match_scale
 from lean_fx.passes.node_facts import facts
 from lean_fx.passes.reducing import reduce_first, reduce_within
+from lean_fx.passes.site_reductions import check_layer, reduction_for
 from lean_fx.passes.sites import Site
-from lean_fx.reduction.lean import LeanReduction
-from lean_fx.reduction.registry import ReductionFactory, make_reduction, reduction_factory
+from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 
 
 class SwapLayers(Pass):
@@ -95,12 +94,8 @@ def swap_layer(
     check_layer(layer, consumer, site)
     assert layer is not None
     assert site.out_channels is not None
-    module = make_reduction(reduction, site.in_channels, site.out_channels, site.reduced_dim)
-    weight = next(iter(input_weights(layer).values()))
-    module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
-    if isinstance(module, LeanReduction):
-        module.nonnegative = nonnegative
-    made = rebuild(layer, site.out_channels * site.groups, match_scale(module, site))
+    module, gain = reduction_for(site, reduction, layer, nonnegative)
+    made = rebuild(layer, site.out_channels * site.groups, gain)
     made.add_module("reduction", module)
     model.set_submodule(consumer.layer, made)
     if consumer.applied_by is None:

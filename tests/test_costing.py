@@ -318,8 +318,7 @@ def test_reductions_count_by_their_own_formula(reduction):
 
 
 def test_macs_of_lean_by_hand():
-    net = nn.Sequential(lean_fx.LeanReduction(64, 8))
-    net[0].nonnegative = True
+    net = nn.Sequential(lean_fx.LeanReduction(64, 8, nonnegative=True))
     assert lean_fx.costs_of(net, X(2, 64, 5, 5)).macs == 4 * 64 * 50
     assert lean_fx.costs_of(nn.Sequential(GroupedSumReduction(64, 8)), X(2, 64)).macs == 128
     assert lean_fx.costs_of(nn.Sequential(ProjectionReduction(64, 8)), X(2, 64)).macs == 1024

@@ -69,8 +69,7 @@ FORMS = [
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
 @pytest.mark.parametrize(("options", "shape", "dim"), FORMS)
 def test_every_form_of_the_function(options, shape, dim, nonnegative, tmp_path):
-    module = lean_fx.LeanReduction(12, 4, dim, **options)
-    module.nonnegative = nonnegative
+    module = lean_fx.LeanReduction(12, 4, dim, **options, nonnegative=nonnegative)
     inputs = torch.rand(shape) if nonnegative else torch.randn(shape)
     inputs[1] = 0
     lean_fx.export_onnx(module, tmp_path / "lean.onnx", inputs, tolerance=1e-5)
@@ -82,8 +81,7 @@ def test_every_form_of_the_function(options, shape, dim, nonnegative, tmp_path):
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.float16, 2e-3)])
 def test_other_dtypes(dtype, apart, nonnegative, tmp_path):
-    module = lean_fx.LeanReduction(12, 4).to(dtype)
-    module.nonnegative = nonnegative
+    module = lean_fx.LeanReduction(12, 4, nonnegative=nonnegative).to(dtype)
     inputs = torch.rand(2, 12, 3).to(dtype)
     inputs[0, :, 1] = 0
     lean_fx.export_onnx(module, tmp_path / "lean.onnx", inputs, tolerance=apart)
@@ -92,8 +90,7 @@ def test_other_dtypes(dtype, apart, nonnegative, tmp_path):
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
 @pytest.mark.parametrize(("shape", "dim", "free"), [((2, 5, 12), 2, 1), ((2, 3, 12, 5), 2, 3)])
 def test_two_free_lengths(shape, dim, free, nonnegative):
-    module = lean_fx.LeanReduction(12, 4, dim).eval()
-    module.nonnegative = nonnegative
+    module = lean_fx.LeanReduction(12, 4, dim, nonnegative=nonnegative).eval()
     sizes = {0: torch.export.Dim("batch"), free: torch.export.Dim("length")}
     with lean_fx.reduction.functional.as_onnx_nodes():
         program = torch.onnx.export(

@@ -1,5 +1,7 @@
 """Proofs of the sign, against what values turn out to be."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,3 +258,12 @@ def test_views_by_other_names_part_the_readers():
             return y + self.c(h)
 
     assert len(lean_fx.plan(Net(), channels=4).sites) == 2
+
+
+def test_a_promise_of_the_user_is_kept():
+    model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 4))
+    promised = partial(lean_fx.LeanReduction, nonnegative=True)
+    (module,) = lean_fx.leanify(model, reduction=promised).reductions.children()
+    assert module.nonnegative
+    (module,) = lean_fx.leanify(model).reductions.children()
+    assert not module.nonnegative

@@ -140,8 +140,7 @@ def test_what_is_kept_for_the_gradient(preserved):
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_half_precision_is_reduced_in_float32(dtype, nonnegative):
     x = torch.randn(4, 12, 6).relu().to(dtype)
-    module = LeanReduction(12, 4)
-    module.nonnegative = nonnegative
+    module = LeanReduction(12, 4, nonnegative=nonnegative)
     exact = module(x.float())
     half = module.to(dtype)(x)
     assert half.dtype == dtype
@@ -153,8 +152,7 @@ def test_half_precision_is_reduced_in_float32(dtype, nonnegative):
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_autocast_does_not_reach_inside(nonnegative):
     x = torch.rand(4, 12, 6)
-    module = LeanReduction(12, 4)
-    module.nonnegative = nonnegative
+    module = LeanReduction(12, 4, nonnegative=nonnegative)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = module(x)
     torch.testing.assert_close(found, module(x), rtol=0, atol=0)
@@ -223,8 +221,7 @@ def test_is_an_ordinary_module():
 
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_compiles_and_exports_whole(nonnegative):
-    module = LeanReduction(8, 2)
-    module.nonnegative = nonnegative
+    module = LeanReduction(8, 2, nonnegative=nonnegative)
     x = torch.rand(3, 8, 4)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
@@ -239,8 +236,7 @@ def test_compiled_gradients_are_the_eager_ones(shape, dim, split, nonnegative):
     x = torch.rand(shape, dtype=torch.float64) if nonnegative else torch.randn(shape).double()
     x.movedim(dim, 0)[:, 0] = 0  # a position of zeros
     x.movedim(dim, 0)[::2, 1] = 0  # and, interleaved, channels of zeros
-    module = LeanReduction(8, 2, dim, split=split).double()
-    module.nonnegative = nonnegative
+    module = LeanReduction(8, 2, dim, split=split, nonnegative=nonnegative).double()
     torch.compiler.reset()  # each case compiles the same code anew, of which torch keeps eight
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     found = []

@@ -236,7 +236,7 @@ def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> i
     with torch.random.fork_rng(devices=[]):  # what is drawn for it here is drawn in vain
         module = make_reduction(reduction, site.in_channels, out_channels, site.reduced_dim)
     if isinstance(module, LeanReduction):
-        module.nonnegative = site.nonnegative
+        module.nonnegative |= site.nonnegative
     macs = getattr(module, "macs_per_position", None)
     return macs if isinstance(macs, int) else None
 

@@ -43,10 +43,8 @@ class LeanReduction(Reduction):
         split: ``"contiguous"`` (channel ``i C'' + k`` is ``X[i,k]``) or ``"interleaved"``.
         iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
         tol: stop once no value changes by this much or more; above 0.
-
-    Attributes:
-        nonnegative: promises that no input is below 0, for the cheaper path; False when made.
-            ``leanify`` sets it where the graph proves it.
+        nonnegative: promises that no input is below 0, for the cheaper path; an attribute, which
+            ``leanify`` sets where the graph proves it.
 
     Shape:
         - input: ``[..., C_in, ...]``, ``C_in`` along ``dim``
@@ -84,6 +82,7 @@ use 1, 2, 4 or 8
         split: Split = "contiguous",
         iterations: int = 1,
         tol: float | None = None,
+        nonnegative: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, dim)
         check_options("LeanReduction", normalize, scale, split, iterations, tol)
@@ -100,7 +99,7 @@ use 1, 2, 4 or 8
         self.seed_init: SeedInit = seed_init
         self.iterations = int(iterations)
         self.tol = tol
-        self.nonnegative = False
+        self.nonnegative = nonnegative
         matrix = (self.out_channels, self.in_channels // self.out_channels)
         self.seed = nn.Parameter(torch.empty(matrix if seed == "matrix" else matrix[:1]))
         self.reset_parameters()

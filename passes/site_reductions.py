@@ -1,0 +1,104 @@
+"""What every transformation that reduces a site does: check its layers, make its reduction."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lean_fx.errors import PlanError
+from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.rebuild import (
+    groups_of,
+    input_channels,
+    input_weights,
+    plain_type,
+    why_not_rebuilt,
+)
+from lean_fx.passes.calls import is_altered
+from lean_fx.passes.sites import Consumer, Site
+from lean_fx.reduction.lean import LeanReduction
+from lean_fx.reduction.registry import ReductionFactory, make_reduction
+
+_POSITIONS = 1024  # of the sample: a relative error of the root mean square of a few percent
+
+
+def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None:
+    """Check that a layer is what a site says of it, and can be rebuilt.
+
+    Raises:
+        PlanError: it is not.
+    """
+    subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
+    layer = None if layer is None else with_norm_of_today(layer)
+    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
+        raise PlanError(
+            f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
+        )
+    if is_altered(layer):
+        raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
+    there = (input_channels(layer), groups_of(layer))
+    planned = (site.in_channels * consumer.spread * site.groups, site.groups)
+    if there != planned:
+        groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
+        raise PlanError(
+            f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
+            f"{remedy}"
+        )
+
+
+def reduction_for(
+    site: Site, reduction: str | ReductionFactory, layer: nn.Module, nonnegative: bool
+) -> tuple[nn.Module, float]:
+    """Make the reduction of a site.
+
+    Args:
+        site: with its ``out_channels``.
+        reduction: a registered name or a factory.
+        layer: one of its layers; the reduction gets the device and dtype of its weights, and its
+            mode.
+        nonnegative: what is promised of the value.
+
+    Returns:
+        The reduction, and how many times larger the value is than what it gives, by root mean
+        squares.
+
+    Raises:
+        PlanError: it gives another number of channels than the site's.
+    """
+    assert site.out_channels is not None
+    module = make_reduction(reduction, site.in_channels, site.out_channels, site.reduced_dim)
+    weight = next(iter(input_weights(layer).values()))
+    module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+    if isinstance(module, LeanReduction):
+        module.nonnegative |= nonnegative
+    return module, _lost_scale(module, site)
+
+
+def _lost_scale(module: nn.Module, site: Site) -> float:
+    """Of a sample that is normal, or what ReLU makes of that, brought to the rms of the value."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in tensors) or not site.rms:
+        return 1.0
+    like = tensors[0] if tensors else torch.empty(0)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(_POSITIONS, site.in_channels, generator=generator) * site.rms
+    if site.nonnegative:
+        sample = sample.relu() * 2**0.5
+    rank = max(2, site.reduced_dim + 1, -site.reduced_dim)
+    axis, sizes = site.reduced_dim % rank, [1] * rank
+    sizes[axis], sizes[0 if axis else 1] = site.in_channels, _POSITIONS
+    sample = (sample if axis else sample.T).reshape(sizes)
+    try:
+        with torch.no_grad():
+            reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return 1.0  # a user's own reduction that takes values of another rank only
+    wanted = list(sample.shape)
+    wanted[site.reduced_dim] = site.out_channels or 0
+    if list(reduced.shape) != wanted:
+        raise PlanError(
+            f"plan: {type(module).__name__} makes {list(reduced.shape)} of {list(sample.shape)}, "
+            f"not {wanted}; a reduction gives out_channels along dim"
+        )
+    rms = float(reduced.square().mean().sqrt())
+    return site.rms / rms if rms else 1.0

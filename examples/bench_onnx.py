@@ -22,7 +22,7 @@ from lean_fx.errors import require
 from lean_fx.experiment.models import PaperNet
 from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
 
 NETS = (((50, 100, 150), 10), ((48, 96, 144), 8))

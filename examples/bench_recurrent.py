@@ -22,7 +22,7 @@ from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.eager import time_eager
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.tables import markdown_table
 from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import SplitRecurrent

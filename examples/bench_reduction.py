@@ -23,7 +23,7 @@ from lean_fx.errors import require
 from lean_fx.experiment.models import PaperNet
 from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 
 SHAPES = (
     ((16, 96, 48, 48), 8),

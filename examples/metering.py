@@ -30,7 +30,7 @@ from lean_fx.files import make_folder, write_text
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.eager import training_step, using_threads
 from lean_fx.measure.energy import EnergyMeter
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.sessions import onnx_call
 from lean_fx.measure.timing import Latency
 

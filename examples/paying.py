@@ -24,7 +24,7 @@ from lean_fx.experiment.script import command_line, run_script
 from lean_fx.experiment.zoo_models import torchvision_models
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.cost import count_macs, count_parameters
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
 
 KEEPS = ("all", "saving", "measured")

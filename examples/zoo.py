@@ -21,7 +21,7 @@ from lean_fx.experiment.zoo_rows import RINGS, Row
 from lean_fx.experiment.zoo_runs import read_rows, run_zoo
 from lean_fx.experiment.zoo_table import csv_text, report
 from lean_fx.files import make_folder, write_text
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 
 
 def main() -> None:

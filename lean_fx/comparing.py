@@ -29,7 +29,7 @@ from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
 from lean_fx.measure.energy import Energy, energy_in_turn
 from lean_fx.measure.layout import blocked_layout
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.memory import peak_bytes
 from lean_fx.measure.sessions import flushing_denormals, onnx_call
 from lean_fx.measure.timing import time_onnx

@@ -64,7 +64,7 @@ def leanify(
         channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a part of
             C_in), ``"sqrt"`` (the divisor of C_in nearest to its root), ``"tenth"``, a function of
             the :class:`~lean_fx.Site` that returns one of these, or a mapping of layer names or
-            glob patterns to them. Where C' must divide C_in and the wanted number does not, the
+            glob patterns to them. C' divides C_in; where the wanted number does not, the
             nearest divisor is taken and the plan says so.
         align: prefer C' that are multiples of this number, such as 8; 1 or more.
         reduction: a registered name (:func:`lean_fx.reductions`) or a module class with the
@@ -78,7 +78,7 @@ def leanify(
         keep: which sites: ``"all"``; ``"saving"``, those that save multiply-adds and bytes (see
             :mod:`lean_fx.paying`); or ``"measured"``, those whose layers are faster with their
             reduction in ONNX Runtime, on one thread, which takes seconds a site. The last two need
-            example inputs.
+            example inputs and a graph: layers inside of what is not traced are left alone.
 
     Returns:
         A torch.fx.GraphModule, or, if ``model`` cannot be traced, a module of its own class. The
@@ -86,7 +86,8 @@ def leanify(
         and a LeanWarning says why.
 
     Raises:
-        ArgumentError: an option is out of its range, or the example inputs do not fit.
+        ArgumentError: an option is out of its range, the example inputs do not fit, or ``keep``
+            needs a graph and the model cannot be traced.
         CaptureError: the model cannot be traced, and there are no example inputs.
 
     Example:
@@ -175,7 +176,9 @@ def _planned(
         if not inputs:
             raise
         if keep != "all":
-            raise ArgumentError(f"keep={keep!r} needs a graph; {error}") from error
+            raise ArgumentError(
+                f"keep={keep!r} needs a graph, keep='all' does not; {error}"
+            ) from error
         made = plan_layers(plain_copy(model), inputs, options)
         reason = str(error).partition("; ")[0]
         warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)

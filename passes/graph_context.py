@@ -1,4 +1,4 @@
-"""What the rules of :class:`FindConsumers` need to know of a whole graph, and what they find."""
+"""What :class:`~lean_fx.passes.FindConsumers` needs to know of a whole graph, and finds."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Rules:
    (``@``, torch.matmul, torch.mm, torch.addmm) with a matrix on the right.
 2. The weight is a parameter, in a product possibly transposed; it has one name, and nothing else
    reads it, nor a module that is called whole. That of a layer is left alone (see
-   :class:`ModularizeCalls`).
+   :class:`~lean_fx.passes.ModularizeCalls`).
 3. The bias stays what it is, and is added behind the layer.
 4. The layer's weight is the parameter itself where its shape allows it, else a transposed copy.
 5. It acts on the parameters that it is given by name; :func:`weights_of_products` finds them all.

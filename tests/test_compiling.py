@@ -49,7 +49,7 @@ def test_without_a_reduction_there_is_nothing_to_compile():
     with pytest.raises(lean_fx.LeanError) as caught:
         lean_fx.compile_reductions(nn.Linear(8, 8))
     assert str(caught.value) == (
-        "model=Linear has no LeanReduction to compile; give what leanify makes"
+        "compile_reductions: model=Linear has no LeanReduction; give what leanify makes"
     )
     with pytest.raises(lean_fx.errors.ArgumentError) as caught:
         lean_fx.compile_reductions(3)

@@ -426,6 +426,6 @@ def test_the_cause_of_a_failed_export_is_told(tmp_path):
 
 
 def test_a_model_that_was_not_reduced_holds_no_plan():
-    text = "plan_of: Linear object holds no plan; give what leanify gave"
+    text = "plan_of: Linear object holds no plan; give what leanify gave, not a pickle of it"
     with pytest.raises(ArgumentError, match=f"^{text}$"):
         lean_fx.plan_of(nn.Linear(2, 2))

@@ -154,7 +154,10 @@ embed  Linear  in_channels=6 is below min_channels=16""",
 def test_without_example_inputs_it_is_an_error():
     with pytest.raises(CaptureError, match="else each layer reduces its own input$"):
         lean_fx.leanify(Loop())
-    with pytest.raises(ArgumentError, match="^keep='saving' needs a graph; Loop: torch.fx cannot"):
+    with pytest.raises(
+        ArgumentError,
+        match="^keep='saving' needs a graph, keep='all' does not; Loop: torch.fx cannot",
+    ):
         lean_fx.leanify(Loop(), torch.randn(4, 5, 6), keep="saving")
     with pytest.raises(ArgumentError, match="^example_inputs: Loop cannot run on them"):
         lean_fx.leanify(Loop(), torch.randn(4, 5, 7))

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from lean_fx.errors import ArgumentError, DataError, LeanError
 from lean_fx.measure import timing
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import Latency, time_onnx
 
 X = np.zeros((4, 3), dtype=np.float32)
@@ -159,7 +159,7 @@ def test_machine_is_one_line_with_the_versions() -> None:
 )
 def test_machine_names_the_instruction_set(monkeypatch, flags: str, expected: str | None) -> None:
     monkeypatch.setattr(
-        "lean_fx.measure.machine._cpu_facts", lambda: {"model name": "Chip 9", "flags": flags}
+        "lean_fx.measure.machines._cpu_facts", lambda: {"model name": "Chip 9", "flags": flags}
     )
     parts = machine().split(", ")
     assert parts[0] == "Chip 9"

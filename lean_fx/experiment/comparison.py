@@ -24,10 +24,11 @@ from lean_fx.export.exporting import export_onnx
 from lean_fx.files import make_folder
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.report import Arm, Epoch, Report
 from lean_fx.measure.timing import Latency, time_onnx
 from lean_fx.onnx_files import onnx_bytes
+from lean_fx.planning.plans import PLAN
 
 if TYPE_CHECKING:
     from lean_fx.experiment.training import Settings
@@ -112,7 +113,7 @@ def run(
                 runs=tuple(runs[name]),
                 latency=latencies[name],
                 test_energy=energies[name],
-                plan=str(getattr(model, "meta", {}).get("lean_fx.plan", "")),
+                plan=str(getattr(model, "meta", {}).get(PLAN, "")),
             )
             for name, model in first.items()
         ),

@@ -41,6 +41,7 @@ from lean_fx.experiment.zoo_sites import CallSite, find_call_sites, worth_reduci
 from lean_fx.experiment.zoo_times import time_leanify
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.parity import difference
+from lean_fx.export.stored_plan import plan_of
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.timing import time_onnx
 from lean_fx.planning.plans import Plan
@@ -135,7 +136,7 @@ def _leanified(subject: _Subject, row: Row) -> None:
         raise _Skipped("there is no baseline")
     lean: Any = leanify(subject.model, subject.images)
     subject.lean = lean.eval()
-    plan: Plan = lean.meta["lean_fx.plan"]
+    plan = plan_of(lean)
     left = [
         site
         for site in find_call_sites(lean, (subject.images,))

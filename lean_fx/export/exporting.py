@@ -42,8 +42,8 @@ from lean_fx.export.lean_function import DOMAIN, INLINED
 from lean_fx.export.parity import check_parity
 from lean_fx.export.program import PACKED, exported_program
 from lean_fx.export.quantization import Quantize, accuracy_of, gives_batches, quantize_onnx
-from lean_fx.export.stored_plan import PLAN
 from lean_fx.files import replacing
+from lean_fx.planning.plans import PLAN
 
 Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]
@@ -69,10 +69,10 @@ def export_onnx(
     function of standard operators. Inputs are named ``input`` (or ``input_0``, ``input_1``, ...);
     the first axis of each is the batch, unless ``dynamic_shapes`` says otherwise: of layers that
     take sequences first, as recurrent ones do by default, it is the length. A reduced model's plan
-    is stored with it, see :func:`plan_of`. The model's own mode is restored, and so is the state of
-    the CPU's random numbers. A file at ``path`` is replaced only when the new one is whole and
-    gives what the model gives. Weights of more than 1.5 GB, which such a file cannot hold, stand
-    beside it: ``net.onnx.data`` for ``net.onnx``.
+    is stored with it, see :func:`~lean_fx.plan_of`. The model's own mode is restored, and so is the
+    state of the CPU's random numbers. A file at ``path`` is replaced only when the new one is whole
+    and gives what the model gives. Weights of more than 1.5 GB, which such a file cannot hold,
+    stand beside it: ``net.onnx.data`` for ``net.onnx``.
 
     ONNX has no packed sequences, and ONNX Runtime's CPU no RNN, LSTM or GRU of float64.
 

@@ -7,10 +7,7 @@ import os
 from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError, require
-from lean_fx.planning.plans import Plan
-
-#: The key of the plan in the ``meta`` of a model and in the metadata of a file.
-PLAN = "lean_fx.plan"
+from lean_fx.planning.plans import PLAN, Plan
 
 
 def plan_of(reduced: nn.Module | str | os.PathLike[str]) -> Plan:
@@ -40,7 +37,8 @@ def plan_of(reduced: nn.Module | str | os.PathLike[str]) -> Plan:
         plan = held.get(PLAN) if isinstance(held, dict) else None
         if not isinstance(plan, Plan):
             raise ArgumentError(
-                f"plan_of: {type(reduced).__name__} object holds no plan; give what leanify gave"
+                f"plan_of: {type(reduced).__name__} object holds no plan; give what leanify gave, "
+                "not a pickle of it"
             )
         return plan
     onnx = require("onnx", purpose="reading plans")

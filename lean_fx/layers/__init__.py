@@ -1,1 +1,1 @@
-"""Layers of torch: rebuilt for fewer channels, told from subclasses, replaced by plain twins."""
+"""Layers of torch rebuilt, told from subclasses or made plain, and some that graphs need."""

@@ -200,6 +200,9 @@ class Comparison:
             f"{model.name}: {text}." for model in self.models for text in model.off_path
         ]
 
+    def __str__(self) -> str:
+        return self.to_markdown()
+
     def table(self) -> Table:
         """The table for a terminal."""
         return rich_table(self.rows(), self.footnotes())

@@ -100,6 +100,9 @@ class Costs:
             notes.append(f"No formula, counted by operators alone: {names}.")
         return notes
 
+    def __str__(self) -> str:
+        return self.to_markdown()
+
     def table(self) -> Table:
         """The table for a terminal.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_fx.errors import require
-from lean_fx.measure.machine import machine
+from lean_fx.measure.machines import machine
 from lean_fx.measure.sessions import open_session
 
 

@@ -111,7 +111,7 @@ class Report:
         title: one line.
         command: the command that made it.
         arms: the models; the first is the baseline that every ratio refers to.
-        machine: see :func:`lean_fx.measure.machine.machine`.
+        machine: see :func:`lean_fx.measure.machines.machine`.
         seeds: those that every model was trained with, a run each.
         notes: sentences to stand below the table.
     """

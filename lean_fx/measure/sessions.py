@@ -39,7 +39,7 @@ def flushing_denormals() -> Iterator[None]:
 def onnx_call(name: str, file: Path, inputs: Inputs, threads: int) -> Callable[[], object]:
     """Load a model, warm it up, which checks its inputs, and return its call.
 
-    The arguments and the errors are those of :func:`time_onnx`.
+    The arguments and the errors are those of :func:`~lean_fx.measure.timing.time_onnx`.
     """
     session = open_session(name, file, threads)
     wanted = [value.name for value in session.get_inputs()]

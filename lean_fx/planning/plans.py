@@ -29,7 +29,8 @@ from lean_fx.passes.swap_layers import swap_layer
 from lean_fx.reduction.base import check_channels
 from lean_fx.reduction.registry import ReductionFactory, reduction_name, reductions, registered_name
 
-_FORMAT = "lean_fx.plan"
+#: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
+PLAN = "lean_fx.plan"
 #: How the reason begins for a layer of a stack that stays whole: the stack stands for it.
 WITHIN = "stays within "
 _VERSION = 1
@@ -124,9 +125,9 @@ class Plan:
                 swap_layer(copied, site, self.reduction, nonnegative=False)
         held = getattr(copied, "meta", None)
         if held is None:
-            copied.meta = {"lean_fx.plan": self}  # type: ignore[assignment]
+            copied.meta = {PLAN: self}  # type: ignore[assignment]
         elif isinstance(held, dict):
-            held["lean_fx.plan"] = self
+            held[PLAN] = self
         return copied
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
@@ -137,7 +138,7 @@ class Plan:
         rewrite = ModularizeWeights(self.weights), SplitLayers(self.split)
         with torch.inference_mode(False):
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
-        graph_module.meta["lean_fx.plan"] = self
+        graph_module.meta[PLAN] = self
         return graph_module
 
     def _check_depths(self, graph_module: GraphModule) -> None:
@@ -166,7 +167,7 @@ class Plan:
                 f"plan: the reduction {reduction_name(self.reduction)} has no registered name; "
                 "give it one with lean_fx.register_reduction('my_name', factory)"
             )
-        content = {"format": _FORMAT, "version": _VERSION}
+        content = {"format": PLAN, "version": _VERSION}
         content |= dataclasses.asdict(dataclasses.replace(self, reduction=name))
         return json.dumps(content, indent=1)
 
@@ -185,9 +186,9 @@ class Plan:
             raise PlanError(
                 f"plan: the text is no plan in JSON ({error}); give Plan.to_json()"
             ) from error
-        if (form, version) != (_FORMAT, _VERSION):
+        if (form, version) != (PLAN, _VERSION):
             raise PlanError(
-                f"plan: format {form!r} version {version!r} is not {_FORMAT!r} version {_VERSION}; "
+                f"plan: format {form!r} version {version!r} is not {PLAN!r} version {_VERSION}; "
                 "make the plan anew"
             )
         try:

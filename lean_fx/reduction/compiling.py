@@ -40,7 +40,8 @@ def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
     found = [module for module in model.modules() if isinstance(module, LeanReduction)]
     if not found:
         raise ArgumentError(
-            f"model={type(model).__name__} has no LeanReduction to compile; give what leanify makes"
+            f"compile_reductions: model={type(model).__name__} has no LeanReduction; give what "
+            "leanify makes"
         )
     # They share their code, of which torch keeps eight forms; isolated, each may have eight.
     options.setdefault("isolate_recompiles", True)

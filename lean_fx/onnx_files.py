@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lean_fx.errors import require
 
@@ -32,14 +33,21 @@ def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
         ()
     """
     onnx = require("onnx", purpose="reading ONNX files")
+    model = onnx.load(os.fspath(path), load_external_data=False)
+    return tuple(Path(path).parent / place for place in places_of_weights(model))
+
+
+def places_of_weights(model: Any) -> list[str]:
+    """The files beside it that an ONNX model has weights in, by name."""
+    onnx = require("onnx", purpose="reading ONNX files")
     places = {
         entry.value
-        for weight in onnx.load(os.fspath(path), load_external_data=False).graph.initializer
+        for weight in model.graph.initializer
         if weight.data_location == onnx.TensorProto.EXTERNAL
         for entry in weight.external_data
         if entry.key == "location"
     }
-    return tuple(Path(path).parent / place for place in sorted(places))
+    return sorted(places)
 
 
 def onnx_bytes(path: str | os.PathLike[str]) -> int:

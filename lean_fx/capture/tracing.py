@@ -57,8 +57,7 @@ class LeanTracer(Tracer):
     functions that pack and pad sequences are nodes, since they cannot run without lengths. The
     shape of a parameter is a constant. What a graph would lose
     (:mod:`lean_fx.capture.unrecorded`) is not traced. Modules whose forward cannot be traced may
-    become leaves. Inputs that are None keep
-    their names.
+    become leaves. Inputs that are None keep their names.
 
     Args:
         opaque: names of modules that are leaves, whatever they are.

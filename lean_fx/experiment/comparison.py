@@ -21,6 +21,7 @@ from lean_fx.experiment.processes import (
     processes,
 )
 from lean_fx.export.exporting import export_onnx
+from lean_fx.export.stored_plan import held_plan
 from lean_fx.files import make_folder
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
@@ -28,7 +29,6 @@ from lean_fx.measure.machines import machine
 from lean_fx.measure.report import Arm, Epoch, Report
 from lean_fx.measure.timing import Latency, time_onnx
 from lean_fx.onnx_files import onnx_bytes
-from lean_fx.planning.plans import PLAN
 
 if TYPE_CHECKING:
     from lean_fx.experiment.training import Settings
@@ -113,7 +113,7 @@ def run(
                 runs=tuple(runs[name]),
                 latency=latencies[name],
                 test_energy=energies[name],
-                plan=str(getattr(model, "meta", {}).get(PLAN, "")),
+                plan=str(held_plan(model) or ""),
             )
             for name, model in first.items()
         ),

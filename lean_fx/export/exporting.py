@@ -42,6 +42,7 @@ from lean_fx.export.lean_function import DOMAIN, INLINED
 from lean_fx.export.parity import check_parity
 from lean_fx.export.program import PACKED, exported_program
 from lean_fx.export.quantization import Quantize, accuracy_of, gives_batches, quantize_onnx
+from lean_fx.export.stored_plan import held_plan
 from lean_fx.files import replacing
 from lean_fx.planning.plans import PLAN
 
@@ -171,7 +172,7 @@ def export_onnx(
     remark = ""
     with replacing(path) as part, _evaluating(model):
         program = exported_program(model, inputs, axes, opset)
-        plan = getattr(model, "meta", {}).get(PLAN)
+        plan = held_plan(model)
         if plan is not None and isinstance(plan.reduction, str):
             program.model.metadata_props[PLAN] = plan.to_json()
         program.save(part)

@@ -21,7 +21,7 @@ from lean_fx.errors import ArgumentError, DataError, ExportError, one_line, requ
 from lean_fx.export.lean_function import INLINED
 from lean_fx.files import replacing
 from lean_fx.measure.sessions import open_session
-from lean_fx.onnx_files import weight_files
+from lean_fx.onnx_files import places_of_weights
 
 Quantize = Literal["dynamic", "static"]
 
@@ -66,10 +66,11 @@ def quantize_onnx(
             return next(self.batches, None)
 
     onnx = require("onnx", purpose="quantisation")
-    nodes = onnx.load(source, load_external_data=False).graph.node
+    model = onnx.load(source, load_external_data=False)
+    names_within = (node.name for node in model.graph.node)
     options = {
-        "use_external_data_format": bool(weight_files(source)),
-        "nodes_to_exclude": [node.name for node in nodes if node.name.startswith(INLINED)],
+        "use_external_data_format": bool(places_of_weights(model)),
+        "nodes_to_exclude": [name for name in names_within if name.startswith(INLINED)],
     }
     with replacing(twin) as part, _quiet():
         try:

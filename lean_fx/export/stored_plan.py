@@ -10,6 +10,13 @@ from lean_fx.errors import ArgumentError, DataError, require
 from lean_fx.planning.plans import PLAN, Plan
 
 
+def held_plan(model: nn.Module) -> Plan | None:
+    """The plan that a model holds, or None if it was not reduced."""
+    held = getattr(model, "meta", None)
+    plan = held.get(PLAN) if isinstance(held, dict) else None
+    return plan if isinstance(plan, Plan) else None
+
+
 def plan_of(reduced: nn.Module | str | os.PathLike[str]) -> Plan:
     """The plan by which a model was reduced.
 
@@ -33,9 +40,8 @@ def plan_of(reduced: nn.Module | str | os.PathLike[str]) -> Plan:
         True
     """
     if isinstance(reduced, nn.Module):
-        held = getattr(reduced, "meta", None)
-        plan = held.get(PLAN) if isinstance(held, dict) else None
-        if not isinstance(plan, Plan):
+        plan = held_plan(reduced)
+        if plan is None:
             raise ArgumentError(
                 f"plan_of: {type(reduced).__name__} object holds no plan; give what leanify gave, "
                 "not a pickle of it"

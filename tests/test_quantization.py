@@ -1,5 +1,7 @@
 """INT8 twins."""
 
+import warnings
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -72,6 +74,87 @@ def test_reductions_of_standard_operators_stay_in_floating_point_too(mode, tmp_p
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
 
 
+def exported(model, folder, **options):
+    data = [images for images, _ in batches(model)]
+    found = lean_fx.export_onnx(
+        model, folder / "net.onnx", data[0], quantize="static", calibration=data, **options
+    )
+    return found, data[0].numpy()
+
+
+def run(path, array, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    return onnxruntime.InferenceSession(path, options).run(None, {"input": array})[0]
+
+
+def test_a_portable_twin_gives_the_same_whatever_the_processor_multiplies_by(tmp_path):
+    made, images = exported(lean(), tmp_path)
+    # Without optimisation its integers are multiplied as floats, exactly.
+    exact = run(made.int8_path, images, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    np.testing.assert_allclose(run(made.int8_path, images), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("target", "greatest"), [("portable", 64), ("vnni", 127)])
+def test_the_target_decides_the_range_of_the_weights(target, greatest, tmp_path):
+    # What saturates where it may is far off, and says so.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lean_fx.LeanWarning)
+        made, _ = exported(lean(), tmp_path, int8_target=target)
+    twin = onnx.load(made.int8_path)
+    weights = [
+        onnx.numpy_helper.to_array(each)
+        for each in twin.graph.initializer
+        if each.data_type == onnx.TensorProto.INT8 and len(each.dims) > 1
+    ]
+    assert len(weights) == 4
+    assert {int(np.abs(each.astype(int)).max()) for each in weights} == {greatest}
+    assert made.int8_target == target
+    told = {entry.key: entry.value for entry in twin.metadata_props}
+    assert told["lean_fx.int8"] == f"static, {target}"
+    assert lean_fx.plan_of(made.int8_path) == lean_fx.plan_of(made.path)
+
+
+def test_a_dynamic_twin_is_portable_and_compared_on_what_is_given(tmp_path):
+    model = lean()
+    data = list(batches(model))
+    made = lean_fx.export_onnx(
+        model, tmp_path / "net.onnx", data[0][0], quantize="dynamic", evaluation=data
+    )
+    outputs = [
+        np.concatenate([run(path, images.numpy()) for images, _ in data])
+        for path in (made.path, made.int8_path)
+    ]
+    apart = np.abs(outputs[0] - outputs[1]).mean() / np.abs(outputs[0]).mean()
+    assert made.int8_difference == pytest.approx(apart, rel=1e-4)
+    assert made.int8_target == "portable"
+    told = {entry.key: entry.value for entry in onnx.load(made.int8_path).metadata_props}
+    assert told["lean_fx.int8"] == "dynamic"
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_a_twin_that_is_far_off_is_told(mode, tmp_path):
+    cancelling = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(cancelling.weight[:, :1], 1.0)
+    nn.init.constant_(cancelling.weight[:, 1:], -1.0)
+    first = torch.rand(64, 1)
+    inputs = torch.cat([first, first + 1e-3 * torch.rand(64, 1)], 1)
+    with pytest.warns(lean_fx.LeanWarning) as caught:
+        made = lean_fx.export_onnx(
+            cancelling,
+            tmp_path / "net.onnx",
+            inputs,
+            quantize=mode,
+            calibration=[inputs] if mode == "static" else None,
+            tolerance=None,
+        )
+    assert made.int8_difference > 0.1
+    assert str(caught[0].message) == (
+        f"export_onnx: the INT8 twin differs from net.onnx by {made.int8_difference:.2g} of the "
+        "mean output on this machine, bound 0.1; calibrate with more data, or use the float file"
+    )
+
+
 def test_accuracy(tmp_path):
     path = tmp_path / "net.onnx"
     lean_fx.export_onnx(nn.Identity(), path, torch.rand(2, 3))
@@ -138,6 +221,14 @@ def test_calibration_by_a_loader_of_no_known_length(tmp_path):
         ),
         ({"quantize": "int4"}, "quantize='int4' is not known; use dynamic or static"),
         ({"quantize": "static"}, "quantize='static' needs calibration; give batches"),
+        (
+            {"quantize": "static", "calibration": [], "int8_target": "avx2"},
+            "int8_target='avx2' is not known; use portable or vnni",
+        ),
+        (
+            {"quantize": "dynamic", "int8_target": "vnni"},
+            "int8_target='vnni' is for quantize='static'; give that, or leave int8_target out",
+        ),
         (
             {"quantize": "dynamic", "calibration": []},
             "calibration is for quantize='static'; give that, or leave calibration out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,7 +42,14 @@ from lean_fx.export.inputs import (
 from lean_fx.export.lean_function import DOMAIN, INLINED
 from lean_fx.export.parity import check_parity
 from lean_fx.export.program import PACKED, exported_program
-from lean_fx.export.quantization import Quantize, accuracy_of, gives_batches, quantize_onnx
+from lean_fx.export.quantization import (
+    Int8Target,
+    Quantize,
+    accuracy_of,
+    check_int8,
+    gives_batches,
+    quantize_onnx,
+)
 from lean_fx.export.stored_plan import held_plan
 from lean_fx.files import replacing
 from lean_fx.planning.plans import PLAN
@@ -62,6 +70,7 @@ def export_onnx(
     quantize: Quantize | None = None,
     calibration: Iterable[Any] | None = None,
     evaluation: Iterable[Any] | None = None,
+    int8_target: Int8Target = "portable",
     tolerance: float | None = 1e-3,
 ) -> Exported:
     """Write a model to an ONNX file, in eval mode.
@@ -97,6 +106,10 @@ def export_onnx(
             :func:`~lean_fx.export.quantization.quantize_onnx`.
         calibration: batches of inputs, for ``"static"`` alone.
         evaluation: batches ``(inputs, labels)``, to say what the twin costs in accuracy.
+        int8_target: the processors that a static twin is for: ``"portable"``, all of them; or
+            ``"vnni"``, those that multiply 8-bit weights exactly, see
+            :mod:`lean_fx.export.quantization`. A twin that differs from the file by more than a
+            tenth of the mean output, on the data given, brings a LeanWarning.
         tolerance: the greatest difference from the model's own outputs, as a fraction of their
             greatest magnitude, above 0; None to write the file unchecked. Where rounding alone,
             measured against float64, moves the outputs by more than a quarter of what the file
@@ -151,6 +164,12 @@ def export_onnx(
                 f"export_onnx: {name}={type(batches).__name__} object gives no batches; give them "
                 "in a list or a loader"
             )
+    check_choice("export_onnx: int8_target", int8_target, get_args(Int8Target))
+    if int8_target != "portable" and quantize != "static":
+        raise ArgumentError(
+            f"export_onnx: int8_target={int8_target!r} is for quantize='static'; give that, or "
+            "leave int8_target out"
+        )
     if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
         raise ArgumentError(f"export_onnx: tolerance={tolerance!r} is not a float above 0 or None")
     for package in ("onnx", "onnxscript") + ("onnxruntime",) * (
@@ -188,11 +207,15 @@ def export_onnx(
     target = Path(path)
     if quantize is None:
         return Exported(target)
-    twin = quantize_onnx(target, quantize, calibration)
-    if evaluation is None:
-        return Exported(target, twin)
-    tried = list(evaluation)  # it may be an iterator, and two files are to be tried
-    return Exported(target, twin, accuracy_of(target, tried), accuracy_of(twin, tried))
+    # Both may be iterators, and are read more than once.
+    calibrating, tried = ([] if data is None else list(data) for data in (calibration, evaluation))
+    twin = quantize_onnx(target, quantize, calibrating, int8_target)
+    made = Exported(target, twin, int8_target=int8_target)
+    if evaluation is not None:
+        accuracies = (accuracy_of(each, tried) for each in (target, twin))
+        made = Exported(target, twin, *accuracies, int8_target)
+    seen = calibrating or [batch[0] for batch in tried] or [inputs]
+    return dataclasses.replace(made, int8_difference=check_int8(target, twin, seen, int8_target))
 
 
 @dataclass(frozen=True)
@@ -204,12 +227,17 @@ class Exported:
         int8_path: its INT8 twin, if that was asked for.
         accuracy: of the file, in [0, 1], if evaluation data were given.
         int8_accuracy: of the twin.
+        int8_target: the processors that the twin is for, if there is one.
+        int8_difference: of the twin from the file on this machine and the data given: the mean
+            difference of the outputs, as a fraction of their mean magnitude.
     """
 
     path: Path
     int8_path: Path | None = None
     accuracy: float | None = None
     int8_accuracy: float | None = None
+    int8_target: Int8Target | None = None
+    int8_difference: float | None = None
 
 
 def _inline(part: Path) -> None:

@@ -1,14 +1,26 @@
 """INT8 twins of ONNX files, by onnxruntime.quantization, and what they cost in accuracy.
 
-Convolutions, linear layers and matrix products become INT8; the functions of LEAN nodes, and the
-standard operators in their place, stay in floating point, since their divisions bear no rounding of
-what they divide by.
+Convolutions, linear layers and matrix products become INT8. The functions of LEAN nodes, and the
+standard operators in their place, stay in floating point: their divisions do not tolerate a rounded
+divisor.
+
+On x86-64 processors without VNNI, ONNX Runtime multiplies unsigned activations by signed weights
+with an instruction that adds pairs of products in 16 bits and saturates (127 * 255 * 2 does not
+fit). A file that is right on one machine is then wrong on another. Weights of 7 bits cannot
+saturate, so they are the default::
+
+    int8_target   activations       weights by output channel
+    "portable"    unsigned, 8 bits  signed, 7 bits
+    "vnni"        unsigned, 8 bits  signed, 8 bits
+
+Dynamic twins have unsigned weights of 8 bits, which no processor saturates.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +29,34 @@ from typing import Any, Literal
 import torch
 
 from lean_fx.capture.capturing import as_inputs
-from lean_fx.errors import ArgumentError, DataError, ExportError, one_line, require
+from lean_fx.errors import (
+    ArgumentError,
+    DataError,
+    ExportError,
+    LeanWarning,
+    one_line,
+    require,
+)
 from lean_fx.export.lean_function import INLINED
 from lean_fx.files import replacing
 from lean_fx.measure.sessions import open_session
 from lean_fx.onnx_files import places_of_weights
 
 Quantize = Literal["dynamic", "static"]
+Int8Target = Literal["portable", "vnni"]
+
+#: The key of a twin's metadata that says how it was made.
+INT8 = "lean_fx.int8"
+#: The greatest mean difference of a twin from its file, as a fraction of the mean magnitude of the
+#: file's outputs, that brings no warning.
+INT8_BOUND = 0.1
 
 
 def quantize_onnx(
-    path: str | os.PathLike[str], mode: Quantize, calibration: Iterable[Any] | None = None
+    path: str | os.PathLike[str],
+    mode: Quantize,
+    calibration: Iterable[Any] | None = None,
+    target: Int8Target = "portable",
 ) -> Path:
     """Write the INT8 twin of an ONNX file beside it: ``net.int8.onnx`` for ``net.onnx``.
 
@@ -37,9 +66,12 @@ def quantize_onnx(
             both, activations by their range over ``calibration``.
         calibration: for ``"static"``: batches of inputs, each a tensor or a tuple of them; what
             else a loader gives beside the inputs, such as labels, is for the caller to drop.
+        target: the processors that a static twin is for, see the module's docstring:
+            ``"portable"``, all of them; or ``"vnni"``, x86-64 with VNNI (AVX-512 VNNI or AVX-VNNI)
+            and arm64, where weights of 8 bits are right too.
 
     Returns:
-        The path of the twin.
+        The path of the twin. Its metadata say under ``"lean_fx.int8"`` how it was made.
 
     Raises:
         ArgumentError: ``"static"`` has no calibration data, or these are no batches of the file's
@@ -78,13 +110,95 @@ def quantize_onnx(
                 # Convolutions with signed weights have no INT8 kernel on the CPU.
                 tools.quantize_dynamic(source, part, weight_type=tools.QuantType.QUInt8, **options)
             else:
-                tools.quantize_static(source, part, Reader(), per_channel=True, **options)
+                tools.quantize_static(
+                    source,
+                    part,
+                    Reader(),
+                    activation_type=tools.QuantType.QUInt8,
+                    weight_type=tools.QuantType.QInt8,
+                    per_channel=True,
+                    reduce_range=target == "portable",
+                    **options,
+                )
+            written = onnx.load(part, load_external_data=False)
+            said = "dynamic" if mode == "dynamic" else f"static, {target}"
+            onnx.helper.set_model_props(written, {**_props(written), INT8: said})
+            onnx.save(written, part)
         except Exception as error:
             reason = one_line(error)
             raise ExportError(
                 f"{source}: ONNX Runtime cannot quantise it ({reason}); use the file as it is"
             ) from error
     return twin
+
+
+def int8_difference(
+    path: str | os.PathLike[str], twin: str | os.PathLike[str], batches: Iterable[Any]
+) -> float:
+    """How far a twin is from its file on this machine.
+
+    Args:
+        path: the file.
+        twin: its INT8 twin.
+        batches: one batch of inputs or more, each a tensor or a tuple of them.
+
+    Returns:
+        The mean difference of their floating-point outputs, as a fraction of the mean magnitude of
+        the file's: the greatest of the outputs. 0 where there are none.
+
+    Raises:
+        ArgumentError: a batch does not fit the file.
+    """
+    import numpy as np
+
+    sessions = [open_session(str(each), Path(each), threads=1) for each in (path, twin)]
+    names = [value.name for value in sessions[0].get_inputs()]
+    apart: dict[int, float] = {}
+    size: dict[int, float] = {}
+    for batch in batches:
+        arrays = _arrays("calibration", names, batch)
+        exact, rounded = (session.run(None, arrays) for session in sessions)
+        for place, (ours, theirs) in enumerate(zip(exact, rounded, strict=True)):
+            if np.issubdtype(ours.dtype, np.floating):
+                apart[place] = apart.get(place, 0.0) + float(np.abs(ours - theirs).sum())
+                size[place] = size.get(place, 0.0) + float(np.abs(ours).sum())
+    return max((apart[place] / size[place] for place in apart if size[place]), default=0.0)
+
+
+def check_int8(
+    path: str | os.PathLike[str],
+    twin: str | os.PathLike[str],
+    batches: Iterable[Any],
+    target: Int8Target,
+) -> float:
+    """Compare a twin with its file on this machine, and warn where it is too far off.
+
+    Args:
+        path: the file.
+        twin: its INT8 twin.
+        batches: inputs, as in :func:`int8_difference`.
+        target: what the twin was made for.
+
+    Returns:
+        The difference.
+
+    Warns:
+        LeanWarning: it is above :data:`INT8_BOUND`.
+    """
+    apart = int8_difference(path, twin, batches)
+    if not apart <= INT8_BOUND:
+        remedy = (
+            "this processor may saturate 8-bit weights: use int8_target='portable'"
+            if target == "vnni"
+            else "calibrate with more data, or use the float file"
+        )
+        warnings.warn(
+            f"export_onnx: the INT8 twin differs from {Path(path).name} by {apart:.2g} of the mean "
+            f"output on this machine, bound {INT8_BOUND:g}; {remedy}",
+            LeanWarning,
+            stacklevel=3,
+        )
+    return apart
 
 
 def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> float:
@@ -140,6 +254,10 @@ def gives_batches(data: Any) -> bool:
     except TypeError:
         return False
     return not isinstance(data, torch.Tensor)
+
+
+def _props(model: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _arrays(subject: str, names: list[str], inputs: Any) -> dict[str, Any]:

@@ -212,8 +212,9 @@ def export_onnx(
     twin = quantize_onnx(target, quantize, calibrating, int8_target)
     made = Exported(target, twin, int8_target=int8_target)
     if evaluation is not None:
-        accuracies = (accuracy_of(each, tried) for each in (target, twin))
-        made = Exported(target, twin, *accuracies, int8_target)
+        made = dataclasses.replace(
+            made, accuracy=accuracy_of(target, tried), int8_accuracy=accuracy_of(twin, tried)
+        )
     seen = calibrating or [batch[0] for batch in tried] or [inputs]
     return dataclasses.replace(made, int8_difference=check_int8(target, twin, seen, int8_target))
 

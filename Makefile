@@ -17,7 +17,7 @@ test-slow: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check lean_fx passes tests examples
 	$(BIN)/ruff check lean_fx passes tests examples
-	$(BIN)/mypy lean_fx
+	MYPYPATH=examples $(BIN)/mypy lean_fx examples/support
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -25,12 +25,12 @@ from torch.nn import functional as F
 import lean_fx
 from lean_fx.errors import require
 from lean_fx.experiment.datasets import Dataset
-from lean_fx.experiment.models import PaperNet
-from lean_fx.experiment.script import command_line, run_script
-from lean_fx.experiment.stl10 import stl10
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
+from support.models import PaperNet
+from support.script import command_line, run_script
+from support.stl10 import stl10
 
 SIGNED, UNSIGNED = tools.QuantType.QInt8, tools.QuantType.QUInt8
 # Activations and weights; 7 bits are a reduced range.

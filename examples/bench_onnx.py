@@ -19,11 +19,11 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import require
-from lean_fx.experiment.models import PaperNet
-from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
+from support.models import PaperNet
+from support.script import command_line, run_script
 
 NETS = (((50, 100, 150), 10), ((48, 96, 144), 8))
 

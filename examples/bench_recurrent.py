@@ -18,7 +18,6 @@ from torch import nn
 import lean_fx
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import require
-from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.eager import time_eager
@@ -26,6 +25,7 @@ from lean_fx.measure.machines import machine
 from lean_fx.measure.tables import markdown_table
 from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import SplitRecurrent
+from support.script import command_line, run_script
 
 # kind, layers, hidden, bidirectional, batch
 STACKS = (

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import lean_fx
 from lean_fx.errors import require
-from lean_fx.experiment.models import PaperNet
-from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.machines import machine
+from support.models import PaperNet
+from support.script import command_line, run_script
 
 SHAPES = (
     ((16, 96, 48, 48), 8),

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lean_fx
 from lean_fx.errors import require
-from lean_fx.experiment.models import PaperNet
-from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.tables import markdown_table
+from support.models import PaperNet
+from support.script import command_line, run_script
 
 #: Each with the size of the pictures that it is counted at.
 MODELS = {

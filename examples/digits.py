@@ -7,8 +7,8 @@ Runtime on the CPU, and meters the energy of training and testing.
     python examples/digits.py
 """
 
-from lean_fx.experiment.datasets import digits
-from lean_fx.experiment.script import experiment_parser, run_experiment, run_script
+from support.digits import digits
+from support.script import experiment_parser, run_experiment, run_script
 
 
 def main() -> None:

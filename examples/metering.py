@@ -24,8 +24,6 @@ import torch
 import lean_fx
 from lean_fx.checks import check_int, check_ints
 from lean_fx.errors import ArgumentError, require
-from lean_fx.experiment.models import PaperNet
-from lean_fx.experiment.script import command_line, run_script
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.compared import ratio_of
 from lean_fx.measure.eager import training_step, using_threads
@@ -33,6 +31,8 @@ from lean_fx.measure.energy import EnergyMeter
 from lean_fx.measure.machines import machine
 from lean_fx.measure.sessions import onnx_call
 from lean_fx.measure.timing import Latency
+from support.models import PaperNet
+from support.script import command_line, run_script
 
 ARMS = ("plain", "metered", "plain again")
 

@@ -20,12 +20,12 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import DataError, require
-from lean_fx.experiment.script import command_line, run_script
-from lean_fx.experiment.zoo_models import torchvision_models
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
+from support.script import command_line, run_script
+from support.zoo_models import torchvision_models
 
 KEEPS = ("all", "saving", "measured")
 FIELDS = ("model", "size", "rounds", "keep", "reductions", "parameters", "macs", "median_ms")

@@ -16,15 +16,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lean_fx.experiment.arms import sequence_arms
-from lean_fx.experiment.script import (
+from support.arms import sequence_arms
+from support.script import (
     download_bar,
     experiment_parser,
     run_experiment,
     run_script,
 )
-from lean_fx.experiment.sequence_nets import SEQUENCE_WIDTHS
-from lean_fx.experiment.spoken_digits import spoken_digits
+from support.sequence_nets import SEQUENCE_WIDTHS
+from support.spoken_digits import spoken_digits
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ Reference: Coates, Ng, Lee: An Analysis of Single-Layer Networks in Unsupervised
 AISTATS 2011.
 """
 
-from lean_fx.experiment.script import (
+from support.script import (
     download_bar,
     experiment_parser,
     run_experiment,
     run_script,
 )
-from lean_fx.experiment.stl10 import stl10
+from support.stl10 import stl10
 
 
 def main() -> None:

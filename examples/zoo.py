@@ -15,13 +15,13 @@ import argparse
 from pathlib import Path
 
 from lean_fx.errors import require
-from lean_fx.experiment.script import command_line, run_script
-from lean_fx.experiment.zoo_models import catalogue, choose
-from lean_fx.experiment.zoo_rows import RINGS, Row
-from lean_fx.experiment.zoo_runs import read_rows, run_zoo
-from lean_fx.experiment.zoo_table import csv_text, report
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.machines import machine
+from support.script import command_line, run_script
+from support.zoo_models import catalogue, choose
+from support.zoo_rows import RINGS, Row
+from support.zoo_runs import read_rows, run_zoo
+from support.zoo_table import csv_text, report
 
 
 def main() -> None:

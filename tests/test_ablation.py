@@ -14,7 +14,14 @@ from lean_fx.experiment.ablation import (
     show_rows,
     write_rows,
 )
-from lean_fx.experiment.datasets import digits
+from support.arms import ablated_net
+from support.digits import digits
+from support.script import whole_numbers
+
+
+def run(settings, data, folder):
+    return run_grid(settings, data, folder, lambda setting: ablated_net(setting, data))
+
 
 ROW = Row("lean", 10, 0, 2, 0.1234567890123, 23_390, 242_500, 0.1, 0.09, 0.11, 1 / 3)
 
@@ -38,40 +45,48 @@ def test_a_damaged_table_is_refused_and_kept(tmp_path, text):
     broken = text or file.read_text().replace("0.1234567890123", "x")
     file.write_text(broken)
     with pytest.raises(DataError, match="ablation.csv: is not a table of this ablation"):
-        run_grid(grid("4", "", "0", 1), small_digits(), tmp_path)
+        run(grid([4], [], [0], 1), small_digits(), tmp_path)
     assert file.read_text() == broken
 
 
 def test_grid_has_no_setting_twice():
-    settings = grid("4, 8", "slice,slice,lean", "0,1", 3)
+    settings = grid([4, 8], ["slice", "slice", "lean"], [0, 1], 3)
     assert len(settings) == len(set(settings)) == 2 * (1 + 2 * 2)
     assert settings[0] == Setting("baseline", 0, 0, 3)
 
 
+def test_errors():
+    with pytest.raises(ArgumentError) as caught:
+        grid([4], ["slize"], [0], epochs=1)
+    known = "control='slize' is not known; use lean, lean_row, lean_mean, "
+    assert str(caught.value).startswith(known)
+    with pytest.raises(ArgumentError, match="channels=.0. is no list of ints of 1 or more"):
+        grid([0], [], [0], epochs=1)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("text", "least", "message"),
     [
-        (("0", "", "0"), "channels: '0' is not an int of 1 or more"),
-        (("4,", "", "0"), "channels: '' is not an int of 1 or more"),
-        (("4", "", "-1"), "seeds: '-1' is not an int of 0 or more"),
-        (("4", "slize", "0"), "control='slize' is not known; use lean, lean_row, lean_mean, "),
+        ("0", 1, "channels: '0' is not an int of 1 or more"),
+        ("4,", 1, "channels: '' is not an int of 1 or more"),
+        ("-1", 0, "channels: '-1' is not an int of 0 or more"),
     ],
 )
-def test_grid_errors(arguments, message):
+def test_numbers_of_the_command_line(text, least, message):
     with pytest.raises(ArgumentError) as caught:
-        grid(*arguments, epochs=1)
-    assert str(caught.value).startswith(message)
+        whole_numbers("channels", text, least)
+    assert str(caught.value) == message
 
 
 def test_what_cannot_be_made_is_told_before_anything_is_trained(tmp_path):
     with pytest.raises(ArgumentError, match="channels of conv2: 60 is above its 50 input channels"):
-        run_grid(grid("60", "", "0", 1), small_digits(), tmp_path)
+        run(grid([60], [], [0], 1), small_digits(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_that_are_there_are_not_run_again(tmp_path: Path, monkeypatch, capfd):
-    data, settings = small_digits(), grid("10", "slice,narrow", "0", 1)
-    rows = run_grid(settings, data, tmp_path)
+    data, settings = small_digits(), grid([10], ["slice", "narrow"], [0], 1)
+    rows = run(settings, data, tmp_path)
     assert [row.setting for row in rows] == settings
     assert [row.parameters for row in rows[:3]] == [182_260, 23_390, 23_360]
     assert abs(rows[3].parameters - rows[1].parameters) < 0.02 * rows[1].parameters
@@ -80,13 +95,13 @@ def test_rows_that_are_there_are_not_run_again(tmp_path: Path, monkeypatch, capf
 
     measured = []
 
-    def count(setting, data, folder):
+    def count(setting, data, folder, make):
         measured.append(setting)
         return dataclasses.replace(ROW, **dataclasses.asdict(setting))
 
     monkeypatch.setattr(ablation, "_measured", count)
-    more = grid("10,5", "slice,narrow", "0", 1)
-    again = run_grid(more, data, tmp_path)
+    more = grid([10, 5], ["slice", "narrow"], [0], 1)
+    again = run(more, data, tmp_path)
     assert measured == [setting for setting in more if setting not in settings]
     assert set(rows) < set(again) == set(read_rows(tmp_path / "ablation.csv"))
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError
-from lean_fx.experiment import script
-from lean_fx.experiment.arms import paper_arms, three_arms
 from lean_fx.experiment.comparison import run
-from lean_fx.experiment.models import PaperNet
 from lean_fx.measure.cost import count_parameters
 from lean_fx.measure.report import Report
+from support import script
+from support.arms import paper_arms, three_arms
+from support.models import PaperNet
 from test_ablation import small_digits
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lean_fx.errors import ArgumentError, MissingDependencyError
-from lean_fx.experiment.datasets import Dataset, channel_statistics, digits
+from lean_fx.experiment.datasets import Dataset, channel_statistics
+from support.digits import digits
 
 
 def test_digits_are_grey_pictures_in_the_unit_range():

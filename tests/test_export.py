@@ -15,11 +15,11 @@ import lean_fx
 import lean_fx.reduction.functional
 from graphs import CHANGED, Residual
 from lean_fx.errors import ArgumentError, DataError, ExportError, MissingDependencyError, WriteError
-from lean_fx.experiment.models import PaperNet
 from lean_fx.export.nodes import define_functions
 from lean_fx.export.parity import first_difference, greatest_difference
 from lean_fx.export.program import exported_program
 from lean_fx.reduction.registry import reductions
+from support.models import PaperNet
 
 
 def run(path, inputs):

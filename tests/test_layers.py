@@ -35,11 +35,8 @@ OPTIONAL = {
     "onnxruntime": {"lean_fx.export", "lean_fx.comparing", "lean_fx.measure"},
     "codecarbon": {"lean_fx.comparing", "lean_fx.measure"},
     "rich": {"lean_fx.measure", "lean_fx.experiment"},
-    "torchvision": {"lean_fx.experiment"},
-    "timm": {"lean_fx.experiment"},
     "matplotlib": {"lean_fx.measure", "lean_fx.experiment"},
     "numpy": {"lean_fx.measure", "lean_fx.experiment"},
-    "sklearn": {"lean_fx.experiment"},
     "lightning": {"lean_fx.experiment"},
 }
 

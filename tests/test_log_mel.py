@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lean_fx.errors import ArgumentError
-from lean_fx.experiment.log_mel import log_mel, mel_filters
+from support.log_mel import log_mel, mel_filters
 
 
 def hertz(mel: float) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from lean_fx.errors import ArgumentError
-from lean_fx.experiment.models import PaperNet, narrow_widths, parameters_of
+from support.models import PaperNet, narrow_widths, parameters_of
 
 widths_lists = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 

@@ -7,8 +7,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import lean_fx
-from lean_fx.experiment.zoo_rings import reason_for
-from lean_fx.experiment.zoo_sites import find_call_sites, worth_reducing
+from support.zoo_rings import reason_for
+from support.zoo_sites import find_call_sites, worth_reducing
 
 COMPUTED = "the weight is computed from it in forward, which no layer would do"
 ONLY = "only in x @ weight, F.linear and F.conv with fixed settings does it become a layer"

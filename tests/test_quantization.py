@@ -11,8 +11,8 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ArgumentError, DataError
-from lean_fx.experiment.models import PaperNet
 from lean_fx.export.quantization import accuracy_of
+from support.models import PaperNet
 
 
 def lean():

@@ -5,17 +5,17 @@ import torch
 from torch import nn
 
 from lean_fx.errors import ArgumentError
-from lean_fx.experiment.arms import sequence_arms
 from lean_fx.experiment.datasets import Dataset
-from lean_fx.experiment.sequence_nets import (
+from lean_fx.experiment.training import Settings, train
+from lean_fx.measure.cost import count_parameters
+from support.arms import sequence_arms
+from support.sequence_nets import (
     SEQUENCE_WIDTHS,
     Conv1dNet,
     FullyConnectedNet,
     RecurrentNet,
     sequence_net,
 )
-from lean_fx.experiment.training import Settings, train
-from lean_fx.measure.cost import count_parameters
 
 
 def sequences(channels: int = 20, frames: int = 16, count: int = 70) -> Dataset:

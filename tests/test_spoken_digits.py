@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lean_fx.errors import ArgumentError, DataError
-from lean_fx.experiment.log_mel import log_mel
-from lean_fx.experiment.spoken_digits import (
+from support.log_mel import log_mel
+from support.spoken_digits import (
     RECORDINGS,
     URL,
     download_spoken_digits,

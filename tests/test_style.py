@@ -1,5 +1,6 @@
 """ruff and mypy, as the tests' own machine runs them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,15 @@ ROOT = Path(__file__).parents[1]
     [
         "ruff format --check lean_fx passes tests examples",
         "ruff check lean_fx passes tests examples",
-        "mypy lean_fx",
+        "mypy lean_fx examples/support",
     ],
 )
 def test_style(command):
     run = subprocess.run(
-        [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MYPYPATH": "examples"},
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -11,12 +11,12 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ArgumentError, DataError, MissingDependencyError
-from lean_fx.experiment import zoo_rings, zoo_runs
-from lean_fx.experiment.zoo_models import build, catalogue, choose, fitting_images
-from lean_fx.experiment.zoo_rings import run_rings
-from lean_fx.experiment.zoo_rows import RINGS, Ring, Row, read_row, write_row
-from lean_fx.experiment.zoo_runs import is_finished, read_rows, row_file, run_zoo
-from lean_fx.experiment.zoo_table import csv_text, report
+from support import zoo_rings, zoo_runs
+from support.zoo_models import build, catalogue, choose, fitting_images
+from support.zoo_rings import run_rings
+from support.zoo_rows import RINGS, Ring, Row, read_row, write_row
+from support.zoo_runs import is_finished, read_rows, row_file, run_zoo
+from support.zoo_table import csv_text, report
 
 ROOT = Path(__file__).parents[1]
 SMALL, TO_TRAINS = "zoo_nets:small", RINGS[:5]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lean_fx
-from lean_fx.experiment.zoo_sites import CallSite, find_call_sites, worth_reducing
+from support.zoo_sites import CallSite, find_call_sites, worth_reducing
 from zoo_nets import OneSize, small
 
 

@@ -7,21 +7,19 @@ import dataclasses
 import io
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
-from lean_fx.checks import check_choice
+from lean_fx.checks import check_choice, check_ints
 from lean_fx.errors import DataError, require
-from lean_fx.experiment.arms import baseline_net, lean_net, narrow_net
 from lean_fx.experiment.comparison import export_and_time, require_all
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import is_first_process, leave_to_first_process
-from lean_fx.experiment.script import whole_numbers
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.pictures import colour, new_figure
@@ -90,39 +88,53 @@ class Row:
         return Setting(self.reduction, self.channels, self.seed, self.epochs)
 
 
-def grid(channels: str, controls: str, seeds: str, epochs: int) -> list[Setting]:
+#: Makes the net of a setting, with fresh weights.
+Make: TypeAlias = "Callable[[Setting], nn.Module]"
+
+
+def grid(
+    channels: Sequence[int], controls: Sequence[str], seeds: Sequence[int], epochs: int
+) -> list[Setting]:
     """The settings of an ablation: the baseline, LEAN and the controls, for each seed.
 
     Args:
-        channels: numbers of 1 or more, separated by commas.
-        controls: names of reductions, or ``narrow``, separated by commas; may be empty.
-        seeds: numbers of 0 or more, separated by commas.
+        channels: numbers of 1 or more.
+        controls: names of reductions, or ``"narrow"``; may be empty.
+        seeds: numbers of 0 or more.
         epochs: 1 or more.
 
     Raises:
-        ArgumentError: a number or a name is none.
+        ArgumentError: a number or a name is none of these.
 
     Example:
-        >>> [str(setting) for setting in grid("4", "slice", "0", epochs=2)]
+        >>> [str(setting) for setting in grid([4], ["slice"], [0], epochs=2)]
         ['baseline-seed0-epochs2', 'lean-4-seed0-epochs2', 'slice-4-seed0-epochs2']
     """
-    names = ["lean", *(name.strip() for name in controls.split(",") if name.strip())]
+    channels = check_ints("channels", list(channels), 1)
+    seeds = check_ints("seeds", list(seeds), 0)
+    names = dict.fromkeys(["lean", *controls])
     known = (*reductions(), "narrow")
     for name in names:
         check_choice("control", name, known)
-    kept = whole_numbers("channels", channels, 1)
     settings = []
-    for seed in whole_numbers("seeds", seeds, 0):
+    for seed in seeds:
         settings.append(Setting("baseline", 0, seed, epochs))
-        settings += [Setting(name, c, seed, epochs) for name in dict.fromkeys(names) for c in kept]
+        settings += [Setting(name, count, seed, epochs) for name in names for count in channels]
     return list(dict.fromkeys(settings))
 
 
-def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[Row]:
+def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path, make: Make) -> list[Row]:
     """Train, export and time every setting that is not in ``folder/ablation.csv`` yet.
 
     A row is written as soon as it is known; training that was interrupted goes on from its
     checkpoint. Under torchrun all processes train, and the first alone does the rest.
+
+    Args:
+        settings: the rows that are wanted.
+        data: to train and to test on.
+        folder: of the table and the checkpoints; made if it is missing.
+        make: gives the net of a setting; that of ``"baseline"`` is the one that all are timed
+            beside.
 
     Returns:
         The rows of the settings, in their order.
@@ -138,11 +150,11 @@ def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[R
     missing = [setting for setting in wanted if setting not in rows]
     require_all()
     for setting in missing:
-        _net(setting, data)  # what cannot be made is told before anything is trained
+        make(setting)  # what cannot be made is told before anything is trained
     for number, setting in enumerate(missing, start=1):
         if is_first_process():
             print(f"{number}/{len(missing)} {setting}", file=sys.stderr, flush=True)
-        row = _measured(setting, data, folder)
+        row = _measured(setting, data, folder, make)
         if row is not None:
             rows[setting] = row
             write_rows(file, rows.values())
@@ -150,17 +162,18 @@ def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path) -> list[R
     return [rows[setting] for setting in wanted]
 
 
-def _measured(setting: Setting, data: Dataset, folder: Path) -> Row | None:
+def _measured(setting: Setting, data: Dataset, folder: Path, make: Make) -> Row | None:
     """Train in every process; measure in the first, the others return None."""
     from lean_fx.experiment.training import Settings, train
 
     torch.manual_seed(setting.seed)
-    model = _net(setting, data)
+    model = make(setting)
     training = Settings(epochs=setting.epochs, seed=setting.seed)
     history = train(model, data, training, folder / str(setting), name=str(setting))
     if not is_first_process():
         return None
-    latency = export_and_time({"baseline": baseline_net(data), str(setting): model}, data, folder)
+    baseline_net = make(dataclasses.replace(setting, reduction="baseline", channels=0))
+    latency = export_and_time({"baseline": baseline_net, str(setting): model}, data, folder)
     own, baseline = latency[str(setting)], latency["baseline"]
     return Row(
         **dataclasses.asdict(setting),
@@ -172,14 +185,6 @@ def _measured(setting: Setting, data: Dataset, folder: Path) -> Row | None:
         latency_q3_ms=own.q3_ms,
         latency_ratio=own.median_ms / baseline.median_ms,
     )
-
-
-def _net(setting: Setting, data: Dataset) -> nn.Module:
-    if setting.reduction == "baseline":
-        return baseline_net(data)
-    if setting.reduction == "narrow":
-        return narrow_net(data, count_parameters(lean_net(data, setting.channels)))
-    return lean_net(data, setting.channels, setting.reduction)
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -149,8 +149,6 @@ def int8_difference(
     Raises:
         ArgumentError: a batch does not fit the file.
     """
-    import numpy as np
-
     sessions = [open_session(str(each), Path(each), threads=1) for each in (path, twin)]
     names = [value.name for value in sessions[0].get_inputs()]
     apart: dict[int, float] = {}
@@ -158,10 +156,13 @@ def int8_difference(
     for batch in batches:
         arrays = _arrays("calibration", names, batch)
         exact, rounded = (session.run(None, arrays) for session in sessions)
-        for place, (ours, theirs) in enumerate(zip(exact, rounded, strict=True)):
-            if np.issubdtype(ours.dtype, np.floating):
-                apart[place] = apart.get(place, 0.0) + float(np.abs(ours - theirs).sum())
-                size[place] = size.get(place, 0.0) + float(np.abs(ours).sum())
+        pairs = (
+            (torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(exact, rounded, strict=True)
+        )
+        for place, (ours, theirs) in enumerate(pairs):
+            if ours.is_floating_point():
+                apart[place] = apart.get(place, 0.0) + float((ours - theirs).abs().sum())
+                size[place] = size.get(place, 0.0) + float(ours.abs().sum())
     return max((apart[place] / size[place] for place in apart if size[place]), default=0.0)
 
 

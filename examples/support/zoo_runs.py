@@ -17,8 +17,8 @@ from pathlib import Path
 
 from lean_fx.checks import check_choice, check_int
 from lean_fx.errors import ArgumentError
-from lean_fx.experiment.zoo_rows import RINGS, Row, read_row, write_row
 from lean_fx.files import make_folder
+from support.zoo_rows import RINGS, Row, read_row, write_row
 
 
 def row_file(folder: Path, name: str) -> Path:
@@ -130,13 +130,13 @@ def ask(name: str, file: Path, upto: str, timeout_s: float) -> Row:
     Returns:
         The row, which is in the file too.
     """
-    module = "lean_fx.experiment.zoo_rings"
+    module = "support.zoo_rings"
     command = [sys.executable, "-W", "ignore", "-m", module, name, str(file), "--upto", upto]
     write_row(Row(name), file)
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -155,6 +155,12 @@ def ask(name: str, file: Path, upto: str, timeout_s: float) -> Row:
                 ring.status, ring.reason = "crash", row.ended
         write_row(row, file)
     return row
+
+
+def _path() -> str:
+    """Where a process finds this package too."""
+    mine = str(Path(__file__).parents[1])
+    return os.pathsep.join(filter(None, (mine, os.environ.get("PYTHONPATH"))))
 
 
 def _death(status: int, errors: str) -> str:

@@ -8,8 +8,8 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from lean_fx.experiment.zoo_rows import RINGS, Row
 from lean_fx.measure.tables import markdown_table
+from support.zoo_rows import RINGS, Row
 
 NUMBERS = (
     *("size", "sizes", "calls", "sites", "sites_reduced", "reductions"),

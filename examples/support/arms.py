@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lean_fx.checks import check_choice
+from lean_fx.experiment.ablation import Setting
 from lean_fx.experiment.datasets import Dataset
-from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths, nearest_widths
-from lean_fx.experiment.sequence_nets import SEQUENCE_WIDTHS, sequence_net
 from lean_fx.measure.cost import count_parameters
 from lean_fx.planning.policy import ChannelsPolicy, Skip
 from lean_fx.reduction.registry import ReductionFactory, reduction_name
 from lean_fx.transform import leanify
+from support.models import PAPER_WIDTHS, PaperNet, narrow_widths, nearest_widths
+from support.sequence_nets import SEQUENCE_WIDTHS, sequence_net
 
 
 def baseline_net(data: Dataset) -> PaperNet:
@@ -38,6 +39,15 @@ def narrow_net(data: Dataset, parameters: int) -> PaperNet:
     shape = {"in_channels": channels, "image_size": size, "classes": data.classes}
     widths = narrow_widths(parameters, widths=PAPER_WIDTHS, **shape)
     return PaperNet(widths, channels, size, data.classes)
+
+
+def ablated_net(setting: Setting, data: Dataset) -> nn.Module:
+    """The paper's net as a setting of an ablation says."""
+    if setting.reduction == "baseline":
+        return baseline_net(data)
+    if setting.reduction == "narrow":
+        return narrow_net(data, count_parameters(lean_net(data, setting.channels)))
+    return lean_net(data, setting.channels, setting.reduction)
 
 
 def paper_arms(
@@ -81,7 +91,7 @@ def sequence_arms(
 
     Args:
         data: gives the size of the sequences and the number of classes.
-        net: see :func:`~lean_fx.experiment.sequence_nets.sequence_net`.
+        net: see :func:`~support.sequence_nets.sequence_net`.
         channels: see :func:`lean_fx.leanify`, like the next two.
         reduction: a registered name.
         skip: layers to leave alone.

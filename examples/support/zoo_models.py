@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lean_fx.errors import ArgumentError, one_line, require
-from lean_fx.experiment.zoo_timm import SMALLEST
+from support.zoo_timm import SMALLEST
 
 #: Pixels a side that are tried for a model, in order.
 SIZES = (64, 96, 128, 224, 256, 299, 384, 448, 512)
@@ -43,7 +43,7 @@ def catalogue() -> list[str]:
     """The names of the whole zoo.
 
     Of timm it has the smallest variant of each module, of modules unknown to
-    :mod:`~lean_fx.experiment.zoo_timm` the first.
+    :mod:`~support.zoo_timm` the first.
 
     Raises:
         MissingDependencyError: torchvision or timm is not installed.
@@ -94,7 +94,7 @@ def build(name: str) -> nn.Module:
         MissingDependencyError: its package is not installed.
 
     Example:
-        >>> type(build("lean_fx.experiment.models:PaperNet")).__name__
+        >>> type(build("support.models:PaperNet")).__name__
         'PaperNet'
     """
     source, slash, variant = name.partition("/")

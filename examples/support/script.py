@@ -13,9 +13,9 @@ from torch import nn
 
 from lean_fx.errors import ArgumentError, LeanError, require
 from lean_fx.experiment import comparison
-from lean_fx.experiment.arms import paper_arms
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.measure.report import Report
+from support.arms import paper_arms
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lean_fx.errors import DataError
 from lean_fx.files import write_text
 
-#: What is asked of a model, in order; :mod:`~lean_fx.experiment.zoo_rings` says what each means.
+#: What is asked of a model, in order; :mod:`~support.zoo_rings` says what each means.
 RINGS = (
     *("baseline", "captured", "leanified", "runs", "trains"),
     *("quick", "exported", "cheaper", "faster"),

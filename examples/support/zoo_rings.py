@@ -10,7 +10,7 @@
 8. cheaper: fewer multiply-adds;
 9. faster: less time in ONNX Runtime.
 
-    python -m lean_fx.experiment.zoo_rings NAME FILE [--upto RING]
+    python -m support.zoo_rings NAME FILE [--upto RING]
 
 asks one model in this process, and writes the row after every ring.
 """
@@ -35,10 +35,6 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import LeanError, one_line
-from lean_fx.experiment.zoo_models import build, fitting_images, why_not
-from lean_fx.experiment.zoo_rows import RINGS, Ring, Row, write_row
-from lean_fx.experiment.zoo_sites import CallSite, find_call_sites, worth_reducing
-from lean_fx.experiment.zoo_times import time_leanify
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.parity import difference
 from lean_fx.export.stored_plan import plan_of
@@ -46,13 +42,17 @@ from lean_fx.measure.cost import count_macs, count_parameters
 from lean_fx.measure.timing import time_onnx
 from lean_fx.planning.plans import Plan
 from lean_fx.transform import leanify
+from support.zoo_models import build, fitting_images, why_not
+from support.zoo_rows import RINGS, Ring, Row, write_row
+from support.zoo_sites import CallSite, find_call_sites, worth_reducing
+from support.zoo_times import time_leanify
 
 
 def run_rings(name: str, rings: Sequence[str], save: Callable[[Row], None]) -> Row:
     """Ask a model, ring by ring; what its code raises becomes part of the row.
 
     Args:
-        name: as in :mod:`~lean_fx.experiment.zoo_models`.
+        name: as in :mod:`~support.zoo_models`.
         rings: the first of ``RINGS``, in order.
         save: called with the row before and after every ring.
     """

@@ -22,7 +22,7 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
    reads through a flatten, or along different axes, or one of the calls is refused;
 3. it has hooks, which would be lost, other than torch's own that give its weight a norm;
 4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
-5. it is attention, which is first to be split into its linear layers (:class:`SplitAttention`);
+5. it is attention, which is first to be split into its linear layers (:class:`SplitLayers`);
 6. it reads a reduction already, or no value of the graph;
 7. it reads through a flatten of a value whose channels are unknown, something other than dropout
    stands between the two, or an in-place operation changes the value between the two. The flatten
@@ -43,6 +43,13 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrize
 
 from lean_fx.checks import is_quantized_layer
+from lean_fx.graph import split_attention
+from lean_fx.graph.calls import argument, has_hooks
+from lean_fx.graph.context import GraphContext, attribute_of
+from lean_fx.graph.facts import Facts, Read, facts
+from lean_fx.graph.flattens import is_flatten
+from lean_fx.graph.ops import is_dropout
+from lean_fx.graph.products import CALLS, find_weight, why_computed
 from lean_fx.layers.old_norms import with_norm_of_today
 from lean_fx.layers.rebuild import (
     REBUILDERS,
@@ -54,15 +61,8 @@ from lean_fx.layers.rebuild import (
 )
 from lean_fx.layers.transformers import PLAIN
 from lean_fx.passes.base import Pass
-from lean_fx.passes.calls import argument, has_hooks
-from lean_fx.passes.flattens import is_flatten
-from lean_fx.passes.graph_context import GraphContext, Read, attribute_of
 from lean_fx.passes.modularize_calls import readers
 from lean_fx.passes.modularize_weights import behind_transpose, weights_of_products
-from lean_fx.passes.node_facts import Facts, facts
-from lean_fx.passes.products import CALLS, find_weight, why_computed
-from lean_fx.passes.split_attention import SplitAttention
-from lean_fx.passes.track_channels import is_dropout
 from lean_fx.reduction.packed import with_data
 from lean_fx.reduction.registry import is_reduction
 
@@ -96,7 +96,7 @@ class FindConsumers(Pass):
                     known.read, known.refusal = _judge(node, layer, graph)
                     if count > 1:
                         several.setdefault(id(layer), []).append(known)
-                elif not known.refusal and SplitAttention.can_split(layer):
+                elif not known.refusal and split_attention.can_split(layer):
                     known.splits = count == 1
                     known.refusal = "none of its layers is reduced"
                     if count > 1:
@@ -193,7 +193,7 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
     if kind is nn.MultiheadAttention:
-        return "" if SplitAttention.can_split(layer) else "its out_proj is not torch's own"
+        return "" if split_attention.can_split(layer) else "its out_proj is not torch's own"
     reason = why_not_rebuilt(layer)
     if reason:
         return reason

@@ -34,10 +34,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.passes.base import Pass
-from lean_fx.passes.calls import argument, called
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.vocabulary import (
+from lean_fx.graph.calls import argument, called
+from lean_fx.graph.facts import facts
+from lean_fx.graph.ops import (
     ADAPTIVE_POOL_CALLS,
     ADAPTIVE_POOLS,
     DROPOUT_CALLS,
@@ -45,6 +44,7 @@ from lean_fx.passes.vocabulary import (
     MAX_POOL_CALLS,
     MAX_POOLS,
 )
+from lean_fx.passes.base import Pass
 from lean_fx.reduction.packed import SequenceDropout
 
 _NEVER_NEGATIVE: set[Any] = {

@@ -54,16 +54,16 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
+from lean_fx.graph.facts import facts, forget_facts
+from lean_fx.graph.flattens import view_sizes
+from lean_fx.graph.rewriting import add_module
+from lean_fx.graph.site_reductions import check_layer, reduction_for
+from lean_fx.graph.sites import Consumer, Site
 from lean_fx.layers.rebuild import (
     rebuild,
 )
 from lean_fx.passes.base import Pass
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
-from lean_fx.passes.flattens import view_sizes
-from lean_fx.passes.node_facts import facts, forget_facts
-from lean_fx.passes.rewriting import add_module
-from lean_fx.passes.site_reductions import check_layer, reduction_for
-from lean_fx.passes.sites import Consumer, Site
 from lean_fx.reduction.packed import with_data
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 

@@ -24,10 +24,10 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 
+from lean_fx.graph.facts import facts
+from lean_fx.graph.replicas import shallow, sharing_copy
 from lean_fx.passes.base import Pass
-from lean_fx.passes.node_facts import facts
 from lean_fx.passes.propagate_shapes import cannot_run
-from lean_fx.passes.replicas import shallow, sharing_copy
 from lean_fx.reduction.packed import with_data
 
 

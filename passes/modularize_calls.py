@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from lean_fx.graph.calls import argument, is_altered
+from lean_fx.graph.facts import facts
+from lean_fx.graph.rewriting import add_module, numbered
+from lean_fx.layers.input_hooks import LAYERS
 from lean_fx.passes.base import Pass
-from lean_fx.passes.calls import argument, is_altered
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.reducing import LAYERS
-from lean_fx.passes.rewriting import add_module, numbered
 
 _MODULES: dict[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,

@@ -34,9 +34,10 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lean_fx.errors import PlanError
+from lean_fx.graph.calls import argument
+from lean_fx.layers.input_hooks import LAYERS
 from lean_fx.layers.rebuild import REBUILDERS
 from lean_fx.passes.base import Pass
-from lean_fx.passes.calls import argument
 from lean_fx.passes.modularize_calls import (
     SETTINGS,
     add_bias,
@@ -44,7 +45,6 @@ from lean_fx.passes.modularize_calls import (
     readers,
     within_called,
 )
-from lean_fx.passes.reducing import LAYERS
 
 _PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm"}
 _SWAPS = {(0, 1), (1, 0), (-1, -2), (-2, -1)}

@@ -25,9 +25,9 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError, one_line
+from lean_fx.graph.facts import facts
+from lean_fx.graph.replicas import fake_of, run_on, sharing_copy
 from lean_fx.passes.base import Pass
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.replicas import fake_of, run_on, sharing_copy
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 

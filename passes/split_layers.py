@@ -1,20 +1,30 @@
-"""Transformation: layers that hold layers are split, each by the pass for its kind.
+"""Transformation: a layer that holds layers is split into these.
+
+A stack of recurrent layers becomes its single layers (:mod:`lean_fx.graph.split_recurrent`), a
+MultiheadAttention its projections and what lies between them
+(:mod:`lean_fx.graph.split_attention`), so that each can get a reduction of its own.
 
 Rules:
 
-1. Names of layers of attention go to :class:`SplitAttention`, all others to
-   :class:`SplitRecurrent`.
+1. It acts on the layers that it is given by name. Each is called once, and is of a kind that one
+   of the splitters takes.
+2. A layer that is split already is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import ModuleType
 
+from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.passes.base import Pass, Pipeline
-from lean_fx.passes.split_attention import SplitAttention
-from lean_fx.passes.split_recurrent import SplitRecurrent
+from lean_fx.errors import PlanError
+from lean_fx.graph import split_attention, split_recurrent
+from lean_fx.graph.facts import forget_facts
+from lean_fx.passes.base import Pass
+
+_SPLITTERS: tuple[ModuleType, ...] = (split_recurrent, split_attention)
 
 
 class SplitLayers(Pass):
@@ -24,27 +34,44 @@ class SplitLayers(Pass):
         layers: their qualified names.
 
     Raises:
-        PlanError: a name is neither that of a stack nor of attention, or called not just once.
+        PlanError: a name is neither that of a stack nor of attention, or not called exactly once.
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
         self.layers = tuple(layers)
 
     def requires(self, graph_module: GraphModule) -> None:
-        """As the passes for each kind."""
-        for each in self._passes(graph_module):
-            each.requires(graph_module)
+        """Every layer is split already, or can be and is called once."""
+        calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+        modules = dict(graph_module.named_modules())
+        for name in self._unsplit(modules):
+            if calls.count(name) != 1 or splitter_of(modules.get(name)) is None:
+                raise PlanError(
+                    f"plan: layer {name!r} is neither a stack of recurrent layers nor a "
+                    "MultiheadAttention that is called once in this model; make the plan anew "
+                    "from this model"
+                )
 
     def run(self, graph_module: GraphModule) -> bool:
-        """Run the passes for each kind."""
-        return Pipeline(self._passes(graph_module)).run(graph_module)
-
-    def _passes(self, graph_module: GraphModule) -> list[Pass]:
+        """Split them one by one."""
         modules = dict(graph_module.named_modules())
-        attention = [
-            name
-            for name in self.layers
-            if SplitAttention.can_split(modules.get(name)) or SplitAttention.is_split(modules, name)
-        ]
-        others = [name for name in self.layers if name not in attention]
-        return [SplitRecurrent(others), SplitAttention(attention)]
+        unsplit = self._unsplit(modules)
+        for node in list(graph_module.graph.nodes):
+            if node.op == "call_module" and node.target in unsplit:
+                splitter = splitter_of(modules[node.target])
+                assert splitter is not None
+                splitter.split(graph_module, node)
+        if unsplit:
+            forget_facts(graph_module)
+        return bool(unsplit)
+
+    def _unsplit(self, modules: Mapping[str, nn.Module]) -> list[str]:
+        def is_split(name: str) -> bool:
+            return any(splitter.is_split(modules, name) for splitter in _SPLITTERS)
+
+        return [name for name in self.layers if not is_split(name)]
+
+
+def splitter_of(layer: nn.Module | None) -> ModuleType | None:
+    """The module that can split a layer, or None."""
+    return next((each for each in _SPLITTERS if each.can_split(layer)), None)

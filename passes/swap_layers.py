@@ -8,7 +8,8 @@ times, whose weights fit one width alone. There the layer itself is changed::
     cell(cell.reduction(x))                  after: a forward pre-hook of the rebuilt layer
 
 so that the code stays as it is, and every call of the layer shares one reduction. Where another
-module's forward applies the weight, the hooks are that module's (:mod:`lean_fx.passes.reducing`).
+module's forward applies the weight, the hooks are of that module
+(:mod:`lean_fx.layers.input_hooks`).
 
 Rules:
 
@@ -24,13 +25,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.errors import PlanError
+from lean_fx.graph.facts import facts
+from lean_fx.graph.site_reductions import check_layer, reduction_for
+from lean_fx.graph.sites import Site
+from lean_fx.layers.input_hooks import reduce_first, reduce_within
 from lean_fx.layers.rebuild import rebuild
 from lean_fx.passes.base import Pass
 from lean_fx.passes.find_consumers import layer_input
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.reducing import reduce_first, reduce_within
-from lean_fx.passes.site_reductions import check_layer, reduction_for
-from lean_fx.passes.sites import Site
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,15 +42,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.layers.modes import ByMode
-from lean_fx.passes.base import Pass
-from lean_fx.passes.calls import argument, called
-from lean_fx.passes.flattens import is_flatten, source_of
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.vocabulary import (
+from lean_fx.graph.calls import argument
+from lean_fx.graph.facts import Channels, facts
+from lean_fx.graph.flattens import is_flatten, source_of
+from lean_fx.graph.ops import (
     ADAPTIVE_POOL_CALLS,
     ADAPTIVE_POOLS,
-    ALPHA_DROPOUT_CALLS,
     ALPHA_DROPOUTS,
     AVERAGE_POOL_CALLS,
     AVERAGE_POOLS,
@@ -59,6 +56,8 @@ from lean_fx.passes.vocabulary import (
     MAX_POOL_CALLS,
     MAX_POOLS,
 )
+from lean_fx.layers.modes import ByMode
+from lean_fx.passes.base import Pass
 from lean_fx.reduction.packed import SequenceDropout
 
 _CONVS = (
@@ -69,8 +68,6 @@ _CONVS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_DROPOUTS: set[Any] = {*DROPOUTS, *ALPHA_DROPOUTS, nn.Identity}
-_DROPOUTS |= {*DROPOUT_CALLS, *ALPHA_DROPOUT_CALLS}
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
     *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid),
@@ -113,24 +110,6 @@ _JOINS: set[Any] = {
 _JOINS |= {torch.add, torch.mul, torch.sub, torch.div, "add", "sub", "mul", "div", "add_", "mul_"}
 
 
-@dataclass(frozen=True)
-class Channels:
-    """Where the channels of a value are.
-
-    Attributes:
-        axis: 0 or more from the front, or -1 for the last.
-        count: how many.
-        whole: if the value was flattened, the node where its channels were last whole;
-            axis and count speak of that one.
-        packed: whether the value is packed sequences; axis and count speak of their data.
-    """
-
-    axis: int
-    count: int
-    whole: str | None = None
-    packed: bool = False
-
-
 class TrackChannels(Pass):
     """Write ``facts(node).channels`` where the rules in the module docstring know it."""
 
@@ -141,11 +120,6 @@ class TrackChannels(Pass):
             found = _channels_of(node, modules)
             facts(node).channels = found if _agrees(found, facts(node).shape) else None
         return False
-
-
-def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node drops out (or does nothing): in eval it is the identity."""
-    return called(node, modules) in _DROPOUTS
 
 
 def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | None:

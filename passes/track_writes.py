@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.layers.modes import InMode
-from lean_fx.passes.base import Pass
-from lean_fx.passes.calls import argument, called
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.vocabulary import (
+from lean_fx.graph.calls import argument, called
+from lean_fx.graph.facts import facts
+from lean_fx.graph.ops import (
     ALPHA_DROPOUT_CALLS,
     ALPHA_DROPOUTS,
     DROPOUT_CALLS,
     DROPOUTS,
 )
+from lean_fx.layers.modes import InMode
+from lean_fx.passes.base import Pass
 
 # Layers and functions of torch.nn that may return a view of their input, or the input itself.
 _VIEWS: set[Any] = {

@@ -1,4 +1,4 @@
-"""AttentionHeads and SplitAttention against torch's own layer."""
+"""AttentionHeads and SplitLayers against torch's own layer."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from graphs import graph_text
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import PlanError
 from lean_fx.layers.attention import AttentionHeads
-from lean_fx.passes import SplitAttention
+from lean_fx.passes import SplitLayers
 
 L, S, N, E, H = 5, 7, 3, 12, 2
 
@@ -41,9 +41,9 @@ class AttendsItself(nn.Module):
 
 def split(model):
     captured = capture(model)
-    result = SplitAttention(["attention"])(captured)
+    result = SplitLayers(["attention"])(captured)
     assert result.modified
-    assert not SplitAttention(["attention"])(captured).modified
+    assert not SplitLayers(["attention"])(captured).modified
     return captured
 
 
@@ -158,7 +158,7 @@ def test_only_torchs_own_layer_is_split():
     changed = nn.MultiheadAttention(E, H)
     changed.out_proj = nn.Linear(E, E)
     for layer in (nn.Bilinear(E, E, E), changed):
-        with pytest.raises(PlanError, match="^plan: layer 'attention' is no MultiheadAttention th"):
+        with pytest.raises(PlanError, match="^plan: layer 'attention' is neither a stack"):
             split(AttendsItself(layer))
     (left,) = lean_fx.plan(AttendsItself(changed)).left_alone
     assert left.reason == "its out_proj is not torch's own"

@@ -18,6 +18,7 @@ LAYERS = (
     {"lean_fx.checks", "lean_fx.copying"},
     {"lean_fx.reduction"},
     {"lean_fx.layers"},
+    {"lean_fx.graph"},
     {"lean_fx.passes"},
     {"lean_fx.measure"},
     {"lean_fx.capture"},

@@ -20,7 +20,7 @@ from graphs import graph_text
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import BranchError, PlanError
 from lean_fx.measure.timing import Latency
-from lean_fx.passes import SplitRecurrent
+from lean_fx.passes import SplitLayers
 from lean_fx.reduction.packed import with_data
 
 OPTIONS = [
@@ -71,7 +71,7 @@ def test_a_split_stack_is_the_stack_exactly(kind, options):
     for given in (False, True):
         states = states_of(model.stack, (3,)) if given else None
         module = capture(model, (torch.rand(1), states) if given else ())
-        assert SplitRecurrent(["stack"])(module).modified
+        assert SplitLayers(["stack"])(module).modified
         split[given] = module
         x = torch.randn(3, 3, 6)
         assert_equal(module(x, states), model(x, states))
@@ -85,7 +85,7 @@ def test_a_split_stack_is_the_stack_exactly(kind, options):
 
 def test_gradients_of_a_split_stack_are_those_of_the_stack():
     model = Whole(nn.GRU, num_layers=2, bidirectional=True)
-    split = SplitRecurrent(["stack"])(capture(model)).graph_module
+    split = SplitLayers(["stack"])(capture(model)).graph_module
     x = torch.randn(4, 3, 6)
     for module in (model, split):
         module(x)[0].square().sum().backward()
@@ -97,7 +97,7 @@ def test_gradients_of_a_split_stack_are_those_of_the_stack():
 
 def test_dropout_between_split_layers_acts_in_training_alone():
     model = Whole(nn.GRU, num_layers=2, dropout=0.5)
-    split = SplitRecurrent(["stack"])(capture(model)).graph_module
+    split = SplitLayers(["stack"])(capture(model)).graph_module
     x = torch.ones(50, 40, 6)
     seen = []
     split.stack.dropout.register_forward_hook(
@@ -143,7 +143,7 @@ class Reads(nn.Module):
 def test_however_the_result_is_read(kind, read):
     model = Reads(kind, read).eval()
     x = torch.randn(4, 3, 6)
-    module = SplitRecurrent(["stack"])(capture(model)).graph_module
+    module = SplitLayers(["stack"])(capture(model)).graph_module
     found = torch.utils._pytree.tree_leaves(module(x))
     for mine, own in zip(found, torch.utils._pytree.tree_leaves(model(x)), strict=True):
         assert_equal(mine, own)
@@ -312,8 +312,8 @@ def test_a_plan_that_does_not_fit():
     with pytest.raises(PlanError) as caught:
         plan.apply(other)
     assert str(caught.value) == (
-        "plan: layer 'stack' is no stack of recurrent layers that is called once in this model; "
-        "make the plan anew from this model"
+        "plan: layer 'stack' is neither a stack of recurrent layers nor a MultiheadAttention that "
+        "is called once in this model; make the plan anew from this model"
     )
 
 

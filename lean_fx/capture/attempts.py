@@ -24,10 +24,10 @@ from lean_fx.capture.following import FollowingTracer
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.probing import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
+from lean_fx.graph.calls import has_hooks
+from lean_fx.graph.replicas import sharing_copy
+from lean_fx.layers.input_hooks import reduces_within
 from lean_fx.layers.rebuild import REBUILDERS
-from lean_fx.passes.calls import has_hooks
-from lean_fx.passes.reducing import reduces_within
-from lean_fx.passes.replicas import sharing_copy
 
 
 def trace_copy(

@@ -25,11 +25,11 @@ from lean_fx.capture.unrecorded import Unrecorded
 from lean_fx.checks import check_plain, check_shapes
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
+from lean_fx.graph.calls import is_altered
+from lean_fx.graph.replicas import sharing_copy
 from lean_fx.layers.rebuild import REBUILDERS
 from lean_fx.layers.transformers import PLAIN
-from lean_fx.passes.calls import is_altered
 from lean_fx.passes.modularize_calls import ModularizeCalls
-from lean_fx.passes.replicas import sharing_copy
 
 _STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),

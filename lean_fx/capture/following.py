@@ -45,7 +45,7 @@ from lean_fx.capture.guards import check_branch, count_items, round_number
 from lean_fx.capture.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
 from lean_fx.capture.tracing import LeanTracer
 from lean_fx.capture.unrecorded import keeping_chance
-from lean_fx.passes.replicas import fake_of, run_on, sharing_copy
+from lean_fx.graph.replicas import fake_of, run_on, sharing_copy
 
 _FIXED = "lean_fx.fixed"
 _CALLS = ("call_function", "call_method")

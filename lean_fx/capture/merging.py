@@ -35,10 +35,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import map_arg
 
+from lean_fx.graph.facts import facts
+from lean_fx.graph.rewriting import add_module
 from lean_fx.layers.modes import ByMode, InMode
 from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.rewriting import add_module
 
 
 class CannotMerge(Exception):  # noqa: N818

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lean_fx.graph.calls import is_altered
 from lean_fx.layers.rebuild import input_weights
-from lean_fx.passes.calls import is_altered
 from lean_fx.reduction.registry import is_reduction
 
 

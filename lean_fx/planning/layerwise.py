@@ -28,10 +28,10 @@ from torch.nn.utils.rnn import PackedSequence
 from lean_fx.checks import check_values
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, one_line
+from lean_fx.graph.context import owners_of
 from lean_fx.layers.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
 from lean_fx.passes import Consumer, Read, Site
 from lean_fx.passes.find_consumers import refusal_of
-from lean_fx.passes.graph_context import owners_of
 from lean_fx.passes.measure_scale import unit_variance
 from lean_fx.planning.deciding import settle
 from lean_fx.planning.multiplying import WatchProducts

@@ -1,6 +1,6 @@
 """Watch a model run for the products that its own code makes with weights of no layer.
 
-Where there is no graph this does what :mod:`lean_fx.passes.products` does with one, by its rules.
+Where there is no graph this does what :mod:`lean_fx.graph.products` does with one, by its rules.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lean_fx.graph.products import LIKE, factors, why_computed
 from lean_fx.layers.rebuild import REBUILDERS
-from lean_fx.passes.products import LIKE, factors, why_computed
 from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.watching import Watch
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError
-from lean_fx.passes.sites import Site
+from lean_fx.graph.sites import Site
 from lean_fx.reduction.base import divisors
 
 #: A number, a fraction, ``"sqrt"`` or ``"tenth"``.

@@ -6,8 +6,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture.tracing import LeanTracer
+from lean_fx.graph.calls import has_hooks
 from lean_fx.layers.rebuild import REBUILDERS
-from lean_fx.passes.calls import has_hooks
 from lean_fx.planning.plans import LeftAlone
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lean_fx.layers.input_hooks import LAYERS
 from lean_fx.layers.rebuild import groups_of, input_channels
-from lean_fx.passes.reducing import LAYERS
 
 
 @dataclass(frozen=True)

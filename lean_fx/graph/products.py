@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.calls import argument
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.reducing import LAYERS
+from lean_fx.graph.calls import argument
+from lean_fx.graph.facts import facts
+from lean_fx.layers.input_hooks import LAYERS
 
 #: What layers of torch.nn call with their weight.
 CALLS = {*LAYERS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}

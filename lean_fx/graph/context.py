@@ -12,38 +12,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.copying import memory_of
-from lean_fx.passes.node_facts import facts
-from lean_fx.passes.products import origins_of
-from lean_fx.passes.track_channels import is_dropout
+from lean_fx.graph.facts import Read, facts
+from lean_fx.graph.ops import is_dropout
+from lean_fx.graph.products import origins_of
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
-@dataclass(frozen=True)
-class Read:
-    """What a layer reads, if that can be reduced.
-
-    Attributes:
-        value: the node whose channels are whole.
-        dim: the axis of the channels there.
-        in_channels: how many channels; of one group, where there are several.
-        spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
-        path: the nodes between the value and the layer, in order.
-        packed: whether the value is packed sequences.
-        groups: of the layer that reads it, a convolution.
-        intermediate: whether a layer with weights stands between the model's inputs and the value.
-        writes: how many in-place operations had changed the value when it was read.
-    """
-
-    value: str
-    dim: int
-    in_channels: int
-    spread: int = 1
-    path: tuple[str, ...] = ()
-    packed: bool = False
-    groups: int = 1
-    intermediate: bool = True
-    writes: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +32,7 @@ class GraphContext:
         order: the place of each node in the graph.
         writes: the places of the in-place operations on each storage, ascending.
         origins: the names of the parameters that nodes are computed from, of those that depend on
-            no value (:mod:`lean_fx.passes.products`).
+            no value (:mod:`lean_fx.graph.products`).
     """
 
     modules: Mapping[str, nn.Module]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import Node
+
+from lean_fx.graph.calls import called
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -28,3 +34,11 @@ ADAPTIVE_POOL_CALLS = (
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 )
+
+_DROPOUTS: set[Any] = {*DROPOUTS, *ALPHA_DROPOUTS, nn.Identity}
+_DROPOUTS |= {*DROPOUT_CALLS, *ALPHA_DROPOUT_CALLS}
+
+
+def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node drops out (or does nothing): in eval it is the identity."""
+    return called(node, modules) in _DROPOUTS

@@ -31,44 +31,27 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lean_fx.graph.calls import argument, is_altered
+from lean_fx.graph.rewriting import item, replace_node
 from lean_fx.layers.attention import AttentionHeads
-from lean_fx.passes.calls import argument, is_altered
-from lean_fx.passes.rewriting import item, replace_node
-from lean_fx.passes.splitting import Splitting
 
 
-class SplitAttention(Splitting):
-    """Split layers of attention.
-
-    Args:
-        layers: their qualified names.
-
-    Raises:
-        PlanError: a name is not that of a MultiheadAttention that is called once.
-    """
-
-    kind = "MultiheadAttention"
-
-    @staticmethod
-    def can_split(layer: Any) -> bool:
-        """Whether a module is exactly a MultiheadAttention, of parts that are exactly torch's."""
-        return (
-            type(layer) is nn.MultiheadAttention
-            and type(layer.out_proj) is NonDynamicallyQuantizableLinear
-            and not is_altered(layer)
-        )
-
-    @staticmethod
-    def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
-        """Whether ``name`` was a layer of attention, which is split already."""
-        return isinstance(modules.get(f"{name}.heads"), AttentionHeads)
-
-    def split(self, graph_module: GraphModule, node: Node) -> None:
-        """Split the layer that a node calls."""
-        _split(graph_module, node)
+def can_split(layer: Any) -> bool:
+    """Whether a module is exactly a MultiheadAttention, of parts that are exactly torch's."""
+    return (
+        type(layer) is nn.MultiheadAttention
+        and type(layer.out_proj) is NonDynamicallyQuantizableLinear
+        and not is_altered(layer)
+    )
 
 
-def _split(graph_module: GraphModule, node: Node) -> None:
+def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether ``name`` was a layer of attention, which is split already."""
+    return isinstance(modules.get(f"{name}.heads"), AttentionHeads)
+
+
+def split(graph_module: GraphModule, node: Node) -> None:
+    """Split the layer that a node calls."""
     name, graph = str(node.target), node.graph
     layer: Any = graph_module.get_submodule(name)
     inputs = [argument(node, i, key) for i, key in enumerate(("query", "key", "value"))]

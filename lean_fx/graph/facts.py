@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
-if TYPE_CHECKING:
-    from lean_fx.passes.graph_context import Read
-    from lean_fx.passes.track_channels import Channels
-
 _KEY = "lean_fx"
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Where the channels of a value are.
+
+    Attributes:
+        axis: 0 or more from the front, or -1 for the last.
+        count: how many.
+        whole: if the value was flattened, the node where its channels were last whole;
+            axis and count speak of that one.
+        packed: whether the value is packed sequences; axis and count speak of their data.
+    """
+
+    axis: int
+    count: int
+    whole: str | None = None
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a layer reads, if that can be reduced.
+
+    Attributes:
+        value: the node whose channels are whole.
+        dim: the axis of the channels there.
+        in_channels: how many channels; of one group, where there are several.
+        spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
+        path: the nodes between the value and the layer, in order.
+        packed: whether the value is packed sequences.
+        groups: of the layer that reads it, a convolution.
+        intermediate: whether a layer with weights stands between the model's inputs and the value.
+        writes: how many in-place operations had changed the value when it was read.
+    """
+
+    value: str
+    dim: int
+    in_channels: int
+    spread: int = 1
+    path: tuple[str, ...] = ()
+    packed: bool = False
+    groups: int = 1
+    intermediate: bool = True
+    writes: int = 0
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from lean_fx.passes.calls import BACKWARD_HOOKS
-from lean_fx.passes.reducing import stop_reducing
+from lean_fx.graph.calls import BACKWARD_HOOKS
+from lean_fx.layers.input_hooks import stop_reducing
 
 
 def shallow(module: nn.Module) -> nn.Module:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from lean_fx.passes.calls import argument, called
-from lean_fx.passes.node_facts import facts
+from lean_fx.graph.calls import argument, called
+from lean_fx.graph.facts import facts
 
 
 def source_of(node: Node) -> Node | None:

@@ -31,42 +31,25 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.passes.calls import argument, is_altered
-from lean_fx.passes.rewriting import item, replace_node, rewire
-from lean_fx.passes.splitting import Splitting
+from lean_fx.graph.calls import argument, is_altered
+from lean_fx.graph.rewriting import item, replace_node, rewire
 from lean_fx.reduction.packed import SequenceDropout, layer_states
 
 _STACKS = (nn.RNN, nn.LSTM, nn.GRU)
 
 
-class SplitRecurrent(Splitting):
-    """Split stacks of recurrent layers.
-
-    Args:
-        layers: their qualified names.
-
-    Raises:
-        PlanError: a name is not that of a stack that is called once.
-    """
-
-    kind = "stack of recurrent layers"
-
-    @staticmethod
-    def can_split(layer: Any) -> bool:
-        """Whether a module is an RNN, LSTM or GRU of two layers or more, without hooks."""
-        return type(layer) in _STACKS and layer.num_layers > 1 and not is_altered(layer)
-
-    @staticmethod
-    def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
-        """Whether ``name`` was a stack, which is split already."""
-        return type(modules.get(f"{name}.0")) in _STACKS
-
-    def split(self, graph_module: GraphModule, node: Node) -> None:
-        """Split the stack that a node calls."""
-        _split(graph_module, node)
+def can_split(layer: Any) -> bool:
+    """Whether a module is an RNN, LSTM or GRU of two layers or more, without hooks."""
+    return type(layer) in _STACKS and layer.num_layers > 1 and not is_altered(layer)
 
 
-def _split(graph_module: GraphModule, node: Node) -> None:
+def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether ``name`` was a stack, which is split already."""
+    return type(modules.get(f"{name}.0")) in _STACKS
+
+
+def split(graph_module: GraphModule, node: Node) -> None:
+    """Split the layer that a node calls."""
     name, graph = str(node.target), node.graph
     stack: Any = graph_module.get_submodule(name)
     home = nn.Module().train(stack.training)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from lean_fx.errors import PlanError
+from lean_fx.graph.calls import is_altered
+from lean_fx.graph.sites import Consumer, Site
 from lean_fx.layers.old_norms import with_norm_of_today
 from lean_fx.layers.rebuild import (
     groups_of,
@@ -14,8 +16,6 @@ from lean_fx.layers.rebuild import (
     plain_type,
     why_not_rebuilt,
 )
-from lean_fx.passes.calls import is_altered
-from lean_fx.passes.sites import Consumer, Site
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
 

@@ -1,0 +1,1 @@
+"""What passes stand on: facts about nodes, what nodes call, and small changes to a graph."""

@@ -51,19 +51,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lean_fx.checks import check_choice, check_int
+from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, LeanError
+from lean_fx.reduction.options import Normalize, Scale, Split, check_floating, check_options
 from lean_fx.reduction.plain import plain_walk
 from lean_fx.reduction.walk import column_walk
-
-Normalize = Literal["column", "row", "none"]
-Scale = Literal["sum", "mean", "magnitude"]
-Split = Literal["contiguous", "interleaved"]
 
 _checks_signs = False
 _as_onnx_nodes = False
@@ -210,32 +206,8 @@ def lean_reduction(
     return out.to(x.dtype)
 
 
-def check_options(
-    owner: str, normalize: str, scale: str, split: str, iterations: int, tol: float | None
-) -> None:
-    """Check the options of a walk.
-
-    Raises:
-        ArgumentError: one is out of its range; the message begins with ``owner``.
-    """
-    check_choice(f"{owner}: normalize", normalize, get_args(Normalize))
-    check_choice(f"{owner}: scale", scale, get_args(Scale))
-    check_choice(f"{owner}: split", split, get_args(Split))
-    check_int(f"{owner}: iterations", iterations, 1)
-    if tol is not None and not (type(tol) in (int, float) and tol > 0):
-        raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")
-
-
-def _check_floating(owner: str, **values: Tensor) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise ArgumentError(f"{owner}: {name} is a {type(value).__name__}; give a tensor")
-        if not value.is_floating_point():
-            raise ArgumentError(f"{owner}: {name} is {value.dtype}; give floating-point values")
-
-
 def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
-    _check_floating("lean_reduction", x=x, seed=seed)
+    check_floating("lean_reduction", x=x, seed=seed)
     if not -x.dim() <= check_int("lean_reduction: dim", dim) < x.dim():
         raise ArgumentError(
             f"lean_reduction: dim={dim!r} is no axis of x, which has {x.dim()}; give the axis of "
@@ -276,53 +248,3 @@ def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool, split: Split) 
         matrix = torch.unflatten(matrix, 1, (-1, preserved)).transpose(1, 2)
     out = column_walk(matrix, seed, nonnegative).squeeze(2)
     return (out.mT if last else out).reshape(*before, preserved, *behind)
-
-
-def power_iteration_embedding(
-    matrix: Tensor, seed: Tensor, *, iterations: int = 1000, tol: float = 1e-6
-) -> Tensor:
-    """Embed the rows of one matrix in one dimension by power iteration: Algorithm 1 of the paper.
-
-    ``V := D^-1 G V``, brought to an l1 norm of 1, until no value changes by ``tol`` or more;
-    ``G = X X^T``, and ``D`` holds the l1 norms of its rows.
-
-    Args:
-        matrix: ``X``, floating point.
-        seed: the first ``V``; not constant, which is a fixed point for ``X >= 0``.
-        iterations: the most steps, 1 or more.
-        tol: above 0.
-
-    Shape:
-        - matrix: ``[C', C'']``
-        - seed: ``[C']``
-        - output: ``[C']``
-
-    Raises:
-        ArgumentError: the shapes or types do not fit, the seed is constant, or an option out of
-            range.
-
-    Example:
-        >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
-        >>> embedded = power_iteration_embedding(rows, torch.tensor([0.9, 0.1, 0.4]), iterations=2)
-        >>> bool((embedded[0] - embedded[1]).abs() < (embedded[0] - embedded[2]).abs())
-        True
-
-    References:
-        Huang et al. (2023), Algorithm 1, after Lin and Cohen: Power Iteration Clustering,
-        ICML 2010.
-    """
-    _check_floating("power_iteration_embedding", matrix=matrix, seed=seed)
-    if matrix.dim() != 2 or seed.shape != matrix.shape[:1]:
-        raise ArgumentError(
-            f"power_iteration_embedding: matrix {list(matrix.shape)} and seed {list(seed.shape)} "
-            "do not fit; give a matrix [C', C''] and a seed [C']"
-        )
-    check_options("power_iteration_embedding", "row", "sum", "contiguous", iterations, tol)
-    if len(seed) > 1 and bool((seed == seed[0]).all()):
-        raise ArgumentError(
-            f"power_iteration_embedding: seed holds {float(seed[0]):g} alone, which the walk "
-            "keeps; give values that differ"
-        )
-    return lean_reduction(
-        matrix.reshape(-1), seed, 0, normalize="row", iterations=iterations, tol=tol
-    )

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from lean_fx.checks import check_choice
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.base import Reduction
-from lean_fx.reduction.functional import (
-    Normalize,
-    Scale,
-    Split,
-    check_options,
-    lean_reduction,
-)
+from lean_fx.reduction.functional import lean_reduction
+from lean_fx.reduction.options import Normalize, Scale, Split, check_options
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("lean_reduction")

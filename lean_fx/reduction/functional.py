@@ -13,6 +13,13 @@ values is learned and shared by all positions::
     out    = C' y / sum_i |y[i]|            scale="mean"
     out    = m C' y / sum_i |y[i]|          scale="magnitude", m = mean |X|
 
+Both divisions amplify small changes of ``x``: the one by ``d[j]``, because an almost dead channel
+counts as much as a strong one; the one by ``sum |y|``, where values of both signs cancel. Two
+options add to the divisors::
+
+    d[j]    + damping mean_j d[j]           mean over the C' preserved channels of the position
+    sum |y| + norm_floor                    in every step
+
 ``iterations`` repeats the walk with ``V := y / sum |y|``, until no value changes by ``tol`` or
 more if that is given. ``seed="matrix"`` gives every channel a value of its own: ``G V`` becomes
 ``X u`` with ``u[k] = sum_j X[j,k] V[j,k]``. With ``split="contiguous"`` channel ``i C'' + k`` is
@@ -110,6 +117,8 @@ def lean_reduction(
     split: Split = "contiguous",
     iterations: int = 1,
     tol: float | None = None,
+    damping: float = 0.0,
+    norm_floor: float = 0.0,
 ) -> Tensor:
     """Reduce the channels of every position of ``x`` from C_in to C'.
 
@@ -125,12 +134,15 @@ def lean_reduction(
         iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
         tol: stop once no value of ``V`` changes by this much or more, above 0; compiled and
             exported code takes all steps.
+        damping: how many times the mean of ``d`` is added to every ``d[j]``; 0 or more, and 0 with
+            ``normalize="none"``.
+        norm_floor: what is added to ``sum |y|`` in every step; 0 or more.
 
     Shape:
         - x: ``[..., C_in, ...]``, ``C_in`` along ``dim``
         - seed: ``[C']`` or ``[C', C'']``
         - output: as ``x``, with ``C'`` along ``dim``; with ``scale="sum"`` its absolute values
-          sum to 1 (or are 0) there
+          sum to 1 (or are 0) there, to less than 1 with a ``norm_floor``
 
     Values are squared on the way, so in float32 (and what is reduced in it) their magnitudes must
     lie between 1e-18 and 1e18; smaller ones count as zeros.
@@ -151,7 +163,7 @@ def lean_reduction(
         Huang et al. (2023), Algorithm 2.
     """
     _check_values(x, seed, dim)
-    check_options("lean_reduction", normalize, scale, split, iterations, tol)
+    check_options("lean_reduction", normalize, scale, split, iterations, tol, damping, norm_floor)
     if _checks_signs and nonnegative and x.numel():
         below = x.detach()[x < 0]
         if below.numel():
@@ -172,9 +184,12 @@ def lean_reduction(
                 split=split,
                 iterations=iterations,
                 tol=tol,
+                damping=damping,
+                norm_floor=norm_floor,
             )
     axis = int(dim) % x.dim()
     if _as_onnx_nodes:
+        floats = {"damping": float(damping), "norm_floor": float(norm_floor)}
         return torch.onnx.ops.symbolic(
             "lean_fx::LEAN",
             (x, seed),
@@ -185,6 +200,7 @@ def lean_reduction(
                 "split": split,
                 "iterations": int(iterations),
                 "nonnegative": nonnegative,
+                **{name: value for name, value in floats.items() if value},
             },
             dtype=x.dtype,
             shape=[*x.shape[:axis], seed.shape[0], *x.shape[axis + 1 :]],
@@ -195,10 +211,11 @@ def lean_reduction(
     closed = normalize == "column" and iterations == 1 and seed.dim() == 1
     eager = _runs_eagerly(x)
     if closed and (eager or torch.compiler.is_dynamo_compiling()):
-        out = _fused(wide, seed, axis, nonnegative, split)
+        out = _fused(wide, seed, axis, nonnegative, split, damping, norm_floor)
     else:
-        limit = tol if eager else None
-        out = plain_walk(wide, seed, axis, nonnegative, normalize, split, iterations, limit)
+        steps = (iterations, tol if eager else None)
+        walk = (nonnegative, normalize, split, *steps, damping, norm_floor)
+        out = plain_walk(wide, seed, axis, *walk)
     if scale != "sum":
         out = out * seed.shape[0]
     if scale == "magnitude":
@@ -233,7 +250,15 @@ def _runs_eagerly(x: Tensor) -> bool:
     )
 
 
-def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool, split: Split) -> Tensor:
+def _fused(
+    x: Tensor,
+    seed: Tensor,
+    axis: int,
+    nonnegative: bool,
+    split: Split,
+    damping: float,
+    norm_floor: float,
+) -> Tensor:
     """The default walk by its hand-written gradient; see :mod:`lean_fx.reduction.walk`."""
     before, behind = x.shape[:axis], x.shape[axis + 1 :]
     channels, preserved = x.shape[axis], seed.shape[0]
@@ -246,5 +271,5 @@ def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool, split: Split) 
         matrix = torch.unflatten(matrix, 1, (preserved, -1))
     else:
         matrix = torch.unflatten(matrix, 1, (-1, preserved)).transpose(1, 2)
-    out = column_walk(matrix, seed, nonnegative).squeeze(2)
+    out = column_walk(matrix, seed, nonnegative, damping, norm_floor).squeeze(2)
     return (out.mT if last else out).reshape(*before, preserved, *behind)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lean_fx.checks import check_choice, check_int
+from lean_fx.checks import check_choice, check_int, check_not_negative
 from lean_fx.errors import ArgumentError
 
 Normalize = Literal["column", "row", "none"]
@@ -15,7 +15,14 @@ Split = Literal["contiguous", "interleaved"]
 
 
 def check_options(
-    owner: str, normalize: str, scale: str, split: str, iterations: int, tol: float | None
+    owner: str,
+    normalize: str,
+    scale: str,
+    split: str,
+    iterations: int,
+    tol: float | None,
+    damping: float = 0.0,
+    norm_floor: float = 0.0,
 ) -> None:
     """Check the options of a walk.
 
@@ -28,6 +35,13 @@ def check_options(
     check_int(f"{owner}: iterations", iterations, 1)
     if tol is not None and not (type(tol) in (int, float) and tol > 0):
         raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")
+    check_not_negative(f"{owner}: damping", damping)
+    check_not_negative(f"{owner}: norm_floor", norm_floor)
+    if damping and normalize == "none":
+        raise ArgumentError(
+            f"{owner}: damping={damping!r} with normalize='none' has no division to damp; use "
+            "column or row, or leave damping out"
+        )
 
 
 def check_floating(owner: str, **values: Tensor) -> None:

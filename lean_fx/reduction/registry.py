@@ -28,6 +28,13 @@ _FACTORIES: dict[str, ReductionFactory] = {
     "lean_mean": partial(LeanReduction, scale="mean"),
     "lean_magnitude": partial(LeanReduction, scale="magnitude"),
     "lean_matrix": partial(LeanReduction, scale="magnitude", seed="matrix"),
+    "lean_damped": partial(
+        LeanReduction,
+        scale="magnitude",
+        damping=1.0,
+        norm_floor=0.1,
+        seed_init="near_one",
+    ),
     "slice": SliceReduction,
     "mean": MeanReduction,
     "max": MaxReduction,
@@ -42,8 +49,8 @@ def reductions() -> tuple[str, ...]:
 
     Example:
         >>> reductions()
-        ('lean', 'lean_row', 'lean_mean', 'lean_magnitude', 'lean_matrix', 'slice', 'mean', 'max', \
-'grouped_sum', 'projection', 'random_projection')
+        ('lean', 'lean_row', 'lean_mean', 'lean_magnitude', 'lean_matrix', \
+'lean_damped', 'slice', 'mean', 'max', 'grouped_sum', 'projection', 'random_projection')
     """
     return tuple(_FACTORIES)
 
@@ -97,7 +104,7 @@ def reduction_factory(reduction: str | ReductionFactory) -> ReductionFactory:
         Traceback (most recent call last):
         ...
         lean_fx.errors.ArgumentError: reduction='leen' is not known; use lean, lean_row, \
-lean_mean, lean_magnitude, lean_matrix, slice, mean, max, grouped_sum, projection, \
+lean_mean, lean_magnitude, lean_matrix, lean_damped, slice, mean, max, grouped_sum, projection, \
 random_projection or a module class
     """
     if isinstance(reduction, str):

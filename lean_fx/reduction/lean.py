@@ -26,8 +26,8 @@ class LeanReduction(Reduction):
 
     The seed values, drawn from a standard normal, are all its parameters.
 
-    The literal form amplifies small changes of its input, so that a deep net of such reductions
-    does not train. ``"lean_damped"`` is the form that does not: ``scale="magnitude"``,
+    The literal form amplifies small changes of its input, and a deep net of such reductions does so
+    many times over. The registered ``"lean_damped"`` does not: it sets ``scale="magnitude"``,
     ``damping=1.0``, ``norm_floor=0.1`` and ``seed_init="near_one"``.
 
     Args:

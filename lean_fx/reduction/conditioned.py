@@ -30,9 +30,9 @@ class SimplexReduction(Reduction):
         a[k] = t[k] / sum_k |t[k]|
         y[i] = sum_k X[i, k] a[k]
 
-    That is ``y = X X^T v``, one step of LEAN's walk, divided by the l1 norm of ``X^T v`` in place of
-    those of the columns of ``X X^T``. Use it in deep nets, where ``"lean"`` amplifies noise; it has
-    as few parameters. If no value is below 0, ``y[i]`` is a weighted mean of ``X[i, :]`` and
+    That is ``y = X X^T v``, one step of LEAN's walk, divided by the l1 norm of ``X^T v`` in place
+    of those of the columns of ``X X^T``. Use it in deep nets, where ``"lean"`` amplifies noise; it
+    has as few parameters. If no value is below 0, ``y[i]`` is a weighted mean of ``X[i, :]`` and
     nothing cancels; values of both signs may cancel in ``t``.
 
     The logits start at 0, so ``v`` is uniform.

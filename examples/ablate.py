@@ -6,8 +6,8 @@ Trains each setting from scratch and writes accuracy, parameters, MACs and ONNX 
 a CSV file, and a picture of accuracy over parameters. Rows that are in the file already are not
 run again. LEAN and the baseline are always among the settings. Controls: the registered
 reductions (slice, mean, max, grouped_sum, projection, random_projection; lean_row, lean_mean,
-lean_magnitude, lean_matrix), and narrow, the paper's net made narrower to the parameter count of
-the LEAN net.
+lean_magnitude, lean_matrix, lean_damped, lean_simplex, lean_gated), and narrow, the paper's net
+made narrower to the parameter count of the LEAN net.
 """
 
 import argparse

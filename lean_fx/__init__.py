@@ -30,7 +30,8 @@ from lean_fx.passes import Consumer, Site
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.reduction.base import Reduction
 from lean_fx.reduction.compiling import compile_reductions
-from lean_fx.reduction.functional import checking_signs, lean_reduction, power_iteration_embedding
+from lean_fx.reduction.embedding import power_iteration_embedding
+from lean_fx.reduction.functional import checking_signs, lean_reduction
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import reductions, register_reduction, unregister_reduction
 from lean_fx.transform import leanify, plan

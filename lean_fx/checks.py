@@ -45,6 +45,26 @@ def check_int(subject: str, value: Any, least: int | None = None, most: int | No
     raise ArgumentError(f"{subject}={value!r} is not an int{allowed}")
 
 
+def check_not_negative(subject: str, value: Any) -> None:
+    """Check that a value is a finite number of 0 or more, and no bool.
+
+    Raises:
+        ArgumentError: it is not.
+
+    Example:
+        >>> check_not_negative("LeanReduction: damping", -1.0)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: LeanReduction: damping=-1.0 is not a finite number of 0 or \
+more; leave it out for none
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 <= value < float("inf"):
+        raise ArgumentError(
+            f"{subject}={value!r} is not a finite number of 0 or more; leave it out for none"
+        )
+
+
 def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
     """Check that a value is a sequence of one int or more, each as :func:`check_int` takes it.
 

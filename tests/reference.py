@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 
-def algorithm_2(channels, seed, normalize="column", scale="sum", split="contiguous", iterations=1):
+def algorithm_2(
+    channels,
+    seed,
+    normalize="column",
+    scale="sum",
+    split="contiguous",
+    iterations=1,
+    damping=0.0,
+    norm_floor=0.0,
+):
     """The C' values of one position with the given C_in channels.
 
     Algorithm 1 normalises rows in place of columns; the options beyond the two algorithms follow
@@ -19,7 +28,8 @@ def algorithm_2(channels, seed, normalize="column", scale="sum", split="contiguo
         x = [[float(channels[k * preserved + i]) for k in m] for i in n]
     g = [[sum(x[i][k] * x[j][k] for k in m) for j in n] for i in n]
     sums = [sum(abs(g[i][j]) for i in n) for j in n]
-    sums = [value or 1.0 for value in sums]
+    mean = sum(sums) / preserved
+    sums = [value + damping * mean or 1.0 for value in sums]
     if normalize == "none":
         sums = [1.0 for _ in n]
     v = seed.double().reshape(preserved, -1).expand(preserved, reducible).tolist()
@@ -29,7 +39,7 @@ def algorithm_2(channels, seed, normalize="column", scale="sum", split="contiguo
         else:
             a = [[sum(x[i][k] * x[j][k] * v[j][k] for k in m) / sums[j] for j in n] for i in n]
         y = [sum(a[i][j] for j in n) for i in n]
-        norm = sum(abs(value) for value in y)
+        norm = sum(abs(value) for value in y) + norm_floor
         y = [value / norm if norm else 0.0 for value in y]
         v = [[value] * reducible for value in y]
     magnitude = sum(abs(value) for row in x for value in row) / len(channels)

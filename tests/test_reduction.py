@@ -267,13 +267,13 @@ def test_compiled_gradients_are_the_eager_ones(shape, dim, split, nonnegative):
         ),
         (
             {"seed_init": "x"},
-            "LeanReduction: seed_init='x' is not known; use normal, uniform or ones",
+            "LeanReduction: seed_init='x' is not known; use normal, uniform, ones or near_one",
         ),
         ({"tol": 0}, "LeanReduction: tol=0 is not a number above 0; leave it out for none"),
         (
             {"seed_init": "ones", "normalize": "row"},
             "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk keeps a "
-            "constant seed; use normal or uniform",
+            "constant seed; use normal, uniform or near_one",
         ),
         ({"iterations": 0}, "LeanReduction: iterations=0 is not an int of 1 or more"),
     ],

@@ -42,6 +42,8 @@ class LeanFunction:
         dtype: of ``x``: ``"float"``, ``"double"``, ``"float16"`` or ``"bfloat16"``.
         axis: of the channels, where the shapes are not known before the run; None where the
             node's attributes ``matrix_shape`` and ``output_shape`` hold them.
+        damping: as in :func:`~lean_fx.lean_reduction`, like ``norm_floor``.
+        norm_floor: added to ``sum |y|``.
     """
 
     preserved: int
@@ -55,6 +57,8 @@ class LeanFunction:
     matrix: bool
     dtype: str
     axis: int | None = None
+    damping: float = 0.0
+    norm_floor: float = 0.0
 
     @property
     def overload(self) -> str:
@@ -74,7 +78,13 @@ class LeanFunction:
         words += [f"iterations{self.iterations}"] * (self.iterations != 1)
         words += ["matrix"] * self.matrix + [self.dtype] * (self.dtype != "float")
         words += [f"axis{self.axis}"] * (self.axis is not None)
+        words += [f"{name}{value!r}" for name, value in self._floats().items()]
         return "_".join(words)
+
+    def _floats(self) -> dict[str, float]:
+        """The options that a node names only where they are not 0."""
+        options = {"damping": self.damping, "norm_floor": self.norm_floor}
+        return {name: value for name, value in options.items() if value}
 
     def text(self, opset: int) -> str:
         """The function in ONNX's own text format."""
@@ -83,6 +93,7 @@ class LeanFunction:
         attributes = "axis, normalize, scale, split, iterations, nonnegative"
         if self.axis is None:
             attributes += ", matrix_shape, output_shape"
+        attributes += "".join(f", {name}" for name in self._floats())
         lines = "\n".join(f"  {line}" for line in body.lines)
         return (
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
@@ -115,6 +126,8 @@ class _Body:
             self.put("tiny", "Pow(small, ten)")
         else:
             self.put("tiny", "Constant<value = float {1e-30}>()")
+        if spec.norm_floor:
+            self.real_number("norm_floor", spec.norm_floor)
         self.matrix(x)
         v = self.seed(seed)
         if spec.normalize != "none":
@@ -136,6 +149,9 @@ class _Body:
 
     def ints(self, name: str, values: list[int]) -> str:
         return self.put(name, f"Constant<value_ints = {values}>()")
+
+    def real_number(self, name: str, value: float) -> str:
+        return self.put(name, f"Constant<value = {self.real} {{{value!r}}}>()")
 
     def axis(self, number: int) -> str:
         """The name of a constant; its line is written where it is first used."""
@@ -201,6 +217,11 @@ class _Body:
             self.put("G", "MatMul(X, XT)")
             self.put("absG", "Abs(G)")
             sums = self.put("d0", f"ReduceSum(absG, {self.axis(self.k)})")
+        if self.spec.damping:
+            self.put("d_sum", self.sum(sums, self.i, inner=1))
+            share = self.real_number("share", self.spec.damping / self.spec.preserved)
+            self.put("d_share", f"Mul(d_sum, {share})")
+            sums = self.put("d_damped", f"Add({sums}, d_share)")
         self.put("d", self.above_zero(sums))
 
     def above_zero(self, sums: str) -> str:
@@ -217,7 +238,10 @@ class _Body:
             y = self.put(f"yd{number}", f"Div({y}, d)")
         self.put(f"a{number}", f"Abs({y})")
         self.put(f"s0{number}", self.sum(f"a{number}", self.i, inner=1))
-        self.put(f"s{number}", self.above_zero(f"s0{number}"))
+        norm = f"s0{number}"
+        if spec.norm_floor:
+            norm = self.put(f"s1_{number}", f"Add({norm}, norm_floor)")
+        self.put(f"s{number}", self.above_zero(norm))
         return self.put(f"V{number or 1}", f"Div({y}, s{number})")
 
     def scaled(self, v: str) -> str:

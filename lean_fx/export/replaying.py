@@ -120,7 +120,7 @@ def _widened(value: Any) -> Any:
 def _symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an ONNX node of ours stands for; the exporter's own operator computes nothing."""
     inputs, operator, *_ = args
-    stored = {"i": kwargs["attr_ints"], "s": kwargs["attr_strs"]}
+    stored = {"i": kwargs["attr_ints"], "f": kwargs["attr_floats"], "s": kwargs["attr_strs"]}
     places = zip(kwargs["attr_keys"], kwargs["attr_types"], kwargs["attr_pos"], strict=True)
     options = {
         key: stored[kind[0]][slice(*place)] if len(kind) > 1 else stored[kind][place[0]]

@@ -13,6 +13,13 @@ values is learned and shared by all positions::
     out    = C' y / sum_i |y[i]|            scale="mean"
     out    = m C' y / sum_i |y[i]|          scale="magnitude", m = mean |X|
 
+Both divisions amplify small changes of ``x``: the one by ``d[j]``, because an almost dead channel
+counts as much as a strong one; the one by ``sum |y|``, where values of both signs cancel. Two
+options add to the divisors::
+
+    d[j]    + damping mean_j d[j]           mean over the C' preserved channels of the position
+    sum |y| + norm_floor                    in every step
+
 ``iterations`` repeats the walk with ``V := y / sum |y|``, until no value changes by ``tol`` or
 more if that is given. ``seed="matrix"`` gives every channel a value of its own: ``G V`` becomes
 ``X u`` with ``u[k] = sum_j X[j,k] V[j,k]``. With ``split="contiguous"`` channel ``i C'' + k`` is
@@ -51,19 +58,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lean_fx.checks import check_choice, check_int
+from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, LeanError
+from lean_fx.reduction.options import Normalize, Scale, Split, check_floating, check_options
 from lean_fx.reduction.plain import plain_walk
 from lean_fx.reduction.walk import column_walk
-
-Normalize = Literal["column", "row", "none"]
-Scale = Literal["sum", "mean", "magnitude"]
-Split = Literal["contiguous", "interleaved"]
 
 _checks_signs = False
 _as_onnx_nodes = False
@@ -114,6 +117,8 @@ def lean_reduction(
     split: Split = "contiguous",
     iterations: int = 1,
     tol: float | None = None,
+    damping: float = 0.0,
+    norm_floor: float = 0.0,
 ) -> Tensor:
     """Reduce the channels of every position of ``x`` from C_in to C'.
 
@@ -129,12 +134,15 @@ def lean_reduction(
         iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
         tol: stop once no value of ``V`` changes by this much or more, above 0; compiled and
             exported code takes all steps.
+        damping: how many times the mean of ``d`` is added to every ``d[j]``; 0 or more, and 0 with
+            ``normalize="none"``.
+        norm_floor: what is added to ``sum |y|`` in every step; 0 or more.
 
     Shape:
         - x: ``[..., C_in, ...]``, ``C_in`` along ``dim``
         - seed: ``[C']`` or ``[C', C'']``
         - output: as ``x``, with ``C'`` along ``dim``; with ``scale="sum"`` its absolute values
-          sum to 1 (or are 0) there
+          sum to 1 (or are 0) there, to less than 1 with a ``norm_floor``
 
     Values are squared on the way, so in float32 (and what is reduced in it) their magnitudes must
     lie between 1e-18 and 1e18; smaller ones count as zeros.
@@ -155,7 +163,7 @@ def lean_reduction(
         Huang et al. (2023), Algorithm 2.
     """
     _check_values(x, seed, dim)
-    check_options("lean_reduction", normalize, scale, split, iterations, tol)
+    check_options("lean_reduction", normalize, scale, split, iterations, tol, damping, norm_floor)
     if _checks_signs and nonnegative and x.numel():
         below = x.detach()[x < 0]
         if below.numel():
@@ -176,9 +184,12 @@ def lean_reduction(
                 split=split,
                 iterations=iterations,
                 tol=tol,
+                damping=damping,
+                norm_floor=norm_floor,
             )
     axis = int(dim) % x.dim()
     if _as_onnx_nodes:
+        floats = {"damping": float(damping), "norm_floor": float(norm_floor)}
         return torch.onnx.ops.symbolic(
             "lean_fx::LEAN",
             (x, seed),
@@ -189,6 +200,7 @@ def lean_reduction(
                 "split": split,
                 "iterations": int(iterations),
                 "nonnegative": nonnegative,
+                **{name: value for name, value in floats.items() if value},
             },
             dtype=x.dtype,
             shape=[*x.shape[:axis], seed.shape[0], *x.shape[axis + 1 :]],
@@ -199,10 +211,11 @@ def lean_reduction(
     closed = normalize == "column" and iterations == 1 and seed.dim() == 1
     eager = _runs_eagerly(x)
     if closed and (eager or torch.compiler.is_dynamo_compiling()):
-        out = _fused(wide, seed, axis, nonnegative, split)
+        out = _fused(wide, seed, axis, nonnegative, split, damping, norm_floor)
     else:
-        limit = tol if eager else None
-        out = plain_walk(wide, seed, axis, nonnegative, normalize, split, iterations, limit)
+        steps = (iterations, tol if eager else None)
+        walk = (nonnegative, normalize, split, *steps, damping, norm_floor)
+        out = plain_walk(wide, seed, axis, *walk)
     if scale != "sum":
         out = out * seed.shape[0]
     if scale == "magnitude":
@@ -210,32 +223,8 @@ def lean_reduction(
     return out.to(x.dtype)
 
 
-def check_options(
-    owner: str, normalize: str, scale: str, split: str, iterations: int, tol: float | None
-) -> None:
-    """Check the options of a walk.
-
-    Raises:
-        ArgumentError: one is out of its range; the message begins with ``owner``.
-    """
-    check_choice(f"{owner}: normalize", normalize, get_args(Normalize))
-    check_choice(f"{owner}: scale", scale, get_args(Scale))
-    check_choice(f"{owner}: split", split, get_args(Split))
-    check_int(f"{owner}: iterations", iterations, 1)
-    if tol is not None and not (type(tol) in (int, float) and tol > 0):
-        raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")
-
-
-def _check_floating(owner: str, **values: Tensor) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise ArgumentError(f"{owner}: {name} is a {type(value).__name__}; give a tensor")
-        if not value.is_floating_point():
-            raise ArgumentError(f"{owner}: {name} is {value.dtype}; give floating-point values")
-
-
 def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
-    _check_floating("lean_reduction", x=x, seed=seed)
+    check_floating("lean_reduction", x=x, seed=seed)
     if not -x.dim() <= check_int("lean_reduction: dim", dim) < x.dim():
         raise ArgumentError(
             f"lean_reduction: dim={dim!r} is no axis of x, which has {x.dim()}; give the axis of "
@@ -261,7 +250,15 @@ def _runs_eagerly(x: Tensor) -> bool:
     )
 
 
-def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool, split: Split) -> Tensor:
+def _fused(
+    x: Tensor,
+    seed: Tensor,
+    axis: int,
+    nonnegative: bool,
+    split: Split,
+    damping: float,
+    norm_floor: float,
+) -> Tensor:
     """The default walk by its hand-written gradient; see :mod:`lean_fx.reduction.walk`."""
     before, behind = x.shape[:axis], x.shape[axis + 1 :]
     channels, preserved = x.shape[axis], seed.shape[0]
@@ -274,55 +271,5 @@ def _fused(x: Tensor, seed: Tensor, axis: int, nonnegative: bool, split: Split) 
         matrix = torch.unflatten(matrix, 1, (preserved, -1))
     else:
         matrix = torch.unflatten(matrix, 1, (-1, preserved)).transpose(1, 2)
-    out = column_walk(matrix, seed, nonnegative).squeeze(2)
+    out = column_walk(matrix, seed, nonnegative, damping, norm_floor).squeeze(2)
     return (out.mT if last else out).reshape(*before, preserved, *behind)
-
-
-def power_iteration_embedding(
-    matrix: Tensor, seed: Tensor, *, iterations: int = 1000, tol: float = 1e-6
-) -> Tensor:
-    """Embed the rows of one matrix in one dimension by power iteration: Algorithm 1 of the paper.
-
-    ``V := D^-1 G V``, brought to an l1 norm of 1, until no value changes by ``tol`` or more;
-    ``G = X X^T``, and ``D`` holds the l1 norms of its rows.
-
-    Args:
-        matrix: ``X``, floating point.
-        seed: the first ``V``; not constant, which is a fixed point for ``X >= 0``.
-        iterations: the most steps, 1 or more.
-        tol: above 0.
-
-    Shape:
-        - matrix: ``[C', C'']``
-        - seed: ``[C']``
-        - output: ``[C']``
-
-    Raises:
-        ArgumentError: the shapes or types do not fit, the seed is constant, or an option out of
-            range.
-
-    Example:
-        >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
-        >>> embedded = power_iteration_embedding(rows, torch.tensor([0.9, 0.1, 0.4]), iterations=2)
-        >>> bool((embedded[0] - embedded[1]).abs() < (embedded[0] - embedded[2]).abs())
-        True
-
-    References:
-        Huang et al. (2023), Algorithm 1, after Lin and Cohen: Power Iteration Clustering,
-        ICML 2010.
-    """
-    _check_floating("power_iteration_embedding", matrix=matrix, seed=seed)
-    if matrix.dim() != 2 or seed.shape != matrix.shape[:1]:
-        raise ArgumentError(
-            f"power_iteration_embedding: matrix {list(matrix.shape)} and seed {list(seed.shape)} "
-            "do not fit; give a matrix [C', C''] and a seed [C']"
-        )
-    check_options("power_iteration_embedding", "row", "sum", "contiguous", iterations, tol)
-    if len(seed) > 1 and bool((seed == seed[0]).all()):
-        raise ArgumentError(
-            f"power_iteration_embedding: seed holds {float(seed[0]):g} alone, which the walk "
-            "keeps; give values that differ"
-        )
-    return lean_reduction(
-        matrix.reshape(-1), seed, 0, normalize="row", iterations=iterations, tol=tol
-    )

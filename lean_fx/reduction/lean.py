@@ -11,25 +11,24 @@ from torch import Tensor, nn
 from lean_fx.checks import check_choice
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.base import Reduction
-from lean_fx.reduction.functional import (
-    Normalize,
-    Scale,
-    Split,
-    check_options,
-    lean_reduction,
-)
+from lean_fx.reduction.functional import lean_reduction
+from lean_fx.reduction.options import Normalize, Scale, Split, check_options
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("lean_reduction")
 
 SeedShape = Literal["vector", "matrix"]
-SeedInit = Literal["normal", "uniform", "ones"]
+SeedInit = Literal["normal", "uniform", "ones", "near_one"]
 
 
 class LeanReduction(Reduction):
     """Reduce C_in channels to C' by one step of a random walk over them, with a learned seed.
 
     The seed values, drawn from a standard normal, are all its parameters.
+
+    The literal form amplifies small changes of its input, and a deep net of such reductions does so
+    many times over. The registered ``"lean_damped"`` does not: it sets ``scale="magnitude"``,
+    ``damping=1.0``, ``norm_floor=0.1`` and ``seed_init="near_one"``.
 
     Args:
         in_channels: the channels ``C_in`` of the input, 1 or more.
@@ -39,10 +38,14 @@ class LeanReduction(Reduction):
         scale: ``"sum"`` (the paper's: absolute values sum to 1), ``"mean"`` (times C': their mean
             is 1) or ``"magnitude"`` (times C' and the mean magnitude of the position's input).
         seed: ``"vector"`` (the paper's, C' values) or ``"matrix"`` (one value a channel, C_in).
-        seed_init: ``"normal"`` (standard), ``"uniform"`` (in [0, 1[) or ``"ones"``.
+        seed_init: ``"normal"`` (standard), ``"uniform"`` (in [0, 1[), ``"ones"`` or ``"near_one"``
+            (normal of mean 1 and standard deviation 0.5).
         split: ``"contiguous"`` (channel ``i C'' + k`` is ``X[i,k]``) or ``"interleaved"``.
         iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
         tol: stop once no value changes by this much or more; above 0.
+        damping: how many times the mean of the sums ``d`` is added to each, before the walk divides
+            by them; 0 or more.
+        norm_floor: what is added to ``sum |y|``, before each step divides by it; 0 or more.
         nonnegative: promises that no input is below 0, for the cheaper path; an attribute, which
             ``leanify`` sets where the graph proves it.
 
@@ -83,15 +86,18 @@ use 1, 2, 4 or 8
         iterations: int = 1,
         tol: float | None = None,
         nonnegative: bool = False,
+        damping: float = 0.0,
+        norm_floor: float = 0.0,
     ) -> None:
         super().__init__(in_channels, out_channels, dim)
-        check_options("LeanReduction", normalize, scale, split, iterations, tol)
+        walk = (normalize, scale, split, iterations, tol, damping, norm_floor)
+        check_options("LeanReduction", *walk)
         check_choice("LeanReduction: seed", seed, get_args(SeedShape))
         check_choice("LeanReduction: seed_init", seed_init, get_args(SeedInit))
-        if seed_init == "ones" and normalize == "row":
+        if seed_init == "ones" and normalize == "row" and not damping:
             raise ArgumentError(
                 "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk "
-                "keeps a constant seed; use normal or uniform"
+                "keeps a constant seed; use normal, uniform or near_one"
             )
         self.normalize: Normalize = normalize
         self.scale: Scale = scale
@@ -100,12 +106,17 @@ use 1, 2, 4 or 8
         self.iterations = int(iterations)
         self.tol = tol
         self.nonnegative = nonnegative
+        self.damping = float(damping)
+        self.norm_floor = float(norm_floor)
         matrix = (self.out_channels, self.in_channels // self.out_channels)
         self.seed = nn.Parameter(torch.empty(matrix if seed == "matrix" else matrix[:1]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the seed anew, as ``seed_init`` says."""
+        if self.seed_init == "near_one":
+            nn.init.normal_(self.seed, mean=1.0, std=0.5)
+            return
         draw = {"normal": nn.init.normal_, "uniform": nn.init.uniform_, "ones": nn.init.ones_}
         draw[self.seed_init](self.seed)
 
@@ -135,6 +146,8 @@ use 1, 2, 4 or 8
             split=self.split,
             iterations=self.iterations,
             tol=self.tol,
+            damping=self.damping,
+            norm_floor=self.norm_floor,
         )
 
     def extra_repr(self) -> str:
@@ -147,6 +160,8 @@ use 1, 2, 4 or 8
             "split": (self.split, "contiguous"),
             "iterations": (self.iterations, 1),
             "tol": (self.tol, None),
+            "damping": (self.damping, 0),
+            "norm_floor": (self.norm_floor, 0),
         }
         changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]
         sign = ", nonnegative" if self.nonnegative else ""

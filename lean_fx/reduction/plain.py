@@ -12,6 +12,11 @@ def without_zeros(divisor: Tensor) -> Tensor:
     return positive
 
 
+def damped(sums: Tensor, axis: int, damping: float) -> Tensor:
+    """``sums + damping * mean(sums)``, the mean taken over ``axis``."""
+    return sums + damping * sums.mean(axis, keepdim=True) if damping else sums
+
+
 def absolute_affinity_sums(rows: Tensor) -> Tensor:
     """``d[j] = sum_i |sum_k X[i,k] X[j,k]|`` for values of any sign.
 
@@ -32,6 +37,8 @@ def plain_walk(
     split: str,
     iterations: int,
     tol: float | None,
+    damping: float,
+    norm_floor: float,
 ) -> Tensor:
     """The walk along ``axis`` of ``x``, channels staying where they are; differentiable at will.
 
@@ -54,17 +61,19 @@ def plain_walk(
     if normalize == "none":
         d = torch.ones_like(matrix.narrow(k, 0, 1))
     elif nonnegative:
-        d = without_zeros((matrix * matrix.sum(i, keepdim=True)).sum(k, keepdim=True))
+        d = (matrix * matrix.sum(i, keepdim=True)).sum(k, keepdim=True)
     else:
         sums = absolute_affinity_sums(matrix.movedim((i, k), (-2, -1)))
-        d = without_zeros(sums.movedim(-1, axis).unsqueeze(k))
+        d = sums.movedim(-1, axis).unsqueeze(k)
+    d = without_zeros(damped(d, i, damping))
     for _ in range(iterations):
         weights = v / d if normalize == "column" else v
         u = (matrix * weights).sum(i, keepdim=True)
         y = (matrix * u).sum(k, keepdim=True)
         if normalize == "row":
             y = y / d
-        before, v = v, y / without_zeros(y.abs().sum(i, keepdim=True))
+        norm = y.abs().sum(i, keepdim=True)
+        before, v = v, y / without_zeros(norm + norm_floor if norm_floor else norm)
         if tol is not None and bool((v - before).detach().abs().lt(tol).all()):
             break
     return v.squeeze(k)

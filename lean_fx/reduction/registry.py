@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lean_fx.errors import ArgumentError
+from lean_fx.reduction.conditioned import GatedReduction, SimplexReduction
 from lean_fx.reduction.controls import (
     GroupedSumReduction,
     MaxReduction,
@@ -28,6 +29,15 @@ _FACTORIES: dict[str, ReductionFactory] = {
     "lean_mean": partial(LeanReduction, scale="mean"),
     "lean_magnitude": partial(LeanReduction, scale="magnitude"),
     "lean_matrix": partial(LeanReduction, scale="magnitude", seed="matrix"),
+    "lean_damped": partial(
+        LeanReduction,
+        scale="magnitude",
+        damping=1.0,
+        norm_floor=0.1,
+        seed_init="near_one",
+    ),
+    "lean_simplex": SimplexReduction,
+    "lean_gated": GatedReduction,
     "slice": SliceReduction,
     "mean": MeanReduction,
     "max": MaxReduction,
@@ -42,8 +52,9 @@ def reductions() -> tuple[str, ...]:
 
     Example:
         >>> reductions()
-        ('lean', 'lean_row', 'lean_mean', 'lean_magnitude', 'lean_matrix', 'slice', 'mean', 'max', \
-'grouped_sum', 'projection', 'random_projection')
+        ('lean', 'lean_row', 'lean_mean', 'lean_magnitude', 'lean_matrix', 'lean_damped', \
+'lean_simplex', 'lean_gated', 'slice', 'mean', 'max', 'grouped_sum', 'projection', \
+'random_projection')
     """
     return tuple(_FACTORIES)
 
@@ -97,8 +108,8 @@ def reduction_factory(reduction: str | ReductionFactory) -> ReductionFactory:
         Traceback (most recent call last):
         ...
         lean_fx.errors.ArgumentError: reduction='leen' is not known; use lean, lean_row, \
-lean_mean, lean_magnitude, lean_matrix, slice, mean, max, grouped_sum, projection, \
-random_projection or a module class
+lean_mean, lean_magnitude, lean_matrix, lean_damped, lean_simplex, lean_gated, slice, mean, \
+max, grouped_sum, projection, random_projection or a module class
     """
     if isinstance(reduction, str):
         if reduction not in _FACTORIES:

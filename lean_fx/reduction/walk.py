@@ -16,6 +16,9 @@ Only ``d`` depends on the signs. If ``X >= 0``, ``|G| = G`` factors::
 so a position costs about 4 C_in multiply-adds. If not, ``G`` is formed for a block of positions,
 summed and dropped: C' C_in more, and a matrix of C'^2 for the positions of one block alone.
 
+Damping ``lam`` replaces ``d[i]`` by ``d[i] + lam mean_j d[j]``, and in the gradient below ``gd[i]``
+by ``gd[i] + lam mean_j gd[j]``. A norm floor ``f`` replaces ``s`` by ``s + f``.
+
 The gradient, for ``g`` that arrives at ``out``::
 
     gy[i] = (g[i] - sign(y[i]) sum_j g[j] y[j] / s) / s
@@ -41,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_fx.reduction.plain import absolute_affinity_sums, plain_walk, without_zeros
+from lean_fx.reduction.plain import absolute_affinity_sums, damped, plain_walk, without_zeros
 
 # Bytes of X (and of G, where it is formed) in one block, for each thread: smaller blocks cost more
 # calls than the cache gives back.
@@ -54,7 +57,9 @@ def without_zeros_(divisor: Tensor) -> Tensor:
     return positive
 
 
-def column_walk(x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
+def column_walk(
+    x: Tensor, seed: Tensor, nonnegative: bool, damping: float, norm_floor: float
+) -> Tensor:
     """``out`` of the module docstring, for all positions; a gradient of its gradient is plain.
 
     Shape:
@@ -63,7 +68,7 @@ def column_walk(x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
         - output: ``[N, C', 1, P]``
     """
     walk = _FusibleWalk if torch.compiler.is_compiling() else _BlockedWalk
-    out: Tensor = walk.apply(x, seed, nonnegative)  # type: ignore[no-untyped-call]
+    out: Tensor = walk.apply(x, seed, nonnegative, damping, norm_floor)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -71,16 +76,20 @@ class _FusibleWalk(torch.autograd.Function):
     """The formulas one by one, for a compiler."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool, damping: float, norm_floor: float
+    ) -> Tensor:
         t = x.sum(1, keepdim=True) if nonnegative else None
         if t is not None:
             d = (x * t).sum(2, keepdim=True)
         else:
             d = absolute_affinity_sums(x.permute(0, 3, 1, 2)).mT.unsqueeze(2)
-        d = without_zeros(d)
+        d = without_zeros(damped(d, 1, damping))
         u = (x * (seed.view(-1, 1, 1) / d)).sum(1, keepdim=True)
         y = (x * u).sum(2, keepdim=True)
-        s = without_zeros(y.abs().sum(1, keepdim=True))
+        s = y.abs().sum(1, keepdim=True)
+        s = without_zeros(s + norm_floor if norm_floor else s)
+        ctx.damping = damping
         ctx.save_for_backward(x, seed, t, d, u, y, s)
         return y / s
 
@@ -91,17 +100,19 @@ class _FusibleWalk(torch.autograd.Function):
         gy = (grad - y.sign() * (grad * y).sum(1, keepdim=True) / s) / s
         gu = (x * gy).sum(1, keepdim=True)
         gv = (x * gu).sum(2, keepdim=True) / d
-        gd = -gv * r
+        gd = damped(-gv * r, 1, ctx.damping)
         if t is not None:
             through_d = gd * t + (x * gd).sum(1, keepdim=True)
         else:
             through_d = _through_absolute_sums(x, gd)
-        return gy * u + r * gu + through_d, gv.sum((0, 2, 3)), None
+        return gy * u + r * gu + through_d, gv.sum((0, 2, 3)), None, None, None
 
 
 class _BlockedWalk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool, damping: float, norm_floor: float
+    ) -> Tensor:
         count, preserved, reducible, positions = x.shape
         d, y, out = (x.new_empty(count, preserved, 1, positions) for _ in range(3))
         s = x.new_empty(count, 1, 1, positions)
@@ -119,22 +130,26 @@ class _BlockedWalk(torch.autograd.Function):
             else:
                 sums = absolute_affinity_sums(block.permute(0, 3, 1, 2))
                 d_part = d[part].copy_(sums.mT.unsqueeze(2))
+            if damping:
+                d_part += damping * d_part.mean(1, keepdim=True)
             without_zeros_(d_part)
             r = seed.view(-1, 1, 1) / d_part
             u = _sum_of_products(block, r, 1, scratch, _at(u_all, part))
             y_part = _sum_of_products(block, u, 2, scratch, y[part])
-            s_part = without_zeros_(torch.sum(y_part.abs(), 1, keepdim=True, out=s[part]))
-            torch.div(y_part, s_part, out=out[part])
+            s_part = torch.sum(y_part.abs(), 1, keepdim=True, out=s[part])
+            if norm_floor:
+                s_part += norm_floor
+            torch.div(y_part, without_zeros_(s_part), out=out[part])
         # y is kept and not out, which the caller may change in place.
         ctx.save_for_backward(x, seed, y, d, s, t_all if nonnegative else None, u_all)
-        ctx.nonnegative = nonnegative
+        ctx.nonnegative, ctx.damping, ctx.norm_floor = nonnegative, damping, norm_floor
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seed, y_all, d_all, s_all, t_all, u_all = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient is to be differentiated itself
-            return *_differentiable(ctx, x, seed, grad), None
+            return *_differentiable(ctx, x, seed, grad), None, None, None
         grad_x = torch.empty_like(x)
         grad_seed = torch.zeros_like(seed)
         parts = _blocks(x, ctx.nonnegative)
@@ -150,7 +165,7 @@ class _BlockedWalk(torch.autograd.Function):
             gu = _sum_of_products(block, gy, 1, scratch)
             gv = _sum_of_products(block, gu, 2, scratch).div_(d)
             grad_seed += gv.sum((0, 2, 3))
-            gd = gv.mul_(r).neg_()
+            gd = damped(gv.mul_(r).neg_(), 1, ctx.damping)
 
             gx = grad_x[part]
             if ctx.nonnegative:
@@ -160,12 +175,13 @@ class _BlockedWalk(torch.autograd.Function):
             else:
                 gx.copy_(_through_absolute_sums(block, gd))
             gx.addcmul_(r, gu).addcmul_(gy, u)
-        return grad_x, grad_seed, None
+        return grad_x, grad_seed, None, None, None
 
 
 def _differentiable(ctx: Any, x: Tensor, seed: Tensor, grad: Tensor) -> list[Tensor | None]:
     """The gradient by way of plain operations, which have gradients of their own."""
-    out = plain_walk(x.flatten(1, 2), seed, 1, ctx.nonnegative, "column", "contiguous", 1, None)
+    walk = (ctx.nonnegative, "column", "contiguous", 1, None, ctx.damping, ctx.norm_floor)
+    out = plain_walk(x.flatten(1, 2), seed, 1, *walk)
     needed = ctx.needs_input_grad[:2]
     wanted = [value for value, need in zip((x, seed), needed, strict=True) if need]
     found = iter(torch.autograd.grad(out.unsqueeze(2), wanted, grad, create_graph=True))

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from support.arms import PARTS, Part, smoke_parts
+from support.pictures import Pictures
 from support.runs import Planner
 from support.training import Settings
 from support.workers import work
@@ -85,6 +86,8 @@ def main() -> None:
 
         throughput(parts, settings)
         return
+    if settings.workers:
+        Pictures(settings.data, settings.limit)  # here, rather than in each process, it fails
     planner = Planner(
         parts,
         settings.folder,

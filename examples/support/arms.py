@@ -79,8 +79,8 @@ class Part:
     augment: bool = False
     best: int | None = None
     baseline: str = ""
-    seconds: float = 0.15
-    heavy: float = 3.0
+    seconds: float = 0.17
+    heavy: float = 2.4
 
 
 def _forms(channels: int | float) -> tuple[Arm, ...]:
@@ -129,8 +129,8 @@ _AUGMENTED_ARMS = (_BASELINE, *_forms(10), *_plain(10, "grouped_sum"), _NARROW)
 #: In order of worth.
 PARTS = (
     Part("paper", "paper", 96, 50, 15, _PAPER_ARMS),
-    Part("resnet", "resnet", 32, 20, 8, _DEEP_ARMS, seconds=0.12, heavy=1.3),
-    Part("densenet", "densenet", 32, 12, 6, _DEEP_ARMS, seconds=0.15, heavy=1.3),
+    Part("resnet", "resnet", 32, 20, 8, _DEEP_ARMS, seconds=0.07, heavy=1.3),
+    Part("densenet", "densenet", 32, 12, 6, _DEEP_ARMS, seconds=0.08, heavy=1.3),
     Part("settings", "paper", 96, 50, 15, _SEARCHED, best=2, baseline="paper"),
     Part("augmented", "paper", 96, 50, 15, _AUGMENTED_ARMS, augment=True),
 )

@@ -97,7 +97,7 @@ def _smaller(images: Tensor, pixels: int) -> Tensor:
     side, rest = divmod(images.shape[-1], pixels)
     if rest:
         raise DataError(f"pictures of {images.shape[-1]} pixels have no means of {pixels}")
-    return torch.cat([F.avg_pool2d(part.float(), side) for part in images.split(500)])
+    return torch.cat([F.avg_pool2d(part.float(), side) for part in torch.split(images, 500)])
 
 
 def _read(source: Path) -> tuple[Tensor, ...]:

@@ -81,9 +81,9 @@ class Trainer:
         graph: bool = False,
     ) -> None:
         self.net, self.split, self.history = net, split, History()
-        device = split.train_y.device
+        self.device = device = split.train_y.device
         cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream() if cuda else None
+        self.stream = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
         self.batch = min(BATCH, len(split.train_y))
         self.steps = len(split.train_y) // self.batch
         self.test_steps = math.ceil(len(split.test_y) / TEST_BATCH)
@@ -112,6 +112,7 @@ class Trainer:
         self.graph = graph and cuda
         if self.graph:
             self._capture()
+        synchronise(device)  # what was made so far was made on the usual stream
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
@@ -205,28 +206,22 @@ class Trainer:
             columns[:, None, None, :],
         ]
 
-    def _capture(self) -> None:
-        """Run some steps on the side, put everything back, and capture one of each kind."""
+    def rehearse(self) -> None:
+        """Take a few steps, so that everything is allocated and chosen, and put all back."""
         state = [*self.net.parameters(), *self.net.buffers()]
         before = [value.detach().clone() for value in state]
-        torch.cuda.synchronize()
-        stream = self.stream
-        assert stream is not None
-        with torch.cuda.stream(stream):
+        counts = (self._at, self._done, self._test_at)
+        synchronise(self.device)
+        with self.on_stream():
             for _ in range(_WARM_UP):
-                self._at.zero_()
-                self._done.zero_()
+                for count in counts:
+                    count.zero_()
                 self.net.train()
                 self._train_step()
-            self._test_at.zero_()
             self.net.eval()
             self._test_step()
             self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        self.net.train()
-        self._replay = _captured(self._train_step, stream)
-        self.net.eval()
-        self._test_replay = _captured(self._test_step, stream)
+        synchronise(self.device)
         with torch.no_grad():
             for value, old in zip(state, before, strict=True):
                 value.copy_(old)
@@ -234,9 +229,18 @@ class Trainer:
                 for value in kept.values():
                     if isinstance(value, Tensor):
                         value.zero_()
-            for value in (self._at, self._done, self._test_at, self._loss, self._hits):
+            for value in (*counts, self._loss, self._hits):
                 value.zero_()
-        torch.cuda.synchronize()
+        synchronise(self.device)
+
+    def _capture(self) -> None:
+        """Capture a step of each kind; nothing is computed meanwhile."""
+        assert self.stream is not None
+        self.rehearse()
+        self.net.train()
+        self._replay = _captured(self._train_step, self.stream)
+        self.net.eval()
+        self._test_replay = _captured(self._test_step, self.stream)
 
 
 def _captured(body: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
@@ -275,7 +279,7 @@ def _in_turn(trainers: Sequence[Trainer], steps: int, step: Callable[[Trainer], 
         for trainer in trainers:
             with trainer.on_stream():
                 step(trainer)
-    synchronise(trainers[0].split.train_y.device)
+    synchronise(trainers[0].device)
 
 
 def synchronise(device: torch.device) -> None:

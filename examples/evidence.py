@@ -26,11 +26,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from support.arms import PARTS, Part, smoke_parts
-from support.pictures import Pictures
-from support.runs import Planner
-from support.training import Settings
-from support.workers import work
+from support.evidence.arms import PARTS, Part, smoke_parts
+from support.evidence.pictures import Pictures
+from support.evidence.runs import Planner
+from support.evidence.training import Settings
+from support.evidence.workers import work
 
 from lean_fx.errors import ArgumentError
 from lean_fx.experiment.script import run_script, whole_numbers
@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(args.out or ("runs/evidence-smoke" if args.smoke else "runs/evidence"))
     if args.report:
-        from support.summary import report
+        from support.evidence.summary import report
 
         print(report(folder, args.results, args.commit))
         return
@@ -82,7 +82,7 @@ def main() -> None:
     )
     parts = _parts(args)
     if args.throughput:
-        from support.throughput import throughput
+        from support.evidence.throughput import throughput
 
         throughput(parts, settings)
         return

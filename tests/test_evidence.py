@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
 sys.path.append(str(ROOT / "examples"))
 
-from support.arms import PARTS, Arm, make_net, smoke_parts  # noqa: E402
-from support.nets import DenseNet, ResNet  # noqa: E402
-from support.pictures import Pictures  # noqa: E402
-from support.runs import Planner, chosen_rate, read_results, score  # noqa: E402
-from support.steps import Trainer, train_together  # noqa: E402
-from support.summary import report  # noqa: E402
-from support.training import Settings  # noqa: E402
-from support.workers import work  # noqa: E402
+from support.evidence.arms import PARTS, Arm, make_net, smoke_parts  # noqa: E402
+from support.evidence.nets import DenseNet, ResNet  # noqa: E402
+from support.evidence.pictures import Pictures  # noqa: E402
+from support.evidence.runs import Planner, chosen_rate, read_results, score  # noqa: E402
+from support.evidence.steps import Trainer, train_together  # noqa: E402
+from support.evidence.summary import report  # noqa: E402
+from support.evidence.training import Settings  # noqa: E402
+from support.evidence.workers import work  # noqa: E402
 
 from lean_fx.measure.cost import count_parameters  # noqa: E402
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lean_fx.errors import one_line
-from support.arms import Arm, Part
-from support.runs import Bundle, Run
-from support.steps import Trainer, synchronise
-from support.training import Bench, Settings
+from support.evidence.arms import Arm, Part
+from support.evidence.runs import Bundle, Run
+from support.evidence.steps import Trainer, synchronise
+from support.evidence.training import Bench, Settings
 
 _TIMED = ("baseline", "lean", "lean_gated", "narrow", "lean_magnitude 10/10/10")
 

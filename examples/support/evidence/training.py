@@ -17,10 +17,10 @@ import torch
 import lean_fx
 from lean_fx.errors import LeanError, one_line
 from lean_fx.measure.cost import count_parameters
-from support.arms import Arm, Part, make_net
-from support.pictures import Pictures, Split
-from support.runs import Bundle, Run, write_result
-from support.steps import BATCH, Trainer, set_precision, train_together
+from support.evidence.arms import Arm, Part, make_net
+from support.evidence.pictures import Pictures, Split
+from support.evidence.runs import Bundle, Run, write_result
+from support.evidence.steps import BATCH, Trainer, set_precision, train_together
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Settings:
     """What all runs have in common.
 
     Args:
-        data: see :class:`~support.pictures.Pictures`.
+        data: see :class:`~support.evidence.pictures.Pictures`.
         folder: of the files.
         device: ``"cuda"`` or ``"cpu"``.
         graph: capture the steps where the device can.

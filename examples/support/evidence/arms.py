@@ -13,7 +13,7 @@ from lean_fx.errors import ArgumentError
 from lean_fx.experiment.models import PAPER_WIDTHS, PaperNet, narrow_widths
 from lean_fx.measure.cost import count_parameters
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
-from support.nets import (
+from support.evidence.nets import (
     DENSENET_SKIP,
     RESNET_SKIP,
     DenseNet,

@@ -12,8 +12,8 @@ from typing import Any
 from lean_fx.errors import DataError, require
 from lean_fx.experiment.script import command_line
 from lean_fx.files import make_folder, replacing, write_text
-from support.arms import LIMIT, PARTS, Part
-from support.runs import chosen_rate, read_results, score
+from support.evidence.arms import LIMIT, PARTS, Part
+from support.evidence.runs import chosen_rate, read_results, score
 
 _CONTROLS = ("slice", "mean", "grouped_sum", "projection", "narrow", "bottleneck")
 

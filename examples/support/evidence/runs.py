@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_fx.files import write_text
-from support.arms import LIMIT, Arm, Part
+from support.evidence.arms import LIMIT, Arm, Part
 
 Result = Mapping[str, Any]
 

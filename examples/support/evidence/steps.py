@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from support.pictures import Split
+from support.evidence.pictures import Split
 
 BATCH = 64
 TEST_BATCH = 250

@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from lean_fx.errors import one_line
-from support.runs import Bundle, Planner
-from support.training import Bench, Settings, attempt, failed, serve
+from support.evidence.runs import Bundle, Planner
+from support.evidence.training import Bench, Settings, attempt, failed, serve
 
 
 class Worker:

@@ -1,0 +1,202 @@
+"""What is compared: the parts of the evidence and the arms of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from lean_fx import leanify
+from lean_fx.errors import ArgumentError
+from lean_fx.measure.cost import count_parameters
+from lean_fx.reduction.registry import ReductionFactory, reduction_factory
+from support.evidence.nets import (
+    DENSENET_SKIP,
+    RESNET_SKIP,
+    DenseNet,
+    ResNet,
+    narrow_resnet,
+    nearest_densenet,
+    nearest_net,
+)
+from support.models import PAPER_WIDTHS, PaperNet, narrow_widths
+
+# Learning rates that are tried, four for each arm. The literal forms need higher ones: their
+# outputs are small whatever they read.
+USUAL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LITERAL_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+#: The size that the paper's net may have to count as a tenth of the baseline.
+LIMIT = 40_000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a table.
+
+    Args:
+        name: in tables and file names.
+        reduction: a registered name, ``"+matrix"`` behind it for a seed value a channel; empty
+            for a net without reductions.
+        channels: C' as :func:`lean_fx.leanify` takes it; a tuple is one number for each layer
+            behind the first.
+        control: ``"narrow"`` or ``"bottleneck"``, of as many parameters as the literal LEAN net.
+        rates: learning rates to try.
+    """
+
+    name: str
+    reduction: str = ""
+    channels: int | float | tuple[int, ...] = 10
+    control: str = ""
+    rates: tuple[float, ...] = USUAL_RATES
+
+
+@dataclass(frozen=True)
+class Part:
+    """A net, the pictures it sees, and the arms that are compared there.
+
+    Args:
+        name: in tables and file names.
+        net: ``"paper"``, ``"resnet"`` or ``"densenet"``.
+        pixels: height and width of the pictures, by means of squares of those of 96.
+        epochs: of a run that counts.
+        search_epochs: of a run that chooses the learning rate.
+        arms: the rows, the baseline first if there is one.
+        augment: flips and shifts of the training pictures.
+        best: train no more arms than so many to the end, the best in validation; None for all.
+        baseline: the part whose baseline and narrower net stand beside these arms.
+        seconds: rough time of an epoch of a usual arm, for the expected end alone.
+        heavy: how many times that an epoch of the baseline takes.
+    """
+
+    name: str
+    net: str
+    pixels: int
+    epochs: int
+    search_epochs: int
+    arms: tuple[Arm, ...]
+    augment: bool = False
+    best: int | None = None
+    baseline: str = ""
+    seconds: float = 0.17
+    heavy: float = 2.4
+
+
+def _forms(channels: int | float) -> tuple[Arm, ...]:
+    """The LEAN forms at one C'."""
+    return (
+        Arm("lean", "lean", channels, rates=LITERAL_RATES),
+        Arm("lean_damped", "lean_damped", channels),
+        Arm("lean_gated", "lean_gated", channels),
+        Arm("lean_simplex", "lean_simplex", channels),
+    )
+
+
+def _plain(channels: int | float, *names: str) -> tuple[Arm, ...]:
+    return tuple(Arm(name, name, channels) for name in names)
+
+
+_BASELINE = Arm("baseline")
+_NARROW = Arm("narrow", control="narrow")
+_PAPER_ARMS = (_BASELINE, *_forms(10), *_plain(10, "slice", "grouped_sum"), _NARROW)
+_DEEP_ARMS = (
+    _BASELINE,
+    *_forms(0.25),
+    *_plain(0.25, "slice", "mean", "grouped_sum", "projection"),
+    _NARROW,
+    Arm("bottleneck", control="bottleneck"),
+)
+_SEARCHED = tuple(
+    Arm(f"{form} {'/'.join(map(str, channels))}", form, channels, rates=(1e-3, 3e-3))
+    for form, channels in (
+        ("lean_gated", (10, 5, 15)),
+        ("lean_gated", (25, 5, 5)),
+        ("lean_gated", (5, 20, 3)),
+        ("lean_gated", (5, 5, 5)),
+        ("lean_simplex", (10, 5, 15)),
+        ("lean_simplex", (25, 5, 5)),
+        ("lean_damped", (25, 5, 5)),
+        ("lean_damped", (5, 5, 5)),
+        ("lean_damped+matrix", (10, 10, 10)),
+        ("lean_matrix", (10, 10, 10)),
+        ("lean_magnitude", (10, 10, 10)),
+        ("lean_gated", (25, 25, 25)),
+    )
+)
+_AUGMENTED_ARMS = (_BASELINE, *_forms(10), *_plain(10, "grouped_sum"), _NARROW)
+
+#: In order of worth.
+PARTS = (
+    Part("paper", "paper", 96, 50, 15, _PAPER_ARMS),
+    Part("resnet", "resnet", 32, 20, 8, _DEEP_ARMS, seconds=0.07, heavy=1.3),
+    Part("densenet", "densenet", 32, 12, 6, _DEEP_ARMS, seconds=0.08, heavy=1.3),
+    Part("settings", "paper", 96, 50, 15, _SEARCHED, best=2, baseline="paper"),
+    Part("augmented", "paper", 96, 50, 15, _AUGMENTED_ARMS, augment=True),
+)
+
+
+def smoke_parts() -> tuple[Part, ...]:
+    """The same parts for a try: pictures of 16 pixels, two epochs, two rates an arm."""
+    return tuple(
+        replace(
+            part,
+            pixels=16,
+            epochs=2,
+            search_epochs=1,
+            arms=tuple(replace(arm, rates=arm.rates[:2]) for arm in part.arms),
+        )
+        for part in PARTS
+    )
+
+
+def make_net(part: Part, arm: Arm, example: Tensor) -> nn.Module:
+    """Build the net of an arm, its weights drawn from torch's global random numbers.
+
+    Args:
+        part: which net and pictures.
+        arm: what is done to the net.
+        example: normalised pictures, for :func:`lean_fx.leanify`.
+
+    Raises:
+        LeanError: the reduction is unknown, or cannot be made so.
+    """
+    if arm.reduction:
+        return _reduced(part, arm, example)
+    if not arm.control:
+        return _whole(part)
+    literal = Arm("lean", "lean", 10 if part.net == "paper" else 0.25)
+    budget = count_parameters(_reduced(part, literal, example))
+    if arm.control == "narrow" and part.net == "paper":
+        widths = narrow_widths(budget, widths=PAPER_WIDTHS, image_size=part.pixels)
+        return PaperNet(widths, image_size=part.pixels)
+    if arm.control == "narrow" and part.net == "densenet":
+        return nearest_densenet(budget)
+    makers: dict[tuple[str, str], Callable[[float], nn.Module]] = {
+        ("resnet", "narrow"): narrow_resnet,
+        ("resnet", "bottleneck"): lambda factor: ResNet(inner=factor),
+        ("densenet", "bottleneck"): lambda factor: DenseNet(inner=max(1, round(64 * factor))),
+    }
+    if (part.net, arm.control) not in makers:
+        raise ArgumentError(f"arm {arm.name}: {part.net} has no control {arm.control!r}")
+    return nearest_net(budget, makers[part.net, arm.control])
+
+
+def _whole(part: Part) -> nn.Module:
+    if part.net == "paper":
+        return PaperNet(image_size=part.pixels)
+    return ResNet() if part.net == "resnet" else DenseNet()
+
+
+def _reduced(part: Part, arm: Arm, example: Tensor) -> nn.Module:
+    skip = {"paper": (), "resnet": RESNET_SKIP, "densenet": DENSENET_SKIP}[part.net]
+    channels: int | float | Mapping[str, int]
+    if isinstance(arm.channels, tuple):
+        channels = dict(zip(("conv2", "conv3", "linear"), arm.channels, strict=True))
+    else:
+        channels = arm.channels
+    name, _, seed = arm.reduction.partition("+")
+    reduction: str | ReductionFactory = name
+    if seed:
+        reduction = partial(reduction_factory(name), seed=seed)
+    return leanify(_whole(part), example, channels=channels, reduction=reduction, skip=skip)

@@ -1,0 +1,309 @@
+"""From the files of the runs to tables, bars and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lean_fx.errors import DataError, require
+from lean_fx.files import make_folder, replacing, write_text
+from support.evidence.arms import LIMIT, PARTS, Part
+from support.evidence.runs import chosen_rate, read_results, score
+from support.script import command_line
+
+_CONTROLS = ("slice", "mean", "grouped_sum", "projection", "narrow", "bottleneck")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm with its runs."""
+
+    part: str
+    arm: str
+    searches: list[dict[str, Any]]
+    finals: list[dict[str, Any]]
+    error: str = ""
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether it is a form of LEAN."""
+        return self.arm.startswith("lean")
+
+    @property
+    def parameters(self) -> int:
+        """Of its net."""
+        return int((self.finals or self.searches)[0]["parameters"])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of a picture."""
+        return int((self.finals or self.searches)[0]["macs"])
+
+    def last(self, key: str = "test_accuracy") -> tuple[float, float]:
+        """Mean over the seeds after the last epoch, and its standard error, in percent."""
+        return _mean([100 * run[key][-1] for run in self.finals])
+
+
+def report(folder: Path, out: str | Path, commit: str = "") -> str:
+    """Write ``evidence.md`` and its pictures; return the text.
+
+    Args:
+        folder: of the runs.
+        out: where to.
+        commit: whose runs; by default the one with most of them.
+
+    Raises:
+        DataError: there is no run.
+    """
+    results = read_results(folder)
+    commits = Counter(result["commit"] for result in results)
+    if not commits:
+        raise DataError(f"{folder}: holds no runs; give the folder of some by --out")
+    commit = commit or commits.most_common(1)[0][0]
+    results = [result for result in results if result["commit"] == commit]
+    tables = {part.name: _rows(part, results) for part in PARTS}
+    target = make_folder(out)
+    lines = ["# Accuracy of LEAN, its controls and narrower nets", ""]
+    lines += _preamble(results, commit, commits)
+    for part in PARTS:
+        rows = tables[part.name]
+        if not rows:
+            continue
+        beside = [row for row in tables.get(part.baseline, []) if row.arm in ("baseline", "narrow")]
+        lines += [f"## {part.name}", "", *_about(part, rows), "", *_table(beside + rows), ""]
+        lines += [*_bars(part, beside + rows), ""]
+        if any(row.finals for row in beside + rows):
+            _curves(part, beside + rows, target / f"{part.name}_curves.png")
+            _against_parameters(part, beside + rows, target / f"{part.name}_parameters.png")
+            lines += [f"![loss and accuracy]({part.name}_curves.png)", ""]
+            lines += [f"![accuracy against parameters]({part.name}_parameters.png)", ""]
+    text = "\n".join(lines).rstrip() + "\n"
+    write_text(target / "evidence.md", text)
+    return text
+
+
+def _preamble(results: list[dict[str, Any]], commit: str, commits: Counter[str]) -> list[str]:
+    good = [result for result in results if not result.get("error")]
+    made_by = sorted({(r["device"], r["torch"], r["precision"]) for r in good})
+    lines = [f"```\n{command_line()}\n```", ""]
+    lines.append(
+        f"STL-10, official files, from scratch; commit {commit}, {len(good)} runs; "
+        + "; ".join(
+            f"{device}, torch {version}, {precision}" for device, version, precision in made_by
+        )
+        + "."
+    )
+    if len(commits) > 1:
+        others = ", ".join(f"{name} ({n})" for name, n in commits.items() if name != commit)
+        lines.append(f"Runs of other commits lie beside these and are not counted: {others}.")
+    lines += [
+        "",
+        "Every arm: batches of 64, Adam, the rate rises over 1/20 of the steps and falls to 0 as "
+        "a cosine. The rate is the best of those tried (all are listed, an asterisk marks an end "
+        "of the list) on a fixed 1,000 of the 5,000 training pictures, one seed, by the mean "
+        "accuracy of the last three epochs. The runs that count see all 5,000; accuracy is that "
+        "on the 8,000 test pictures after the last epoch, mean ± standard error over the seeds. "
+        "Training figures are means over the last epoch's own steps.",
+    ]
+    graphs = Counter(bool(result.get("graph")) for result in good)
+    if graphs[False] and graphs[True]:
+        lines.append(f"{graphs[False]} of the runs ran without CUDA graphs, as their files say.")
+    lines.append("")
+    return lines
+
+
+def _rows(part: Part, results: list[dict[str, Any]]) -> list[Row]:
+    rows = []
+    for arm in part.arms:
+        runs = [r for r in results if r["part"] == part.name and r["arm"] == arm.name]
+        good = [run for run in runs if not run.get("error")]
+        searches = [run for run in good if run["split"] == "validation"]
+        finals = [run for run in good if run["split"] == "test"]
+        if finals:  # of one rate and length, should others lie there too
+            kind = Counter((run["rate"], run["epochs"]) for run in finals).most_common(1)[0][0]
+            finals = [run for run in finals if (run["rate"], run["epochs"]) == kind]
+        errors = [str(run["error"]) for run in runs if run.get("error")]
+        if runs:
+            rows.append(Row(part.name, arm.name, searches, finals, errors[0] if errors else ""))
+    return rows
+
+
+def _about(part: Part, rows: list[Row]) -> list[str]:
+    finals = [run for row in rows for run in row.finals]
+    searches = [run for row in rows for run in row.searches]
+    epochs = sorted({run["epochs"] for run in finals})
+    tried = sorted({run["epochs"] for run in searches})
+    moves = ", with flips and shifts" if part.augment else ""
+    pixels = sorted({run["pixels"] for run in finals + searches})
+    text = (
+        f"{part.net} net, pictures of {_listed(pixels)} pixels{moves}; "
+        f"{_listed(epochs)} epochs, {_listed(tried)} to choose the rate."
+    )
+    if part.best:
+        text += (
+            f" All settings were tried in validation; the best {part.best} of no more than "
+            f"{LIMIT:,} parameters were trained to the end."
+        )
+    return [text]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| arm | parameters | MACs, million | rate | tried | validation | seeds "
+        "| test accuracy, % | training, % | of baseline, % |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    base = _baseline(rows)
+    for row in rows:
+        if not row.searches and not row.finals:
+            lines.append(f"| {row.arm} | | | | | | | error: {row.error} | | |")
+            continue
+        rates = sorted(run["rate"] for run in row.searches)
+        rate = row.finals[0]["rate"] if row.finals else chosen_rate(row.searches)
+        shown = "" if rate is None else f"{rate:g}"
+        if rates and rate in (rates[0], rates[-1]):
+            shown += "*"
+        valid = f"{100 * max(map(score, row.searches)):.1f}" if row.searches else ""
+        cells = ["", "", ""]
+        if row.finals:
+            (mean, error), (train, _) = row.last(), row.last("train_accuracy")
+            cells = [_pm(mean, error), f"{train:.1f}", f"{100 * mean / base:.1f}" if base else ""]
+        lines.append(
+            f"| {row.arm} | {row.parameters:,} | {row.macs / 1e6:.2f} | {shown} "
+            f"| {', '.join(f'{each:g}' for each in rates)} | {valid} | {len(row.finals)} "
+            f"| {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _bars(part: Part, rows: Sequence[Row]) -> list[str]:
+    """What is met and what is not, in words."""
+    done = [row for row in rows if row.finals]
+    lean = [row for row in done if row.is_lean]
+    base = _baseline(rows)
+    lines = []
+    small = [row for row in lean if row.parameters <= LIMIT]
+    if part.net == "paper" and base and small:
+        best = max(small, key=lambda row: row.last()[0])
+        share = 100 * best.last()[0] / base
+        lines.append(
+            f"- 95 % of the baseline with at most {LIMIT:,} parameters: "
+            f"{'met' if share >= 95 else 'not met'}; the best is {best.arm}, "
+            f"{best.parameters:,} parameters, {share:.1f} %."
+        )
+    for row in lean:
+        for other in done:
+            if other.arm == "narrow":
+                lines.append(f"- {row.arm} {_against(row, other)} the narrower net.")
+        controls = [each for each in done if each.arm in _CONTROLS]
+        if controls:
+            best = max(controls, key=lambda each: each.last()[0])
+            lines.append(f"- {row.arm} {_against(row, best)} the best control, {best.arm}.")
+    return lines
+
+
+def _against(row: Row, other: Row) -> str:
+    (mine, error), (theirs, their_error) = row.last(), other.last()
+    gap, width = mine - theirs, math.hypot(error, their_error)
+    # Two standard errors; with one seed there are none.
+    if math.isnan(width):
+        return f"ends {gap:+.1f} points (one seed) from"
+    word = "ties with" if abs(gap) <= 2 * width else "is above" if gap > 0 else "is below"
+    return f"({_pm(gap, width)} points) {word}"
+
+
+def _baseline(rows: Sequence[Row]) -> float:
+    found = [row.last()[0] for row in rows if row.arm == "baseline" and row.finals]
+    return found[0] if found else 0.0
+
+
+def _curves(part: Part, rows: Sequence[Row], path: Path) -> None:
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
+    done = [row for row in rows if row.finals]
+    for row, colour in zip(done, _colours(plt, len(done)), strict=True):
+        for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
+            for kind, line in (("test", "-"), ("train", ":")):
+                values = _mean_curve([run[f"{kind}_{key}"] for run in row.finals])
+                label = row.arm if (kind, key) == ("test", "accuracy") else None
+                axis.plot(range(1, len(values) + 1), values, line, color=colour, label=label)
+    losses = [run["test_loss"][0] for row in done for run in row.finals if run["test_loss"][0]]
+    axes[0].set(ylabel="cross-entropy", ylim=(0, 1.5 * max(losses, default=2.3)))
+    axes[1].set(ylabel="accuracy")
+    for axis in axes:
+        axis.set(xlabel="epoch", title=f"{part.name}: test (solid), training (dotted)")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    _save(plt, figure, path)
+
+
+def _against_parameters(part: Part, rows: Sequence[Row], path: Path) -> None:
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5.5))
+    done = [row for row in rows if row.finals]
+    for row, colour in zip(done, _colours(plt, len(done)), strict=True):
+        mean, error = row.last()
+        axis.errorbar(
+            row.parameters,
+            mean,
+            yerr=0 if math.isnan(error) else error,
+            fmt="o" if row.is_lean else "s",
+            color=colour,
+            label=row.arm,
+            capsize=3,
+        )
+    axis.set(
+        xscale="log",
+        xlabel="parameters",
+        ylabel="test accuracy, %",
+        title=f"{part.name}: LEAN (circles), others (squares)",
+    )
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    _save(plt, figure, path)
+
+
+def _pyplot() -> Any:
+    require("matplotlib", extra="examples", purpose="the report").use("Agg")
+    return require("matplotlib.pyplot", extra="examples", purpose="the report")
+
+
+def _colours(plt: Any, count: int) -> list[Any]:
+    table = plt.get_cmap("tab20" if count > 10 else "tab10")
+    return [table(number % table.N) for number in range(count)]
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110)
+    plt.close(figure)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error: NaN for one value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / (len(values) - 1) / len(values))
+
+
+def _mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float]:
+    """The mean over the seeds at each epoch; NaN where one has none."""
+    return [
+        sum(math.nan if value is None else value for value in column) / len(column)
+        for column in zip(*curves, strict=True)
+    ]
+
+
+def _pm(mean: float, error: float) -> str:
+    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
+
+
+def _listed(values: Sequence[int]) -> str:
+    return " and ".join(map(str, values)) or "no"

@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared/data"
-
 from lean_fx.measure.cost import count_parameters
 from support.evidence.arms import PARTS, Arm, make_net, smoke_parts
 from support.evidence.nets import DenseNet, ResNet
@@ -24,6 +21,9 @@ from support.evidence.steps import Trainer, train_together
 from support.evidence.summary import report
 from support.evidence.training import Settings
 from support.evidence.workers import work
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared/data"
 
 
 def tiny(*names, part="paper"):

@@ -1,10 +1,14 @@
-"""leanify() and plan(): capture, analyses, plan, application."""
+"""leanify() and plan(): capture, normalise, analyse, plan, select, apply.
+
+A model that cannot be traced is run once in place of being captured; the plan is made by the same
+planner.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -12,28 +16,28 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture.capturing import as_inputs, capture, copied_graph, plain_copy
-from lean_fx.checks import check_choice, check_int, first_without_values
+from lean_fx.checks import check_choice, first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.passes import (
     FindConsumers,
     InferSign,
     MeasureScale,
-    ModularizeWeights,
     Pass,
     Pipeline,
     PropagateShapes,
-    SplitLayers,
     TrackChannels,
     TrackWrites,
 )
-from lean_fx.paying import Keep, keep_paying
-from lean_fx.planning.deciding import make_plan, stacks_to_split, weights_to_make
-from lean_fx.planning.layerwise import plan_layers
+from lean_fx.planning.normalising import Rewritings, undo
+from lean_fx.planning.observed import layer_names, observed_records, without_failing
 from lean_fx.planning.options import Options
-from lean_fx.planning.plans import WITHIN, LeftAlone, Plan
-from lean_fx.planning.policy import ChannelsPolicy, Skip, check_channels_policy, check_skip
-from lean_fx.planning.unseen import hidden_layers
-from lean_fx.reduction.registry import ReductionFactory, reduction_factory
+from lean_fx.planning.planner import check_named_layers, choose_sites, named_sites
+from lean_fx.planning.plans import Plan
+from lean_fx.planning.policy import ChannelsPolicy, Skip
+from lean_fx.planning.records import graph_records, unread_records
+from lean_fx.planning.uncalled import layers_inside_leaves, part_names, uncalled_layers
+from lean_fx.reduction.registry import ReductionFactory
+from lean_fx.selection import Keep, select_sites
 
 
 def leanify(
@@ -41,11 +45,11 @@ def leanify(
     example_inputs: Any = None,
     *,
     channels: ChannelsPolicy = "sqrt",
-    align: int | None = None,
+    round_to: int | None = None,
     reduction: str | ReductionFactory = "lean",
     min_channels: int = 16,
     skip: Skip = (),
-    filter: Callable[[nn.Module, str], bool] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
     reduce_inputs: bool = False,
     keep: Keep = "all",
 ) -> nn.Module:
@@ -57,7 +61,7 @@ def leanify(
     Args:
         model: any module. One that torch.fx cannot trace needs example inputs: branches on sizes
             are followed by them; where more hinders it each of its layers reduces its own input,
-            and a LeanWarning says so (:mod:`lean_fx.planning.layerwise`).
+            and a LeanWarning says so (:mod:`lean_fx.planning.observed`).
         example_inputs: a tensor, packed sequences, or a tuple of the positional inputs; optional.
             With them the shapes of all values are known and checked, and the rebuilt layers start
             at the scale of those that they replace.
@@ -66,17 +70,18 @@ def leanify(
             the :class:`~lean_fx.Site` that returns one of these, or a mapping of layer names or
             glob patterns to them. C' divides C_in; where the wanted number does not, the
             nearest divisor is taken and the plan says so.
-        align: prefer C' that are multiples of this number, such as 8; 1 or more.
+        round_to: prefer C' that are multiples of this number, such as 8; 1 or more.
         reduction: a registered name (:func:`lean_fx.reductions`) or a module class with the
             arguments ``(in_channels, out_channels, dim)``.
         min_channels: leave layers alone that read fewer channels; 1 or more. As ``channels``, it
             speaks of one group of a grouped convolution.
         skip: names, glob patterns or types of layers to leave alone; the type of a module that
             holds layers, such as nn.TransformerEncoderLayer, stands for all that are inside.
-        filter: called as ``filter(module, name)``; layers for which it is false are left alone.
+        filter_fn: called as ``filter_fn(module, name)``; layers for which it is false are left
+            alone.
         reduce_inputs: reduce the model's own inputs too, not only intermediate values.
         keep: which sites: ``"all"``; ``"saving"``, those that save multiply-adds and bytes (see
-            :mod:`lean_fx.paying`); or ``"measured"``, those whose layers are faster with their
+            :mod:`lean_fx.selection`); or ``"measured"``, those whose layers are faster with their
             reduction in ONNX Runtime, on one thread, which takes seconds a site. The last two need
             example inputs and a graph: layers inside of what is not traced are left alone.
 
@@ -108,7 +113,7 @@ def leanify(
         Huang, Shah, Evans, Yoo: Less-Energy-Usage Network with Batch Power Iteration, ICML 2023
         workshop on Neural Compression.
     """
-    options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
+    options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with torch.inference_mode(False):  # the copies are to be trained
         made, captured = _planned(model, example_inputs, options, keep)
     if not made.sites:
@@ -128,11 +133,11 @@ def plan(
     example_inputs: Any = None,
     *,
     channels: ChannelsPolicy = "sqrt",
-    align: int | None = None,
+    round_to: int | None = None,
     reduction: str | ReductionFactory = "lean",
     min_channels: int = 16,
     skip: Skip = (),
-    filter: Callable[[nn.Module, str], bool] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
     reduce_inputs: bool = False,
     keep: Keep = "all",
 ) -> Plan:
@@ -155,7 +160,7 @@ def plan(
         left alone
         0  Linear  in_channels=8 is below min_channels=16
     """
-    options = _options(channels, align, reduction, min_channels, skip, filter, reduce_inputs)
+    options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with torch.inference_mode(False):
         return _planned(model, example_inputs, options, keep)[0]
 
@@ -163,13 +168,9 @@ def plan(
 def _planned(
     model: nn.Module, example_inputs: Any, options: Options, keep: Keep
 ) -> tuple[Plan, GraphModule | None]:
-    """The plan, and the model captured, its stacks split as the plan says; None if it cannot be."""
+    """The plan, and the graph to apply it to; None if the model cannot be traced."""
     check_choice("keep", keep, get_args(Keep))
     inputs = as_inputs(example_inputs) if example_inputs is not None else ()
-    passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
-    if inputs:
-        passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
-    analyse = Pipeline(passes)
     try:
         captured = capture(model, inputs)
     except CaptureError as error:
@@ -179,81 +180,93 @@ def _planned(
             raise ArgumentError(
                 f"keep={keep!r} needs a graph, keep='all' does not; {error}"
             ) from error
-        made = plan_layers(plain_copy(model), inputs, options)
         reason = str(error).partition("; ")[0]
         warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
-        return made, None
+        return _plan_observed(model, plain_copy(model), inputs, options), None
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
-    analyse(captured)
-    stacks = stacks_to_split(captured, options)
-    weights = weights_to_make(captured)
-    whole: list[LeftAlone] = []
-    while True:
-        graph_module = captured
-        if stacks or weights:
-            graph_module = copied_graph(captured)
-            Pipeline([ModularizeWeights(weights), SplitLayers(stacks), analyse])(graph_module)
-        made = make_plan(graph_module, model, options, stacks, weights)
-        made = keep_paying(made, graph_module, keep)
-        reduced = {layer for site in made.sites for layer in site.layers}
-        in_vain = {stack for stack in stacks if not reduced & _inner(stack, made)}
-        in_vain |= set(weights) - reduced
-        if not in_vain:
-            made = dataclasses.replace(made, left_alone=(*made.left_alone, *whole))
-            if inputs and keep == "all":
-                made = _with_hidden(made, graph_module, inputs, options)
-            return made, graph_module
-        whole += [
-            dataclasses.replace(each, reason=f"{WITHIN}{stack}: {each.reason}")
-            for stack in stacks
-            for each in made.left_alone
-            if stack in in_vain and each.layer in _inner(stack, made)
-        ]
-        whole += [each for each in made.left_alone if each.layer in in_vain & set(weights)]
-        stacks = tuple(stack for stack in stacks if stack not in in_vain)
-        weights = tuple(weight for weight in weights if weight not in in_vain)
+    rewritings = Rewritings.of(captured, options)
+    normalised = copied_graph(captured)
+    rewritings.apply(normalised)
+    _analyse(normalised, inputs)
+    made = _plan_graph(model, normalised, rewritings, options, keep)
+    if inputs and keep == "all":
+        made = _with_layers_inside_leaves(made, captured, inputs, options)
+    return made, captured
 
 
-def _with_hidden(
-    made: Plan, graph_module: GraphModule, inputs: tuple[Any, ...], options: Options
+def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Write the facts that a plan is made from."""
+    passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
+    if inputs:
+        passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
+    Pipeline(passes)(graph_module)
+
+
+def _plan_graph(
+    model: nn.Module,
+    normalised: GraphModule,
+    rewritings: Rewritings,
+    options: Options,
+    keep: Keep,
 ) -> Plan:
-    """The plan with the layers inside of what cannot be traced; they reduce their own input."""
-    hidden = hidden_layers(graph_module)
-    if not hidden or first_without_values(graph_module):  # what they read is seen when they run
+    """Plan and select on the normalised graph; undo the rewritings that nothing needs."""
+    called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
+    uncalled = uncalled_layers(model, normalised, called | set(rewritings.split))
+    records = graph_records(normalised, options) + unread_records(uncalled)
+    names = [each.layer for each in records]
+    check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])
+    chosen, left = choose_sites(records, options)
+    sites, dropped = select_sites(chosen, options.reduction, normalised, keep)
+    used = rewritings.used_by(sites)
+    unused = rewritings.without(used)
+    sites, left = undo(unused, normalised, sites, [*left, *dropped], options)
+    return Plan(
+        model=type(model).__name__,
+        sites=named_sites(sites),
+        left_alone=tuple(dict.fromkeys(left)),
+        reduction=options.reduction,
+        parameters=_count(model),
+        split=used.split,
+        weights=used.weights,
+    )
+
+
+def _plan_observed(
+    model: nn.Module,
+    runnable: nn.Module,
+    inputs: tuple[Any, ...],
+    options: Options,
+    only: frozenset[str] | None = None,
+) -> Plan:
+    """Plan from one observed run: every layer reduces its own input."""
+    records = observed_records(runnable, inputs, options, only)
+    if only is None:
+        check_named_layers(options, layer_names(runnable))
+    sites, left = choose_sites(records, options)
+    made = Plan(
+        model=type(model).__name__,
+        sites=named_sites(sites),
+        left_alone=tuple(left),
+        reduction=options.reduction,
+        parameters=_count(model),
+        traced=False,
+    )
+    return without_failing(made, runnable, inputs)
+
+
+def _with_layers_inside_leaves(
+    made: Plan, captured: GraphModule, inputs: tuple[Any, ...], options: Options
+) -> Plan:
+    """The plan with the layers inside of what is not traced; they reduce their own input."""
+    inside = layers_inside_leaves(captured)
+    if not inside or first_without_values(captured):  # what they read is seen when they run
         return made
-    within = plan_layers(graph_module, inputs, options, hidden)
-    seen = [each for each in made.left_alone if each.layer not in hidden]
+    within = _plan_observed(captured, captured, inputs, options, inside)
+    seen = [each for each in made.left_alone if each.layer not in inside]
     return dataclasses.replace(
         made, sites=(*made.sites, *within.sites), left_alone=(*seen, *within.left_alone)
     )
 
 
-def _inner(stack: str, made: Plan) -> set[str]:
-    """The layers of a split stack that read another one of it."""
-    names = {layer for site in made.sites for layer in site.layers}
-    names |= {each.layer for each in made.left_alone}
-    return {name for name in names if name.startswith(f"{stack}.") and name != f"{stack}.0"}
-
-
-def _options(
-    channels: ChannelsPolicy,
-    align: int | None,
-    reduction: str | ReductionFactory,
-    min_channels: int,
-    skip: Skip,
-    filter: Callable[[nn.Module, str], bool] | None,
-    reduce_inputs: bool,
-) -> Options:
-    check_channels_policy(channels)
-    reduction_factory(reduction)
-    align = None if align is None else check_int("align", align, 1)
-    min_channels = check_int("min_channels", min_channels, 1)
-    if not isinstance(reduce_inputs, bool):
-        raise ArgumentError(f"reduce_inputs={reduce_inputs!r} is not True or False")
-    if filter is not None and not callable(filter):
-        raise ArgumentError(f"filter={filter!r} cannot be called; give filter(module, name)")
-    if isinstance(channels, Mapping):
-        channels = dict(channels)
-    return Options(
-        channels, align, reduction, min_channels, check_skip(skip), filter, reduce_inputs
-    )
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -37,7 +37,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.graph.calls import argument, is_altered
 from lean_fx.graph.facts import facts
-from lean_fx.graph.rewriting import add_module, numbered
+from lean_fx.graph.rewriting import add_module, numbered, replace_node
 from lean_fx.layers.input_hooks import LAYERS
 from lean_fx.passes.base import Pass
 
@@ -161,8 +161,7 @@ def _call_layer(graph_module: GraphModule, node: Node, name: str) -> None:
         call = graph.call_module(name, (source,))
         if not own and bias is not None:
             call = add_bias(call, bias, layer)
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
+    replace_node(node, call, name)
     erase_unread([weight, bias])
 
 
@@ -181,8 +180,12 @@ def add_bias(call: Node, bias: Any, layer: nn.Module) -> Node:
     """A node that adds a bias to the call of a linear layer or a convolution."""
     if not isinstance(layer, nn.Linear):
         shape = (-1, *(1,) * len(layer.kernel_size))  # type: ignore[arg-type]
-        bias = call.graph.call_function(torch.reshape, (bias, shape))
-    return call.graph.call_function(operator.add, (call, bias))
+        bias = call.graph.create_node(
+            "call_function", torch.reshape, (bias, shape), name=f"{call.name}_bias"
+        )
+    return call.graph.create_node(
+        "call_function", operator.add, (call, bias), name=f"{call.name}_biased"
+    )
 
 
 def _move_bias(graph_module: GraphModule, name: str, layer: nn.Module) -> None:

@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.errors import PlanError
 from lean_fx.graph.calls import argument
+from lean_fx.graph.rewriting import replace_node
 from lean_fx.layers.input_hooks import LAYERS
 from lean_fx.layers.rebuild import REBUILDERS
 from lean_fx.passes.base import Pass
@@ -196,6 +197,5 @@ def _call(graph_module: GraphModule, product: Product) -> None:
         call = node.graph.call_module(name, (source,))
         if bias is not None:
             call = add_bias(call, bias, product.layer)
-    node.replace_all_uses_with(call)
-    node.graph.erase_node(node)
+    replace_node(node, call, name)
     erase_unread(dict.fromkeys([*reads, product.weight]))

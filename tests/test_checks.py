@@ -57,7 +57,7 @@ def test_ints_of_numpy_are_taken_everywhere():
     )
     check_channels_policy(n)
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    plan = lean_fx.plan(net, channels=n, align=n, min_channels=n)
+    plan = lean_fx.plan(net, channels=n, round_to=n, min_channels=n)
     assert [site.out_channels for site in plan.sites] == [4]
     assert lean_fx.Plan.from_json(plan.to_json()) == plan
     one, two = np.int64(1), np.int64(2)

@@ -24,7 +24,7 @@ LAYERS = (
     {"lean_fx.capture"},
     {"lean_fx.planning"},
     {"lean_fx.export"},
-    {"lean_fx.costing", "lean_fx.paying"},
+    {"lean_fx.costing", "lean_fx.selection"},
     {"lean_fx.comparing", "lean_fx.transform"},
     {"lean_fx"},
     {"lean_fx.experiment"},

@@ -17,16 +17,16 @@ SITE = Site("pool", 1, 50, (Consumer("conv", "Conv2d", "conv"),))
 
 
 @given(st.integers(2, 2000), st.floats(1, 2000), st.none() | st.integers(1, 16))
-def test_nearest_divisor(channels, wanted, align):
+def test_nearest_divisor(channels, wanted, round_to):
     usable = [d for d in range(1, channels + 1) if channels % d == 0]
     usable = [d for d in usable if d not in (1, channels) or d == wanted]
-    aligned = [d for d in usable if align and d % align == 0] or usable
-    found = nearest_divisor(channels, wanted, align)
-    if not aligned:
+    round_toed = [d for d in usable if round_to and d % round_to == 0] or usable
+    found = nearest_divisor(channels, wanted, round_to)
+    if not round_toed:
         assert found is None
     else:
-        assert found in aligned
-        assert abs(found - wanted) == min(abs(d - wanted) for d in aligned)
+        assert found in round_toed
+        assert abs(found - wanted) == min(abs(d - wanted) for d in round_toed)
 
 
 @pytest.mark.parametrize(

@@ -187,15 +187,15 @@ reductions_stack_dropout = reductions.stack_dropout(getattr_2)  # LeanReduction(
 with_data_1 = with_data(stack_dropout, reductions_stack_dropout)
 stack_1 = stack.1(with_data_1)  # GRU(8, 24, batch_first=True, bidirectional=True)
 stack_1_output = getitem(stack_1, 0)
-getitem_4 = getitem(stack_0, 1)
-getitem_5 = getitem(stack_1, 1)
-cat = cat([getitem_4, getitem_5])
+stack_0_state = getitem(stack_0, 1)
+stack_1_state = getitem(stack_1, 1)
+stack_states = cat([stack_0_state, stack_1_state])
 pad_packed_sequence = pad_packed_sequence(stack_1_output, batch_first=True)
 getitem_2 = getitem(pad_packed_sequence, 0)
 getitem_3 = getitem(pad_packed_sequence, 1)
 reductions_getitem_2 = reductions.getitem_2(getitem_2)  # LeanReduction(48, 8, dim=-1)
 head = head(reductions_getitem_2)  # Linear(in_features=8, out_features=5, bias=True)
-output = output((head, cat))
+output = output((head, stack_states))
 """,
     )
     assert_expected_inline(
@@ -280,7 +280,7 @@ def test_a_stack_that_is_slower_split_and_reduced_stays_whole(monkeypatch):
     def time_onnx(files, value, **options):
         return {name: Latency((2.0 if name == "with" else 1.0,) * 2, 1, 1) for name in files}
 
-    monkeypatch.setattr(lean_fx.paying, "time_onnx", time_onnx)
+    monkeypatch.setattr(lean_fx.selection, "time_onnx", time_onnx)
     model, x = nn.Sequential(nn.Linear(8, 20), nn.GRU(20, 32, 2)), torch.rand(5, 2, 8)
     plan = lean_fx.plan(model, x, keep="measured")
     assert (plan.sites, plan.split) == ((), ())
@@ -358,7 +358,7 @@ def test_skip_channels_and_filter_name_layers_of_a_stack():
     assert reduced(Chain(), skip=["stack.0"]) == {"stack.1": 4}
     assert reduced(Chain(), channels={"stack.0": 8}) == {"stack": 8}
     assert reduced(Chain(), channels={"stack.1": 8}) == {"stack.1": 8}
-    assert reduced(Chain(), filter=lambda module, name: name == "stack.1") == {"stack.1": 4}
+    assert reduced(Chain(), filter_fn=lambda module, name: name == "stack.1") == {"stack.1": 4}
 
 
 def test_hooks_and_name_of_the_model_are_kept():

@@ -277,19 +277,19 @@ def test_channels():
     }
     assert decided(Wide(), channels={"a": 4, "b*": 0.25}) == {"a": 4, "b": 16, "b2": 5}
     assert decided(Wide(), channels={"a": 4}) == {"a": 4}
-    assert decided(Wide(), channels=10, align=8) == {"a": 8, "b": 8, "b2": 10}
+    assert decided(Wide(), channels=10, round_to=8) == {"a": 8, "b": 8, "b2": 10}
 
 
 def test_an_align_that_cannot_be_kept_is_told():
     def notes(**options):
         return {site.layers[0]: site.note for site in lean_fx.plan(Wide(), **options).sites}
 
-    missed = "no divisor below 64 is a multiple of align=7"
-    assert notes(channels=8, align=7)["a"] == missed
-    assert notes(channels=10, align=7)["a"] == f"10 wanted, 8 is the nearest divisor; {missed}"
-    assert notes(channels=8, align=64)["a"] == "no divisor below 64 is a multiple of align=64"
-    assert notes(channels=8, align=8)["a"] == ""
-    assert notes(channels=8, align=1)["a"] == ""
+    missed = "no divisor below 64 is a multiple of round_to=7"
+    assert notes(channels=8, round_to=7)["a"] == missed
+    assert notes(channels=10, round_to=7)["a"] == f"10 wanted, 8 is the nearest divisor; {missed}"
+    assert notes(channels=8, round_to=64)["a"] == "no divisor below 64 is a multiple of round_to=64"
+    assert notes(channels=8, round_to=8)["a"] == ""
+    assert notes(channels=8, round_to=1)["a"] == ""
 
 
 def test_a_single_channel_is_no_prime():
@@ -298,9 +298,9 @@ def test_a_single_channel_is_no_prime():
     (left,) = [each for each in plan.left_alone if each.layer == "2"]
     assert left.reason == "in_channels=1: nothing to reduce"
     assert decided(Wide(), min_channels=21) == {"a": 8, "b": 8}
-    assert decided(Wide(), filter=lambda module, name: getattr(module, "out_channels", 0) == 4) == {
-        "b2": 4
-    }
+    assert decided(
+        Wide(), filter_fn=lambda module, name: getattr(module, "out_channels", 0) == 4
+    ) == {"b2": 4}
     assert decided(Wide(), skip=[nn.Conv2d]) == {}
 
 
@@ -353,9 +353,9 @@ def test_a_users_own_reduction():
             {"channels": 33},
             "channels of left: 33 is above its 32 input channels; give at most 32, ",
         ),
-        ({"align": 0}, "align=0 is not an int of 1 or more"),
+        ({"round_to": 0}, "round_to=0 is not an int of 1 or more"),
         ({"min_channels": 2.5}, "min_channels=2.5 is not an int of 1 or more"),
-        ({"filter": 3}, "filter=3 cannot be called; give filter(module, name)"),
+        ({"filter_fn": 3}, "filter_fn=3 cannot be called; give filter_fn(module, name)"),
         ({"skip": ["lft"]}, "skip: no layer is named 'lft'; near it: left"),
         ({"channels": {"lft": 3}}, "channels: no layer is named 'lft'; near it: left"),
         ({"reduction": "leen"}, "reduction='leen' is not known; use lean, lean_row, lean_mean"),

@@ -8,6 +8,7 @@ graphs become one (:mod:`lean_fx.capture.merging`).
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
@@ -86,8 +87,30 @@ def capture(
     while captured is None:
         captured, whole = _captured(root, inputs, whole, evaluation)
     ModularizeCalls()(captured)
+    _name_items(captured)
     _keep_unsaved(captured, root)
     return captured
+
+
+def _name_items(captured: GraphModule) -> None:
+    """Name what is read of a module's result by the call; an item that is read twice is one node.
+
+    torch.fx counts such nodes over the whole graph, so that a further layer would rename them all.
+    """
+    items: dict[tuple[Node, Any], Node] = {}
+    for node in list(captured.graph.nodes):
+        if node.target is not operator.getitem or not isinstance(node.args[0], Node):
+            continue
+        source, index = node.args
+        if source.op != "call_module" or not isinstance(index, int):
+            continue
+        first = items.setdefault((source, index), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            captured.graph.erase_node(node)
+        elif node.name.startswith("getitem"):
+            node._rename(f"{source.name}_item_{index}")
+    captured.recompile()
 
 
 def _captured(
@@ -115,6 +138,7 @@ def copied_graph(graph_module: GraphModule) -> GraphModule:
     assert isinstance(copied, GraphModule)
     named = GraphModule(copied, copied.graph, type(graph_module).__name__)
     _keep_hooks(named, graph_module)
+    _keep_layers(named, copied)
     _keep_unsaved(named, graph_module)
     return named
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
@@ -91,8 +92,14 @@ class Facts:
 
 
 def facts(node: Node) -> Facts:
-    """The facts known of ``node``, empty ones if there are none yet."""
-    known = node.meta.setdefault(_KEY, Facts())
+    """The facts known of ``node``, empty ones if there are none yet.
+
+    A copy of a node has facts of its own, which start as those of the node.
+    """
+    owner, known = node.meta.get(_KEY, (None, None))
+    if known is None or owner() is not node:  # a copy of a node has a copy of its meta
+        known = Facts() if known is None else replace(known)
+        node.meta[_KEY] = (weakref.ref(node), known)
     assert isinstance(known, Facts)
     return known
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+
+_REPLACES = "lean_fx.replaces"
 
 
 def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Module) -> str:
@@ -36,14 +38,43 @@ def item(graph: Graph, value: Any, index: Any, name: str | None = None) -> Node:
     return graph.create_node("call_function", operator.getitem, (value, index), name=name)
 
 
-def replace_node(node: Node, value: Any) -> None:
-    """Put ``value``, a node or a tuple of nodes, in the place of ``node``, and erase that."""
+def replace_node(node: Node, value: Any, rewritten: str) -> None:
+    """Put ``value``, a node or a tuple of nodes, in the place of ``node``, and erase that.
+
+    A node that takes the place of another remembers its name, see :func:`replaced_names`.
+
+    Args:
+        node: what is replaced.
+        value: what is read in its place.
+        rewritten: the layer or parameter whose rewriting this is.
+    """
     for user in list(node.users):
         if isinstance(value, tuple) and user.target is operator.getitem and user.args[0] is node:
-            replace_node(user, value[user.args[1]])  # type: ignore[index]
+            replace_node(user, value[user.args[1]], rewritten)  # type: ignore[index]
         else:
             rewire(user, node, value)
+    if isinstance(value, Node):
+        take_place(value, node, rewritten)
     node.graph.erase_node(node)
+
+
+def take_place(node: Node, replaced: Node, rewritten: str) -> None:
+    """Let a node remember the name of the one whose place it takes."""
+    node.meta[_REPLACES] = (rewritten, replaced.name)
+
+
+def replaced_names(graph: Graph, rewritten: Collection[str]) -> dict[str, str]:
+    """What nodes would be called had some layers and parameters not been rewritten.
+
+    Args:
+        graph: after its rewriting.
+        rewritten: the names of these layers and parameters.
+
+    Returns:
+        By the name of a node, that of the node whose place it has taken.
+    """
+    places = {node.name: node.meta.get(_REPLACES, ("", "")) for node in graph.nodes}
+    return {name: old for name, (layer, old) in places.items() if layer in rewritten}
 
 
 def rewire(user: Node, node: Node, value: Any) -> None:

@@ -67,8 +67,11 @@ def split(graph_module: GraphModule, node: Node) -> None:
     with graph.inserting_before(node):
         if itself:
             projected = graph.call_module(f"{name}.in_proj", (inputs[0],))
-            parts = graph.call_method("chunk", (projected, 3, -1))
-            q, k, v = (item(graph, parts, i) for i in range(3))
+            thirds = (projected, 3, -1)
+            parts = graph.create_node("call_method", "chunk", thirds, name=f"{node.name}_chunk")
+            q, k, v = (
+                item(graph, parts, i, name=f"{node.name}_{part}") for i, part in enumerate("qkv")
+            )
         else:
             q, k, v = (
                 graph.call_module(f"{name}.{part}_proj", (value,))
@@ -76,9 +79,10 @@ def split(graph_module: GraphModule, node: Node) -> None:
             )
         options = {n: v for n, v in node.kwargs.items() if n not in ("query", "key", "value")}
         heads = graph.call_module(f"{name}.heads", (q, k, v, *node.args[3:]), options)
-        attended = item(graph, heads, 0)
+        attended = item(graph, heads, 0, name=f"{node.name}_attended")
         out = graph.call_module(f"{name}.out_proj", (attended,))
-        replace_node(node, (out, item(graph, heads, 1)))
+        weights = item(graph, heads, 1, name=f"{node.name}_weights")
+        replace_node(node, (out, weights), name)
     for each in reversed(list(heads.users)):
         if not each.users:  # nobody reads the weights
             graph.erase_node(each)

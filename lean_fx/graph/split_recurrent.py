@@ -32,7 +32,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.graph.calls import argument, is_altered
-from lean_fx.graph.rewriting import item, replace_node, rewire
+from lean_fx.graph.rewriting import item, replace_node, rewire, take_place
 from lean_fx.reduction.packed import SequenceDropout, layer_states
 
 _STACKS = (nn.RNN, nn.LSTM, nn.GRU)
@@ -71,10 +71,12 @@ def split(graph_module: GraphModule, node: Node) -> None:
                 last = index == stack.num_layers - 1  # which refuses whatever is too many
                 ends_at = None if last else (index + 1) * directions
                 cut = (states, index * directions, ends_at)
-                begin = (graph.call_function(layer_states, cut),)
+                cut_name = f"{node.name}_{index}_begin"
+                begin = (graph.create_node("call_function", layer_states, cut, name=cut_name),)
             call = graph.call_module(f"{name}.{index}", (value, *begin))
             value = item(graph, call, 0, name=f"{call.name}_output")
             ends.append(call)
+    take_place(ends[0], node, name)
     _hand_over(node, value, ends, pair=isinstance(stack, nn.LSTM))
 
 
@@ -104,17 +106,19 @@ def _layer(stack: Any, index: int) -> nn.Module:
 
 def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> None:
     """Give what read the stack's result the results of its layers."""
-    graph = node.graph
+    graph, stack = node.graph, str(node.target)
 
     def joined(*path: int) -> Node:
         """The states of all layers, along their first axis."""
         parts = []
         for end in ends:
-            state = item(graph, end, 1)
+            name = f"{end.name}_state"
+            state = item(graph, end, 1, name=name)
             for index in path:
-                state = item(graph, state, index)
+                state = item(graph, state, index, name=f"{name}_{index}")
             parts.append(state)
-        return graph.call_function(torch.cat, (parts,))
+        name = "_".join([node.name, "states", *map(str, path)])
+        return graph.create_node("call_function", torch.cat, (parts,), name=name)
 
     def states() -> Any:
         return (joined(0), joined(1)) if pair else joined()
@@ -125,9 +129,9 @@ def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> Non
             if not user.users and user.op != "output":  # unpacked and never read
                 graph.erase_node(user)
             elif index in (0, -2):
-                replace_node(user, output)
+                replace_node(user, output, stack)
             elif index in (1, -1):
-                replace_node(user, states())
+                replace_node(user, states(), stack)
             else:
                 rewire(user, node, (output, states()))
     graph.erase_node(node)

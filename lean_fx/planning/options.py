@@ -5,31 +5,63 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from lean_fx.passes import Read
-from lean_fx.planning.policy import ChannelsPolicy, skipped_by
-from lean_fx.planning.unseen import holders_of
-from lean_fx.reduction.registry import ReductionFactory
+from lean_fx.checks import check_int
+from lean_fx.errors import ArgumentError
+from lean_fx.graph.facts import Read
+from lean_fx.planning.policy import (
+    ChannelsPolicy,
+    Skip,
+    check_channels_policy,
+    check_skip,
+    skipped_by,
+)
+from lean_fx.planning.uncalled import holders_of
+from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asked for; see :func:`lean_fx.leanify`.
+    """What a user asked for, checked; see :func:`lean_fx.leanify`.
 
     ``modules`` are those of the model, by name: a graph does not know the types of what holds its
     layers.
+
+    Raises:
+        ArgumentError: an option is out of its range.
     """
 
     channels: ChannelsPolicy = "sqrt"
-    align: int | None = None
+    round_to: int | None = None
     reduction: str | ReductionFactory = "lean"
     min_channels: int = 16
-    skip: tuple[str | type[nn.Module], ...] = ()
-    filter: Callable[[nn.Module, str], bool] | None = None
+    skip: Skip = ()
+    filter_fn: Callable[[nn.Module, str], bool] | None = None
     reduce_inputs: bool = False
     modules: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_channels_policy(self.channels)
+        reduction_factory(self.reduction)
+        if self.round_to is not None:
+            self._set(round_to=check_int("round_to", self.round_to, 1))
+        self._set(min_channels=check_int("min_channels", self.min_channels, 1))
+        if not isinstance(self.reduce_inputs, bool):
+            raise ArgumentError(f"reduce_inputs={self.reduce_inputs!r} is not True or False")
+        if self.filter_fn is not None and not callable(self.filter_fn):
+            raise ArgumentError(
+                f"filter_fn={self.filter_fn!r} cannot be called; give filter_fn(module, name)"
+            )
+        if isinstance(self.channels, Mapping):
+            self._set(channels=dict(self.channels))
+        self._set(skip=check_skip(self.skip))
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 
 def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
@@ -48,10 +80,10 @@ def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
 
 
 def named_by_user(name: str, layer: nn.Module, options: Options) -> str:
-    """What the user's skip and filter say against a layer, or an empty string."""
+    """What the user's skip and filter_fn say against a layer, or an empty string."""
     reason = skip_reason(name, layer, options)
-    if not reason and options.filter is not None and not options.filter(layer, name):
-        return "filter(module, name) is false"
+    if not reason and options.filter_fn is not None and not options.filter_fn(layer, name):
+        return "filter_fn(module, name) is false"
     return reason
 
 

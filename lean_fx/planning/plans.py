@@ -33,7 +33,7 @@ from lean_fx.reduction.registry import ReductionFactory, reduction_name, reducti
 PLAN = "lean_fx.plan"
 #: How the reason begins for a layer of a stack that stays whole: the stack stands for it.
 WITHIN = "stays within "
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def wanted_channels(channels: ChannelsPolicy, site: Site, layer: str) -> float |
     return operator.index(value)
 
 
-def nearest_divisor(in_channels: int, wanted: float, align: int | None = None) -> int | None:
+def nearest_divisor(in_channels: int, wanted: float, round_to: int | None = None) -> int | None:
     """The divisor of ``in_channels`` nearest to ``wanted``; the smaller of two equally near.
 
     1 and ``in_channels`` itself are taken only if they are wanted exactly: one would leave a
@@ -111,7 +111,7 @@ def nearest_divisor(in_channels: int, wanted: float, align: int | None = None) -
     Args:
         in_channels: the channels to divide.
         wanted: the number of channels that is wished for.
-        align: prefer multiples of this number, if any divisor is one.
+        round_to: prefer multiples of this number, if any divisor is one.
 
     Returns:
         The divisor, or None if there is none but 1 and ``in_channels``.
@@ -119,12 +119,12 @@ def nearest_divisor(in_channels: int, wanted: float, align: int | None = None) -
     Example:
         >>> nearest_divisor(50, 10), nearest_divisor(64, 10), nearest_divisor(96, 96**0.5)
         (10, 8, 8)
-        >>> nearest_divisor(100, 10, align=4), nearest_divisor(17, 4)
+        >>> nearest_divisor(100, 10, round_to=4), nearest_divisor(17, 4)
         (4, None)
     """
     usable = [d for d in divisors(in_channels) if 1 < d < in_channels or d == wanted]
-    aligned = [d for d in usable if align and d % align == 0]
-    return min(aligned or usable, key=lambda d: (abs(d - wanted), d), default=None)
+    rounded = [d for d in usable if round_to and d % round_to == 0]
+    return min(rounded or usable, key=lambda d: (abs(d - wanted), d), default=None)
 
 
 def check_skip(skip: Any) -> tuple[str | type[nn.Module], ...]:

@@ -8,12 +8,16 @@ from torch import nn
 
 import lean_fx
 from graphs import CHANGED
+from lean_fx.capture.capturing import capture, copied_graph
 from lean_fx.errors import ArgumentError
 from lean_fx.measure.cost import count_macs
 from lean_fx.passes import facts
-from lean_fx.paying import _alone
+from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.options import Options
-from lean_fx.transform import _planned
+from lean_fx.planning.planner import choose_sites
+from lean_fx.planning.records import graph_records
+from lean_fx.selection import _alone
+from lean_fx.transform import _analyse
 
 
 class TwoSites(nn.Module):
@@ -52,7 +56,10 @@ def test_what_is_said_to_be_saved_is_saved(model):
 @pytest.mark.parametrize("model", CHANGED)
 def test_the_layers_of_a_site_alone_compute_what_they_did(model):
     make, shape = CHANGED[model]
-    plan, captured = _planned(make().eval(), torch.rand(shape), Options(), "all")
+    captured = copied_graph(capture(make().eval(), [torch.rand(shape)]))
+    Rewritings.of(captured, Options()).apply(captured)
+    _analyse(captured, (torch.rand(shape),))
+    sites, _ = choose_sites(graph_records(captured, Options()), Options())
     nodes = {node.name: node for node in captured.graph.nodes}
     values = {}
 
@@ -62,7 +69,7 @@ def test_the_layers_of_a_site_alone_compute_what_they_did(model):
             return values[n.name]
 
     Keeps(captured).run(torch.randn(shape))
-    for site in plan.sites:
+    for site in sites:
         if not site.value:
             continue
         assert facts(nodes[site.value]).shape is not None
@@ -92,7 +99,7 @@ def test_measured_keeps_what_is_faster(monkeypatch):
             "with": lean_fx.measure.timing.Latency((ratio, ratio), 1, 1),
         }
 
-    monkeypatch.setattr("lean_fx.paying.time_onnx", time_onnx)
+    monkeypatch.setattr("lean_fx.selection.time_onnx", time_onnx)
     plan = lean_fx.plan(TwoSites(), inputs, keep="measured")
     assert seen == [(["without", "with"], (1, 64, 16, 16))] * 2
     assert signs == ["8x8_nonnegative"] * 2

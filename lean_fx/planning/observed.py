@@ -1,4 +1,4 @@
-"""A plan for what cannot be traced, a model or modules in it: every layer reduces its own input.
+"""The records of what cannot be traced, a model or modules in it: layers reduce their own input.
 
 Without a graph there is no knowing what else reads a value, or its sign; what the layers read is
 seen in one forward pass on the example inputs. A layer is left alone by the rules of
@@ -29,15 +29,15 @@ from lean_fx.checks import check_values
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
+from lean_fx.graph.facts import Read
+from lean_fx.graph.sites import Site
 from lean_fx.layers.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
-from lean_fx.passes import Consumer, Read, Site
 from lean_fx.passes.find_consumers import refusal_of
 from lean_fx.passes.measure_scale import unit_variance
-from lean_fx.planning.deciding import settle
 from lean_fx.planning.multiplying import WatchProducts
 from lean_fx.planning.options import Options, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
-from lean_fx.planning.policy import check_names
+from lean_fx.planning.records import Record, unread_records
 from lean_fx.planning.watching import Use, WatchWeights
 
 _LAYERS: Any = tuple(REBUILDERS)  # for isinstance
@@ -72,22 +72,22 @@ class _Seen:
         self.is_input |= value.untyped_storage().data_ptr() in own
 
 
-def plan_layers(
+def observed_records(
     model: nn.Module,
     inputs: tuple[Any, ...],
     options: Options,
     only: Collection[str] | None = None,
-) -> Plan:
-    """Decide for each layer of a model by itself.
+) -> list[Record]:
+    """The records of a model's layers, from one forward pass on example inputs.
 
     Args:
         model: it stays as it is.
         inputs: example inputs, which it must take.
         options: what the user asked for.
-        only: the names of the layers to decide for; all if left out.
+        only: the names of the layers that are asked for; all if left out.
 
     Raises:
-        ArgumentError: the model fails on the inputs or has no values, or an option does not fit it.
+        ArgumentError: the model fails on the inputs or has no values.
         CaptureError: it cannot be copied.
     """
     check_values(model)
@@ -95,52 +95,49 @@ def plan_layers(
     modules: dict[str, nn.Module] = dict(model.named_modules())
     options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
-    sites: list[Site] = []
-    left: list[LeftAlone] = []
+    records = []
     for name, layer in modules.items():
         if not name or not isinstance(layer, _LAYERS) or (only is not None and name not in only):
             continue
         reason = _inside(name, modules) or refusal_of(layer, owners)
-        groups = groups_of(layer)
-        read = Read(
-            "",
-            _axis(layer),
-            input_channels(layer) // groups,
-            groups=groups,
-            intermediate=not seen[name].is_input,
-        )
         applied_by = seen[name].applied_by
         if seen[name].otherwise or (applied_by == "" and only is not None):  # a graph has no hooks
             reason = reason or "forward reads its weight itself"
         if not reason and not seen[name].calls:
             reason = "not called in forward on the example inputs"
-        reason = reason or unwanted(read, name, layer, options)
-        if reason:
-            left.append(LeftAlone(name, type(layer).__name__, reason))
-            continue
-        weights = sum(weight.numel() for weight in input_weights(layer).values())
-        kind = plain_type(layer).__name__
-        consumer = Consumer(name, kind, "", weights=weights, applied_by=applied_by)
-        rms = math.sqrt(seen[name].squares / seen[name].calls)
-        rms = rms if 0 < rms < math.inf else 1.0
-        note = "" if applied_by is None else f"applied by {applied_by or type(model).__name__}"
-        site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms, note=note)
-        settle(site, options, sites, left)
-    left += products
-    names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
-    if only is None:
-        check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
-    if only is None and isinstance(options.channels, dict):
-        check_names("channels", options.channels, names)
-    made = Plan(
-        model=type(model).__name__,
-        sites=tuple(sites),
-        left_alone=tuple(left),
-        reduction=options.reduction,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        traced=False,
+        records.append(_record(name, layer, seen[name], reason, options, type(model).__name__))
+    return records + unread_records(products)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The names of the layers that a plan from an observed run may speak of."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, _LAYERS)]
+
+
+def _record(
+    name: str, layer: nn.Module, seen: _Seen, reason: str, options: Options, model: str
+) -> Record:
+    groups = groups_of(layer)
+    read = Read(
+        "",
+        _axis(layer),
+        input_channels(layer) // groups,
+        groups=groups,
+        intermediate=not seen.is_input,
     )
-    return _without_failing(made, model, inputs)
+    reason = reason or unwanted(read, name, layer, options)
+    if reason:
+        return Record(name, type(layer).__name__, reason=reason)
+    rms = math.sqrt(seen.squares / seen.calls)
+    return Record(
+        name,
+        plain_type(layer).__name__,
+        read,
+        weights=sum(weight.numel() for weight in input_weights(layer).values()),
+        rms=rms if 0 < rms < math.inf else 1.0,
+        applied_by=seen.applied_by,
+        note="" if seen.applied_by is None else f"applied by {seen.applied_by or model}",
+    )
 
 
 def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
@@ -171,7 +168,7 @@ def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], 
     for name, layer in copied.named_modules():
         seen = called[name] = _Seen()
         if isinstance(layer, _LAYERS):
-            layer.register_forward_pre_hook(_record(seen, own), with_kwargs=True)
+            layer.register_forward_pre_hook(_recording_hook(seen, own), with_kwargs=True)
     with torch.no_grad(), WatchWeights(copied) as watch, WatchProducts(copied) as products:
         copied(*inputs)
     for name, uses in watch.uses.items():
@@ -191,7 +188,7 @@ def _applied(uses: list[Use], own: set[int]) -> _Seen:
     return seen
 
 
-def _record(seen: _Seen, own: set[int]) -> Any:
+def _recording_hook(seen: _Seen, own: set[int]) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.add(args[0] if args else kwargs.get("input"), own)
 
@@ -213,8 +210,14 @@ def _inside(name: str, modules: dict[str, nn.Module]) -> str:
     return ""
 
 
-def _without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
-    """The plan without the layers whose reduction the model's code does not take (rule 3)."""
+def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
+    """The plan without the layers whose reduction the model's code does not take (rule 3).
+
+    Args:
+        made: from observed records.
+        model: it stays as it is.
+        inputs: example inputs.
+    """
     if not _failure(made, model, inputs):
         return made
     kept: list[Site] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.fx import GraphModule
 
@@ -11,7 +13,9 @@ from lean_fx.layers.rebuild import REBUILDERS
 from lean_fx.planning.plans import LeftAlone
 
 
-def never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) -> list[LeftAlone]:
+def uncalled_layers(
+    model: nn.Module, graph_module: GraphModule, called: set[str]
+) -> list[LeftAlone]:
     """Why layers that no node calls are left alone.
 
     Args:
@@ -40,7 +44,7 @@ def never_called(model: nn.Module, graph_module: GraphModule, called: set[str]) 
     return left
 
 
-def hidden_layers(graph_module: GraphModule) -> frozenset[str]:
+def layers_inside_leaves(graph_module: GraphModule) -> frozenset[str]:
     """The layers inside modules that are not traced, by name."""
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     modules = dict(graph_module.named_modules())
@@ -62,3 +66,16 @@ def holders_of(name: str) -> list[str]:
     """The names of what a module is in, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def part_names(graph_module: GraphModule) -> list[str]:
+    """What the layers of stacks and of attention that are not split would be called."""
+    names: list[str] = []
+    for name, module in graph_module.named_modules():
+        parts: Iterable[object] = ()
+        if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+            parts = range(module.num_layers)
+        elif isinstance(module, nn.MultiheadAttention):
+            parts = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
+        names += [f"{name}.{part}" for part in parts]
+    return names

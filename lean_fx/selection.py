@@ -1,4 +1,4 @@
-"""Which sites of a plan pay: by what they cost and save, or by the clock.
+"""Which sites pay: by what they cost and save, or by the clock.
 
 For a site with ``P`` positions, ``C_in`` channels and the layers that read them::
 
@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -37,40 +38,47 @@ Keep = Literal["all", "saving", "measured"]
 _LOGGER = logging.getLogger(__name__)
 
 
-def keep_paying(plan: Plan, graph_module: GraphModule, keep: Keep) -> Plan:
-    """The plan with the sites that pay alone; the layers of the others are left alone.
+def select_sites(
+    sites: Sequence[Site],
+    reduction: str | ReductionFactory,
+    graph_module: GraphModule,
+    keep: Keep,
+) -> tuple[tuple[Site, ...], list[LeftAlone]]:
+    """Keep the sites that pay; each is judged once.
 
     Args:
-        plan: made from ``graph_module``.
+        sites: of ``graph_module``.
+        reduction: a registered name or a factory.
         graph_module: analysed with example inputs; not changed.
         keep: ``"all"``; ``"saving"``, the sites that save both MACs and bytes; or
             ``"measured"``, those whose layers are faster in ONNX Runtime (one thread, the batch of
             the example inputs) with their reduction than without.
+
+    Returns:
+        The sites that pay, and the layers of the others.
 
     Raises:
         ArgumentError: the shapes are not known.
         MissingDependencyError: onnx or onnxruntime is not installed, for ``"measured"``.
     """
     if keep == "all":
-        return plan
+        return tuple(sites), []
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    if any(facts(value).shape is None for site in plan.sites for value, _ in _calls(site, nodes)):
+    if any(facts(value).shape is None for site in sites for value, _ in _calls(site, nodes)):
         raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
     judge = _saving if keep == "saving" else _measured
     kept: list[Site] = []
     dropped: list[LeftAlone] = []
-    for number, site in enumerate(plan.sites, start=1):
+    for number, site in enumerate(sites, start=1):
         with torch.random.fork_rng(devices=[]):
-            pays, figures = judge(site, plan.reduction, graph_module, nodes)
-        _LOGGER.info("site %d of %d: %s: %s", number, len(plan.sites), site.value, figures)
+            pays, figures = judge(site, reduction, graph_module, nodes)
+        _LOGGER.info("site %d of %d: %s: %s", number, len(sites), site.value, figures)
         if pays:
             note = "; ".join(filter(None, (site.note, figures)))
             kept.append(dataclasses.replace(site, note=note))
         else:
             dropped += [LeftAlone(each.layer, each.kind, figures) for each in site.consumers]
-    return dataclasses.replace(
-        plan, sites=tuple(kept), left_alone=tuple(plan.left_alone) + tuple(dropped)
-    )
+    return tuple(kept), dropped
 
 
 def _calls(site: Site, nodes: dict[str, Node]) -> list[tuple[Node, list[tuple[Consumer, Node]]]]:

@@ -1,0 +1,149 @@
+"""Layers that a graph hides are made visible before it is analysed; those of no use stay hidden.
+
+Stacks of recurrent layers and attention are split into their layers, and parameters that multiply
+values become layers, all on a copy of the graph. A plan is made on that copy. In the end it keeps
+only the rewritings that one of its sites needs, and speaks of everything else by the names that
+the graph itself has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule
+
+from lean_fx.graph.context import GraphContext
+from lean_fx.graph.rewriting import replaced_names
+from lean_fx.graph.sites import Consumer, Site
+from lean_fx.passes import ModularizeWeights, Pipeline, SplitLayers
+from lean_fx.passes.find_consumers import refusal_of
+from lean_fx.passes.modularize_weights import weights_of_products
+from lean_fx.passes.split_layers import splitter_of
+from lean_fx.planning.options import Options, named_by_user, skip_reason
+from lean_fx.planning.plans import WITHIN, LeftAlone
+
+
+@dataclass(frozen=True)
+class Rewritings:
+    """What is rewritten: layers to split, and parameters to make layers of, by name."""
+
+    split: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, captured: GraphModule, options: Options) -> Rewritings:
+        """All that a captured graph allows, but for what the user's skip and filter rule out."""
+        graph = GraphContext.of(captured)
+        calls = [str(node.target) for node in captured.graph.nodes if node.op == "call_module"]
+        split = tuple(
+            name
+            for name in dict.fromkeys(calls)
+            if graph.calls[id(graph.modules[name])] == 1
+            and splitter_of(graph.modules[name]) is not None
+            and not refusal_of(graph.modules[name], graph.owners)
+            and not skip_reason(name, graph.modules[name], options)
+            and _passes_inside(name, graph.modules[name], options)
+        )
+        return cls(split, tuple(weights_of_products(captured)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of both."""
+        return (*self.split, *self.weights)
+
+    def apply(self, graph_module: GraphModule) -> None:
+        """Rewrite a graph in place."""
+        Pipeline([ModularizeWeights(self.weights), SplitLayers(self.split)])(graph_module)
+
+    def used_by(self, sites: tuple[Site, ...]) -> Rewritings:
+        """Those without which a site could not be: all but the first layer of a stack needs it."""
+        reduced = {layer for site in sites for layer in site.layers}
+        split = [name for name in self.split if any(_is_inside(layer, name) for layer in reduced)]
+        return Rewritings(tuple(split), tuple(name for name in self.weights if name in reduced))
+
+    def without(self, others: Rewritings) -> Rewritings:
+        """Those that are not among others."""
+        return Rewritings(
+            tuple(name for name in self.split if name not in others.split),
+            tuple(name for name in self.weights if name not in others.weights),
+        )
+
+
+def undo(
+    unused: Rewritings,
+    graph_module: GraphModule,
+    sites: tuple[Site, ...],
+    left: list[LeftAlone],
+    options: Options,
+) -> tuple[tuple[Site, ...], list[LeftAlone]]:
+    """Speak of a graph as it is without some of its rewritings.
+
+    Args:
+        unused: the rewritings that are to be undone.
+        graph_module: the rewritten graph.
+        sites: of it.
+        left: the layers that are left alone.
+        options: what the user asked for.
+
+    Returns:
+        The sites with the names of the graph that is not rewritten, and the layers left alone:
+        those of a stack stay within it.
+    """
+    names = replaced_names(graph_module.graph, unused.names)
+    refused: list[LeftAlone] = []
+    kept = []
+    for site in sites:
+        consumers = [_undone(each, unused, names) for each in site.consumers]
+        for each in list(consumers):
+            layer = options.modules.get(each.layer)
+            wish = layer is not None and each.layer in unused.split
+            reason = named_by_user(each.layer, layer, options) if wish and layer else ""
+            if reason:
+                consumers.remove(each)
+                refused.append(LeftAlone(each.layer, each.kind, reason))
+        if consumers:
+            value = names.get(site.value, site.value)
+            kept.append(dataclasses.replace(site, value=value, consumers=tuple(consumers)))
+    first = {f"{name}.0": name for name in unused.split}
+    outer = [
+        dataclasses.replace(each, layer=first.get(each.layer, each.layer))
+        for each in left
+        if not any(_is_inside(each.layer, name) for name in unused.split)
+    ]
+    outer += refused
+    for name in unused.split:
+        layer = options.modules[name]
+        if isinstance(layer, nn.MultiheadAttention):
+            reason = named_by_user(name, layer, options) or "none of its layers is reduced"
+            outer.append(LeftAlone(name, type(layer).__name__, reason))
+    within = [
+        dataclasses.replace(each, reason=f"{WITHIN}{name}: {each.reason}")
+        for name in unused.split
+        for each in left
+        if _is_inside(each.layer, name)
+    ]
+    return tuple(kept), [*outer, *within]
+
+
+def _undone(consumer: Consumer, unused: Rewritings, names: dict[str, str]) -> Consumer:
+    stack, _, place = consumer.layer.rpartition(".")
+    return dataclasses.replace(
+        consumer,
+        layer=stack if place == "0" and stack in unused.split else consumer.layer,
+        node=names.get(consumer.node, consumer.node),
+        path=tuple(names.get(step, step) for step in consumer.path),
+    )
+
+
+def _is_inside(layer: str, stack: str) -> bool:
+    """Whether a layer is part of a split one, and not what that reads its input by."""
+    return layer.startswith(f"{stack}.") and layer != f"{stack}.0"
+
+
+def _passes_inside(name: str, layer: nn.Module, options: Options) -> bool:
+    """Whether the user's filter lets a layer pass, or one of a stack but the first."""
+    count = int(getattr(layer, "num_layers", 1))
+    names = (name, *(f"{name}.{index}" for index in range(1, count)))
+    return options.filter_fn is None or any(options.filter_fn(layer, each) for each in names)

@@ -1,0 +1,90 @@
+"""What the planner decides over: one record for each call of a layer.
+
+A graph gives records (:func:`graph_records`), and so does one observed run of a model that cannot
+be traced (:mod:`lean_fx.planning.observed`). The planner does not ask where a record came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lean_fx.graph.facts import Facts, Read, facts
+from lean_fx.layers.rebuild import input_weights, plain_type
+from lean_fx.planning.options import Options, named_by_user, unwanted
+from lean_fx.planning.plans import LeftAlone
+
+
+@dataclass(frozen=True)
+class Record:
+    """A call of a layer: what it reads, or why it is left alone.
+
+    Attributes:
+        layer: the qualified name of the layer, or of a parameter that multiplies a value.
+        kind: the type of the layer, such as ``"Conv2d"``, or the function.
+        read: what it reads; None if that cannot be reduced.
+        reason: why it is left alone; empty if it may be reduced.
+        node: the node of the call; empty if the layer reduces its own input.
+        weights: how many weights multiply the input.
+        rms: the root mean square of what it reads.
+        nonnegative: whether what it reads is proved to have no element below 0.
+        applied_by: as in :class:`~lean_fx.graph.sites.Consumer`.
+        note: for the user.
+    """
+
+    layer: str
+    kind: str
+    read: Read | None = None
+    reason: str = ""
+    node: str = ""
+    weights: int = 0
+    rms: float = 1.0
+    nonnegative: bool = False
+    applied_by: str | None = None
+    note: str = ""
+
+
+def graph_records(graph_module: GraphModule, options: Options) -> list[Record]:
+    """The records of a graph that has been analysed, in the order of its calls."""
+    modules = dict(graph_module.named_modules())
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    records = []
+    for node in nodes.values():
+        known = facts(node)
+        if known.refusal and node.op != "call_module":
+            kind = getattr(node.target, "__name__", str(node.target))
+            records.append(Record(known.weight or node.name, kind, reason=known.refusal))
+        elif known.refusal or known.read:
+            layer = modules[str(node.target)]
+            records.append(_layer_record(node, layer, known, nodes, options))
+    return records
+
+
+def unread_records(left: Iterable[LeftAlone]) -> list[Record]:
+    """The records of layers that are left alone before it is known what they read."""
+    return [Record(each.layer, each.kind, reason=each.reason) for each in left]
+
+
+def _layer_record(
+    node: Node, layer: nn.Module, known: Facts, nodes: dict[str, Node], options: Options
+) -> Record:
+    name = str(node.target)
+    if known.read is None:
+        wish = named_by_user(name, layer, options) if known.splits else ""
+        return Record(name, type(layer).__name__, reason=wish or known.refusal)
+    reason = unwanted(known.read, name, layer, options)
+    if reason:
+        return Record(name, type(layer).__name__, reason=reason)
+    value = facts(nodes[known.read.value])
+    return Record(
+        name,
+        plain_type(layer).__name__,
+        known.read,
+        node=node.name,
+        weights=sum(weight.numel() for weight in input_weights(layer).values()),
+        rms=value.rms or 1.0,
+        nonnegative=value.nonnegative,
+    )

@@ -8,14 +8,9 @@ from torch import nn
 from lean_fx.errors import PlanError
 from lean_fx.graph.calls import is_altered
 from lean_fx.graph.sites import Consumer, Site
+from lean_fx.layers.kinds import base_type, first_weight, groups_of, input_channels
 from lean_fx.layers.old_norms import with_norm_of_today
-from lean_fx.layers.rebuild import (
-    groups_of,
-    input_channels,
-    input_weights,
-    plain_type,
-    why_not_rebuilt,
-)
+from lean_fx.layers.rebuild import why_not_rebuilt
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
 
@@ -30,7 +25,7 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
     """
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
     layer = None if layer is None else with_norm_of_today(layer)
-    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
+    if layer is None or why_not_rebuilt(layer) or base_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
@@ -67,7 +62,7 @@ def reduction_for(
     """
     assert site.out_channels is not None
     module = make_reduction(reduction, site.in_channels, site.out_channels, site.reduced_dim)
-    weight = next(iter(input_weights(layer).values()))
+    weight = first_weight(layer)
     module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
     if isinstance(module, LeanReduction):
         module.nonnegative |= nonnegative

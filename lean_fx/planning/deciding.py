@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.layers.rebuild import input_weights, plain_type
+from lean_fx.layers.kinds import base_type, input_weights
 from lean_fx.passes import Consumer, Facts, Read, Site, facts
 from lean_fx.planning.options import Options, named_by_user, skip_reason, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
@@ -151,7 +151,7 @@ def _parts(graph_module: GraphModule) -> list[str]:
 
 def _consumer(node: str, name: str, layer: nn.Module, read: Read) -> Consumer:
     weights = sum(weight.numel() for weight in input_weights(layer).values())
-    return Consumer(name, plain_type(layer).__name__, node, read.spread, read.path, weights)
+    return Consumer(name, base_type(layer).__name__, node, read.spread, read.path, weights)
 
 
 def _decide(

@@ -29,7 +29,7 @@ from lean_fx.checks import check_values
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
-from lean_fx.layers.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
+from lean_fx.layers.kinds import base_type, groups_of, input_channels, input_weights, kind_of
 from lean_fx.passes import Consumer, Read, Site
 from lean_fx.passes.find_consumers import refusal_of
 from lean_fx.passes.measure_scale import unit_variance
@@ -40,7 +40,6 @@ from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.planning.policy import check_names
 from lean_fx.planning.watching import Use, WatchWeights
 
-_LAYERS: Any = tuple(REBUILDERS)  # for isinstance
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -98,13 +97,14 @@ def plan_layers(
     sites: list[Site] = []
     left: list[LeftAlone] = []
     for name, layer in modules.items():
-        if not name or not isinstance(layer, _LAYERS) or (only is not None and name not in only):
+        kind = kind_of(layer)
+        if not name or kind is None or (only is not None and name not in only):
             continue
         reason = _inside(name, modules) or refusal_of(layer, owners)
         groups = groups_of(layer)
         read = Read(
             "",
-            _axis(layer),
+            kind.channel_dim(layer),
             input_channels(layer) // groups,
             groups=groups,
             intermediate=not seen[name].is_input,
@@ -119,15 +119,15 @@ def plan_layers(
             left.append(LeftAlone(name, type(layer).__name__, reason))
             continue
         weights = sum(weight.numel() for weight in input_weights(layer).values())
-        kind = plain_type(layer).__name__
-        consumer = Consumer(name, kind, "", weights=weights, applied_by=applied_by)
+        type_name = base_type(layer).__name__
+        consumer = Consumer(name, type_name, "", weights=weights, applied_by=applied_by)
         rms = math.sqrt(seen[name].squares / seen[name].calls)
         rms = rms if 0 < rms < math.inf else 1.0
         note = "" if applied_by is None else f"applied by {applied_by or type(model).__name__}"
         site = Site("", read.dim, read.in_channels, (consumer,), groups=groups, rms=rms, note=note)
         settle(site, options, sites, left)
     left += products
-    names = [name for name, layer in modules.items() if isinstance(layer, _LAYERS)]
+    names = [name for name, layer in modules.items() if kind_of(layer)]
     if only is None:
         check_names("skip", (each for each in options.skip if isinstance(each, str)), names)
     if only is None and isinstance(options.channels, dict):
@@ -170,7 +170,7 @@ def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], 
     called: dict[str, _Seen] = {}
     for name, layer in copied.named_modules():
         seen = called[name] = _Seen()
-        if isinstance(layer, _LAYERS):
+        if kind_of(layer):
             layer.register_forward_pre_hook(_record(seen, own), with_kwargs=True)
     with torch.no_grad(), WatchWeights(copied) as watch, WatchProducts(copied) as products:
         copied(*inputs)
@@ -196,12 +196,6 @@ def _record(seen: _Seen, own: set[int]) -> Any:
         seen.add(args[0] if args else kwargs.get("input"), own)
 
     return hook
-
-
-def _axis(layer: nn.Module) -> int:
-    """The axis of the channels that a layer reads, from the end: a batch may be missing."""
-    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
-    return -1 - len(kernel)
 
 
 def _inside(name: str, modules: dict[str, nn.Module]) -> str:

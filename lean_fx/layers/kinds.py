@@ -1,0 +1,246 @@
+"""The kinds of layers whose input can be reduced: what one reads, how it is rebuilt, what it costs.
+
+A layer is of the kind of its type. A layer of a subclass is of its base's kind, but its forward may
+do more, so :mod:`lean_fx.layers.rebuild` asks before it rebuilds one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What lean_fx knows of a type of layers.
+
+    Attributes:
+        layer_type: the type itself.
+        in_channels: of a layer, the number of its input channels.
+        weights: the names of the parameters that multiply the input.
+        channel_dim: of a layer, the axis of the channels that it reads, and writes; negative if
+            counted from the end, as a batch may be missing.
+        macs: of a layer and the numbers of elements that it reads and writes, its multiply-adds.
+        rebuild: of a layer and a number, a new layer with so many input channels. If None, a
+            rebuilt layer is a copy with part of the weights.
+        groups: of a layer, the number of its groups; each reads channels of its own.
+        out_channels: of a layer, how many channels its output has, if that is one tensor.
+        calls: the functions that do with the weight of a layer what the layer does.
+        recurrent: whether it is an RNN, which may read packed sequences, or a cell of one.
+        width: the attribute that says ``in_channels``, which is set in a copy with fewer.
+    """
+
+    layer_type: type[nn.Module]
+    in_channels: Callable[[Any], int]
+    weights: tuple[str, ...]
+    channel_dim: Callable[[Any], int]
+    macs: Callable[[Any, int, int], int]
+    rebuild: Callable[[Any, int], nn.Module] | None = None
+    groups: Callable[[Any], int] = lambda layer: 1
+    out_channels: Callable[[Any], int] | None = None
+    calls: tuple[Callable[..., Any], ...] = ()
+    recurrent: bool = False
+    width: str = ""
+
+
+def _conv(layer: Any, in_channels: int) -> nn.Module:
+    names = ["stride", "padding", "dilation", "groups", "padding_mode"]
+    names += ["output_padding"] * layer.transposed
+    given = (in_channels, layer.out_channels, layer.kernel_size)
+    return _with_settings(layer, given, names, bias=layer.bias is not None)
+
+
+def _linear(layer: Any, in_channels: int) -> nn.Module:
+    return _with_settings(layer, (in_channels, layer.out_features), bias=layer.bias is not None)
+
+
+def _recurrent(layer: Any, in_channels: int) -> nn.Module:
+    names = ["num_layers", "bias", "batch_first", "dropout", "bidirectional"]
+    names += ["nonlinearity"] * isinstance(layer, nn.RNN)
+    names += ["proj_size"] * isinstance(layer, nn.LSTM)
+    return _with_settings(layer, (in_channels, layer.hidden_size), names)
+
+
+def _cell(layer: Any, in_channels: int) -> nn.Module:
+    names = ["bias"] + ["nonlinearity"] * isinstance(layer, nn.RNNCell)
+    return _with_settings(layer, (in_channels, layer.hidden_size), names)
+
+
+def _with_settings(
+    layer: Any, given: tuple[Any, ...], names: list[str] | None = None, **settings: Any
+) -> nn.Module:
+    """A new layer of the same type, with the settings of those names, where the layer is."""
+    settings |= {name: getattr(layer, name) for name in names or ()}
+    like = first_weight(layer)
+    made: nn.Module = base_type(layer)(*given, **settings, device=like.device, dtype=like.dtype)
+    return made
+
+
+def _macs_of_written(layer: Any, read: int, written: int) -> int:
+    """A layer multiplies each weight of an output channel once for an element that it writes."""
+    return written * first_weight(layer)[0].numel()
+
+
+def _macs_of_read(layer: Any, read: int, written: int) -> int:
+    """A transposed convolution multiplies an element with all weights of its channel."""
+    return read * first_weight(layer)[0].numel()
+
+
+def _macs_of_steps(layer: Any, read: int, written: int) -> int:
+    """A recurrent layer multiplies each element of its matrices once in a step."""
+    matrices = sum(each.numel() for each in layer.parameters() if each.dim() == 2)
+    return read // input_channels(layer) * int(matrices)
+
+
+_LINEAR: dict[str, Any] = {
+    "width": "in_features",
+    "in_channels": attrgetter("in_features"),
+    "weights": ("weight",),
+    "channel_dim": lambda layer: -1,
+    "macs": _macs_of_written,
+    "out_channels": attrgetter("out_features"),
+    "rebuild": _linear,
+}
+_CONV: dict[str, Any] = {
+    "width": "in_channels",
+    "in_channels": attrgetter("in_channels"),
+    "weights": ("weight",),
+    "channel_dim": lambda layer: -1 - len(layer.kernel_size),
+    "macs": _macs_of_written,
+    "groups": attrgetter("groups"),
+    "out_channels": attrgetter("out_channels"),
+    "rebuild": _conv,
+}
+_TRANSPOSED: dict[str, Any] = {**_CONV, "macs": _macs_of_read}
+_RECURRENT: dict[str, Any] = {
+    "width": "input_size",
+    "in_channels": attrgetter("input_size"),
+    "weights": ("weight_ih_l0", "weight_ih_l0_reverse"),
+    "channel_dim": lambda layer: -1,
+    "macs": _macs_of_steps,
+    "rebuild": _recurrent,
+    "recurrent": True,
+}
+_CELL: dict[str, Any] = {**_RECURRENT, "weights": ("weight_ih",), "rebuild": _cell}
+_ONE_STATE: dict[str, Any] = {**_CELL, "out_channels": attrgetter("hidden_size")}
+
+_OF_TORCH = (
+    LayerKind(nn.Conv1d, calls=(F.conv1d,), **_CONV),
+    LayerKind(nn.Conv2d, calls=(F.conv2d,), **_CONV),
+    LayerKind(nn.Conv3d, calls=(F.conv3d,), **_CONV),
+    LayerKind(nn.ConvTranspose1d, **_TRANSPOSED),
+    LayerKind(nn.ConvTranspose2d, **_TRANSPOSED),
+    LayerKind(nn.ConvTranspose3d, **_TRANSPOSED),
+    LayerKind(nn.Linear, calls=(F.linear,), **_LINEAR),
+    LayerKind(nn.RNN, **_RECURRENT),
+    LayerKind(nn.LSTM, **_RECURRENT),
+    LayerKind(nn.GRU, **_RECURRENT),
+    LayerKind(nn.RNNCell, **_ONE_STATE),
+    LayerKind(nn.LSTMCell, **_CELL),
+    LayerKind(nn.GRUCell, **_ONE_STATE),
+)
+
+#: The kinds by their exact types.
+KINDS: dict[type[nn.Module], LayerKind] = {kind.layer_type: kind for kind in _OF_TORCH}
+
+#: The type of the layers that a function stands for when it is given the weight of one.
+LAYER_OF_CALL: dict[Any, type[nn.Module]] = {
+    call: kind.layer_type for kind in _OF_TORCH for call in kind.calls
+}
+
+
+def kind_of(layer: nn.Module | None) -> LayerKind | None:
+    """The kind of a layer's type, or of the nearest base that has one; None if none has.
+
+    Example:
+        >>> class Mine(nn.Linear):
+        ...     pass
+        >>> kind_of(Mine(4, 2)).layer_type.__name__, kind_of(nn.ReLU())
+        ('Linear', None)
+    """
+    return next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), None)
+
+
+def base_type(layer: nn.Module) -> type[nn.Module]:
+    """The type of a layer, below its parametrizations if it has any.
+
+    Example:
+        >>> base_type(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))).__name__
+        'Linear'
+    """
+    return type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
+
+
+def _kind(layer: nn.Module) -> LayerKind:
+    kind = kind_of(layer)
+    assert kind is not None, type(layer)
+    return kind
+
+
+def input_channels(layer: nn.Module) -> int:
+    """The input channels of a conv, or the input features of a linear or recurrent layer.
+
+    Example:
+        >>> input_channels(nn.Conv2d(3, 50, 3)), input_channels(nn.Linear(20, 10))
+        (3, 20)
+        >>> input_channels(nn.GRU(40, 64))
+        40
+    """
+    return _kind(layer).in_channels(layer)
+
+
+def groups_of(layer: nn.Module) -> int:
+    """The groups of a conv; 1 for any other layer.
+
+    Example:
+        >>> groups_of(nn.Conv2d(8, 8, 3, groups=4)), groups_of(nn.Linear(8, 8))
+        (4, 1)
+    """
+    return _kind(layer).groups(layer)
+
+
+def channel_axis(layer: nn.Module, shape: tuple[int, ...] | None = None) -> int:
+    """The axis of the channels that a layer reads: -1, or counted from the front if possible.
+
+    Args:
+        layer: of a kind.
+        shape: of its input; None if that is not known. Then a convolution reads a batch.
+
+    Example:
+        >>> channel_axis(nn.Conv2d(3, 50, 3), (3, 9, 9)), channel_axis(nn.Conv2d(3, 50, 3))
+        (0, 1)
+        >>> channel_axis(nn.Linear(20, 10), (5, 20))
+        -1
+    """
+    dim = _kind(layer).channel_dim(layer)
+    if dim >= -1:
+        return dim
+    if shape is not None:
+        return len(shape) + dim
+    return 1 if hasattr(layer, "kernel_size") else dim
+
+
+def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that multiply the input, by name; of a stack of layers, the first one's.
+
+    Example:
+        >>> [*input_weights(nn.Linear(20, 10))], [*input_weights(nn.LSTM(8, 8, 2))]
+        (['weight'], ['weight_ih_l0'])
+    """
+    kind = kind_of(layer)
+    names = set(kind.weights if kind else ())
+    if "weight" in names:  # of torch's norms: as parametrizations, and made of hooks
+        names |= {f"parametrizations.weight.original{end}" for end in ("", "1")}
+        names |= {"weight_orig", "weight_v"}
+    return {name: value for name, value in layer.named_parameters() if name in names}
+
+
+def first_weight(layer: nn.Module) -> Tensor:
+    """The first of the parameters that multiply the input."""
+    return next(iter(input_weights(layer).values()))

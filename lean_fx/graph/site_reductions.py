@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
-from lean_fx.errors import PlanError
+from lean_fx.errors import LeanError, PlanError, one_line
 from lean_fx.graph.calls import is_altered
 from lean_fx.graph.sites import Consumer, Site
-from lean_fx.layers.kinds import base_type, first_weight, groups_of, input_channels
+from lean_fx.layers.kinds import (
+    KINDS,
+    base_type,
+    first_weight,
+    groups_of,
+    input_channels,
+    kind_of,
+)
 from lean_fx.layers.old_norms import with_norm_of_today
-from lean_fx.layers.rebuild import why_not_rebuilt
+from lean_fx.layers.rebuild import rebuild, why_not_rebuilt
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
 
@@ -25,6 +34,7 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
     """
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
     layer = None if layer is None else with_norm_of_today(layer)
+    _check_registered(layer, consumer)
     if layer is None or why_not_rebuilt(layer) or base_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
@@ -38,6 +48,35 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
         raise PlanError(
             f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
             f"{remedy}"
+        )
+    kind = kind_of(layer)
+    if kind is not None and kind.registered:
+        features = (site.out_channels or 1) * consumer.spread * site.groups
+        try:
+            with torch.random.fork_rng(devices=[]):
+                rebuild(layer, features)
+        except LeanError as error:
+            raise PlanError(f"{subject}: {one_line(error).removeprefix('rebuild: ')}") from error
+
+
+def check_registered(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Check that the types of a user's own layers are registered: else they are traced into.
+
+    Raises:
+        PlanError: one is not.
+    """
+    modules = dict(model.named_modules())
+    for consumer in (consumer for site in sites for consumer in site.consumers):
+        _check_registered(modules.get(consumer.layer), consumer)
+
+
+def _check_registered(layer: nn.Module | None, consumer: Consumer) -> None:
+    if layer is None or base_type(layer) in KINDS or type(layer).__name__ != consumer.kind:
+        return
+    if why_not_rebuilt(layer):
+        raise PlanError(
+            f"plan: layer {consumer.layer!r} is a {consumer.kind}, which is not registered here; "
+            f"do so first with lean_fx.register_layer({consumer.kind}, ...)"
         )
 
 

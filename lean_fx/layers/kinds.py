@@ -1,19 +1,23 @@
 """The kinds of layers whose input can be reduced: what one reads, how it is rebuilt, what it costs.
 
 A layer is of the kind of its type. A layer of a subclass is of its base's kind, but its forward may
-do more, so :mod:`lean_fx.layers.rebuild` asks before it rebuilds one.
+do more, so :mod:`lean_fx.layers.rebuild` asks before it rebuilds one. :func:`register_layer` adds
+a kind for a type of your own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from lean_fx.checks import check_int, one_of
+from lean_fx.errors import ArgumentError, one_line
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class LayerKind:
         calls: the functions that do with the weight of a layer what the layer does.
         recurrent: whether it is an RNN, which may read packed sequences, or a cell of one.
         width: the attribute that says ``in_channels``, which is set in a copy with fewer.
+        registered: whether :func:`register_layer` has added it.
     """
 
     layer_type: type[nn.Module]
@@ -47,6 +52,7 @@ class LayerKind:
     calls: tuple[Callable[..., Any], ...] = ()
     recurrent: bool = False
     width: str = ""
+    registered: bool = False
 
 
 def _conv(layer: Any, in_channels: int) -> nn.Module:
@@ -153,6 +159,135 @@ KINDS: dict[type[nn.Module], LayerKind] = {kind.layer_type: kind for kind in _OF
 LAYER_OF_CALL: dict[Any, type[nn.Module]] = {
     call: kind.layer_type for kind in _OF_TORCH for call in kind.calls
 }
+
+
+def register_layer(
+    layer_type: type[nn.Module],
+    *,
+    like: type[nn.Module] | None = None,
+    in_channels: Callable[[Any], int] | None = None,
+    rebuild: Callable[[Any, int], nn.Module] | None = None,
+    weights: Sequence[str] = ("weight",),
+    channel_dim: int = -1,
+    out_channels: Callable[[Any], int] | None = None,
+    macs: Callable[[Any, int, int], int] | None = None,
+) -> None:
+    """Let lean_fx reduce the input of layers of your own type, as it does for torch's.
+
+    The layers are called with their input first, and are not traced into. There are two ways:
+
+    - ``like=nn.Conv2d`` says that the type means what that type means, whatever its forward looks
+      like: a subclass, or a type with the same attributes and weights. A rebuilt layer is a copy
+      with part of the weights. Without it lean_fx runs a subclass to find out
+      (:mod:`lean_fx.layers.subclasses`), and leaves the layer alone if in doubt.
+    - ``in_channels`` and ``rebuild`` describe any other layer that is linear in its input. In a
+      rebuilt layer lean_fx scales the ``weights`` to what they will read; all other parameters and
+      buffers get the old values where their shapes agree.
+
+    A plan that names such layers can be applied where their type is registered.
+
+    Args:
+        layer_type: the exact type; its subclasses are not registered with it.
+        like: a conv, linear or recurrent type of torch.nn; then leave out what follows.
+        in_channels: called with a layer; returns the number of its input channels.
+        rebuild: called with a layer and a number; returns a new layer of the same type with so
+            many input channels and the other settings of the old one, its weights drawn anew.
+        weights: the names of the parameters that multiply the input.
+        channel_dim: the axis of the channels in the input and in the output.
+        out_channels: called with a layer; returns the number of channels of its output. Without
+            it, a linear layer behind a flatten of this output is left alone.
+        macs: called with a layer and the numbers of elements that it reads and writes; returns its
+            multiply-adds. By default each weight multiplies once where the layer reads a position.
+
+    Raises:
+        ArgumentError: the type is not a module class or is registered, or an argument is missing
+            or wrong.
+
+    Example:
+        >>> import lean_fx, torch
+        >>> class Turned(nn.Module):
+        ...     def __init__(self, n_in, n_out):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.randn(n_in, n_out))
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> register_layer(
+        ...     Turned,
+        ...     in_channels=lambda layer: layer.weight.shape[0],
+        ...     rebuild=lambda layer, n: Turned(n, layer.weight.shape[1]),
+        ... )
+        >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), Turned(64, 2))
+        >>> lean_fx.leanify(model).get_submodule("2").weight.shape
+        torch.Size([8, 2])
+        >>> unregister_layer(Turned)
+    """
+    name = getattr(layer_type, "__name__", repr(layer_type))
+    subject = f"register_layer: {name}"
+    if not isinstance(layer_type, type) or not issubclass(layer_type, nn.Module):
+        raise ArgumentError(f"{subject} is not a module class; give the class of the layers")
+    if layer_type in KINDS:
+        raise ArgumentError(f"{subject} is registered already; call unregister_layer({name}) first")
+    given: dict[str, Any] = {"in_channels": in_channels, "rebuild": rebuild}
+    given |= {"out_channels": out_channels, "macs": macs}
+    if like is not None:
+        kind = next((kind for kind in _OF_TORCH if kind.layer_type is like), None)
+        if kind is None:
+            known = one_of([kind.layer_type.__name__ for kind in _OF_TORCH])
+            raise ArgumentError(f"{subject}: like={like!r} is not torch.nn's {known}")
+        if any(given.values()):
+            raise ArgumentError(f"{subject}: like={like.__name__} says the rest; leave that out")
+        kind = replace(kind, rebuild=None, calls=())
+    else:
+        for key, value in given.items():
+            if not callable(value) and (value is not None or key in ("in_channels", "rebuild")):
+                raise ArgumentError(
+                    f"{subject}: {key}={value!r} cannot be called; give a function of the layer, "
+                    "or like= a type of torch.nn"
+                )
+        if isinstance(weights, str) or not weights:
+            raise ArgumentError(f"{subject}: weights={weights!r} is not a sequence of names")
+        dim = check_int(f"{subject}: channel_dim", channel_dim)
+        kind = LayerKind(
+            layer_type,
+            weights=tuple(weights),
+            channel_dim=lambda layer: dim,
+            **{"macs": _macs_of_positions} | {key: x for key, x in given.items() if x},
+        )
+    checked = {
+        key: _checked(f"{subject}: {key}", getattr(kind, key), least)
+        for key, least in _LEAST.items()
+        if getattr(kind, key)
+    }
+    KINDS[layer_type] = replace(kind, layer_type=layer_type, registered=True, **checked)
+
+
+_LEAST = {"in_channels": 1, "groups": 1, "out_channels": 1, "macs": 0, "channel_dim": None}
+
+
+def _checked(subject: str, function: Callable[..., Any], least: int | None) -> Any:
+    """A function of a layer, with its result checked."""
+
+    def checked(*args: Any) -> int:
+        try:
+            value = function(*args)
+        except Exception as error:  # the user's own code
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ArgumentError(f"{subject} fails ({reason}); correct it") from error
+        return check_int(subject, value, least)
+
+    return checked
+
+
+def unregister_layer(layer_type: type[nn.Module]) -> None:
+    """Take a type back. Types that were never registered, and torch's own, are no error."""
+    if layer_type in KINDS and KINDS[layer_type].registered:
+        del KINDS[layer_type]
+
+
+def _macs_of_positions(layer: Any, read: int, written: int) -> int:
+    """A layer multiplies each weight once where it reads a position."""
+    weights = sum(weight.numel() for weight in input_weights(layer).values())
+    return read // input_channels(layer) * weights
 
 
 def kind_of(layer: nn.Module | None) -> LayerKind | None:

@@ -24,8 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lean_fx.errors import PassError
-from lean_fx.layers.kinds import base_type, input_channels, input_weights, kind_of
+from lean_fx.errors import PassError, one_line
+from lean_fx.layers.kinds import (
+    LayerKind,
+    base_type,
+    first_weight,
+    input_channels,
+    input_weights,
+    kind_of,
+)
 from lean_fx.layers.old_norms import with_norm_of_today
 from lean_fx.layers.subclasses import is_channel_linear, narrowed, scale_like
 
@@ -48,13 +55,14 @@ def why_not_rebuilt(layer: nn.Module) -> str:
         return f"{type(layer).__name__} is not a layer that can be rebuilt"
     if not parametrize.is_parametrized(layer):
         strange = [name for name in _held(layer) if not _WEIGHTS.fullmatch(name)]
-        if strange and base_type(layer) is kind.layer_type:
+        if strange and base_type(layer) is kind.layer_type and not kind.registered:
             return f"it holds {strange[0]}, which a rebuilt layer would lose"
         if not input_weights(layer):
             return "its weight is no parameter"
     else:
         known = all(len(each) == 1 and type(each[0]) in _NORMS for each in _parametrized(layer))
-        if not known or not parametrize.is_parametrized(layer, "weight") or kind.recurrent:
+        simple = not kind.recurrent and not kind.registered
+        if not known or not parametrize.is_parametrized(layer, "weight") or not simple:
             return "its weight is parametrized"
     if base_type(layer) is not kind.layer_type:
         simple = not kind.recurrent and not parametrize.is_parametrized(layer)
@@ -76,7 +84,9 @@ def _normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
     """A layer with a norm of its weight, rebuilt without, and then normed anew."""
     still = copy.deepcopy(layer).eval()  # the power iteration of spectral norm rests in eval mode
     # Not remove_parametrizations: it would change the class, which copies share.
-    bare = _renewed(layer, input_channels(layer))
+    kind = kind_of(layer)
+    assert kind is not None
+    bare = _renewed(layer, kind, input_channels(layer))
     if not next(layer.parameters()).is_meta:
         bare.load_state_dict({name: getattr(still, name).detach() for name in bare.state_dict()})
     made = rebuild(bare, in_channels, gain).train(layer.training)
@@ -137,7 +147,8 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
     kind = kind_of(layer)
     assert kind is not None
     copied = kind.rebuild is None or type(layer) is not kind.layer_type
-    made = _narrow_copy(layer, in_channels) if copied else _renewed(layer, in_channels)
+    made = _narrow_copy(layer, in_channels) if copied else _renewed(layer, kind, in_channels)
+    drawn = not (copied or kind.recurrent or kind.registered)
     weights = input_weights(layer)
     factor = gain * (input_channels(layer) / in_channels) ** 0.5
     for name, parameter in layer.named_parameters():
@@ -145,23 +156,14 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         if not parameter.is_meta:
             if name in weights:
                 _rescale(new, parameter, factor)
-            elif kind.recurrent and not copied:
-                new.data.copy_(parameter)
-            elif not copied:
+            elif drawn:
                 _rescale(new, parameter, 1.0)
+            elif new.shape == parameter.shape:
+                new.data.copy_(parameter)
         new.requires_grad_(parameter.requires_grad)
     if copied:
         scale_like(made, layer, gain)
-    made.train(layer.training)
-    return made
-
-
-def _renewed(layer: nn.Module, in_channels: int) -> nn.Module:
-    """A new layer, as the kind of the layer says."""
-    kind = kind_of(layer)
-    assert kind is not None
-    assert kind.rebuild is not None
-    return kind.rebuild(layer, in_channels)
+    return made.train(layer.training)
 
 
 def _narrow_copy(layer: nn.Module, in_channels: int) -> nn.Module:
@@ -170,3 +172,32 @@ def _narrow_copy(layer: nn.Module, in_channels: int) -> nn.Module:
     for weight in input_weights(made).values():
         nn.init.kaiming_uniform_(weight, a=5**0.5)
     return made
+
+
+def _renewed(layer: nn.Module, kind: LayerKind, in_channels: int) -> nn.Module:
+    """A new layer, as the kind of the layer says."""
+    assert kind.rebuild is not None
+    if not kind.registered:
+        return kind.rebuild(layer, in_channels)
+    name = type(layer).__name__
+    subject = f"rebuild: the rebuild= registered for {name}"
+    try:
+        made = kind.rebuild(layer, in_channels)
+    except Exception as error:  # the user's own code
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise PassError(f"{subject} fails for {in_channels} channels ({reason})") from error
+    if type(made) is not type(layer):
+        raise PassError(f"{subject} gives a {type(made).__name__}; it must give a new {name}")
+    if input_channels(made) != in_channels:
+        found = input_channels(made)
+        raise PassError(f"{subject} gives {found} input channels for {in_channels}; correct it")
+    old, new = layer.state_dict(), made.state_dict()
+    if lost := [key for key in old if key not in new]:
+        raise PassError(f"{subject} gives no {lost[0]!r}, which the layer holds; add it")
+    if not all(weight.is_meta or weight.any() for weight in input_weights(made).values()):
+        raise PassError(f"{subject} gives a weight of zeros; draw it")
+    for key, buffer in made.named_buffers():
+        if key in old and old[key].shape == buffer.shape:
+            buffer.copy_(old[key])
+    weight = first_weight(layer)
+    return made.to(device=weight.device, dtype=weight.dtype)

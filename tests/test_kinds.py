@@ -192,6 +192,8 @@ class Lookalike(nn.Module):
 
 def test_recurrent_subclass_and_lookalike(registering):
     registering(MyGRU, like=nn.GRU)
+    stack = nn.Sequential(nn.Linear(4, 16), MyGRU(16, 8, 2))
+    assert found(lean_fx.plan(stack)) == {"1": ("MyGRU", -1, 16)}
     registering(Lookalike, like=nn.Linear)
     layer, x = MyGRU(16, 8, bidirectional=True, batch_first=True), torch.rand(2, 5, 16)
     state = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -205,6 +207,38 @@ def test_recurrent_subclass_and_lookalike(registering):
     assert torch.equal(made.weight_hh_l0, layer.weight_hh_l0)
     lean = lean_fx.leanify(nn.Sequential(nn.Linear(4, 16), Lookalike()))
     assert lean.get_submodule("1").weight.shape == (5, 4)
+
+
+class Around(nn.Module):
+    """A layer with a layer inside."""
+
+    def __init__(self, n_in):
+        super().__init__()
+        self.inner = nn.Linear(n_in, 8)
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() < 1e9 else x
+
+
+class Numbers(nn.Sequential):
+    """Cannot be traced: its branch asks the values."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() < 1e9 else -x)
+
+
+@pytest.mark.filterwarnings("ignore:.*each layer reduces its own input")
+@pytest.mark.parametrize("net", [nn.Sequential, Numbers])
+def test_a_layer_with_a_layer_inside(registering, net):
+    registering(
+        Around,
+        in_channels=lambda layer: layer.inner.in_features,
+        rebuild=lambda layer, n: Around(n),
+        weights=["inner.weight"],
+    )
+    plan = lean_fx.plan(net(nn.Linear(4, 32), Around(32)), torch.rand(2, 4))
+    assert found(plan) == {"1": ("Around", -1, 32)}
+    assert plan.traced == (net is nn.Sequential)
 
 
 class Middle(nn.Module):

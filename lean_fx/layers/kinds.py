@@ -27,65 +27,32 @@ class LayerKind:
     Attributes:
         layer_type: the type itself.
         in_channels: of a layer, the number of its input channels.
+        macs: of a layer and the numbers of elements that it reads and writes, its multiply-adds.
         weights: the names of the parameters that multiply the input.
         channel_dim: of a layer, the axis of the channels that it reads, and writes; negative if
             counted from the end, as a batch may be missing.
-        macs: of a layer and the numbers of elements that it reads and writes, its multiply-adds.
-        rebuild: of a layer and a number, a new layer with so many input channels. If None, a
-            rebuilt layer is a copy with part of the weights.
         groups: of a layer, the number of its groups; each reads channels of its own.
         out_channels: of a layer, how many channels its output has, if that is one tensor.
+        rebuild: of a layer and a number, a new layer with so many input channels. If None, a
+            rebuilt layer is a copy with part of the weights.
+        width: the attribute that says ``in_channels``, which is set in such a copy.
         calls: the functions that do with the weight of a layer what the layer does.
         recurrent: whether it is an RNN, which may read packed sequences, or a cell of one.
-        width: the attribute that says ``in_channels``, which is set in a copy with fewer.
         registered: whether :func:`register_layer` has added it.
     """
 
     layer_type: type[nn.Module]
     in_channels: Callable[[Any], int]
-    weights: tuple[str, ...]
-    channel_dim: Callable[[Any], int]
     macs: Callable[[Any, int, int], int]
-    rebuild: Callable[[Any, int], nn.Module] | None = None
+    weights: tuple[str, ...] = ("weight",)
+    channel_dim: Callable[[Any], int] = lambda layer: -1
     groups: Callable[[Any], int] = lambda layer: 1
     out_channels: Callable[[Any], int] | None = None
+    rebuild: Callable[[Any, int], nn.Module] | None = None
+    width: str = ""
     calls: tuple[Callable[..., Any], ...] = ()
     recurrent: bool = False
-    width: str = ""
     registered: bool = False
-
-
-def _conv(layer: Any, in_channels: int) -> nn.Module:
-    names = ["stride", "padding", "dilation", "groups", "padding_mode"]
-    names += ["output_padding"] * layer.transposed
-    given = (in_channels, layer.out_channels, layer.kernel_size)
-    return _with_settings(layer, given, names, bias=layer.bias is not None)
-
-
-def _linear(layer: Any, in_channels: int) -> nn.Module:
-    return _with_settings(layer, (in_channels, layer.out_features), bias=layer.bias is not None)
-
-
-def _recurrent(layer: Any, in_channels: int) -> nn.Module:
-    names = ["num_layers", "bias", "batch_first", "dropout", "bidirectional"]
-    names += ["nonlinearity"] * isinstance(layer, nn.RNN)
-    names += ["proj_size"] * isinstance(layer, nn.LSTM)
-    return _with_settings(layer, (in_channels, layer.hidden_size), names)
-
-
-def _cell(layer: Any, in_channels: int) -> nn.Module:
-    names = ["bias"] + ["nonlinearity"] * isinstance(layer, nn.RNNCell)
-    return _with_settings(layer, (in_channels, layer.hidden_size), names)
-
-
-def _with_settings(
-    layer: Any, given: tuple[Any, ...], names: list[str] | None = None, **settings: Any
-) -> nn.Module:
-    """A new layer of the same type, with the settings of those names, where the layer is."""
-    settings |= {name: getattr(layer, name) for name in names or ()}
-    like = first_weight(layer)
-    made: nn.Module = base_type(layer)(*given, **settings, device=like.device, dtype=like.dtype)
-    return made
 
 
 def _macs_of_written(layer: Any, read: int, written: int) -> int:
@@ -104,52 +71,33 @@ def _macs_of_steps(layer: Any, read: int, written: int) -> int:
     return read // input_channels(layer) * int(matrices)
 
 
-_LINEAR: dict[str, Any] = {
-    "width": "in_features",
-    "in_channels": attrgetter("in_features"),
-    "weights": ("weight",),
-    "channel_dim": lambda layer: -1,
-    "macs": _macs_of_written,
-    "out_channels": attrgetter("out_features"),
-    "rebuild": _linear,
-}
-_CONV: dict[str, Any] = {
-    "width": "in_channels",
-    "in_channels": attrgetter("in_channels"),
-    "weights": ("weight",),
-    "channel_dim": lambda layer: -1 - len(layer.kernel_size),
-    "macs": _macs_of_written,
-    "groups": attrgetter("groups"),
-    "out_channels": attrgetter("out_channels"),
-    "rebuild": _conv,
-}
+def _kind_of_torch(layer_type: type[nn.Module], width: str, out: str, **others: Any) -> LayerKind:
+    """A kind of layers that say their channels by the attributes ``width`` and ``out``."""
+    given = {"macs": _macs_of_written, "in_channels": attrgetter(width), "width": width, **others}
+    return LayerKind(layer_type, out_channels=attrgetter(out) if out else None, **given)
+
+
+_CONV: dict[str, Any] = {"width": "in_channels", "out": "out_channels"}
+_CONV |= {"groups": attrgetter("groups"), "channel_dim": lambda layer: -1 - len(layer.kernel_size)}
 _TRANSPOSED: dict[str, Any] = {**_CONV, "macs": _macs_of_read}
-_RECURRENT: dict[str, Any] = {
-    "width": "input_size",
-    "in_channels": attrgetter("input_size"),
-    "weights": ("weight_ih_l0", "weight_ih_l0_reverse"),
-    "channel_dim": lambda layer: -1,
-    "macs": _macs_of_steps,
-    "rebuild": _recurrent,
-    "recurrent": True,
-}
-_CELL: dict[str, Any] = {**_RECURRENT, "weights": ("weight_ih",), "rebuild": _cell}
-_ONE_STATE: dict[str, Any] = {**_CELL, "out_channels": attrgetter("hidden_size")}
+_RECURRENT: dict[str, Any] = {"width": "input_size", "macs": _macs_of_steps, "recurrent": True}
+_STACK = {**_RECURRENT, "out": "", "weights": ("weight_ih_l0", "weight_ih_l0_reverse")}
+_CELL = {**_RECURRENT, "out": "hidden_size", "weights": ("weight_ih",)}
 
 _OF_TORCH = (
-    LayerKind(nn.Conv1d, calls=(F.conv1d,), **_CONV),
-    LayerKind(nn.Conv2d, calls=(F.conv2d,), **_CONV),
-    LayerKind(nn.Conv3d, calls=(F.conv3d,), **_CONV),
-    LayerKind(nn.ConvTranspose1d, **_TRANSPOSED),
-    LayerKind(nn.ConvTranspose2d, **_TRANSPOSED),
-    LayerKind(nn.ConvTranspose3d, **_TRANSPOSED),
-    LayerKind(nn.Linear, calls=(F.linear,), **_LINEAR),
-    LayerKind(nn.RNN, **_RECURRENT),
-    LayerKind(nn.LSTM, **_RECURRENT),
-    LayerKind(nn.GRU, **_RECURRENT),
-    LayerKind(nn.RNNCell, **_ONE_STATE),
-    LayerKind(nn.LSTMCell, **_CELL),
-    LayerKind(nn.GRUCell, **_ONE_STATE),
+    _kind_of_torch(nn.Conv1d, calls=(F.conv1d,), **_CONV),
+    _kind_of_torch(nn.Conv2d, calls=(F.conv2d,), **_CONV),
+    _kind_of_torch(nn.Conv3d, calls=(F.conv3d,), **_CONV),
+    _kind_of_torch(nn.ConvTranspose1d, **_TRANSPOSED),
+    _kind_of_torch(nn.ConvTranspose2d, **_TRANSPOSED),
+    _kind_of_torch(nn.ConvTranspose3d, **_TRANSPOSED),
+    _kind_of_torch(nn.Linear, "in_features", "out_features", calls=(F.linear,)),
+    _kind_of_torch(nn.RNN, **_STACK),
+    _kind_of_torch(nn.LSTM, **_STACK),
+    _kind_of_torch(nn.GRU, **_STACK),
+    _kind_of_torch(nn.RNNCell, **_CELL),
+    _kind_of_torch(nn.LSTMCell, **{**_CELL, "out": ""}),
+    _kind_of_torch(nn.GRUCell, **_CELL),
 )
 
 #: The kinds by their exact types.
@@ -234,9 +182,8 @@ def register_layer(
         if kind is None:
             known = one_of([kind.layer_type.__name__ for kind in _OF_TORCH])
             raise ArgumentError(f"{subject}: like={like!r} is not torch.nn's {known}")
-        if any(given.values()):
+        if any(given.values()) or (weights, channel_dim) != (("weight",), -1):
             raise ArgumentError(f"{subject}: like={like.__name__} says the rest; leave that out")
-        kind = replace(kind, rebuild=None, calls=())
     else:
         for key, value in given.items():
             if not callable(value) and (value is not None or key in ("in_channels", "rebuild")):

@@ -1,7 +1,8 @@
 """A layer made anew for fewer input channels, on the same device, in the same dtype and mode.
 
-One function per kind of layer. Everything but the number of input channels stays. The weights
-that multiply the input are drawn anew by torch's own rule for the layer, since the net is trained
+Everything but the number of input channels stays: the new layer is a copy with narrower weights, or
+what a user's own function makes (:func:`~lean_fx.layers.kinds.register_layer`). The weights that
+multiply the input are drawn anew by torch's own rule for the layer, since the net is trained
 from scratch, then brought to the scale of the layer replaced: for inputs that are ``gain`` times
 smaller than before, with a fan-in that is ``k`` times smaller, weights of root mean square
 ``rms(old) gain sqrt(k)`` give outputs of the same variance. The biases of conv and linear layers
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from lean_fx.layers.kinds import (
     kind_of,
 )
 from lean_fx.layers.old_norms import with_norm_of_today
-from lean_fx.layers.subclasses import is_channel_linear, narrowed, scale_like
+from lean_fx.layers.subclasses import is_channel_linear, narrowed, scale_like, shallow
 
 #: What torch's own layers hold.
 _WEIGHTS = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
@@ -84,12 +86,12 @@ def _normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
     """A layer with a norm of its weight, rebuilt without, and then normed anew."""
     still = copy.deepcopy(layer).eval()  # the power iteration of spectral norm rests in eval mode
     # Not remove_parametrizations: it would change the class, which copies share.
-    kind = kind_of(layer)
-    assert kind is not None
-    bare = _renewed(layer, kind, input_channels(layer))
-    if not next(layer.parameters()).is_meta:
-        bare.load_state_dict({name: getattr(still, name).detach() for name in bare.state_dict()})
-    made = rebuild(bare, in_channels, gain).train(layer.training)
+    bare = shallow(layer)
+    bare.__class__ = base_type(layer)
+    del bare.parametrizations
+    bare.weight = nn.Parameter(still.weight.detach())
+    bare._load_state_dict_pre_hooks = OrderedDict()  # of the norm
+    made = rebuild(bare, in_channels, gain)
     norm = layer.parametrizations.weight[0]
     if isinstance(norm, parametrizations._WeightNorm):
         parametrizations.weight_norm(made, dim=norm.dim)
@@ -146,9 +148,10 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         return _normed(layer, in_channels, gain)
     kind = kind_of(layer)
     assert kind is not None
-    copied = kind.rebuild is None or type(layer) is not kind.layer_type
+    exact = type(layer) is kind.layer_type
+    copied = kind.rebuild is None or not exact
     made = _narrow_copy(layer, in_channels) if copied else _renewed(layer, kind, in_channels)
-    drawn = not (copied or kind.recurrent or kind.registered)
+    drawn = exact and not kind.recurrent and not kind.registered
     weights = input_weights(layer)
     factor = gain * (input_channels(layer) / in_channels) ** 0.5
     for name, parameter in layer.named_parameters():
@@ -157,11 +160,12 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
             if name in weights:
                 _rescale(new, parameter, factor)
             elif drawn:
+                nn.init.uniform_(new, -1, 1)
                 _rescale(new, parameter, 1.0)
             elif new.shape == parameter.shape:
                 new.data.copy_(parameter)
         new.requires_grad_(parameter.requires_grad)
-    if copied:
+    if copied and not drawn:
         scale_like(made, layer, gain)
     return made.train(layer.training)
 
@@ -171,14 +175,13 @@ def _narrow_copy(layer: nn.Module, in_channels: int) -> nn.Module:
     made: nn.Module = copy.deepcopy(narrowed(layer, in_channels))
     for weight in input_weights(made).values():
         nn.init.kaiming_uniform_(weight, a=5**0.5)
+    made.zero_grad()
     return made
 
 
 def _renewed(layer: nn.Module, kind: LayerKind, in_channels: int) -> nn.Module:
-    """A new layer, as the kind of the layer says."""
+    """A new layer, as ``register_layer`` was told to make it."""
     assert kind.rebuild is not None
-    if not kind.registered:
-        return kind.rebuild(layer, in_channels)
     name = type(layer).__name__
     subject = f"rebuild: the rebuild= registered for {name}"
     try:

@@ -41,7 +41,7 @@ def narrowed(layer: Any, in_channels: int) -> Any:
 
     It shares all other state with the layer.
     """
-    made = _shallow(layer)
+    made = shallow(layer)
     groups = groups_of(layer)
     axis = 0 if getattr(layer, "transposed", False) else 1
     split = groups if axis == 0 else 1  # there the groups lie one behind the other
@@ -116,7 +116,7 @@ def scale_like(made: nn.Module, layer: nn.Module, gain: float) -> None:
             return
 
 
-def _shallow(layer: Any) -> Any:
+def shallow(layer: Any) -> Any:
     """A copy that shares tensors with the layer, but not what forward sets."""
     made = object.__new__(type(layer))
     for name, value in vars(layer).items():
@@ -150,7 +150,7 @@ def _channels(layer: Any) -> tuple[int, int, int]:
 
 def _run(layer: nn.Module, x: Tensor) -> Tensor:
     torch.manual_seed(1)
-    out: Tensor = _shallow(layer)(x)  # what a forward keeps must not reach the next
+    out: Tensor = shallow(layer)(x)  # what a forward keeps must not reach the next
     return out
 
 
@@ -172,7 +172,7 @@ def _same(layer: Any) -> bool:
     found, found_grad = _run_back(narrow, x)
     if wide.shape != found.shape or not torch.allclose(wide, found):
         return False
-    holder = _shallow(layer)
+    holder = shallow(layer)
     holder.weight = nn.Parameter(wide_grad)
     return torch.allclose(narrowed(holder, groups * fewer).weight, found_grad)
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from lean_fx.layers.kinds import base_type, input_weights
 from lean_fx.passes import Consumer, Facts, Read, Site, facts
+from lean_fx.passes.split_layers import splitter_of
 from lean_fx.planning.options import Options, named_by_user, skip_reason, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.planning.policy import (
@@ -40,8 +41,7 @@ def stacks_to_split(graph_module: GraphModule, options: Options) -> tuple[str, .
         known = facts(node)
         if known.read or known.splits:
             name = str(node.target)
-            layers = getattr(graph_module.get_submodule(name), "num_layers", 1)
-            calls[name] += known.splits or layers > 1
+            calls[name] += splitter_of(graph_module.get_submodule(name)) is not None
     return tuple(
         name
         for name, count in calls.items()

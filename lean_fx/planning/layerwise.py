@@ -29,7 +29,7 @@ from lean_fx.checks import check_values
 from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
-from lean_fx.layers.kinds import base_type, groups_of, input_channels, input_weights, kind_of
+from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
 from lean_fx.passes import Consumer, Read, Site
 from lean_fx.passes.find_consumers import refusal_of
 from lean_fx.passes.measure_scale import unit_variance
@@ -202,7 +202,8 @@ def _inside(name: str, modules: dict[str, nn.Module]) -> str:
     while name := name.rpartition(".")[0]:
         holder = modules[name]
         ours = type(holder) is nn.Module or isinstance(holder, _CONTAINERS)  # of a graph, too
-        if type(holder).__module__.startswith("torch.nn.") and not ours:
+        reads = type(holder) in KINDS or type(holder).__module__.startswith("torch.nn.")
+        if reads and not ours:
             return f"inside {type(holder).__name__}, which reads its weights itself"
     return ""
 

@@ -14,9 +14,9 @@ axis, or through a flatten and dropouts::
 
 Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
 
-1. it cannot be rebuilt: it is of a subclass that does not keep the meaning of its type
-   (:mod:`lean_fx.layers.subclasses`), or its weight is parametrized by more than torch's weight
-   norm or spectral norm;
+1. it cannot be rebuilt: it is of a subclass that is not registered and does not keep the meaning
+   of its type (:mod:`lean_fx.layers.subclasses`), or its weight is parametrized by more than
+   torch's weight norm or spectral norm;
 2. a parameter of it is shared or read elsewhere (or memory of it), or frozen, or its weight is not
    floating-point or of a subclass of torch's parameters; or it is called more than once, and
    reads through a flatten, or along different axes, or one of the calls is refused;

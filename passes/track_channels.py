@@ -12,7 +12,8 @@ from C*H*W to C'*H*W features.
 Rules:
 
 1. Conv and ConvTranspose give ``out_channels`` on axis 1; Linear gives ``out_features`` on axis -1;
-   an input of the model that is known to have four axes or more has its channels on axis 1 (one of
+   a layer of a registered type gives what its kind says (:mod:`lean_fx.layers.kinds`); an
+   input of the model that is known to have four axes or more has its channels on axis 1 (one of
    three may be a sequence, whose channels are last, or a picture without a batch).
 2. Elementwise layers and dropout keep what their input has; batch, instance, group and layer norms
    too. Pooling does if the channels are on axis 1 (or 0, without a batch), not where it pools.

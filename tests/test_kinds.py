@@ -382,7 +382,7 @@ def test_bad_arguments(registering, layer_type, options, message):
     assert before == KINDS
 
 
-def test_functions_that_fail(registering):
+def test_functions_that_fail(registering, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 64), Turned(64, 8))
     registering(Turned, like=nn.Linear)
     with pytest.raises(
@@ -390,6 +390,12 @@ def test_functions_that_fail(registering):
         match="^register_layer: Turned: out_channels fails .AttributeError: 'Turned' object has no attribute 'out_features'.; correct it$",
     ):
         lean_fx.plan(model)
+    monkeypatch.setattr(Turned, "in_features", 64, raising=False)
+    monkeypatch.setattr(Turned, "out_features", 8, raising=False)
+    with pytest.raises(
+        PlanError, match="^plan: layer '1': the weight of Turned is not that of its base$"
+    ):
+        lean_fx.leanify(model)
     lean_fx.unregister_layer(Turned)
     registering(Turned, **TURNED | {"in_channels": lambda layer: 6.5})
     with pytest.raises(

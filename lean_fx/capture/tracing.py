@@ -51,8 +51,8 @@ def is_wrapped(function: Any) -> bool:
 class LeanTracer(Tracer):
     """torch.fx's tracer, with seven differences.
 
-    Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
-    into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
+    Subclasses of conv, linear and recurrent layers, and registered layers, are leaves too: they
+    would otherwise dissolve into functional calls; as leaves they are seen. Buffers are values
     of the graph, so that what forward computes of them is computed at every call, not once. The
     functions that pack and pad sequences are nodes, since they cannot run without lengths. The
     shape of a parameter is a constant. What a graph would lose

@@ -34,7 +34,6 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
     """
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
     layer = None if layer is None else with_norm_of_today(layer)
-    _check_registered(layer, consumer)
     if layer is None or why_not_rebuilt(layer) or base_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
@@ -60,24 +59,21 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
 
 
 def check_registered(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Check that the types of a user's own layers are registered: else they are traced into.
+    """Check that the types of a user's own layers are registered: if not, a tracer enters them.
 
     Raises:
         PlanError: one is not.
     """
     modules = dict(model.named_modules())
     for consumer in (consumer for site in sites for consumer in site.consumers):
-        _check_registered(modules.get(consumer.layer), consumer)
-
-
-def _check_registered(layer: nn.Module | None, consumer: Consumer) -> None:
-    if layer is None or base_type(layer) in KINDS or type(layer).__name__ != consumer.kind:
-        return
-    if why_not_rebuilt(layer):
-        raise PlanError(
-            f"plan: layer {consumer.layer!r} is a {consumer.kind}, which is not registered here; "
-            f"do so first with lean_fx.register_layer({consumer.kind}, ...)"
-        )
+        layer, kind = modules.get(consumer.layer), consumer.kind
+        if layer is None or base_type(layer) in KINDS or type(layer).__name__ != kind:
+            continue
+        if why_not_rebuilt(layer):
+            raise PlanError(
+                f"plan: layer {consumer.layer!r} is a {kind}, which is not registered here; do so "
+                f"first with lean_fx.register_layer({kind}, ...)"
+            )
 
 
 def reduction_for(

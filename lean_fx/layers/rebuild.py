@@ -9,7 +9,7 @@ smaller than before, with a fan-in that is ``k`` times smaller, weights of root 
 are drawn anew too, and get the root mean square of the old ones; all else of a recurrent layer
 (recurrent weights, biases, further layers) keeps its values, and with them an initialisation that
 was chosen for it, such as orthogonal weights or a forget gate's bias of 1; so does all else of a
-layer of a subclass, which is a copy (see :mod:`lean_fx.layers.subclasses`).
+layer of a subclass (:mod:`lean_fx.layers.subclasses`) or of a registered type.
 
 A layer with torch's weight norm or spectral norm is rebuilt without, and gets it anew; one whose
 norm is made of hooks gets the parametrization that has taken their place.
@@ -120,7 +120,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
 
     Args:
         layer: a Conv, ConvTranspose, Linear, RNN, LSTM, GRU or a cell of these, of exactly that
-            type or of a subclass that keeps its meaning; it is not changed.
+            type or of a subclass that keeps its meaning, or of a registered type; not changed.
         in_channels: 1 or more, a multiple of the layer's groups.
         gain: how many times larger what the old layer read was than what the new one reads, by
             root mean squares; above 0.
@@ -130,7 +130,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         parameters that do not require a gradient still do not.
 
     Raises:
-        PassError: the type is none of these.
+        PassError: the type is none of these, or what a user registered for it does not do.
 
     Example:
         >>> rebuild(nn.Conv2d(50, 100, 3, padding=1), 10)

@@ -12,7 +12,8 @@ input channels (of each group), and a weight to match, all else as it is. It may
 3. both are affine in their input: f(x + y) + f(0) = f(x) + f(y). Such a layer may make its weight
    of all its numbers (a standardised weight), and does so of fewer.
 
-What has a number for each input channel besides the weight fails the first rule.
+What has a number for each input channel besides the weight fails the first rule. A type that is
+registered (:func:`~lean_fx.layers.kinds.register_layer`) is trusted, and not asked.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def narrowed(layer: Any, in_channels: int) -> Any:
 
 
 def is_channel_linear(layer: nn.Module) -> bool:
-    """Whether a layer of a subclass may be rebuilt; its device and mode do not matter.
+    """Whether a layer of a subclass passes these rules; its device and mode do not matter.
 
     Args:
         layer: of a subclass of a conv, a transposed conv or a linear layer; it is not changed.

@@ -126,6 +126,15 @@ def test_the_scale_of_a_layer_is_kept(registering):
 
 
 @pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"device": "meta"}])
+def test_a_rebuilt_layer_is_where_the_layer_is(options):
+    lean = lean_fx.leanify(nn.Sequential(nn.Linear(4, 32), Turned(32, 4)).to(**options))
+    held, wanted = lean.get_submodule("1").state_dict(), torch.zeros(0, **options)
+    assert [*held] == ["weight", "bias", "mask"]
+    assert {(x.dtype, x.device) for x in held.values()} == {(wanted.dtype, wanted.device)}
+
+
+@pytest.mark.usefixtures("registered")
 def test_costs_and_selection():
     lean = lean_fx.leanify(Net(), INPUTS, channels=8)
     for model, width in ((Net(), (32, 64)), (lean, (8, 8))):

@@ -184,8 +184,11 @@ def _renewed(layer: nn.Module, kind: LayerKind, in_channels: int) -> nn.Module:
     assert kind.rebuild is not None
     name = type(layer).__name__
     subject = f"rebuild: the rebuild= registered for {name}"
+    weight = first_weight(layer)
     try:
         made = kind.rebuild(layer, in_channels)
+        if type(made) is type(layer):
+            made.to(device=weight.device, dtype=weight.dtype)
     except Exception as error:  # the user's own code
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise PassError(f"{subject} fails for {in_channels} channels ({reason})") from error
@@ -202,5 +205,4 @@ def _renewed(layer: nn.Module, kind: LayerKind, in_channels: int) -> nn.Module:
     for key, buffer in made.named_buffers():
         if key in old and old[key].shape == buffer.shape:
             buffer.copy_(old[key])
-    weight = first_weight(layer)
-    return made.to(device=weight.device, dtype=weight.dtype)
+    return made

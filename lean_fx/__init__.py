@@ -24,6 +24,7 @@ from lean_fx.errors import (
 )
 from lean_fx.export.exporting import Exported, export_onnx
 from lean_fx.export.stored_plan import plan_of
+from lean_fx.layers.kinds import register_layer, unregister_layer
 from lean_fx.measure.compared import Comparison
 from lean_fx.measure.costed import Costs
 from lean_fx.passes import Consumer, Site
@@ -70,6 +71,8 @@ __all__ = [
     "plan_of",
     "power_iteration_embedding",
     "reductions",
+    "register_layer",
     "register_reduction",
+    "unregister_layer",
     "unregister_reduction",
 ]

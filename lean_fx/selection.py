@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import ArgumentError
 from lean_fx.export.exporting import export_onnx
-from lean_fx.layers.rebuild import input_channels, input_weights, is_recurrent
+from lean_fx.layers.kinds import first_weight, input_channels, kind_of
 from lean_fx.measure.formulas import layer_macs
 from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import Consumer, Site, facts
@@ -102,7 +102,7 @@ def _saving(
     positions = sum(_numel(value) for value, _ in values) // site.in_channels
     calls = [call for _, calls in values for call in calls]
     layer = graph_module.get_submodule(site.layers[0])
-    size = next(iter(input_weights(layer).values())).element_size()
+    size = first_weight(layer).element_size()
     share = 1 - site.out_channels / site.in_channels
     macs_saved = share * sum(_macs(*call, graph_module) for call in calls)
     macs_spent = (site.in_channels if site.macs is None else site.macs) * positions
@@ -123,7 +123,8 @@ def _macs(consumer: Consumer, node: Node, graph_module: GraphModule) -> int:
     """The products with the input: of a recurrent layer the others stay."""
     layer = graph_module.get_submodule(consumer.layer)
     read = _numel(node.all_input_nodes[0])
-    if is_recurrent(layer):
+    kind = kind_of(layer)
+    if kind is not None and kind.recurrent:
         return read // input_channels(layer) * consumer.weights
     return layer_macs(layer, read=read, written=_numel(node))
 

@@ -14,9 +14,9 @@ axis, or through a flatten and dropouts::
 
 Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
 
-1. it cannot be rebuilt: it is of a subclass that does not keep the meaning of its type
-   (:mod:`lean_fx.layers.subclasses`), or its weight is parametrized by more than torch's weight
-   norm or spectral norm;
+1. it cannot be rebuilt: it is of a subclass that is not registered and does not keep the meaning
+   of its type (:mod:`lean_fx.layers.subclasses`), or its weight is parametrized by more than
+   torch's weight norm or spectral norm;
 2. a parameter of it is shared or read elsewhere (or memory of it), or frozen, or its weight is not
    floating-point or of a subclass of torch's parameters; or it is called more than once, and
    reads through a flatten, or along different axes, or one of the calls is refused;
@@ -50,15 +50,16 @@ from lean_fx.graph.facts import Facts, Read, facts
 from lean_fx.graph.flattens import is_flatten
 from lean_fx.graph.ops import is_dropout
 from lean_fx.graph.products import CALLS, find_weight, why_computed
-from lean_fx.layers.old_norms import with_norm_of_today
-from lean_fx.layers.rebuild import (
-    REBUILDERS,
+from lean_fx.layers.kinds import (
+    LayerKind,
+    channel_axis,
     groups_of,
     input_channels,
     input_weights,
-    is_recurrent,
-    why_not_rebuilt,
+    kind_of,
 )
+from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.rebuild import why_not_rebuilt
 from lean_fx.layers.transformers import PLAIN
 from lean_fx.passes.base import Pass
 from lean_fx.passes.modularize_calls import readers
@@ -92,8 +93,9 @@ class FindConsumers(Pass):
                 layer = graph.modules[str(node.target)]
                 known.refusal = refusal_of(layer, graph.owners)
                 count = graph.calls[id(layer)]
-                if not known.refusal and isinstance(layer, tuple(REBUILDERS)):
-                    known.read, known.refusal = _judge(node, layer, graph)
+                kind = kind_of(layer)
+                if not known.refusal and kind is not None:
+                    known.read, known.refusal = _judge(node, layer, kind, graph)
                     if count > 1:
                         several.setdefault(id(layer), []).append(known)
                 elif not known.refusal and split_attention.can_split(layer):
@@ -142,7 +144,7 @@ def _why_no_layer(node: Node, found: Node, weight: Node, graph: GraphContext) ->
     if any(each.op == "get_attr" for each in node.all_input_nodes if each is not weight):
         return "its input is not a value of the graph"
     owner = name.rpartition(".")[0]
-    if isinstance(graph.modules[owner], tuple(REBUILDERS)):
+    if kind_of(graph.modules[owner]):
         return f"it is the weight of {owner}, which forward applies otherwise"
     return "only in x @ weight, F.linear and F.conv with fixed settings does it become a layer"
 
@@ -166,9 +168,8 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
         layer: any module.
         owners: the names of each parameter, by its id.
     """
-    kinds = (*REBUILDERS, nn.MultiheadAttention)
-    kind = next((base for base in kinds if isinstance(layer, base)), None)
-    if kind is None:
+    attention = isinstance(layer, nn.MultiheadAttention)
+    if not attention and kind_of(layer) is None:
         if is_quantized_layer(layer):
             return "its weights are quantised; reduce the float model, then quantise that"
         if type(layer) in PLAIN:  # capture has looked into all others
@@ -192,7 +193,7 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
             return f"its weight is {weight.dtype}, which is not floating-point"
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
         return "its weight is frozen, so a new one could not learn"
-    if kind is nn.MultiheadAttention:
+    if attention:
         return "" if split_attention.can_split(layer) else "its out_proj is not torch's own"
     reason = why_not_rebuilt(layer)
     if reason:
@@ -208,7 +209,9 @@ def _has_state_hooks(layer: nn.Module) -> bool:
     return bool(loads) or any(getattr(layer, hooks) for hooks in _STATE_HOOKS)
 
 
-def _judge(node: Node, layer: nn.Module, graph: GraphContext) -> tuple[Read | None, str]:
+def _judge(
+    node: Node, layer: nn.Module, kind: LayerKind, graph: GraphContext
+) -> tuple[Read | None, str]:
     """What a layer that can be rebuilt reads, or why that cannot be reduced."""
     source = layer_input(node)
     if source is None:
@@ -217,27 +220,25 @@ def _judge(node: Node, layer: nn.Module, graph: GraphContext) -> tuple[Read | No
     if reads_reduction(before, graph.modules):
         return None, "it reads a reduction already"
     known = facts(source).channels
-    if is_recurrent(layer):
-        packed = known is not None and known.packed
-        read = Read(source.name, -1, input_channels(layer), packed=packed)
-        return graph.placed(read, source, node), ""
-    if not isinstance(layer, nn.Linear):
-        dim, groups = _channel_axis(layer, source), groups_of(layer)
-        read = Read(source.name, dim, input_channels(layer) // groups, groups=groups)
+    width, groups = kind.in_channels(layer), kind.groups(layer)
+    dim = channel_axis(layer, facts(source).shape)
+    if kind.recurrent or dim != -1:
+        packed = kind.recurrent and known is not None and known.packed
+        read = Read(source.name, dim, width // groups, packed=packed, groups=groups)
         return graph.placed(read, source, node), ""
     through = known is not None and known.whole is not None
     flattens = any(is_flatten(step, graph.modules) for step in path)
     if flattens and not through and not _one_position(before):
         return None, "the channels of what is flattened before it are unknown"
-    if not through or known is None or input_channels(layer) % known.count:
-        return graph.placed(Read(source.name, -1, input_channels(layer)), source, node), ""
+    if not through or known is None or width % known.count:
+        return graph.placed(Read(source.name, -1, width), source, node), ""
     if before.name != known.whole:
         return None, f"{before.name} stands between the flatten and it; put it before"
     read = Read(
         value=before.name,
         dim=known.axis,
         in_channels=known.count,
-        spread=input_channels(layer) // known.count,
+        spread=width // known.count,
         path=tuple(step.name for step in path),
     )
     moving = {step for step in path if graph.moves_with_path(step, path, node)}
@@ -251,12 +252,6 @@ def _one_position(value: Node) -> bool:
     """Whether a value is known to have one element a channel: a flatten changes nothing there."""
     shape = facts(value).shape
     return shape is not None and math.prod(shape[2:]) == 1
-
-
-def _channel_axis(layer: nn.Module, source: Node) -> int:
-    """Axis 1, or that in front of the spatial axes where the shape is known."""
-    shape = facts(source).shape
-    return len(shape) - len(layer.kernel_size) - 1 if shape is not None else 1  # type: ignore[arg-type]
 
 
 def path_back(source: Node, modules: Mapping[str, nn.Module]) -> tuple[list[Node], Node]:

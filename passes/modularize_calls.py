@@ -38,7 +38,7 @@ from torch.fx import Graph, GraphModule, Node
 from lean_fx.graph.calls import argument, is_altered
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import add_module, numbered, replace_node
-from lean_fx.layers.input_hooks import LAYERS
+from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.passes.base import Pass
 
 _MODULES: dict[Any, type[nn.Module]] = {
@@ -106,11 +106,11 @@ def _calls_module(node: Node) -> bool:
 def _written_out(node: Node, modules: Mapping[str, nn.Module]) -> str:
     """The name of the layer whose forward a call writes out (rules 4 and 5), or ""."""
     weight = argument(node, 1, "weight")
-    if node.target not in LAYERS or not isinstance(weight, Node) or weight.op != "get_attr":
+    if node.target not in LAYER_OF_CALL or not isinstance(weight, Node) or weight.op != "get_attr":
         return ""
     name, _, attribute = str(weight.target).rpartition(".")
     layer = modules.get(name)
-    if type(layer) is not LAYERS[node.target] or is_altered(layer) or attribute != "weight":
+    if type(layer) is not LAYER_OF_CALL[node.target] or is_altered(layer) or attribute != "weight":
         return ""
     if not name or readers(weight) != [node] or not isinstance(argument(node, 0, "input"), Node):
         return ""

@@ -36,8 +36,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import PlanError
 from lean_fx.graph.calls import argument
 from lean_fx.graph.rewriting import replace_node
-from lean_fx.layers.input_hooks import LAYERS
-from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.layers.kinds import KINDS, LAYER_OF_CALL
 from lean_fx.passes.base import Pass
 from lean_fx.passes.modularize_calls import (
     SETTINGS,
@@ -124,7 +123,7 @@ def _products(graph_module: GraphModule) -> Iterator[Product]:
             continue
         if readers(weight) != [node if weight is operand else operand] or len(operand.users) > 1:
             continue
-        if type(graph_module.get_submodule(str(weight.target).rpartition(".")[0])) in REBUILDERS:
+        if type(graph_module.get_submodule(str(weight.target).rpartition(".")[0])) in KINDS:
             continue
         if within_called(str(weight.target), graph_module.graph):
             continue
@@ -135,7 +134,7 @@ def _products(graph_module: GraphModule) -> Iterator[Product]:
 
 def operands(node: Node) -> tuple[Any, Any, Any]:
     """The value, the weight and the bias of a product (rule 1), or three times None."""
-    if node.target in LAYERS:
+    if node.target in LAYER_OF_CALL:
         names = enumerate(("input", "weight", "bias"))
         source, weight, bias = (argument(node, place, name) for place, name in names)
         return source, weight, bias
@@ -160,7 +159,7 @@ def behind_transpose(operand: Node) -> tuple[Node, bool]:
 
 def _layer(node: Node, parameter: nn.Parameter, transposed: bool) -> nn.Module | None:
     """The layer that a parameter stands for in a call, without a bias; None if there is none."""
-    kind: Any = LAYERS.get(node.target, nn.Linear)
+    kind: Any = LAYER_OF_CALL.get(node.target, nn.Linear)
     if kind is not nn.Linear:
         settings = {
             key: argument(node, 3 + place, key, usual)
@@ -177,7 +176,7 @@ def _layer(node: Node, parameter: nn.Parameter, transposed: bool) -> nn.Module |
     if parameter.dim() != 2:
         return None
     weight = parameter
-    if transposed == (node.target in LAYERS):  # F.linear transposes by itself
+    if transposed == (node.target in LAYER_OF_CALL):  # F.linear transposes by itself
         weight = nn.Parameter(parameter.detach().mT.clone(), parameter.requires_grad)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight

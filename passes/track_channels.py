@@ -12,7 +12,8 @@ from C*H*W to C'*H*W features.
 Rules:
 
 1. Conv and ConvTranspose give ``out_channels`` on axis 1; Linear gives ``out_features`` on axis -1;
-   an input of the model that is known to have four axes or more has its channels on axis 1 (one of
+   a layer of a registered type gives what its kind says (:mod:`lean_fx.layers.kinds`); an
+   input of the model that is known to have four axes or more has its channels on axis 1 (one of
    three may be a sequence, whose channels are last, or a picture without a batch).
 2. Elementwise layers and dropout keep what their input has; batch, instance, group and layer norms
    too. Pooling does if the channels are on axis 1 (or 0, without a batch), not where it pools.
@@ -56,18 +57,11 @@ from lean_fx.graph.ops import (
     MAX_POOL_CALLS,
     MAX_POOLS,
 )
+from lean_fx.layers.kinds import channel_axis, kind_of
 from lean_fx.layers.modes import ByMode
 from lean_fx.passes.base import Pass
 from lean_fx.reduction.packed import SequenceDropout
 
-_CONVS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
     *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid),
@@ -149,16 +143,12 @@ def _flattened(node: Node) -> Channels | None:
 
 
 def _of_module(node: Node, module: nn.Module) -> Channels | None:
-    if isinstance(module, _CONVS):
-        shape = facts(node).shape
-        unbatched = shape is not None and len(shape) == len(module.kernel_size) + 1
-        return Channels(0 if unbatched else 1, module.out_channels)
-    if isinstance(module, nn.Linear):
-        return Channels(-1, module.out_features)
+    kind = kind_of(module)
+    if kind and kind.out_channels:
+        axis = channel_axis(module, facts(node).shape)
+        return Channels(axis, kind.out_channels(module)) if axis >= -1 else None
     if isinstance(module, nn.Embedding):
         return Channels(-1, module.embedding_dim)
-    if isinstance(module, nn.RNNCell | nn.GRUCell):
-        return Channels(-1, module.hidden_size)
     if isinstance(module, (*_ELEMENTWISE, *_NORMS, SequenceDropout)):
         return _input(node)
     if isinstance(module, _SPATIAL):

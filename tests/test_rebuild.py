@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from lean_fx.errors import PassError
-from lean_fx.layers.rebuild import input_channels, input_weights, rebuild
+from lean_fx.layers.kinds import input_channels, input_weights
+from lean_fx.layers.rebuild import rebuild
 
 LAYERS = [
     (nn.Conv1d(8, 6, 3, stride=2, padding=1, dilation=2), (2, 4, 16)),

@@ -10,7 +10,7 @@ import lean_fx
 from graphs import Kinds, MyConv, SameConv, StandardConv
 from lean_fx.errors import PassError
 from lean_fx.layers.rebuild import rebuild
-from lean_fx.layers.subclasses import keeps_meaning
+from lean_fx.layers.subclasses import is_channel_linear
 
 
 class Empty(nn.ConvTranspose1d):
@@ -92,7 +92,7 @@ class Raises(nn.Linear):
 def test_subclasses_that_keep_the_meaning(layer):
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     state = torch.get_rng_state()
-    assert keeps_meaning(layer)
+    assert is_channel_linear(layer)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     made = rebuild(layer, 8)
@@ -113,7 +113,7 @@ def test_subclasses_that_keep_the_meaning(layer):
     ],
 )
 def test_subclasses_that_may_mean_more(layer):
-    assert not keeps_meaning(layer)
+    assert not is_channel_linear(layer)
     with pytest.raises(PassError, match="is a subclass of (Linear|Conv2d) and may mean more$"):
         rebuild(layer, 8)
 

@@ -27,7 +27,7 @@ from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.graph.calls import has_hooks
 from lean_fx.graph.replicas import sharing_copy
 from lean_fx.layers.input_hooks import reduces_within
-from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.layers.kinds import KINDS, kind_of
 
 
 def trace_copy(
@@ -160,14 +160,14 @@ def _hiding_weights(root: nn.Module, graph: Graph) -> frozenset[str]:
             read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
             owners = (name.removesuffix(".weight") for name in read if name.endswith(".weight"))
             around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            if around and any(type(root.get_submodule(each)) in REBUILDERS for each in owners):
+            if around and any(type(root.get_submodule(each)) in KINDS for each in owners):
                 found.add(around[-1])
     return frozenset(found)
 
 
 def _layers_called(root: nn.Module, graph: Graph) -> bool:
     targets = (str(node.target) for node in graph.nodes if node.op == "call_module")
-    return any(isinstance(root.get_submodule(target), tuple(REBUILDERS)) for target in targets)
+    return any(kind_of(root.get_submodule(target)) for target in targets)
 
 
 def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
 from lean_fx.graph.calls import is_altered
 from lean_fx.graph.replicas import sharing_copy
-from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.layers.kinds import KINDS
 from lean_fx.layers.transformers import PLAIN
 from lean_fx.passes.modularize_calls import ModularizeCalls
 
@@ -289,7 +289,7 @@ def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
     modules = dict(root.named_modules())
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
-        if node.op == "get_attr" and owner and type(modules.get(owner)) in REBUILDERS:
+        if node.op == "get_attr" and owner and type(modules.get(owner)) in KINDS:
             captured.set_submodule(owner, modules[owner])
 
 

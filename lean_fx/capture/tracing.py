@@ -23,8 +23,8 @@ from lean_fx.capture.unrecorded import (
     refusing_functions,
 )
 from lean_fx.layers.attention import AttentionHeads
+from lean_fx.layers.kinds import kind_of
 from lean_fx.layers.modes import ByMode, InMode
-from lean_fx.layers.rebuild import REBUILDERS
 from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
 from lean_fx.reduction.registry import is_reduction
 
@@ -51,8 +51,8 @@ def is_wrapped(function: Any) -> bool:
 class LeanTracer(Tracer):
     """torch.fx's tracer, with seven differences.
 
-    Subclasses of conv, linear and recurrent layers are leaves too: they would otherwise dissolve
-    into functional calls; as leaves they are seen, and left alone with a reason. Buffers are values
+    Subclasses of conv, linear and recurrent layers, and registered layers, are leaves too: they
+    would otherwise dissolve into functional calls; as leaves they are seen. Buffers are values
     of the graph, so that what forward computes of them is computed at every call, not once. The
     functions that pack and pad sequences are nodes, since they cannot run without lengths. The
     shape of a parameter is a constant. What a graph would lose
@@ -128,9 +128,9 @@ class LeanTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
-        kinds = (*REBUILDERS, SequenceDropout, AttentionHeads, ByMode, InMode)
-        leaf = isinstance(m, kinds) or is_reduction(m) or module_qualified_name in self.opaque
-        return leaf or super().is_leaf_module(m, module_qualified_name)
+        ours = kind_of(m) or isinstance(m, SequenceDropout | AttentionHeads | ByMode | InMode)
+        leaf = ours or is_reduction(m) or module_qualified_name in self.opaque
+        return bool(leaf) or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A node for a parameter or buffer; found by its id, where torch.fx searches them all."""

@@ -30,10 +30,10 @@ from torch.fx import GraphModule, Node
 
 from lean_fx.graph.calls import argument
 from lean_fx.graph.facts import facts
-from lean_fx.layers.input_hooks import LAYERS
+from lean_fx.layers.kinds import LAYER_OF_CALL
 
 #: What layers of torch.nn call with their weight.
-CALLS = {*LAYERS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+CALLS = {*LAYER_OF_CALL, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _PRODUCTS: set[Any] = {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.inner}
 _PRODUCTS |= {torch.tensordot, "matmul", "mm", "bmm", "mv", "inner"}
 _ADDED: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, "addmm", "addbmm", "baddbmm"}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
-from lean_fx.errors import PlanError
+from lean_fx.errors import LeanError, PlanError, one_line
 from lean_fx.graph.calls import is_altered
 from lean_fx.graph.sites import Consumer, Site
-from lean_fx.layers.old_norms import with_norm_of_today
-from lean_fx.layers.rebuild import (
+from lean_fx.layers.kinds import (
+    KINDS,
+    base_type,
+    first_weight,
     groups_of,
     input_channels,
-    input_weights,
-    plain_type,
-    why_not_rebuilt,
+    kind_of,
 )
+from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.rebuild import rebuild, why_not_rebuilt
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
 
@@ -30,7 +34,7 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
     """
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
     layer = None if layer is None else with_norm_of_today(layer)
-    if layer is None or why_not_rebuilt(layer) or plain_type(layer).__name__ != consumer.kind:
+    if layer is None or why_not_rebuilt(layer) or base_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
@@ -44,6 +48,32 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
             f"{subject} reads {there[0]} channels{groups}, but the plan says {planned[0]}{says}; "
             f"{remedy}"
         )
+    kind = kind_of(layer)
+    if kind is not None and kind.registered:
+        features = (site.out_channels or 1) * consumer.spread * site.groups
+        try:
+            with torch.random.fork_rng(devices=[]):
+                rebuild(layer, features)
+        except LeanError as error:
+            raise PlanError(f"{subject}: {one_line(error).removeprefix('rebuild: ')}") from error
+
+
+def check_registered(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Check that the types of a user's own layers are registered: if not, a tracer enters them.
+
+    Raises:
+        PlanError: one is not.
+    """
+    modules = dict(model.named_modules())
+    for consumer in (consumer for site in sites for consumer in site.consumers):
+        layer, kind = modules.get(consumer.layer), consumer.kind
+        if layer is None or base_type(layer) in KINDS or type(layer).__name__ != kind:
+            continue
+        if why_not_rebuilt(layer):
+            raise PlanError(
+                f"plan: layer {consumer.layer!r} is a {kind}, which is not registered here; do so "
+                f"first with lean_fx.register_layer({kind}, ...)"
+            )
 
 
 def reduction_for(
@@ -67,7 +97,7 @@ def reduction_for(
     """
     assert site.out_channels is not None
     module = make_reduction(reduction, site.in_channels, site.out_channels, site.reduced_dim)
-    weight = next(iter(input_weights(layer).values()))
+    weight = first_weight(layer)
     module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
     if isinstance(module, LeanReduction):
         module.nonnegative |= nonnegative

@@ -23,22 +23,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from lean_fx.layers.rebuild import groups_of
+from lean_fx.layers.kinds import LAYER_OF_CALL, channel_axis, groups_of
 from lean_fx.reduction.packed import with_data
-
-#: What a layer's forward calls, and the layer.
-LAYERS: dict[Any, type[nn.Module]] = {
-    F.linear: nn.Linear,
-    **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),
-    **dict.fromkeys((F.conv2d, torch.conv2d), nn.Conv2d),
-    **dict.fromkeys((F.conv3d, torch.conv3d), nn.Conv3d),
-}
 
 
 def reduce_first(
@@ -54,7 +44,7 @@ def _reduced(layer: Any, value: Any) -> Any:
     if isinstance(value, PackedSequence):
         return with_data(value, layer.reduction(value.data))
     if groups_of(layer) > 1:
-        axis = value.dim() - len(layer.kernel_size) - 1
+        axis = channel_axis(layer, value.shape)
         parts = layer.reduction(value.unflatten(axis, (groups_of(layer), -1)))
         return parts.flatten(axis, axis + 1)
     return layer.reduction(value)
@@ -68,6 +58,7 @@ def reduce_within(module: nn.Module, layer: str) -> None:
         layer: the name, within ``module``, of a layer that holds a ``reduction``.
 
     Example:
+        >>> import torch, torch.nn.functional as F
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -132,7 +123,7 @@ class _Reducing(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in LAYERS:
+        if func in LAYER_OF_CALL:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             for layer in self.layers:
                 if layer.weight is weight:

@@ -12,7 +12,8 @@ input channels (of each group), and a weight to match, all else as it is. It may
 3. both are affine in their input: f(x + y) + f(0) = f(x) + f(y). Such a layer may make its weight
    of all its numbers (a standardised weight), and does so of fewer.
 
-What has a number for each input channel besides the weight fails the first rule.
+What has a number for each input channel besides the weight fails the first rule. A type that is
+registered (:func:`~lean_fx.layers.kinds.register_layer`) is trusted, and not asked.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from lean_fx.errors import PassError
+from lean_fx.layers.kinds import (
+    channel_axis,
+    groups_of,
+    input_channels,
+    input_weights,
+    kind_of,
+)
 
 _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # a layer is asked once
 
@@ -34,22 +42,26 @@ def narrowed(layer: Any, in_channels: int) -> Any:
 
     It shares all other state with the layer.
     """
-    made = _shallow(layer)
-    name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
-    wide, groups = getattr(layer, name), getattr(layer, "groups", 1)
+    made = shallow(layer)
+    groups = groups_of(layer)
     axis = 0 if getattr(layer, "transposed", False) else 1
-    old = layer.weight.detach()
-    if old.shape[axis] * (1 if axis == 0 else groups) != wide:
-        raise PassError(f"rebuild: the weight of {type(layer).__name__} is not that of its base")
     split = groups if axis == 0 else 1  # there the groups lie one behind the other
-    parts = [part.narrow(axis, 0, in_channels // groups) for part in old.chunk(split, axis)]
-    setattr(made, name, in_channels)
-    made.weight = nn.Parameter(torch.cat(parts, axis).clone(), layer.weight.requires_grad)
+    for name, weight in input_weights(layer).items():
+        old = weight.detach()
+        if old.shape[axis] * (1 if axis == 0 else groups) != input_channels(layer):
+            raise PassError(
+                f"rebuild: the {name} of {type(layer).__name__} is not that of its base"
+            )
+        parts = [part.narrow(axis, 0, in_channels // groups) for part in old.chunk(split, axis)]
+        setattr(made, name, nn.Parameter(torch.cat(parts, axis).clone(), weight.requires_grad))
+    kind = kind_of(layer)
+    assert kind is not None
+    setattr(made, kind.width, in_channels)
     return made
 
 
-def keeps_meaning(layer: nn.Module) -> bool:
-    """Whether a layer of a subclass may be rebuilt; its device and mode do not matter.
+def is_channel_linear(layer: nn.Module) -> bool:
+    """Whether a layer of a subclass passes these rules; its device and mode do not matter.
 
     Args:
         layer: of a subclass of a conv, a transposed conv or a linear layer; it is not changed.
@@ -61,7 +73,7 @@ def keeps_meaning(layer: nn.Module) -> bool:
         >>> class Gated(nn.Conv2d):
         ...     def forward(self, x):
         ...         return super().forward(x) * x.var(1, keepdim=True)
-        >>> keeps_meaning(Padded(16, 8, 3)), keeps_meaning(Gated(16, 8, 1))
+        >>> is_channel_linear(Padded(16, 8, 3)), is_channel_linear(Gated(16, 8, 1))
         (True, False)
     """
     if any(parameter.is_meta for parameter in layer.parameters()):
@@ -105,12 +117,11 @@ def scale_like(made: nn.Module, layer: nn.Module, gain: float) -> None:
             return
 
 
-def _shallow(layer: Any) -> Any:
+def shallow(layer: Any) -> Any:
     """A copy that shares tensors with the layer, but not what forward sets."""
     made = object.__new__(type(layer))
-    made.__dict__.update(layer.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        setattr(made, name, dict(getattr(layer, name)))
+    for name, value in vars(layer).items():
+        made.__dict__[name] = copy.copy(value) if isinstance(value, dict | list) else value
     return made
 
 
@@ -124,7 +135,7 @@ def _plain(layer: nn.Module) -> Any:
 
 def _inputs(layer: Any, channels: int) -> Tensor:
     """Random numbers of a size that lets every weight play a part."""
-    if isinstance(layer, nn.Linear):
+    if channel_axis(layer) == -1:
         return torch.randn(3, channels, dtype=torch.float64)
     padding = layer.padding if isinstance(layer.padding, tuple) else (0,) * len(layer.kernel_size)
     axes = zip(layer.kernel_size, layer.stride, padding, layer.dilation, strict=True)
@@ -134,14 +145,13 @@ def _inputs(layer: Any, channels: int) -> Tensor:
 
 def _channels(layer: Any) -> tuple[int, int, int]:
     """Its groups, the input channels of one, and half of those."""
-    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    groups = getattr(layer, "groups", 1)
+    channels, groups = input_channels(layer), groups_of(layer)
     return groups, channels // groups, max(1, channels // groups // 2)
 
 
 def _run(layer: nn.Module, x: Tensor) -> Tensor:
     torch.manual_seed(1)
-    out: Tensor = _shallow(layer)(x)  # what a forward keeps must not reach the next
+    out: Tensor = shallow(layer)(x)  # what a forward keeps must not reach the next
     return out
 
 
@@ -163,7 +173,7 @@ def _same(layer: Any) -> bool:
     found, found_grad = _run_back(narrow, x)
     if wide.shape != found.shape or not torch.allclose(wide, found):
         return False
-    holder = _shallow(layer)
+    holder = shallow(layer)
     holder.weight = nn.Parameter(wide_grad)
     return torch.allclose(narrowed(holder, groups * fewer).weight, found_grad)
 

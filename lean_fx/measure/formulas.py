@@ -30,20 +30,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lean_fx.graph.calls import is_altered
-from lean_fx.layers.rebuild import input_weights
+from lean_fx.layers.kinds import KINDS, groups_of, input_channels, kind_of
 from lean_fx.reduction.registry import is_reduction
 
 
 def layer_macs(layer: nn.Module, read: int, written: int) -> int:
-    """MACs of a convolution or linear layer that reads and writes so many elements.
+    """MACs of a layer of some kind that reads and writes so many elements.
 
     Example:
         >>> layer_macs(nn.Conv2d(3, 8, 3, padding=1), read=3 * 25, written=8 * 25)
         5400
     """
-    elements = read if getattr(layer, "transposed", False) else written
-    weight = next(iter(input_weights(layer).values()))  # under a norm of it, too
-    return elements * weight[0].numel()
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind.macs(layer, read, written)
 
 
 def call_macs(
@@ -70,40 +70,41 @@ def call_macs(
             return _reduction(target, *args, **kwargs)
         given = inspect.signature(target.forward).bind(*args, **kwargs).arguments
         reduction = target._modules.get("reduction")
-        if is_reduction(reduction) and type(target) in _MODULES:
+        if is_reduction(reduction) and type(target) in KINDS:
             return _swapped(target, reduction, given, output)
         return _module_macs(target, given, output)
     formula = _FUNCTIONS.get(target)
     return formula(_Given(args, kwargs), output) if formula else None
 
 
-def _swapped(layer: nn.Module, reduction: Any, given: dict[str, Any], output: Any) -> int | None:
+def _swapped(layer: nn.Module, reduction: Any, given: dict[str, Any], output: Any) -> int:
     """A layer that reduces its own input (:class:`~lean_fx.passes.SwapLayers`)."""
-    value = given["input"]
-    count = _MODULES[type(layer)](layer, {**given, "input": reduction(value)}, output)
-    return None if count is None else count + _reduction(reduction, value.data)
+    value = next(iter(given.values())).data
+    positions = value.numel() // int(reduction.in_channels)  # of each group
+    reduced = positions * (input_channels(layer) // groups_of(layer))
+    return layer_macs(layer, reduced, _numel(output)) + _reduction(reduction, value)
 
 
 def _module_macs(layer: nn.Module, given: dict[str, Any], output: Any) -> int | None:
-    formula = None if is_altered(layer) else _MODULES.get(type(layer))
-    return formula(layer, given, output) if formula else None
+    formula = _layer if type(layer) in KINDS else _MODULES.get(type(layer))
+    return formula(layer, given, output) if formula and not is_altered(layer) else None
 
 
 def _reduction(module: Any, x: Tensor) -> int:
     return int(module.macs_per_position) * (x.numel() // int(module.in_channels))
 
 
-def _layer(layer: nn.Module, given: dict[str, Any], output: Tensor) -> int:
-    return layer_macs(layer, given["input"].numel(), output.numel())
+def _layer(layer: nn.Module, given: dict[str, Any], output: Any) -> int:
+    value = next(iter(given.values())).data  # of packed sequences, too
+    return layer_macs(layer, value.numel(), _numel(output))
+
+
+def _numel(output: Any) -> int:
+    return output.numel() if isinstance(output, Tensor) else 0
 
 
 def _bilinear(layer: Any, given: dict[str, Any], output: Tensor) -> int:
     return int(output.numel() * layer.weight[0].numel())
-
-
-def _recurrent(layer: Any, given: dict[str, Any], output: Any) -> int:
-    steps = given["input"].data.numel() // layer.input_size  # .data is that of a PackedSequence too
-    return int(steps * sum(each.numel() for each in layer.parameters() if each.dim() == 2))
 
 
 def _attention(layer: Any, given: dict[str, Any], output: Any = None) -> int:
@@ -151,11 +152,7 @@ def _transformer(model: nn.Transformer, given: dict[str, Any], output: Any) -> i
 
 
 _MODULES: dict[type[nn.Module], Callable[[Any, dict[str, Any], Any], int | None]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear), _layer),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _layer),
     nn.Bilinear: _bilinear,
-    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), _recurrent),
-    **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), _recurrent),
     nn.MultiheadAttention: _attention,
     nn.TransformerEncoderLayer: _encoder_layer,
     nn.TransformerDecoderLayer: _decoder_layer,

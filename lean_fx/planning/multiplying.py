@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lean_fx.graph.products import LIKE, factors, why_computed
-from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.layers.kinds import kind_of
 from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.watching import Watch
 
@@ -81,7 +81,7 @@ class WatchProducts(Watch):
             return
         name, *more = self._origins[weights[0]]
         owners = (self._modules[each.rpartition(".")[0]] for each in (name, *more))
-        if any(isinstance(owner, tuple(REBUILDERS)) for owner in owners):
+        if any(map(kind_of, owners)):
             return  # a layer has a reason of its own
         weight, parameter = weights[0], self._parameters[name]
         direct = (weight.data_ptr(), weight.numel()) == (parameter.data_ptr(), parameter.numel())
@@ -92,7 +92,7 @@ class WatchProducts(Watch):
         """Whether what runs is a layer, another module of torch.nn, or a graph with its facts."""
         module = self._modules[self._running[-1]]
         known = type(module).__module__.startswith("torch.nn.")
-        return known or isinstance(module, (GraphModule, *REBUILDERS))
+        return known or isinstance(module, GraphModule) or kind_of(module) is not None
 
 
 def _tensors(values: Any) -> list[Tensor]:

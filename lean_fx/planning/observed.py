@@ -31,7 +31,7 @@ from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
 from lean_fx.graph.facts import Read
 from lean_fx.graph.sites import Site
-from lean_fx.layers.rebuild import REBUILDERS, groups_of, input_channels, input_weights, plain_type
+from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
 from lean_fx.passes.find_consumers import refusal_of
 from lean_fx.passes.measure_scale import unit_variance
 from lean_fx.planning.multiplying import WatchProducts
@@ -40,7 +40,6 @@ from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.planning.records import Record, unread_records
 from lean_fx.planning.watching import Use, WatchWeights
 
-_LAYERS: Any = tuple(REBUILDERS)  # for isinstance
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -97,7 +96,8 @@ def observed_records(
     owners = owners_of(model)
     records = []
     for name, layer in modules.items():
-        if not name or not isinstance(layer, _LAYERS) or (only is not None and name not in only):
+        kind = kind_of(layer)
+        if not name or kind is None or (only is not None and name not in only):
             continue
         reason = _inside(name, modules) or refusal_of(layer, owners)
         applied_by = seen[name].applied_by
@@ -111,16 +111,17 @@ def observed_records(
 
 def layer_names(model: nn.Module) -> list[str]:
     """The names of the layers that a plan from an observed run may speak of."""
-    return [name for name, layer in model.named_modules() if isinstance(layer, _LAYERS)]
+    return [name for name, layer in model.named_modules() if kind_of(layer)]
 
 
 def _record(
     name: str, layer: nn.Module, seen: _Seen, reason: str, options: Options, model: str
 ) -> Record:
-    groups = groups_of(layer)
+    kind, groups = kind_of(layer), groups_of(layer)
+    assert kind is not None
     read = Read(
         "",
-        _axis(layer),
+        kind.channel_dim(layer),
         input_channels(layer) // groups,
         groups=groups,
         intermediate=not seen.is_input,
@@ -131,7 +132,7 @@ def _record(
     rms = math.sqrt(seen.squares / seen.calls)
     return Record(
         name,
-        plain_type(layer).__name__,
+        base_type(layer).__name__,
         read,
         weights=sum(weight.numel() for weight in input_weights(layer).values()),
         rms=rms if 0 < rms < math.inf else 1.0,
@@ -167,7 +168,7 @@ def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], 
     called: dict[str, _Seen] = {}
     for name, layer in copied.named_modules():
         seen = called[name] = _Seen()
-        if isinstance(layer, _LAYERS):
+        if kind_of(layer):
             layer.register_forward_pre_hook(_recording_hook(seen, own), with_kwargs=True)
     with torch.no_grad(), WatchWeights(copied) as watch, WatchProducts(copied) as products:
         copied(*inputs)
@@ -195,17 +196,12 @@ def _recording_hook(seen: _Seen, own: set[int]) -> Any:
     return hook
 
 
-def _axis(layer: nn.Module) -> int:
-    """The axis of the channels that a layer reads, from the end: a batch may be missing."""
-    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
-    return -1 - len(kernel)
-
-
 def _inside(name: str, modules: dict[str, nn.Module]) -> str:
     while name := name.rpartition(".")[0]:
         holder = modules[name]
         ours = type(holder) is nn.Module or isinstance(holder, _CONTAINERS)  # of a graph, too
-        if type(holder).__module__.startswith("torch.nn.") and not ours:
+        reads = type(holder) in KINDS or type(holder).__module__.startswith("torch.nn.")
+        if reads and not ours:
             return f"inside {type(holder).__name__}, which reads its weights itself"
     return ""
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.capturing import as_inputs, capture, plain_copy
 from lean_fx.errors import ArgumentError, PlanError
+from lean_fx.graph.site_reductions import check_registered
 from lean_fx.passes import (
     Consumer,
     InferSign,
@@ -116,6 +117,8 @@ class Plan:
                 are no example inputs.
             PlanError: the plan does not fit the model.
         """
+        if isinstance(model, nn.Module):
+            check_registered(model, self.sites)
         with torch.inference_mode(False):  # what is made in it could not be trained
             if self.traced:
                 inputs = as_inputs(example_inputs) if example_inputs is not None else ()

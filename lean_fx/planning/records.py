@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.graph.facts import Facts, Read, facts
-from lean_fx.layers.rebuild import input_weights, plain_type
+from lean_fx.layers.kinds import base_type, input_weights
 from lean_fx.planning.options import Options, named_by_user, unwanted
 from lean_fx.planning.plans import LeftAlone
 
@@ -81,7 +81,7 @@ def _layer_record(
     value = facts(nodes[known.read.value])
     return Record(
         name,
-        plain_type(layer).__name__,
+        base_type(layer).__name__,
         known.read,
         node=node.name,
         weights=sum(weight.numel() for weight in input_weights(layer).values()),

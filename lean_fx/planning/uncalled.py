@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.tracing import LeanTracer
 from lean_fx.graph.calls import has_hooks
-from lean_fx.layers.rebuild import REBUILDERS
+from lean_fx.layers.kinds import KINDS
 from lean_fx.planning.plans import LeftAlone
 
 
@@ -28,7 +28,7 @@ def uncalled_layers(
     owners = {name.rpartition(".")[0] for name in read}
     left: list[LeftAlone] = []
     for name, layer in modules.items():
-        kinds = (*REBUILDERS, nn.MultiheadAttention)
+        kinds = (*KINDS, nn.MultiheadAttention)
         if type(layer) not in kinds or not name or name in called:
             continue
         holder = _holder(name, called)
@@ -51,7 +51,7 @@ def layers_inside_leaves(graph_module: GraphModule) -> frozenset[str]:
     return frozenset(
         name
         for name, layer in modules.items()
-        if type(layer) in REBUILDERS
+        if type(layer) in KINDS
         and (holder := _holder(name, called))
         and not LeanTracer().is_leaf_module(modules[holder], holder)
     )

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lean_fx.layers.input_hooks import LAYERS
-from lean_fx.layers.rebuild import groups_of, input_channels
+from lean_fx.layers.kinds import LAYER_OF_CALL, channel_axis, groups_of, input_channels
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class WatchWeights(Watch):
         self.uses: dict[str, list[Use]] = {}
         self._layers: dict[int, tuple[str, nn.Module]] = {}
         for name, module in model.named_modules():
-            if name and type(module) in LAYERS.values():
+            if name and type(module) in LAYER_OF_CALL.values():
                 self._layers[id(module.weight)] = (name, module)
 
     def __torch_function__(
@@ -115,9 +114,9 @@ def _applied_to(
     """The input of a call that applies the weight of a layer as the layer would, or None."""
     value = args[0] if args else kwargs.get("input")
     weight = args[1] if len(args) > 1 else kwargs.get("weight")
-    if LAYERS.get(func) is not type(layer) or not isinstance(value, Tensor):
+    if LAYER_OF_CALL.get(func) is not type(layer) or not isinstance(value, Tensor):
         return None
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-    axis = value.dim() - 1 - len(getattr(layer, "kernel_size", ()))
+    axis = channel_axis(layer, value.shape)
     same = groups == groups_of(layer) and value.shape[axis] == input_channels(layer)
     return value if weight is layer.weight and value is not weight and same else None

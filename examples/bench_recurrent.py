@@ -19,7 +19,7 @@ import lean_fx
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import require
 from lean_fx.files import make_folder, write_text
-from lean_fx.measure.compared import ratio_of
+from lean_fx.measure.comparison_table import ratio_of
 from lean_fx.measure.eager import time_eager
 from lean_fx.measure.machines import machine
 from lean_fx.measure.tables import markdown_table

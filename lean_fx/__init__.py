@@ -7,8 +7,6 @@ Example:
     torch.Size([5, 2])
 """
 
-from lean_fx.comparing import compare
-from lean_fx.costing import costs_of
 from lean_fx.errors import (
     ArgumentError,
     BranchError,
@@ -24,8 +22,8 @@ from lean_fx.errors import (
 )
 from lean_fx.export.exporting import Exported, export_onnx
 from lean_fx.export.stored_plan import plan_of
-from lean_fx.measure.compared import Comparison
-from lean_fx.measure.costed import Costs
+from lean_fx.measure.comparison import compare
+from lean_fx.measure.costs import costs_of
 from lean_fx.passes import Consumer, Site
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.reduction.base import Reduction
@@ -42,9 +40,7 @@ __all__ = [
     "ArgumentError",
     "BranchError",
     "CaptureError",
-    "Comparison",
     "Consumer",
-    "Costs",
     "DataError",
     "ExportError",
     "Exported",

@@ -23,10 +23,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import ArgumentError
-from lean_fx.export.exporting import export_onnx
+from lean_fx.layers.macs import layer_macs
 from lean_fx.layers.rebuild import input_channels, input_weights, is_recurrent
-from lean_fx.measure.formulas import layer_macs
-from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import Consumer, Site, facts
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.reduction.lean import LeanReduction
@@ -133,6 +131,10 @@ def _measured(
     nodes: dict[str, Node],
 ) -> tuple[bool, str]:
     """Whether the layers of a site are faster with its reduction, and the figures."""
+    # Imported here, so that `import lean_fx` loads neither the exporter nor the timer.
+    from lean_fx.export.exporting import export_onnx
+    from lean_fx.measure.timing import time_onnx
+
     bare, own = _alone(site, graph_module)
     reduced = Plan("site", (own,), reduction=reduction).apply_to_graph(copy.deepcopy(bare))
     for module in reduced.modules():

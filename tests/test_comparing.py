@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.comparing import _files
 from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
-from lean_fx.measure.compared import Compared, Comparison, ratio_of
+from lean_fx.measure.comparison import _files
+from lean_fx.measure.comparison_table import Compared, Comparison, ratio_of
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
@@ -339,7 +339,7 @@ def test_errors(changed, message):
 
 
 def test_what_cannot_be_metered_is_told_before_the_work(monkeypatch, tmp_path):
-    monkeypatch.setattr("lean_fx.comparing.export_onnx", None)
+    monkeypatch.setattr("lean_fx.measure.comparison.export_onnx", None)
     with pytest.raises(ArgumentError, match="^compare: country='XX' is not known to CodeCarbon; "):
         lean_fx.compare(
             {"a": nn.Linear(4, 2)}, torch.rand(2, 4), energy_s=1.0, country="XX", folder=tmp_path
@@ -442,6 +442,6 @@ def test_a_read_only_folder_is_told_before_the_work(monkeypatch):
     folder = Path("/sys/kernel")  # for root too
     if not folder.is_dir():
         pytest.skip("needs a folder that nobody may write to")
-    monkeypatch.setattr("lean_fx.comparing.export_onnx", None)
+    monkeypatch.setattr("lean_fx.measure.comparison.export_onnx", None)
     with pytest.raises(WriteError, match="kernel: cannot be written .*; give a folder that you m"):
         lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=folder)

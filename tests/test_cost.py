@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lean_fx import costs_of
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.costs import count_macs, count_parameters
 
 
 def paper_net() -> nn.Sequential:

@@ -9,7 +9,7 @@ from torch import nn
 import lean_fx
 from graphs import CHANGED
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_macs
+from lean_fx.measure.costs import count_macs
 from lean_fx.passes import facts
 from lean_fx.paying import _alone
 from lean_fx.planning.options import Options
@@ -92,7 +92,7 @@ def test_measured_keeps_what_is_faster(monkeypatch):
             "with": lean_fx.measure.timing.Latency((ratio, ratio), 1, 1),
         }
 
-    monkeypatch.setattr("lean_fx.paying.time_onnx", time_onnx)
+    monkeypatch.setattr("lean_fx.measure.timing.time_onnx", time_onnx)
     plan = lean_fx.plan(TwoSites(), inputs, keep="measured")
     assert seen == [(["without", "with"], (1, 64, 16, 16))] * 2
     assert signs == ["8x8_nonnegative"] * 2

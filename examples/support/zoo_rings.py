@@ -38,7 +38,7 @@ from lean_fx.errors import LeanError, one_line
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.parity import difference
 from lean_fx.export.stored_plan import plan_of
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.timing import time_onnx
 from lean_fx.planning.plans import Plan
 from lean_fx.transform import leanify

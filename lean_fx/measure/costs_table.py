@@ -1,4 +1,4 @@
-"""The result of costs_of(): what every node of a model computes, holds and moves."""
+"""The costs of a model as a table: what every node computes, holds and moves."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ class Costs:
     Attributes:
         model: the name of its type.
         nodes: in the order in which they run.
-        without_formula: names of the nodes whose MACs are only those that PyTorch's counter of
-            operators sees in them: what is element-wise or foreign in there is not counted.
+        without_formula: names of the nodes that may do more than their MACs say: they call
+            operators that have no formula, or hold weights and have code of their own, whose
+            element-wise products are not counted.
     """
 
     model: str
@@ -97,7 +98,7 @@ class Costs:
         notes = ["Read: activations and weights."]
         if self.without_formula:
             names = ", ".join(self.without_formula)
-            notes.append(f"No formula, counted by operators alone: {names}.")
+            notes.append(f"May do more multiply-adds than could be counted: {names}.")
         return notes
 
     def __str__(self) -> str:

@@ -19,19 +19,18 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.capturing import as_inputs
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.copying import copied_whole
-from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.inputs import resized
+from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.files import make_folder, replacing
-from lean_fx.measure.compared import Compared, Comparison
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.comparison_table import Compared, Comparison
+from lean_fx.measure.costs import costs_of, count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
 from lean_fx.measure.energy import Energy, energy_in_turn
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.machines import machine
 from lean_fx.measure.memory import peak_bytes
-from lean_fx.measure.sessions import flushing_denormals, onnx_call
 from lean_fx.measure.timing import time_onnx
 from lean_fx.measure.tracker import check_country
 from lean_fx.onnx_files import onnx_bytes, weight_files

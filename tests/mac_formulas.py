@@ -1,8 +1,7 @@
 """Multiply-adds (MACs) of one call, from the shapes of what it reads and writes.
 
-An oracle for the tests of :mod:`lean_fx.measure.costs`, which counts the operators that run. One multiply-add is one product that is summed into a result. Biases, activations, gates,
-normalisation, softmax, pooling and element-wise arithmetic count nothing. Positions are pixels,
-time steps or samples::
+An oracle for the tests of :mod:`lean_fx.measure.costs`, which counts the operators that run.
+Positions are pixels, time steps or samples::
 
     convolution, linear       elements written x weights of one output channel
     transposed convolution    elements read x weights of one input channel

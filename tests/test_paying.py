@@ -13,6 +13,7 @@ from lean_fx.measure.costs import count_macs
 from lean_fx.passes import facts
 from lean_fx.paying import _alone
 from lean_fx.planning.options import Options
+from lean_fx.planning.plans import LeftAlone
 from lean_fx.transform import _planned
 
 
@@ -97,9 +98,7 @@ def test_measured_keeps_what_is_faster(monkeypatch):
     assert seen == [(["without", "with"], (1, 64, 16, 16))] * 2
     assert signs == ["8x8_nonnegative"] * 2
     assert [site.note for site in plan.sites] == ["measured 0.5 ms with it, 1 ms without"]
-    assert plan.left_alone[-1] == lean_fx.LeftAlone(
-        "poor", "Conv2d", "measured 2 ms with it, 1 ms without"
-    )
+    assert plan.left_alone[-1] == LeftAlone("poor", "Conv2d", "measured 2 ms with it, 1 ms without")
 
 
 def test_measured_by_the_clock():

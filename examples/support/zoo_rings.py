@@ -156,7 +156,7 @@ def reason_for(site: CallSite, plan: Plan) -> str:
     """Why a plan left a call site alone, without names and numbers, so that it can be counted.
 
     Example:
-        >>> from lean_fx import LeftAlone
+        >>> from lean_fx.planning.plans import LeftAlone
         >>> plan = Plan("Net", (), (LeftAlone("conv", "Conv2d", "groups=4: split already"),))
         >>> reason_for(CallSite("conv", "conv", 64, 4), plan)
         'groups=N: split already'

@@ -66,6 +66,18 @@ def test_a_reduction_counts_by_its_own_formula_alone() -> None:
     assert count_macs(net, x) == 32 * positions + 2 * 3 * positions
 
 
+def test_a_reduction_that_is_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduction = FirstChannels(8, 2, macs_per_position=32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reduction(x=x)
+
+    assert count_macs(Named(), torch.zeros(1, 8, 2, 2)) == 32 * 4
+
+
 def test_a_reduction_that_is_called_twice_counts_twice() -> None:
     reduction = FirstChannels(8, 8, macs_per_position=3)
     assert count_macs(nn.Sequential(reduction, reduction), torch.zeros(1, 8, 2, 2)) == 2 * 3 * 4

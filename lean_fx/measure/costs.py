@@ -46,8 +46,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> int:
     """Count the multiply-adds of one forward pass, in eval mode and without gradients.
 
-    Any model that runs can be counted: what counts is the operators that run
-    (:mod:`lean_fx.measure.counter`). :func:`costs_of` gives the same total node by node.
+    It counts the operators that run (:mod:`lean_fx.measure.counter`), so any model that runs can
+    be counted. :func:`costs_of` gives the same total node by node.
 
     The pass runs on a copy on the CPU (or on the meta device, if the model or an input is there):
     the model, its mode and its statistics stay as they are.
@@ -265,7 +265,7 @@ def _read_bytes(called: Any, read: list[Tensor]) -> int:
 
 
 def _vecdot_macs(x: Tensor, y: Tensor, dim: int = -1, *, output: Tensor) -> int:
-    """It runs as an element-wise product and a sum, of which the counter sees nothing."""
+    """``torch.linalg.vecdot`` runs as an element-wise product and a sum, which are not counted."""
     shape: torch.Size = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
     return output.numel() * shape[dim]
 

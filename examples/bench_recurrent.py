@@ -19,12 +19,12 @@ import lean_fx
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import require
 from lean_fx.files import make_folder, write_text
-from lean_fx.measure.compared import ratio_of
+from lean_fx.measure.comparison_table import ratio_of
 from lean_fx.measure.eager import time_eager
 from lean_fx.measure.machines import machine
 from lean_fx.measure.tables import markdown_table
 from lean_fx.measure.timing import time_onnx
-from lean_fx.passes import SplitRecurrent
+from lean_fx.passes import SplitLayers
 from support.script import command_line, run_script
 
 # kind, layers, hidden, bidirectional, batch
@@ -43,7 +43,7 @@ def forms(stack: nn.RNNBase) -> dict[str, nn.Module]:
     """The stack fused, split, and reduced."""
     model = nn.Sequential(stack).eval()
     reduced = lean_fx.leanify(model, channels=16, min_channels=CHANNELS + 1)
-    split = SplitRecurrent(["0"])(capture(model)).graph_module
+    split = SplitLayers(["0"])(capture(model)).graph_module
     return {"fused": model, "split": split, "lean": reduced.eval()}
 
 

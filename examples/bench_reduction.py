@@ -5,7 +5,7 @@
 The literal form permutes, forms X X^T for every position, normalises its columns and multiplies.
 Every round runs all forms in turn; a speed is a ratio of medians. Also measured: the bytes kept
 for the gradient, and a training step of the paper's net against the same net with a free reduction
-(a slice of the first channels). --compile adds lean_fx.compile_reductions.
+(a slice of the first channels). --compile adds compile_reductions.
 Writes the table to runs/bench_reduction/bench_reduction.md.
 """
 
@@ -22,6 +22,7 @@ import lean_fx
 from lean_fx.errors import require
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.machines import machine
+from lean_fx.reduction.compiling import compile_reductions
 from support.models import PaperNet
 from support.script import command_line, run_script
 
@@ -123,7 +124,7 @@ def step_forms(
         forms[name] = step(lean_fx.leanify(model, images, channels=channels, reduction=name))
     if compiled:
         lean = lean_fx.leanify(model, images, channels=channels)
-        forms["lean, compiled"] = step(lean_fx.compile_reductions(lean))
+        forms["lean, compiled"] = step(compile_reductions(lean))
     return forms
 
 

@@ -1,4 +1,4 @@
-"""Multiply-adds by formula beside those that PyTorch's counter of operators sees, on real models.
+"""Multiply-adds of ``costs_of`` beside those that PyTorch's counter sees, on real models.
 
     pip install --no-deps torchvision timm && pip install huggingface_hub safetensors pyyaml
     python examples/costs.py [--models resnet18,timm/mixer_s32_224]
@@ -67,13 +67,13 @@ class Counts:
     """Multiply-adds of one model, by both counts.
 
     Attributes:
-        macs: by formula.
+        macs: by ``costs_of``.
         conv_macs: those of them that are convolutions'.
         seen: by FlopCounterMode, as it comes.
         conv_seen: those of them that are convolutions'.
         unseen: the operators that FlopCounterMode takes for no work.
-        reductions: by formula, those of LEAN, of which it sees the matrix products alone.
-        without_formula: how many nodes have no formula of their own.
+        reductions: those of LEAN by its formula; FlopCounterMode sees only its matrix products.
+        without_formula: how many nodes may do more than ``costs_of`` counts.
     """
 
     macs: int
@@ -145,8 +145,8 @@ def count(model: nn.Module, inputs: Tensor) -> Counts:
 
 def markdown(counted: dict[str, Counts], versions: str) -> str:
     """The table."""
-    head = ("model", "MACs by formula", "convolutions", "FlopCounterMode", "convolutions ")
-    rows = [(*head, "equal", "what the counter does not see", "nodes without formula")]
+    head = ("model", "MACs", "convolutions", "FlopCounterMode", "convolutions ")
+    rows = [(*head, "equal", "what the counter does not see", "nodes that may do more")]
     for name, each in counted.items():
         figures = (each.macs, each.conv_macs, each.seen, each.conv_seen)
         equal = "yes" if each.macs == each.seen else "no"
@@ -155,8 +155,10 @@ def markdown(counted: dict[str, Counts], versions: str) -> str:
         )
     return (
         f"# Multiply-adds, counted twice\n\n```\n{command_line()}\n```\n\n{versions}; batch 1, "
-        "eval mode, CPU. A node without formula counts what the counter sees in it, with fused "
-        "kernels switched off.\n\n" + markdown_table(rows) + "\n"
+        "eval mode, CPU. The first count switches fused kernels off and counts reductions by their "
+        "own formula. A node may do more if it has code of its own.\n\n"
+        + markdown_table(rows)
+        + "\n"
     )
 
 

@@ -24,12 +24,12 @@ import torch
 import lean_fx
 from lean_fx.checks import check_int, check_ints
 from lean_fx.errors import ArgumentError, require
+from lean_fx.export.sessions import onnx_call
 from lean_fx.files import make_folder, write_text
-from lean_fx.measure.compared import ratio_of
+from lean_fx.measure.comparison_table import ratio_of
 from lean_fx.measure.eager import training_step, using_threads
 from lean_fx.measure.energy import EnergyMeter
 from lean_fx.measure.machines import machine
-from lean_fx.measure.sessions import onnx_call
 from lean_fx.measure.timing import Latency
 from support.models import PaperNet
 from support.script import command_line, run_script

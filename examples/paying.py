@@ -21,7 +21,7 @@ from torch import nn
 import lean_fx
 from lean_fx.errors import DataError, require
 from lean_fx.files import make_folder, write_text
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
 from support.script import command_line, run_script

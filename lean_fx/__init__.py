@@ -5,10 +5,19 @@ Example:
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
     >>> lean_fx.leanify(model)(torch.rand(5, 8)).shape
     torch.Size([5, 2])
+
+What the functions return, and what a plan holds, has its home in its module:
+
+- :class:`lean_fx.passes.Site` and :class:`lean_fx.passes.Consumer`, the rows of a plan, and
+  :class:`lean_fx.planning.plans.LeftAlone`, the layers that it leaves alone;
+- :class:`lean_fx.export.exporting.Exported`, from ``export_onnx``;
+- :class:`lean_fx.measure.costs_table.Costs`, from ``costs_of``;
+- :class:`lean_fx.measure.comparison_table.Comparison`, from ``compare``.
 """
 
-from lean_fx.comparing import compare
-from lean_fx.costing import costs_of
+import importlib
+from typing import TYPE_CHECKING
+
 from lean_fx.errors import (
     ArgumentError,
     BranchError,
@@ -22,20 +31,39 @@ from lean_fx.errors import (
     PlanError,
     WriteError,
 )
-from lean_fx.export.exporting import Exported, export_onnx
-from lean_fx.export.stored_plan import plan_of
 from lean_fx.layers.kinds import register_layer, unregister_layer
-from lean_fx.measure.compared import Comparison
-from lean_fx.measure.costed import Costs
-from lean_fx.passes import Consumer, Site
-from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.planning.plans import Plan
 from lean_fx.reduction.base import Reduction
-from lean_fx.reduction.compiling import compile_reductions
 from lean_fx.reduction.embedding import power_iteration_embedding
 from lean_fx.reduction.functional import checking_signs, lean_reduction
 from lean_fx.reduction.lean import LeanReduction
-from lean_fx.reduction.registry import reductions, register_reduction, unregister_reduction
+from lean_fx.reduction.registry import reductions, register_reduction
 from lean_fx.transform import leanify, plan
+
+# The exporter and what measures are loaded when they are first used.
+if TYPE_CHECKING:
+    from lean_fx.export.exporting import export_onnx
+    from lean_fx.export.stored_plan import plan_of
+    from lean_fx.measure.comparison import compare
+    from lean_fx.measure.costs import costs_of
+else:
+    _LOADED_WHEN_USED = {
+        "compare": "lean_fx.measure.comparison",
+        "costs_of": "lean_fx.measure.costs",
+        "export_onnx": "lean_fx.export.exporting",
+        "plan_of": "lean_fx.export.stored_plan",
+    }
+
+    def __getattr__(name):
+        if name not in _LOADED_WHEN_USED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_LOADED_WHEN_USED[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_LOADED_WHEN_USED})
+
 
 __version__ = "0.1.0"
 
@@ -43,26 +71,19 @@ __all__ = [
     "ArgumentError",
     "BranchError",
     "CaptureError",
-    "Comparison",
-    "Consumer",
-    "Costs",
     "DataError",
     "ExportError",
-    "Exported",
     "LeanError",
     "LeanReduction",
     "LeanWarning",
-    "LeftAlone",
     "MissingDependencyError",
     "PassError",
     "Plan",
     "PlanError",
     "Reduction",
-    "Site",
     "WriteError",
     "checking_signs",
     "compare",
-    "compile_reductions",
     "costs_of",
     "export_onnx",
     "lean_reduction",
@@ -74,5 +95,4 @@ __all__ = [
     "register_layer",
     "register_reduction",
     "unregister_layer",
-    "unregister_reduction",
 ]

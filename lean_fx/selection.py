@@ -24,10 +24,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import ArgumentError
-from lean_fx.export.exporting import export_onnx
 from lean_fx.layers.kinds import first_weight, input_channels, kind_of
-from lean_fx.measure.formulas import layer_macs
-from lean_fx.measure.timing import time_onnx
 from lean_fx.passes import Consumer, Site, facts
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.reduction.lean import LeanReduction
@@ -124,9 +121,10 @@ def _macs(consumer: Consumer, node: Node, graph_module: GraphModule) -> int:
     layer = graph_module.get_submodule(consumer.layer)
     read = _numel(node.all_input_nodes[0])
     kind = kind_of(layer)
-    if kind is not None and kind.recurrent:
+    assert kind is not None
+    if kind.recurrent:
         return read // input_channels(layer) * consumer.weights
-    return layer_macs(layer, read=read, written=_numel(node))
+    return kind.macs(layer, read, _numel(node))
 
 
 def _numel(node: Node) -> int:
@@ -142,6 +140,10 @@ def _measured(
     nodes: dict[str, Node],
 ) -> tuple[bool, str]:
     """Whether the layers of a site are faster with its reduction, and the figures."""
+    # Imported here, so that `import lean_fx` loads neither the exporter nor the timer.
+    from lean_fx.export.exporting import export_onnx
+    from lean_fx.measure.timing import time_onnx
+
     bare, own = _alone(site, graph_module)
     reduced = Plan("site", (own,), reduction=reduction).apply_to_graph(copy.deepcopy(bare))
     for module in reduced.modules():

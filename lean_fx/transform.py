@@ -67,8 +67,8 @@ def leanify(
             at the scale of those that they replace.
         channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a part of
             C_in), ``"sqrt"`` (the divisor of C_in nearest to its root), ``"tenth"``, a function of
-            the :class:`~lean_fx.Site` that returns one of these, or a mapping of layer names or
-            glob patterns to them. C' divides C_in; where the wanted number does not, the
+            the :class:`~lean_fx.passes.Site` that returns one of these, or a mapping of layer
+            names or glob patterns to them. C' divides C_in; where the wanted number does not, the
             nearest divisor is taken and the plan says so.
         round_to: prefer C' that are multiples of this number, such as 8; 1 or more.
         reduction: a registered name (:func:`lean_fx.reductions`) or a module class with the

@@ -154,7 +154,7 @@ def test_outputs_of_other_forms(tmp_path):
     lean_fx.export_onnx(Dictionary(), tmp_path / "a.onnx", X)
     refused(
         lambda: lean_fx.compare({"a": Structured()}, X),
-        "compare: 'a' gives a Result, in which there are no tensors to find; return tensors, or ",
+        "compare: 'a' returns a Result, in which no tensors can be found; return tensors, or ",
     )
 
 

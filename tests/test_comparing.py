@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.comparing import _files
 from lean_fx.errors import ArgumentError, ExportError, MissingDependencyError, WriteError
-from lean_fx.measure.compared import Compared, Comparison, ratio_of
+from lean_fx.measure.comparison import _files
+from lean_fx.measure.comparison_table import Compared, Comparison, ratio_of
 from lean_fx.measure.energy import Energy
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.memory import peak_bytes
@@ -306,9 +306,9 @@ def test_nothing_of_the_callers_is_changed():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"models": {}}, "models is no mapping, or empty; give names and models"),
-        ({"models": [net()]}, "models is no mapping, or empty; give names and models"),
-        ({"models": {"a\nb": net()}}, "the name 'a.*nb' is no printable text; give another"),
+        ({"models": {}}, "models is not a mapping, or is empty; give names and models"),
+        ({"models": [net()]}, "models is not a mapping, or is empty; give names and models"),
+        ({"models": {"a\nb": net()}}, "the name 'a.*nb' is not printable text; give another"),
         ({"models": {"a": 3}}, "'a' is a int; give a module"),
         ({"example_inputs": torch.rand(0, 3, 8, 8)}, "example_inputs have no rows; give one or m"),
         ({"batches": (0,)}, "batches=.0,. is no list of ints of 1 or more"),
@@ -328,7 +328,7 @@ def test_nothing_of_the_callers_is_changed():
         ({"example_inputs": torch.rand(2, 4)}, "'base' fails on the example inputs .*; give inpu"),
         (
             {"models": {"a": nn.Flatten(), "b": nn.Identity()}},
-            r"'b' gives \[2, 3, 8, 8\] and 'a' \[2, 192\]; compare models whose outputs have one f",
+            r"'b' returns \[2, 3, 8, 8\] and 'a' returns \[2, 192\]; compare models whose outputs have the",
         ),
     ],
 )
@@ -339,7 +339,7 @@ def test_errors(changed, message):
 
 
 def test_what_cannot_be_metered_is_told_before_the_work(monkeypatch, tmp_path):
-    monkeypatch.setattr("lean_fx.comparing.export_onnx", None)
+    monkeypatch.setattr("lean_fx.measure.comparison.export_onnx", None)
     with pytest.raises(ArgumentError, match="^compare: country='XX' is not known to CodeCarbon; "):
         lean_fx.compare(
             {"a": nn.Linear(4, 2)}, torch.rand(2, 4), energy_s=1.0, country="XX", folder=tmp_path
@@ -398,7 +398,7 @@ def test_earlier_results_stay_when_a_later_comparison_fails(earlier, monkeypatch
     inputs, fine = torch.rand(2, 4), nn.Linear(4, 2)
     with pytest.raises(ExportError, match="cannot be exported"):
         lean_fx.compare({"a": fine, "b": Wayward(4, 2)}, inputs, rounds=2, folder=folder)
-    with pytest.raises(ArgumentError, match="compare models whose outputs have one form"):
+    with pytest.raises(ArgumentError, match="compare models whose outputs have the same form"):
         lean_fx.compare({"a": fine, "b": nn.Linear(4, 3)}, inputs, rounds=2, folder=folder)
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with pytest.raises(MissingDependencyError, match="codecarbon is not installed"):
@@ -442,6 +442,6 @@ def test_a_read_only_folder_is_told_before_the_work(monkeypatch):
     folder = Path("/sys/kernel")  # for root too
     if not folder.is_dir():
         pytest.skip("needs a folder that nobody may write to")
-    monkeypatch.setattr("lean_fx.comparing.export_onnx", None)
+    monkeypatch.setattr("lean_fx.measure.comparison.export_onnx", None)
     with pytest.raises(WriteError, match="kernel: cannot be written .*; give a folder that you m"):
         lean_fx.compare({"a": net()}, torch.rand(2, 3, 8, 8), rounds=2, folder=folder)

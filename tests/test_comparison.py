@@ -8,7 +8,7 @@ from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment.comparison import run
-from lean_fx.measure.cost import count_parameters
+from lean_fx.measure.costs import count_parameters
 from lean_fx.measure.report import Report
 from support import script
 from support.arms import paper_arms, three_arms

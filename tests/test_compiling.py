@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lean_fx
+from lean_fx.reduction.compiling import compile_reductions
 
 
 def net_and_inputs(depth):
@@ -29,7 +30,7 @@ def test_more_reductions_than_torch_keeps_forms_of_one_code_equal_the_eager_ones
     lean = lean_fx.leanify(model, inputs)
     expected = outputs_and_gradients(lean, inputs)
     compiled = copy.deepcopy(lean)
-    assert lean_fx.compile_reductions(compiled, backend=backend) is compiled
+    assert compile_reductions(compiled, backend=backend) is compiled
     found = outputs_and_gradients(compiled, inputs)
     for value, other in zip(found, expected, strict=True):
         torch.testing.assert_close(value, other)
@@ -40,17 +41,17 @@ def test_more_reductions_than_torch_keeps_forms_of_one_code_equal_the_eager_ones
 
 def test_a_copy_is_eager_and_an_export_the_same(tmp_path):
     model, inputs = net_and_inputs(depth=1)
-    lean = lean_fx.compile_reductions(lean_fx.leanify(model, inputs), backend="aot_eager")
+    lean = compile_reductions(lean_fx.leanify(model, inputs), backend="aot_eager")
     assert [module._compiled_call_impl for module in copy.deepcopy(lean).modules()] == [None] * 7
     lean_fx.export_onnx(lean, tmp_path / "lean.onnx", inputs)
 
 
 def test_without_a_reduction_there_is_nothing_to_compile():
     with pytest.raises(lean_fx.LeanError) as caught:
-        lean_fx.compile_reductions(nn.Linear(8, 8))
+        compile_reductions(nn.Linear(8, 8))
     assert str(caught.value) == (
         "compile_reductions: model=Linear has no LeanReduction; give what leanify makes"
     )
     with pytest.raises(lean_fx.errors.ArgumentError) as caught:
-        lean_fx.compile_reductions(3)
+        compile_reductions(3)
     assert str(caught.value) == "compile_reductions: model=int object is not a module"

@@ -13,7 +13,7 @@ from torch import nn
 import lean_fx
 from graphs import Residual
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_macs
+from lean_fx.measure.costs import count_macs
 from lean_fx.reduction.conditioned import GatedReduction, SimplexReduction
 from lean_fx.reduction.controls import GroupedSumReduction
 from lean_fx.reduction.registry import make_reduction, reduction_factory

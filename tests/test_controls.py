@@ -6,7 +6,7 @@ import torch
 import lean_fx
 from lean_fx import register_reduction
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_macs
+from lean_fx.measure.costs import count_macs
 from lean_fx.reduction.controls import (
     GroupedSumReduction,
     MaxReduction,

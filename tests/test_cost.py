@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lean_fx import costs_of
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.costs import count_macs, count_parameters
 
 
 def paper_net() -> nn.Sequential:
@@ -64,6 +64,18 @@ def test_a_reduction_counts_by_its_own_formula_alone() -> None:
     x = torch.zeros(2, 8, 5, 7)
     positions = 2 * 5 * 7
     assert count_macs(net, x) == 32 * positions + 2 * 3 * positions
+
+
+def test_a_reduction_that_is_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduction = FirstChannels(8, 2, macs_per_position=32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reduction(x=x)
+
+    assert count_macs(Named(), torch.zeros(1, 8, 2, 2)) == 32 * 4
 
 
 def test_a_reduction_that_is_called_twice_counts_twice() -> None:

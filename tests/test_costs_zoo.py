@@ -1,4 +1,4 @@
-"""Costs by formula against PyTorch's own counter, on the models of examples/costs.py.
+"""Costs against PyTorch's own counter and against formulas, on the models of examples/costs.py.
 
 The models of torchvision and timm run where both are installed: ``make test-slow``.
 """
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import lean_fx
-from lean_fx.measure.cost import count_macs
+from lean_fx.measure.costs import count_macs
+from mac_formulas import nodes_that_differ
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples/costs.py"))
 MODELS, SMALL = EXAMPLE["MODELS"], EXAMPLE["small_models"]()
@@ -40,6 +41,7 @@ def check(name, model, inputs):
         assert counts.reason == ""
     # With the fused kernels off, nothing differs at all.
     assert counts.macs == count_macs(model, inputs)
+    assert nodes_that_differ(lean_fx.costs_of(model, inputs), model, inputs) == []
     return counts
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lean_fx.measure.cost import count_parameters
+from lean_fx.measure.costs import count_parameters
 from support.evidence.arms import PARTS, Arm, make_net, smoke_parts
 from support.evidence.nets import DenseNet, ResNet
 from support.evidence.pictures import Pictures

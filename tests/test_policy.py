@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lean_fx import Consumer, LeanError, Site
+from lean_fx import LeanError
+from lean_fx.passes import Consumer, Site
 from lean_fx.planning.policy import (
     check_channels_policy,
     check_names,

@@ -21,6 +21,7 @@ from lean_fx.capture.capturing import capture
 from lean_fx.errors import BranchError, PlanError
 from lean_fx.measure.timing import Latency
 from lean_fx.passes import SplitLayers
+from lean_fx.planning.plans import LeftAlone
 from lean_fx.reduction.packed import with_data
 
 OPTIONS = [
@@ -272,7 +273,7 @@ def test_a_stack_that_is_not_worth_splitting_says_so():
     assert plan.split == ()
     assert plan.sites[0].layers == ("1",)
     assert [each for each in plan.left_alone if each.layer == "1.1"] == [
-        lean_fx.LeftAlone("1.1", "GRU", "stays within 1: in_channels=16 is below min_channels=32")
+        LeftAlone("1.1", "GRU", "stays within 1: in_channels=16 is below min_channels=32")
     ]
 
 
@@ -280,13 +281,13 @@ def test_a_stack_that_is_slower_split_and_reduced_stays_whole(monkeypatch):
     def time_onnx(files, value, **options):
         return {name: Latency((2.0 if name == "with" else 1.0,) * 2, 1, 1) for name in files}
 
-    monkeypatch.setattr(lean_fx.selection, "time_onnx", time_onnx)
+    monkeypatch.setattr("lean_fx.measure.timing.time_onnx", time_onnx)
     model, x = nn.Sequential(nn.Linear(8, 20), nn.GRU(20, 32, 2)), torch.rand(5, 2, 8)
     plan = lean_fx.plan(model, x, keep="measured")
     assert (plan.sites, plan.split) == ((), ())
-    assert lean_fx.LeftAlone("1", "GRU", "measured 2 ms with it, 1 ms without") in plan.left_alone
+    assert LeftAlone("1", "GRU", "measured 2 ms with it, 1 ms without") in plan.left_alone
     text = "stays within 1: measured 2 ms with it, 1 ms without"
-    assert lean_fx.LeftAlone("1.1", "GRU", text) in plan.left_alone
+    assert LeftAlone("1.1", "GRU", text) in plan.left_alone
 
 
 def test_the_values_of_an_rnn_of_relus_are_not_negative():

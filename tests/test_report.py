@@ -232,7 +232,7 @@ def test_bad_json_is_told_in_one_line(text: str, message: str) -> None:
 
 def test_importing_the_measures_brings_no_optional_package() -> None:
     code = (
-        "import sys; from lean_fx.measure import cost, energy, report, timing; "
+        "import sys; from lean_fx.measure import costs, energy, report, timing; "
         "print({'codecarbon', 'onnxruntime', 'matplotlib', 'rich', 'onnx'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,11 +10,12 @@ import lean_fx
 from graphs import CHANGED
 from lean_fx.capture.capturing import capture, copied_graph
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_macs
+from lean_fx.measure.costs import count_macs
 from lean_fx.passes import facts
 from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.options import Options
 from lean_fx.planning.planner import choose_sites
+from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.records import graph_records
 from lean_fx.selection import _alone
 from lean_fx.transform import _analyse
@@ -99,14 +100,12 @@ def test_measured_keeps_what_is_faster(monkeypatch):
             "with": lean_fx.measure.timing.Latency((ratio, ratio), 1, 1),
         }
 
-    monkeypatch.setattr("lean_fx.selection.time_onnx", time_onnx)
+    monkeypatch.setattr("lean_fx.measure.timing.time_onnx", time_onnx)
     plan = lean_fx.plan(TwoSites(), inputs, keep="measured")
     assert seen == [(["without", "with"], (1, 64, 16, 16))] * 2
     assert signs == ["8x8_nonnegative"] * 2
     assert [site.note for site in plan.sites] == ["measured 0.5 ms with it, 1 ms without"]
-    assert plan.left_alone[-1] == lean_fx.LeftAlone(
-        "poor", "Conv2d", "measured 2 ms with it, 1 ms without"
-    )
+    assert plan.left_alone[-1] == LeftAlone("poor", "Conv2d", "measured 2 ms with it, 1 ms without")
 
 
 def test_measured_by_the_clock():

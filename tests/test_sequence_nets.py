@@ -7,7 +7,7 @@ from torch import nn
 from lean_fx.errors import ArgumentError
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.training import Settings, train
-from lean_fx.measure.cost import count_parameters
+from lean_fx.measure.costs import count_parameters
 from support.arms import sequence_arms
 from support.sequence_nets import (
     SEQUENCE_WIDTHS,

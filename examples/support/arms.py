@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lean_fx.checks import check_choice
 from lean_fx.experiment.ablation import Setting
 from lean_fx.experiment.datasets import Dataset
-from lean_fx.measure.cost import count_parameters
+from lean_fx.measure.costs import count_parameters
 from lean_fx.planning.policy import ChannelsPolicy, Skip
 from lean_fx.reduction.registry import ReductionFactory, reduction_name
 from lean_fx.transform import leanify

@@ -38,7 +38,7 @@ from lean_fx.errors import LeanError, one_line
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.parity import difference
 from lean_fx.export.stored_plan import plan_of
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.timing import time_onnx
 from lean_fx.planning.plans import Plan
 from lean_fx.transform import leanify
@@ -156,7 +156,7 @@ def reason_for(site: CallSite, plan: Plan) -> str:
     """Why a plan left a call site alone, without names and numbers, so that it can be counted.
 
     Example:
-        >>> from lean_fx import LeftAlone
+        >>> from lean_fx.planning.plans import LeftAlone
         >>> plan = Plan("Net", (), (LeftAlone("conv", "Conv2d", "groups=4: split already"),))
         >>> reason_for(CallSite("conv", "conv", 64, 4), plan)
         'groups=N: split already'

@@ -21,7 +21,7 @@ from lean_fx.experiment.comparison import export_and_time, require_all
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import is_first_process, leave_to_first_process
 from lean_fx.files import make_folder, replacing, write_text
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.pictures import colour, new_figure
 from lean_fx.reduction.registry import reductions
 

@@ -23,7 +23,7 @@ from lean_fx.experiment.processes import (
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.stored_plan import held_plan
 from lean_fx.files import make_folder
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
 from lean_fx.measure.machines import machine
 from lean_fx.measure.report import Arm, Epoch, Report

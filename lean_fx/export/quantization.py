@@ -38,8 +38,8 @@ from lean_fx.errors import (
     require,
 )
 from lean_fx.export.lean_function import INLINED
+from lean_fx.export.sessions import open_session
 from lean_fx.files import replacing
-from lean_fx.measure.sessions import open_session
 from lean_fx.onnx_files import places_of_weights
 
 Quantize = Literal["dynamic", "static"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lean_fx.errors import require
+from lean_fx.export.sessions import open_session
 from lean_fx.measure.machines import machine
-from lean_fx.measure.sessions import open_session
 
 
 def _optimised(file: Path) -> Any:

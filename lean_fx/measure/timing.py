@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.sessions import flushing_denormals, onnx_call
+from lean_fx.export.sessions import flushing_denormals, onnx_call
 
 if TYPE_CHECKING:
-    from lean_fx.measure.sessions import Inputs
+    from lean_fx.export.sessions import Inputs
 
 
 @dataclass(frozen=True)

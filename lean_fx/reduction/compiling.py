@@ -32,7 +32,7 @@ def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
     Example:
         >>> import torch, lean_fx
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
-        >>> lean = lean_fx.compile_reductions(lean_fx.leanify(net, torch.rand(5, 8)))
+        >>> lean = compile_reductions(lean_fx.leanify(net, torch.rand(5, 8)))
     """
     if not isinstance(model, nn.Module):
         kind = type(model).__name__

@@ -44,7 +44,7 @@ any sign 1.7x (1.5 - 1.9)  1.9x (1.4 - 2.5)
 The literal form's large temporaries make the ratio differ from process to process. A training step
 of the paper's net (50/100/150 and 48/96/144 channels) runs at 1.03 and 0.86 of its speed with a
 slice in place of the reductions, and at 1.07 and 0.95 if these are compiled. Compile the whole
-model, or its reductions alone with :func:`~lean_fx.compile_reductions`.
+model, or its reductions alone with :func:`~lean_fx.reduction.compiling.compile_reductions`.
 
 A channel or a position whose values are all zero (frequent after ReLU) gives zeros, forward and
 backward, never NaN. Half-precision values are reduced in float32.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lean_fx import leanify
 from lean_fx.errors import ArgumentError
-from lean_fx.measure.cost import count_parameters
+from lean_fx.measure.costs import count_parameters
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 from support.evidence.nets import (
     DENSENET_SKIP,

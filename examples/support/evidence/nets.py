@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lean_fx.measure.cost import count_parameters
+from lean_fx.measure.costs import count_parameters
 
 RESNET_WIDTHS = (32, 64, 128)
 #: Layers of :class:`ResNet` that are left alone; the convolutions of the branches are reduced.

@@ -16,7 +16,7 @@ import torch
 
 import lean_fx
 from lean_fx.errors import LeanError, one_line
-from lean_fx.measure.cost import count_parameters
+from lean_fx.measure.costs import count_parameters
 from support.evidence.arms import Arm, Part, make_net
 from support.evidence.pictures import Pictures, Split
 from support.evidence.runs import Bundle, Run, write_result

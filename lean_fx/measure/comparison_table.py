@@ -1,4 +1,4 @@
-"""The result of a comparison: figures of models side by side, each with its unit and spread."""
+"""The result of a comparison: a table of figures, each with its unit and spread."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Ratio:
-    """The time of a model by that of the baseline, in the same rounds.
+    """The time of a model divided by the time of the baseline in the same rounds.
 
     Attributes:
         median: the ratio of the medians; below 1 is faster.
-        low: end of the interval that holds it with 95 % confidence.
-        high: the other end.
+        low: the lower end of its 95 % confidence interval.
+        high: the upper end.
     """
 
     median: float
@@ -47,8 +47,8 @@ class Ratio:
 def ratio_of(latency: Latency, baseline: Latency) -> Ratio:
     """The ratio of two latencies that were measured in turn, and its bootstrap interval.
 
-    Rounds are drawn again with replacement, the same ones for both, since what slows a round down
-    slows both; the interval holds the middle 95 % of the ratios of medians of such draws.
+    The bootstrap draws rounds with replacement, the same rounds for both latencies, because what
+    slows a round down slows both. The interval holds the middle 95 % of the ratios of medians.
 
     Raises:
         ArgumentError: the numbers of rounds differ.
@@ -89,9 +89,10 @@ class Compared:
         parameters: elements of all parameters.
         weight_bytes: of parameters and buffers.
         macs: multiply-adds of one sample.
-        moved_bytes: of activations and weights that one sample makes the layers read and write;
-            None where torch.fx cannot capture the model.
-        peak_inference_bytes: of tensors alive at once in a forward pass of the example inputs.
+        moved_bytes: bytes of activations and weights that the layers read and write for one
+            sample; None if torch.fx cannot capture the model.
+        peak_inference_bytes: the most bytes of tensors alive at once in a forward pass of the
+            example inputs.
         peak_training_bytes: the same in a training step, gradients included.
         onnx_bytes: size of the exported file.
         reorders: how many nodes of ONNX Runtime's optimised graph only change the memory layout.
@@ -99,8 +100,8 @@ class Compared:
         latencies: of the file, one for each batch.
         eager: of a forward pass in PyTorch.
         step: of a training step in PyTorch: forward, backward, SGD.
-        energy: of one call of the file at the first batch; None where it was not metered.
-        step_energy: of one training step, the same that ``step`` is of; None likewise.
+        energy: of one call of the file at the first batch; None if it was not metered.
+        step_energy: of the training step that ``step`` times; None if it was not metered.
     """
 
     name: str
@@ -173,7 +174,7 @@ class Comparison:
         return rows
 
     def footnotes(self) -> list[str]:
-        """The sentences that say what the figures rest on."""
+        """What the figures rest on, in sentences."""
         base = self.models[0]
         timed = base.latencies[0]
         notes = [

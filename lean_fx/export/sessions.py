@@ -1,4 +1,4 @@
-"""ONNX files loaded into ONNX Runtime's CPU as they are timed."""
+"""ONNX Runtime sessions on the CPU, with the options under which files are timed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Flush denormal numbers to zero on this thread, and put it back as it was.
+    """Flush denormal numbers to zero on this thread within the block.
 
-    The session's own option reaches its pool of threads; the calling thread obeys only the first
-    session of the process, whatever it asked for, and would keep the setting for good.
+    A session's own option sets its pool of threads. The calling thread takes the option of the
+    first session of the process, and keeps it for good.
     """
     before = sys.float_info.min / 2 == 0.0
     torch.set_flush_denormal(True)
@@ -37,7 +37,7 @@ def flushing_denormals() -> Iterator[None]:
 
 
 def onnx_call(name: str, file: Path, inputs: Inputs, threads: int) -> Callable[[], object]:
-    """Load a model, warm it up, which checks its inputs, and return its call.
+    """Load a model and return its call. Warm-up calls check the inputs.
 
     The arguments and the errors are those of :func:`~lean_fx.measure.timing.time_onnx`.
     """

@@ -1,8 +1,7 @@
 """Multiply-adds (MACs) of one call, from the shapes of what it reads and writes.
 
-One multiply-add is one product that is summed into a result. Biases, activations, gates,
-normalisation, softmax, pooling and element-wise arithmetic count nothing. Positions are pixels,
-time steps or samples::
+An oracle for the tests of :mod:`lean_fx.measure.costs`, which counts the operators that run.
+Positions are pixels, time steps or samples::
 
     convolution, linear       elements written x weights of one output channel
     transposed convolution    elements read x weights of one input channel
@@ -28,22 +27,45 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
 
+from lean_fx.capture.capturing import capture
 from lean_fx.graph.calls import is_altered
 from lean_fx.layers.kinds import KINDS, groups_of, input_channels, kind_of
+from lean_fx.measure.costs_table import Costs, NodeCost
 from lean_fx.reduction.registry import is_reduction
 
 
 def layer_macs(layer: nn.Module, read: int, written: int) -> int:
-    """MACs of a layer of some kind that reads and writes so many elements.
-
-    Example:
-        >>> layer_macs(nn.Conv2d(3, 8, 3, padding=1), read=3 * 25, written=8 * 25)
-        5400
-    """
+    """MACs of a layer of some kind that reads and writes so many elements."""
     kind = kind_of(layer)
     assert kind is not None
     return kind.macs(layer, read, written)
+
+
+def nodes_that_differ(costs: Costs, model: nn.Module, inputs: Tensor) -> list[NodeCost]:
+    """The nodes whose count is not what the formula says, where there is one."""
+    run = _Run(capture(nn.Sequential(model), (inputs,), evaluation=True))
+    with torch.no_grad():
+        run.run(inputs)
+    nodes = [node for node in costs.nodes if node.kind != "check_absent"]  # inputs of the root only
+    assert any(run.macs) == (costs.macs > 0)
+    pairs = zip(nodes, run.macs, strict=True)
+    return [node for node, macs in pairs if macs not in (None, node.macs)]
+
+
+class _Run(Interpreter):
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.macs: list[int | None] = []
+
+    def run_node(self, n: Node) -> Any:
+        output = super().run_node(n)
+        if n.op.startswith("call_"):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            target = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+            self.macs.append(call_macs(target, args, kwargs, output))
+        return output
 
 
 def call_macs(

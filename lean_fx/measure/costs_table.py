@@ -1,4 +1,4 @@
-"""The result of costs_of(): what every node of a model computes, holds and moves."""
+"""The costs of a model as a table: what every node computes, holds and moves."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class NodeCost:
     """What one node of a graph costs.
 
     Attributes:
-        name: of the layer, qualified; of the node where that calls a function or a method.
+        name: the qualified name of the layer; for a function or a method, the name of the node.
         kind: the type of the layer, or the name of the function or method.
         macs: multiply-adds.
-        parameters: elements of the parameters that it is the first to read.
-        weight_bytes: of these, and of the buffers that it is the first to read.
-        read_bytes: of activations and weights.
-        written_bytes: of its result.
+        parameters: elements of the parameters that no node before it has read.
+        weight_bytes: bytes of these parameters, and of the buffers that no node before it has read.
+        read_bytes: bytes of the activations and weights that it reads.
+        written_bytes: bytes of its result.
     """
 
     name: str
@@ -49,8 +49,9 @@ class Costs:
     Attributes:
         model: the name of its type.
         nodes: in the order in which they run.
-        without_formula: names of the nodes whose MACs are only those that PyTorch's counter of
-            operators sees in them: what is element-wise or foreign in there is not counted.
+        without_formula: names of the nodes that may do more than their MACs say: they call
+            operators that have no formula, or hold weights and have code of their own, whose
+            element-wise products are not counted.
     """
 
     model: str
@@ -93,11 +94,11 @@ class Costs:
         return [head, *(_row(node) for node in (*shown, total))]
 
     def footnotes(self) -> list[str]:
-        """The sentences that say what the figures rest on."""
+        """What the figures rest on, in sentences."""
         notes = ["Read: activations and weights."]
         if self.without_formula:
             names = ", ".join(self.without_formula)
-            notes.append(f"No formula, counted by operators alone: {names}.")
+            notes.append(f"May do more multiply-adds than could be counted: {names}.")
         return notes
 
     def __str__(self) -> str:

@@ -1,9 +1,9 @@
-"""costs_of(): what every node of a model computes, holds and moves."""
+"""What a model and the nodes of its graph cost: parameters, multiply-adds (MACs), bytes moved."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +13,73 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import as_inputs, capture
 from lean_fx.capture.tracing import LeanTracer
-from lean_fx.checks import is_quantized_layer
+from lean_fx.checks import check_shapes, is_quantized_layer
+from lean_fx.copying import copied_whole
 from lean_fx.errors import ArgumentError, one_line
+from lean_fx.graph.calls import is_altered
 from lean_fx.layers.transformers import PLAIN
-from lean_fx.measure.cost import Counter, counting, counting_device, without_gradients
-from lean_fx.measure.costed import Costs, NodeCost
-from lean_fx.measure.formulas import call_macs
+from lean_fx.measure.costs_table import Costs, NodeCost
+from lean_fx.measure.counter import Counter, counting, has_mac_count
 from lean_fx.passes.propagate_shapes import check_count
 from lean_fx.reduction.registry import is_reduction
 
-# Modules that hold parameters and multiply by them element by element, or only look them up.
+_Model = TypeVar("_Model", bound=nn.Module)
+
+#: Modules that hold parameters and multiply by them element by element, or only look them up.
 _WITHOUT_SUMS = (
     nn.modules.batchnorm._NormBase,
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag),
 )
 _LOOK_UPS = (F.embedding, F.embedding_bag)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the elements of all parameters, trained or frozen; a shared one counts once.
+
+    Example:
+        >>> count_parameters(nn.Linear(3, 2))
+        8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> int:
+    """Count the multiply-adds of one forward pass, in eval mode and without gradients.
+
+    It counts the operators that run (:mod:`lean_fx.measure.counter`), so any model that runs can
+    be counted. :func:`costs_of` gives the same total node by node.
+
+    The pass runs on a copy on the CPU (or on the meta device, if the model or an input is there):
+    the model, its mode and its statistics stay as they are.
+
+    Args:
+        model: any module that ``copy.deepcopy`` can copy.
+        example_inputs: the input, or the tuple of positional inputs. The count is of the whole
+            batch: give a batch of 1 for the MACs of one sample.
+
+    Returns:
+        The multiply-adds of the pass, a whole number.
+
+    Raises:
+        ArgumentError: the model fails on these inputs, or has lazy layers without a shape.
+        CaptureError: it cannot be copied.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 5, 5))
+        5400
+        >>> 8 * 3 * 3 * 3 * 5 * 5
+        5400
+    """
+    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    check_shapes(model)
+    replica, inputs = _to_count(copied_whole(model).eval(), _cloned(given))
+    try:
+        with counting() as counter:
+            counter.watch_reductions(replica)
+            replica(*inputs)
+    except Exception as error:
+        raise _failure("count_macs", type(model).__name__, inputs, error) from error
+    return counter.macs
 
 
 def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
@@ -36,15 +88,13 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
     The model is captured as torch.fx sees it in eval mode, and that copy runs once on the CPU, or
     on the meta device, where no numbers are computed, if the model or an input is there.
 
-    - Multiply-adds by the formulas of :mod:`lean_fx.measure.formulas`, reductions included. Where
-      there is none, those of the operators inside, as :func:`~lean_fx.measure.cost.count_macs`
-      counts them; such nodes are named in ``without_formula`` if they hold parameters or do
-      products.
+    - Multiply-adds are those of the operators inside a node (:mod:`lean_fx.measure.counter`);
+      a reduction counts by its own formula. ``without_formula`` names the nodes that may do more.
     - Bytes moved: every activation that a node reads, its parameters and buffers, and its result,
-      each once and whole; temporaries within a node are not seen. A view moves nothing (reshape,
-      transpose, chunk, dropout in eval mode; whether a reshape copies is seen when it runs), an
-      embedding reads the rows that it asks for (``table[index]``, index_select and gather count
-      the whole table), and what is computed in place is read and written. This is the traffic of
+      each once and whole. Temporaries within a node are not seen. A view moves nothing (reshape,
+      transpose, chunk, dropout in eval mode; whether a reshape copies is seen when it runs). An
+      embedding reads the rows that it asks for; ``table[index]``, index_select and gather count
+      the whole table. What is computed in place is read and written. This is the traffic of
       layers that run one by one, with nothing fused or kept in a cache.
     - Parameters and their bytes count where they are first read; those that are never read do not
       count.
@@ -70,9 +120,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
         [('0', 'Conv2d', 1996), ('1', 'ReLU', 1600), ('2', 'Flatten', 0)]
     """
     with torch.inference_mode(False):
-        inputs: tuple[Any, ...] = pytree.tree_map_only(
-            Tensor, lambda x: x.detach().clone(), as_inputs(example_inputs)
-        )
+        inputs = _cloned(as_inputs(example_inputs))
         known = isinstance(model, nn.Module) and type(model) not in PLAIN
         leaf = known and LeanTracer().is_leaf_module(model, "")
         root = _calling(model, len(inputs)) if leaf else model
@@ -88,21 +136,43 @@ def _calling(layer: nn.Module, inputs: int) -> GraphModule:
     return GraphModule({"layer": layer}, graph)
 
 
+def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    cloned: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), inputs)
+    return cloned
+
+
+def _to_count(model: _Model, inputs: tuple[Any, ...]) -> tuple[_Model, tuple[Any, ...]]:
+    """Make a copy of a model ready to be counted, and its inputs with it.
+
+    Both go to the meta device if a part of them is there already, else to the CPU. No parameter
+    asks for a gradient: FlopCounterMode hooks the gradients of the inputs of modules, and fails on
+    views of parameters, which ask for one but have none while gradients are off.
+    """
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    tensors += [*model.parameters(), *model.buffers()]
+    device = "meta" if any(x.is_meta for x in tensors) else "cpu"
+    moved = pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)
+    return model.requires_grad_(False).to(device), moved
+
+
+def _failure(task: str, name: str, inputs: tuple[Any, ...], error: Exception) -> ArgumentError:
+    shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
+    return ArgumentError(
+        f"{task}: {name} fails on inputs of shape {shapes} ({one_line(error)}); give inputs that "
+        "its forward takes"
+    )
+
+
 def _count(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
     check_count(captured, inputs)
-    device = counting_device(captured, pytree.tree_leaves(inputs))
-    inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)
+    captured, inputs = _to_count(captured, inputs)
     try:
         with torch.random.fork_rng(devices=[]), counting() as counter:
-            run = _Run(without_gradients(captured).to(device), counter)
+            counter.watch_reductions(captured)
+            run = _Run(captured, counter)
             run.run(*inputs)
     except Exception as error:
-        shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))
-        reason = one_line(error)
-        raise ArgumentError(
-            f"costs_of: {name} fails on inputs of shape {shapes} ({reason}); give inputs that its "
-            "forward takes"
-        ) from error
+        raise _failure("costs_of", name, inputs, error) from error
     return Costs(name, tuple(run.costs), tuple(run.without_formula))
 
 
@@ -130,10 +200,10 @@ class _Run(Interpreter):
         before, foreign = self._counter.macs, len(self._counter.foreign)
         output = super().run_node(n)
 
-        seen = self._counter.macs - before
-        macs = call_macs(called, args, kwargs, output)
-        unknown = seen or len(self._counter.foreign) > foreign or _holds_weights(called)
-        if macs is None and unknown:
+        macs = self._counter.macs - before
+        if called is torch.linalg.vecdot:
+            macs = _vecdot_macs(*args, **kwargs, output=output)
+        if len(self._counter.foreign) > foreign or _may_do_more(called):
             self.without_formula.append(_name(n))
         changed = [
             each for each, version in zip(given, versions, strict=True) if each._version != version
@@ -144,7 +214,7 @@ class _Run(Interpreter):
             NodeCost(
                 name=_name(n),
                 kind=_kind(called),
-                macs=seen if macs is None else macs,
+                macs=macs,
                 parameters=sum(x.numel() for x in weights if isinstance(x, nn.Parameter)),
                 weight_bytes=sum(x.nbytes for x in weights),
                 read_bytes=_read_bytes(called, read),
@@ -194,12 +264,27 @@ def _read_bytes(called: Any, read: list[Tensor]) -> int:
     return total
 
 
-def _holds_weights(called: Any) -> bool:
+def _vecdot_macs(x: Tensor, y: Tensor, dim: int = -1, *, output: Tensor) -> int:
+    """``torch.linalg.vecdot`` runs as an element-wise product and a sum, which are not counted."""
+    shape: torch.Size = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    return output.numel() * shape[dim]
+
+
+def _may_do_more(called: Any) -> bool:
+    """Whether a module with weights has code of its own, which may do products element by element.
+
+    Torch's own layers do their products by operators that are counted.
+    """
     if not isinstance(called, nn.Module) or isinstance(called, _WITHOUT_SUMS):
         return False
-    if is_quantized_layer(called):  # which hold them packed
-        return True
-    return is_reduction(called) or any(True for _ in called.parameters())
+    if has_mac_count(called):
+        return False
+    reduction = called if is_reduction(called) else called._modules.get("reduction")
+    if is_reduction(reduction):
+        return not has_mac_count(reduction)
+    if type(called).__module__.startswith("torch.nn.modules.") and not is_altered(called):
+        return False
+    return is_quantized_layer(called) or any(True for _ in called.parameters())
 
 
 def _name(node: Node) -> str:

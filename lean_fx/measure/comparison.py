@@ -1,4 +1,4 @@
-"""compare(): models side by side, by everything that does not need their training."""
+"""Compare models side by side: cost, latency, memory, energy. They need no training."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.capturing import as_inputs
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.copying import copied_whole
-from lean_fx.costing import costs_of
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.inputs import resized
+from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.files import make_folder, replacing
-from lean_fx.measure.compared import Compared, Comparison
-from lean_fx.measure.cost import count_macs, count_parameters
+from lean_fx.measure.comparison_table import Compared, Comparison
+from lean_fx.measure.costs import costs_of, count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
 from lean_fx.measure.energy import Energy, energy_in_turn
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.machines import machine
 from lean_fx.measure.memory import peak_bytes
-from lean_fx.measure.sessions import flushing_denormals, onnx_call
 from lean_fx.measure.timing import time_onnx
 from lean_fx.measure.tracker import check_country
 from lean_fx.onnx_files import onnx_bytes, weight_files
@@ -50,21 +49,21 @@ def compare(
 ) -> Comparison:
     """Measure models side by side: cost, latency, memory, and energy if asked for.
 
-    The models are copied to the CPU; they need no training, but latency depends a little on the
-    weights. All times and energies are taken in turn, round by round.
+    Copies of the models are measured on the CPU. They need no training, but latency depends a
+    little on the weights. Times and energies are measured round by round, one model after another.
 
     Args:
         models: by name; the first is the baseline that ratios refer to.
-        example_inputs: a tensor, or a tuple of the positional inputs, batch first; their batch is
-            that of the times and the memory in PyTorch.
-        batches: of the calls of ONNX Runtime, each 1 or more.
-        threads: of ONNX Runtime and PyTorch, 1 to four a core.
+        example_inputs: a tensor, or a tuple of the positional inputs, batch first. PyTorch is
+            timed, and its memory measured, at their batch.
+        batches: the batch sizes at which ONNX Runtime is timed, each 1 or more.
+        threads: of ONNX Runtime and PyTorch, from 1 to four a core.
         rounds: samples of each time, 2 or more.
-        energy_s: seconds to meter calls of each file at the first batch, and as many for training
-            steps of each model; 0 for no energy. Estimates need 30 or more.
+        energy_s: how many seconds to meter calls of each file at the first batch, and again
+            training steps of each model. 0 meters nothing; estimates need 30 or more.
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
-        folder: where to keep the ONNX files, made if missing; they are dropped if it is None.
-            Earlier ones are replaced when all models are exported.
+        folder: where to keep the ONNX files; it is made if missing. None keeps no files. Files of
+            an earlier comparison are replaced once all models are exported.
 
     Returns:
         The figures: ``print(comparison.to_markdown())``, ``comparison.save(folder)``.
@@ -155,19 +154,21 @@ def _check(
     energy_s: float,
 ) -> None:
     if not isinstance(models, Mapping) or not models:
-        raise ArgumentError("compare: models is no mapping, or empty; give names and models")
+        raise ArgumentError("compare: models is not a mapping, or is empty; give names and models")
     for name, model in models.items():
         if not isinstance(name, str) or not name.isprintable() or not name:
-            raise ArgumentError(f"compare: the name {name!r} is no printable text; give another")
+            raise ArgumentError(f"compare: the name {name!r} is not printable text; give another")
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"compare: {name!r} is a {type(model).__name__}; give a module")
         check_shapes(model, f"compare: {name!r}")
         check_values(model, f"compare: {name!r}")
     if not inputs or not all(isinstance(value, Tensor) and value.dim() for value in inputs):
-        raise ArgumentError("compare: example_inputs are no tensors with a batch; give such")
+        raise ArgumentError(
+            "compare: example_inputs are not tensors with a batch axis; give tensors"
+        )
     if any(value.is_meta for value in inputs):
         raise ArgumentError(
-            "compare: example_inputs are on the meta device and have no values; give such that do"
+            "compare: example_inputs are on the meta device and have no values; give real tensors"
         )
     if any(value.shape[0] == 0 for value in inputs):
         raise ArgumentError("compare: example_inputs have no rows; give one or more")
@@ -200,16 +201,16 @@ def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) ->
             ) from error
         if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(output)):
             raise ArgumentError(
-                f"compare: {name!r} gives a {type(output).__name__}, in which there are no tensors "
-                "to find; return tensors, or a tuple, list or dict of them"
+                f"compare: {name!r} returns a {type(output).__name__}, in which no tensors can be "
+                "found; return tensors, or a tuple, list or dict of them"
             )
         forms[name] = pytree.tree_map(lambda x: list(getattr(x, "shape", ())), output)
     first, *others = forms
     for name in others:
         if forms[name] != forms[first]:
             raise ArgumentError(
-                f"compare: {name!r} gives {forms[name]} and {first!r} {forms[first]}; compare "
-                "models whose outputs have one form"
+                f"compare: {name!r} returns {forms[name]} and {first!r} returns {forms[first]}; "
+                "compare models whose outputs have the same form"
             )
 
 
@@ -233,7 +234,7 @@ def _copy(name: str, model: nn.Module) -> nn.Module:
 
 
 def _files(home: Path, names: Iterable[str]) -> Iterator[Path]:
-    """A file for each name, none twice, whatever the disk holds for equal."""
+    """A file for each name; no two are equal, even on a disk that ignores case."""
     taken: set[str] = set()
     for name in names:
         stem = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:64] or "model"
@@ -245,12 +246,12 @@ def _files(home: Path, names: Iterable[str]) -> Iterator[Path]:
 
 
 def _held(arm: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers, a shared one once."""
+    """The parameters and buffers of a model; a shared one once."""
     return [*arm.parameters(), *arm.buffers()]
 
 
 def _moved_bytes(arm: nn.Module, sample: tuple[Tensor, ...]) -> int | None:
-    """None where the model cannot be captured, or does not run as captured."""
+    """Bytes moved by the sample; None if the model cannot be captured, or fails as captured."""
     try:
         return costs_of(arm, sample).moved_bytes
     except (ArgumentError, CaptureError):

@@ -1,9 +1,10 @@
 # make demo: leanify, train, export and time a small CNN.    make test: run the tests.
+# make house: how large and how straight the code is.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint house clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
@@ -18,6 +19,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check lean_fx passes tests examples
 	$(BIN)/ruff check lean_fx passes tests examples
 	MYPYPATH=examples $(BIN)/mypy lean_fx examples/support
+
+house: $(VENV)/.installed-test
+	$(BIN)/python tests/house.py
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

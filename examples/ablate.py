@@ -14,9 +14,9 @@ import argparse
 from pathlib import Path
 
 from lean_fx.experiment.ablation import grid, run_grid, show_rows
+from lean_fx.experiment.datasets import digits
 from support.arms import ablated_net
-from support.digits import digits
-from support.script import run_script, whole_numbers
+from support.script import run_script
 
 
 def main() -> None:
@@ -30,12 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     data = digits()
-    settings = grid(
-        whole_numbers("channels", args.channels, 1),
-        [name.strip() for name in args.control.split(",") if name.strip()],
-        whole_numbers("seeds", args.seeds, 0),
-        args.epochs,
-    )
+    settings = grid(args.channels, args.control, args.seeds, args.epochs)
     rows = run_grid(settings, data, Path(args.out), lambda setting: ablated_net(setting, data))
     show_rows(rows, Path(args.out))
 

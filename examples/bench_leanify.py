@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import lean_fx
-from lean_fx.checks import check_int
+from lean_fx.checks import check_int, whole_numbers
 from lean_fx.errors import require
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.machines import machine
 from lean_fx.measure.pictures import colour, new_figure
 from lean_fx.measure.tables import markdown_table
-from support.script import command_line, run_script, whole_numbers
+from support.script import command_line, run_script
 from support.zoo_times import trace_with_shapes
 
 ARMS = {"leanify": lean_fx.leanify, "trace and shapes": trace_with_shapes}

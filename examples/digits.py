@@ -7,7 +7,7 @@ Runtime on the CPU, and meters the energy of training and testing.
     python examples/digits.py
 """
 
-from support.digits import digits
+from lean_fx.experiment.datasets import digits
 from support.script import experiment_parser, run_experiment, run_script
 
 

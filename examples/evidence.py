@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from lean_fx.checks import whole_numbers
 from lean_fx.errors import ArgumentError
 from lean_fx.files import make_folder
 from support.evidence.arms import PARTS, Part, smoke_parts
@@ -34,7 +35,7 @@ from support.evidence.pictures import Pictures
 from support.evidence.runs import Planner
 from support.evidence.training import Settings
 from support.evidence.workers import work
-from support.script import run_script, whole_numbers
+from support.script import run_script
 
 ROOT = Path(__file__).parents[1]
 

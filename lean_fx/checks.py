@@ -85,6 +85,27 @@ def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
     raise ArgumentError(f"{subject}={values!r} is no list of ints of {least} or more")
 
 
+def whole_numbers(subject: str, text: str, least: int) -> list[int]:
+    """Read whole numbers that are separated by commas; one that comes again counts once.
+
+    Args:
+        subject: what they are, for the error.
+        text: the numbers.
+        least: the smallest that is allowed, 0 or more.
+
+    Raises:
+        ArgumentError: one is not an int of ``least`` or more.
+
+    Example:
+        >>> whole_numbers("seeds", "0, 1,2", 0)
+        [0, 1, 2]
+    """
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < least:
+            raise ArgumentError(f"{subject}: {part!r} is not an int of {least} or more")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
 def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
     """Check that an option is one of the words that are known.
 

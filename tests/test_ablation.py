@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from lean_fx.checks import whole_numbers
 from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment import ablation
 from lean_fx.experiment.ablation import (
@@ -14,9 +15,8 @@ from lean_fx.experiment.ablation import (
     show_rows,
     write_rows,
 )
+from lean_fx.experiment.datasets import digits
 from support.arms import ablated_net
-from support.digits import digits
-from support.script import whole_numbers
 
 
 def run(settings, data, folder):
@@ -76,6 +76,17 @@ def test_numbers_of_the_command_line(text, least, message):
     with pytest.raises(ArgumentError) as caught:
         whole_numbers("channels", text, least)
     assert str(caught.value) == message
+
+
+def test_text_and_lists_give_the_same_grid():
+    assert grid("4, 8", "slice,,narrow", "0,1", 2) == grid([4, 8], ["slice", "narrow"], [0, 1], 2)
+
+
+def test_without_a_net_of_ones_own_there_is_a_small_one(tmp_path):
+    rows = run_grid(grid("8", "narrow", "0", 1), small_digits(), tmp_path)
+    baseline, lean, narrow = (row.parameters for row in rows)
+    assert baseline > 2 * lean
+    assert abs(narrow - lean) < 0.1 * lean
 
 
 def test_what_cannot_be_made_is_told_before_anything_is_trained(tmp_path):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lean_fx.errors import ArgumentError, MissingDependencyError
-from lean_fx.experiment.datasets import Dataset, channel_statistics
-from support.digits import digits
+from lean_fx.experiment.datasets import Dataset, channel_statistics, digits
 
 
 def test_digits_are_grey_pictures_in_the_unit_range():

@@ -38,6 +38,7 @@ OPTIONAL = {
     "rich": {"lean_fx.measure", "lean_fx.experiment"},
     "matplotlib": {"lean_fx.measure", "lean_fx.experiment"},
     "numpy": {"lean_fx.export", "lean_fx.measure", "lean_fx.experiment"},
+    "sklearn": {"lean_fx.experiment"},
     "lightning": {"lean_fx.experiment"},
 }
 

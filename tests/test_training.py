@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from lean_fx.errors import ArgumentError, DataError, MissingDependencyError
 from lean_fx.experiment import training
 from lean_fx.experiment.batches import ShuffledBatches
-from lean_fx.experiment.datasets import Dataset
+from lean_fx.experiment.datasets import Dataset, digits
 from lean_fx.experiment.training import Settings, evaluate, measure_test_energy, train
 from lean_fx.measure.energy import Energy
-from support.digits import digits
 from support.models import PaperNet
 
 CPU = {"accelerator": "cpu", "batch_size": 32}
@@ -351,7 +350,7 @@ def test_ctrl_c_leaves_with_a_line_on_how_to_go_on(tmp_path, data, step, how):
 SCRIPT = """
 import itertools, signal, sys
 import torch
-from support.digits import digits
+from lean_fx.experiment.datasets import digits
 from support.models import PaperNet
 from lean_fx.experiment.training import Settings, train
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
-from lean_fx.errors import ArgumentError, LeanError, require
+from lean_fx.checks import whole_numbers
+from lean_fx.errors import LeanError, require
 from lean_fx.experiment import comparison
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.measure.report import Report
@@ -56,27 +57,6 @@ def experiment_parser(
     parser.add_argument("--seeds", default=seeds, help="seeds, separated by commas")
     parser.add_argument("--out", default=out, help="folder for the nets and the report")
     return parser
-
-
-def whole_numbers(subject: str, text: str, least: int) -> list[int]:
-    """Read whole numbers that are separated by commas; one that comes again counts once.
-
-    Args:
-        subject: what they are, for the error.
-        text: the numbers.
-        least: the smallest that is allowed, 0 or more.
-
-    Raises:
-        ArgumentError: one is not an int of ``least`` or more.
-
-    Example:
-        >>> whole_numbers("seeds", "0, 1,2", 0)
-        [0, 1, 2]
-    """
-    for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < least:
-            raise ArgumentError(f"{subject}: {part!r} is not an int of {least} or more")
-    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def run_experiment(

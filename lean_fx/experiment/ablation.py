@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from lean_fx.checks import check_choice, check_ints
+from lean_fx.checks import check_choice, check_ints, whole_numbers
 from lean_fx.errors import DataError, require
 from lean_fx.experiment.comparison import export_and_time, require_all
 from lean_fx.experiment.datasets import Dataset
@@ -24,6 +24,7 @@ from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.pictures import colour, new_figure
 from lean_fx.reduction.registry import reductions
+from lean_fx.transform import leanify
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,25 +94,30 @@ Make: TypeAlias = "Callable[[Setting], nn.Module]"
 
 
 def grid(
-    channels: Sequence[int], controls: Sequence[str], seeds: Sequence[int], epochs: int
+    channels: str | Sequence[int],
+    controls: str | Sequence[str],
+    seeds: str | Sequence[int],
+    epochs: int,
 ) -> list[Setting]:
     """The settings of an ablation: the baseline, LEAN and the controls, for each seed.
 
     Args:
-        channels: numbers of 1 or more.
-        controls: names of reductions, or ``"narrow"``; may be empty.
-        seeds: numbers of 0 or more.
+        channels: numbers of 1 or more, in a list or a text with commas between them.
+        controls: names of reductions, or ``"narrow"``, likewise; may be empty.
+        seeds: numbers of 0 or more, likewise.
         epochs: 1 or more.
 
     Raises:
         ArgumentError: a number or a name is none of these.
 
     Example:
-        >>> [str(setting) for setting in grid([4], ["slice"], [0], epochs=2)]
+        >>> [str(setting) for setting in grid("4", "slice", [0], epochs=2)]
         ['baseline-seed0-epochs2', 'lean-4-seed0-epochs2', 'slice-4-seed0-epochs2']
     """
-    channels = check_ints("channels", list(channels), 1)
-    seeds = check_ints("seeds", list(seeds), 0)
+    channels = _whole_numbers("channels", channels, 1)
+    seeds = _whole_numbers("seeds", seeds, 0)
+    if isinstance(controls, str):
+        controls = [name.strip() for name in controls.split(",") if name.strip()]
     names = dict.fromkeys(["lean", *controls])
     known = (*reductions(), "narrow")
     for name in names:
@@ -123,7 +129,15 @@ def grid(
     return list(dict.fromkeys(settings))
 
 
-def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path, make: Make) -> list[Row]:
+def _whole_numbers(subject: str, given: str | Sequence[int], least: int) -> tuple[int, ...]:
+    if not isinstance(given, str):
+        return check_ints(subject, list(given), least)
+    return tuple(whole_numbers(subject, given, least))
+
+
+def run_grid(
+    settings: Iterable[Setting], data: Dataset, folder: Path, make: Make | None = None
+) -> list[Row]:
     """Train, export and time every setting that is not in ``folder/ablation.csv`` yet.
 
     A row is written as soon as it is known; training that was interrupted goes on from its
@@ -134,7 +148,7 @@ def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path, make: Mak
         data: to train and to test on.
         folder: of the table and the checkpoints; made if it is missing.
         make: gives the net of a setting; that of ``"baseline"`` is the one that all are timed
-            beside.
+            beside. Without it, a small convolutional net for the pictures of ``data``.
 
     Returns:
         The rows of the settings, in their order.
@@ -144,6 +158,7 @@ def run_grid(settings: Iterable[Setting], data: Dataset, folder: Path, make: Mak
         LeanError: a setting cannot be trained or exported.
         SystemExit: of status 0, at the end, in all processes but the first.
     """
+    make = make or (lambda setting: small_net(setting, data))
     file = make_folder(folder) / "ablation.csv"
     rows = {row.setting: row for row in read_rows(file)} if file.exists() else {}
     wanted = list(settings)
@@ -184,6 +199,30 @@ def _measured(setting: Setting, data: Dataset, folder: Path, make: Make) -> Row 
         latency_q1_ms=own.q1_ms,
         latency_q3_ms=own.q3_ms,
         latency_ratio=own.median_ms / baseline.median_ms,
+    )
+
+
+def small_net(setting: Setting, data: Dataset) -> nn.Module:
+    """A convolutional net for the pictures of a data set, as a setting says."""
+    widths = (32, 64)
+    if setting.reduction == "baseline":
+        return _cnn(widths, data)
+    reduction = "lean" if setting.reduction == "narrow" else setting.reduction
+    example = data.train_x[:2].float()
+    lean = leanify(_cnn(widths, data), example, channels=setting.channels, reduction=reduction)
+    if setting.reduction != "narrow":
+        return lean
+    parts = [_cnn((part, 2 * part), data) for part in range(1, widths[0] + 1)]
+    wanted = count_parameters(lean)
+    return min(parts, key=lambda net: abs(count_parameters(net) - wanted))
+
+
+def _cnn(widths: tuple[int, int], data: Dataset) -> nn.Module:
+    _, channels, height, width = data.train_x.shape
+    return nn.Sequential(
+        *(nn.Conv2d(channels, widths[0], 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(widths[0], widths[1], 3, padding=1), nn.ReLU(), nn.Flatten()),
+        nn.Linear(widths[1] * (height // 2) * (width // 2), data.classes),
     )
 
 

@@ -113,10 +113,10 @@ def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
         ArgumentError: it is not.
 
     Example:
-        >>> check_choice("LeanReduction: split", "odd", ("contiguous", "interleaved"))
+        >>> check_choice("LeanReduction: layout", "odd", ("contiguous", "interleaved"))
         Traceback (most recent call last):
         ...
-        lean_fx.errors.ArgumentError: LeanReduction: split='odd' is not known; use contiguous or \
+        lean_fx.errors.ArgumentError: LeanReduction: layout='odd' is not known; use contiguous or \
 interleaved
     """
     known = tuple(choices)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture.capturing import as_inputs, capture, copied_graph, plain_copy
+from lean_fx.capture.capturing import as_inputs, capture, clone_graph, unfused_clone
 from lean_fx.checks import check_choice, first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.passes import (
@@ -182,10 +182,10 @@ def _planned(
             ) from error
         reason = str(error).partition("; ")[0]
         warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
-        return _plan_observed(model, plain_copy(model), inputs, options), None
+        return _plan_observed(model, unfused_clone(model), inputs, options), None
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
     rewritings = Rewritings.of(captured, options)
-    normalised = copied_graph(captured)
+    normalised = clone_graph(captured)
     rewritings.apply(normalised)
     _analyse(normalised, inputs)
     made = _plan_graph(model, normalised, rewritings, options, keep)
@@ -211,7 +211,7 @@ def _plan_graph(
 ) -> Plan:
     """Plan and select on the normalised graph; undo the rewritings that nothing needs."""
     called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
-    uncalled = uncalled_layers(model, normalised, called | set(rewritings.split))
+    uncalled = uncalled_layers(model, normalised, called | set(rewritings.split_layers))
     records = graph_records(normalised, options) + unread_records(uncalled)
     names = [each.layer for each in records]
     check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])
@@ -226,7 +226,7 @@ def _plan_graph(
         left_alone=tuple(dict.fromkeys(left)),
         reduction=options.reduction,
         parameters=_count(model),
-        split=used.split,
+        split_layers=used.split_layers,
         weights=used.weights,
     )
 

@@ -9,7 +9,7 @@ axis, or through a flatten and dropouts::
     value -> gru                         Read(value, dim=-1, in_channels=C)
     value -> linear                      Read(value, dim=-1, in_channels=C)
     value -> flatten -> dropout -> linear
-                                         Read(value, dim=1, in_channels=C, spread=H*W,
+                                         Read(value, dim=1, in_channels=C, features_per_channel=H*W,
                                               path=(flatten, dropout))
 
 Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
@@ -58,9 +58,9 @@ from lean_fx.layers.kinds import (
     input_weights,
     kind_of,
 )
-from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.rebuild import why_not_rebuilt
-from lean_fx.layers.transformers import PLAIN
+from lean_fx.layers.transformers import UNFUSED
 from lean_fx.passes.base import Pass
 from lean_fx.passes.modularize_calls import readers
 from lean_fx.passes.modularize_weights import behind_transpose, weights_of_products
@@ -72,7 +72,7 @@ _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_
 
 
 class FindConsumers(Pass):
-    """Write ``facts(node).read`` or ``facts(node).refusal`` for every call of a layer.
+    """Write ``facts(node).read`` or ``facts(node).skip_reason`` for every call of a layer.
 
     ``TrackChannels`` and ``TrackWrites`` come before it.
     """
@@ -84,25 +84,25 @@ class FindConsumers(Pass):
         own = {product.node: name for name, product in weights_of_products(graph_module).items()}
         for node in graph_module.graph.nodes:
             known = facts(node)
-            known.read, known.refusal, known.splits = None, "", False
+            known.read, known.skip_reason, known.splits = None, "", False
             known.weight = own.get(node, "")
             if node.op != "call_module":
                 if not known.weight:
-                    known.weight, known.refusal = _judge_product(node, graph)
+                    known.weight, known.skip_reason = _judge_product(node, graph)
             else:
                 layer = graph.modules[str(node.target)]
-                known.refusal = refusal_of(layer, graph.owners)
+                known.skip_reason = skip_reason_of(layer, graph.owners)
                 count = graph.calls[id(layer)]
                 kind = kind_of(layer)
-                if not known.refusal and kind is not None:
-                    known.read, known.refusal = _judge(node, layer, kind, graph)
+                if not known.skip_reason and kind is not None:
+                    known.read, known.skip_reason = _judge(node, layer, kind, graph)
                     if count > 1:
                         several.setdefault(id(layer), []).append(known)
-                elif not known.refusal and split_attention.can_split(layer):
+                elif not known.skip_reason and split_attention.can_split(layer):
                     known.splits = count == 1
-                    known.refusal = "none of its layers is reduced"
+                    known.skip_reason = "none of its layers is reduced"
                     if count > 1:
-                        known.refusal = f"called {count} times in one forward pass"
+                        known.skip_reason = f"called {count} times in one forward pass"
         for calls in several.values():
             _judge_together(calls)
         return False
@@ -151,17 +151,17 @@ def _why_no_layer(node: Node, found: Node, weight: Node, graph: GraphContext) ->
 
 def _judge_together(calls: list[Facts]) -> None:
     """Refuse the calls of one layer that cannot share a reduction inside it (rule 2)."""
-    reasons = [known.refusal for known in calls if not known.read]
+    reasons = [known.skip_reason for known in calls if not known.read]
     reads = [known.read for known in calls if known.read]
     if len({read.dim for read in reads}) > 1 or any(read.path for read in reads):
         reasons.append("on unlike values")
     if reasons:
         for known in calls:
             known.read = None
-            known.refusal = f"called {len(calls)} times in one forward pass: {reasons[0]}"
+            known.skip_reason = f"called {len(calls)} times in one forward pass: {reasons[0]}"
 
 
-def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
+def skip_reason_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     """Why a layer is refused, whatever it reads (rules 1 to 4); empty if it is not.
 
     Args:
@@ -172,12 +172,12 @@ def refusal_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     if not attention and kind_of(layer) is None:
         if is_quantized_layer(layer):
             return "its weights are quantised; reduce the float model, then quantise that"
-        if type(layer) in PLAIN:  # capture has looked into all others
+        if type(layer) in UNFUSED:  # capture has looked into all others
             return "it has hooks or a forward of its own, so it stays whole"
         return "bilinear layers read two values" if isinstance(layer, nn.Bilinear) else ""
     if is_reduction(getattr(layer, "reduction", None)):
         return "it reads a reduction already"
-    layer = with_norm_of_today(layer)
+    layer = as_parametrization(layer)
     if has_hooks(layer) or _has_state_hooks(layer):
         return "it has hooks, which a rebuilt layer would lose"
     for parameter in layer.parameters():
@@ -238,7 +238,7 @@ def _judge(
         value=before.name,
         dim=known.axis,
         in_channels=known.count,
-        spread=width // known.count,
+        features_per_channel=width // known.count,
         path=tuple(step.name for step in path),
     )
     moving = {step for step in path if graph.moves_with_path(step, path, node)}

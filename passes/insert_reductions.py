@@ -183,7 +183,7 @@ def _insert(
     private = {step.name for step in ours if set(step.users) <= ours}
     carried: dict[str, Node] = {}
     for consumer, call in zip(site.consumers, calls, strict=True):
-        features = site.out_channels * consumer.spread * site.groups
+        features = site.out_channels * consumer.features_per_channel * site.groups
         source = reduced
         for step in consumer.path:
             if step not in carried:

@@ -24,8 +24,8 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 
+from lean_fx.graph.clones import clone_sharing_state, shallow
 from lean_fx.graph.facts import facts
-from lean_fx.graph.replicas import shallow, sharing_copy
 from lean_fx.passes.base import Pass
 from lean_fx.passes.propagate_shapes import cannot_run
 from lean_fx.reduction.packed import with_data
@@ -110,7 +110,7 @@ class _Measure(Interpreter):
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, nn.Module):  # for what runs in one mode only
-            return sharing_copy(value, torch.Tensor.clone)
+            return clone_sharing_state(value, torch.Tensor.clone)
         return value.clone() if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: Node) -> Any:

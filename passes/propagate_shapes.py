@@ -25,8 +25,8 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError, one_line
+from lean_fx.graph.clones import clone_sharing_state, fake_of, run_on
 from lean_fx.graph.facts import facts
-from lean_fx.graph.replicas import fake_of, run_on, sharing_copy
 from lean_fx.passes.base import Pass
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
@@ -140,7 +140,7 @@ class _ShapeWriter(Interpreter):
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, nn.Module):  # for what runs in one mode only
-            return sharing_copy(value, self._fake)
+            return clone_sharing_state(value, self._fake)
         return self._fake(value) if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: Node) -> Any:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lean_fx
-from lean_fx.copying import memory_of
+from lean_fx.cloning import memory_of
 
 X = torch.rand(2, 4)
 PICTURES = torch.rand(2, 3, 8, 8)

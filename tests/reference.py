@@ -9,7 +9,7 @@ def algorithm_2(
     seed,
     normalize="column",
     scale="sum",
-    split="contiguous",
+    layout="contiguous",
     iterations=1,
     damping=0.0,
     norm_floor=0.0,
@@ -22,7 +22,7 @@ def algorithm_2(
     preserved = len(seed)
     reducible = len(channels) // preserved
     n, m = range(preserved), range(reducible)
-    if split == "contiguous":
+    if layout == "contiguous":
         x = [[float(channels[i * reducible + k]) for k in m] for i in n]
     else:
         x = [[float(channels[k * preserved + i]) for k in m] for i in n]

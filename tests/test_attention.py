@@ -184,7 +184,7 @@ class Block(nn.Module):
 def test_layers_inside_attention_are_reduced():
     model, inputs = Block(), torch.rand(2, 5, 6)
     plan = lean_fx.plan(model, inputs)
-    assert plan.split == ("attention",)
+    assert plan.split_layers == ("attention",)
     assert [site.layers for site in plan.sites] == [
         ("attention.in_proj",),
         ("attention.out_proj",),
@@ -212,7 +212,7 @@ def test_layers_inside_attention_are_reduced():
 def test_attention_stays_whole(options, reason):
     model, inputs = Block().eval(), torch.rand(2, 5, 6)
     plan = lean_fx.plan(model, inputs, **options)
-    assert plan.split == ()
+    assert plan.split_layers == ()
     (left,) = (each for each in plan.left_alone if each.layer == "attention")
     assert left.reason == reason
     lean = lean_fx.leanify(model, inputs, **options)

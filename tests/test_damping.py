@@ -40,10 +40,10 @@ def some(shape, dim, nonnegative):
 @pytest.mark.parametrize("scale", ["sum", "mean", "magnitude"])
 @pytest.mark.parametrize("matrix", [False, True], ids=["vector", "matrix"])
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
-@pytest.mark.parametrize(("normalize", "split", "iterations"), WALKS)
-def test_equals_the_literal_form(normalize, split, iterations, nonnegative, matrix, scale):
+@pytest.mark.parametrize(("normalize", "layout", "iterations"), WALKS)
+def test_equals_the_literal_form(normalize, layout, iterations, nonnegative, matrix, scale):
     seed = torch.randn((4, 3) if matrix else 4, dtype=torch.float64)
-    options = {"normalize": normalize, "split": split, "iterations": iterations, "scale": scale}
+    options = {"normalize": normalize, "layout": layout, "iterations": iterations, "scale": scale}
     added = ((0.3, 0.0), (0.0, 0.1), (1, 0.1))
     for (damping, norm_floor), (shape, dim) in itertools.product(added, SHAPES):
         x = some(shape, dim, nonnegative)
@@ -75,13 +75,13 @@ def test_the_registered_form_is_the_one_that_was_measured():
 
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
 @pytest.mark.parametrize("matrix", [False, True], ids=["vector", "matrix"])
-@pytest.mark.parametrize(("normalize", "split", "iterations"), WALKS)
-def test_gradient(normalize, split, iterations, matrix, nonnegative):
+@pytest.mark.parametrize(("normalize", "layout", "iterations"), WALKS)
+def test_gradient(normalize, layout, iterations, matrix, nonnegative):
     torch.manual_seed(0)
     x = torch.randn((3, 12, 2), dtype=torch.float64)
     x = (x.abs() + 0.01 if nonnegative else x).requires_grad_()
     seed = torch.randn((4, 3) if matrix else 4, dtype=torch.float64).requires_grad_()
-    options = {"normalize": normalize, "split": split, "iterations": iterations}
+    options = {"normalize": normalize, "layout": layout, "iterations": iterations}
     options |= {"damping": 0.7, "norm_floor": 0.2, "nonnegative": nonnegative}
     for way in range(2):
 
@@ -166,9 +166,9 @@ def test_compiled_and_exported(nonnegative):
     ("options", "shape", "dim"),
     [
         ({"scale": "magnitude"}, (2, 12, 4, 3), 1),
-        ({"split": "interleaved", "seed": "matrix"}, (2, 12, 4, 3), 1),
+        ({"layout": "interleaved", "seed": "matrix"}, (2, 12, 4, 3), 1),
         ({"normalize": "row", "iterations": 3, "seed": "matrix"}, (2, 12, 4, 3), 1),
-        ({"normalize": "row", "split": "interleaved", "scale": "mean"}, (2, 5, 12), -1),
+        ({"normalize": "row", "layout": "interleaved", "scale": "mean"}, (2, 5, 12), -1),
         ({"iterations": 3}, (2, 12), 1),
     ],
 )
@@ -198,7 +198,7 @@ def test_the_node_names_what_is_not_zero(options, tmp_path):
     found = {attribute.name: attribute.f for attribute in node.attribute if attribute.f}
     assert found == options
     assert {attribute.name for attribute in node.attribute} == {
-        *("axis", "normalize", "scale", "split", "iterations", "nonnegative"),
+        *("axis", "normalize", "scale", "layout", "iterations", "nonnegative"),
         *("matrix_shape", "output_shape"),
         *options,
     }

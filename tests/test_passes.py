@@ -35,7 +35,7 @@ REDUCING = ("SwapLayers", "InsertReductions")  # what else rewrites keeps all nu
 def passes_for(model, inputs):
     plan = lean_fx.plan(model, inputs)
     return {
-        "SplitLayers": SplitLayers(plan.split),
+        "SplitLayers": SplitLayers(plan.split_layers),
         "TrackWrites": TrackWrites(),
         "InferSign": InferSign(),
         "MeasureScale": MeasureScale((inputs,)),

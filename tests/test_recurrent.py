@@ -259,7 +259,7 @@ def test_with_data_keeps_the_order_of_the_sequences():
 def test_a_stack_of_which_nothing_inside_is_reduced_stays_whole():
     for options in ({"skip": ["stack"]}, {"min_channels": 60}, {"skip": [nn.GRU]}):
         plan = lean_fx.plan(Tagger(), **options)
-        assert plan.split == ()
+        assert plan.split_layers == ()
         assert isinstance(plan.apply(Tagger()).stack, nn.GRU)
 
 
@@ -267,10 +267,10 @@ def test_a_stack_that_is_not_worth_splitting_says_so():
     model = nn.Sequential(nn.Linear(8, 64), nn.GRU(64, 16, 2))
     for channels in ({"1": 8}, {"1.0": 8, "1.1": 8}, {"1*": 8}):
         plan = lean_fx.plan(model, torch.rand(10, 3, 8), channels=channels)
-        assert plan.split == ("1",)
+        assert plan.split_layers == ("1",)
         assert [site.out_channels for site in plan.sites] == [8, 8]
     plan = lean_fx.plan(model, torch.rand(10, 3, 8), channels={"1.0": 8, "1": 4}, min_channels=32)
-    assert plan.split == ()
+    assert plan.split_layers == ()
     assert plan.sites[0].layers == ("1",)
     assert [each for each in plan.left_alone if each.layer == "1.1"] == [
         LeftAlone("1.1", "GRU", "stays within 1: in_channels=16 is below min_channels=32")
@@ -284,7 +284,7 @@ def test_a_stack_that_is_slower_split_and_reduced_stays_whole(monkeypatch):
     monkeypatch.setattr("lean_fx.measure.timing.time_onnx", time_onnx)
     model, x = nn.Sequential(nn.Linear(8, 20), nn.GRU(20, 32, 2)), torch.rand(5, 2, 8)
     plan = lean_fx.plan(model, x, keep="measured")
-    assert (plan.sites, plan.split) == ((), ())
+    assert (plan.sites, plan.split_layers) == ((), ())
     assert LeftAlone("1", "GRU", "measured 2 ms with it, 1 ms without") in plan.left_alone
     text = "stays within 1: measured 2 ms with it, 1 ms without"
     assert LeftAlone("1.1", "GRU", text) in plan.left_alone

@@ -17,7 +17,7 @@ from reference import algorithm_2, reduce_all
 OPTIONS = {
     "normalize": ("column", "row", "none"),
     "scale": ("sum", "mean", "magnitude"),
-    "split": ("contiguous", "interleaved"),
+    "layout": ("contiguous", "interleaved"),
     "iterations": (1, 2, 5),
 }
 
@@ -230,13 +230,13 @@ def test_compiles_and_exports_whole(nonnegative):
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])
-@pytest.mark.parametrize("split", ["contiguous", "interleaved"])
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
 @pytest.mark.parametrize(("shape", "dim"), [((3, 8, 5), 1), ((2, 3, 8), -1), ((3, 8), 1)])
-def test_compiled_gradients_are_the_eager_ones(shape, dim, split, nonnegative):
+def test_compiled_gradients_are_the_eager_ones(shape, dim, layout, nonnegative):
     x = torch.rand(shape, dtype=torch.float64) if nonnegative else torch.randn(shape).double()
     x.movedim(dim, 0)[:, 0] = 0  # a position of zeros
     x.movedim(dim, 0)[::2, 1] = 0  # and, interleaved, channels of zeros
-    module = LeanReduction(8, 2, dim, split=split, nonnegative=nonnegative).double()
+    module = LeanReduction(8, 2, dim, layout=layout, nonnegative=nonnegative).double()
     torch.compiler.reset()  # each case compiles the same code anew, of which torch keeps eight
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     found = []
@@ -262,8 +262,8 @@ def test_compiled_gradients_are_the_eager_ones(shape, dim, split, nonnegative):
         ({"normalize": 1}, "LeanReduction: normalize=1 is not known; use column, row or none"),
         ({"seed": "all"}, "LeanReduction: seed='all' is not known; use vector or matrix"),
         (
-            {"split": "odd"},
-            "LeanReduction: split='odd' is not known; use contiguous or interleaved",
+            {"layout": "odd"},
+            "LeanReduction: layout='odd' is not known; use contiguous or interleaved",
         ),
         (
             {"seed_init": "x"},
@@ -309,7 +309,7 @@ FUNCTION_ERRORS = [
     ),
     ({"normalize": "colum"}, "normalize='colum' is not known; use column, row or none"),
     ({"scale": "foo"}, "scale='foo' is not known; use sum, mean or magnitude"),
-    ({"split": None}, "split=None is not known; use contiguous or interleaved"),
+    ({"layout": None}, "layout=None is not known; use contiguous or interleaved"),
     ({"iterations": 0}, "iterations=0 is not an int of 1 or more"),
     ({"iterations": True}, "iterations=True is not an int of 1 or more"),
     ({"tol": -1.0}, "tol=-1.0 is not a number above 0; leave it out for none"),

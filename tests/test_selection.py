@@ -8,7 +8,7 @@ from torch import nn
 
 import lean_fx
 from graphs import CHANGED
-from lean_fx.capture.capturing import capture, copied_graph
+from lean_fx.capture.capturing import capture, clone_graph
 from lean_fx.errors import ArgumentError
 from lean_fx.measure.costs import count_macs
 from lean_fx.passes import facts
@@ -57,7 +57,7 @@ def test_what_is_said_to_be_saved_is_saved(model):
 @pytest.mark.parametrize("model", CHANGED)
 def test_the_layers_of_a_site_alone_compute_what_they_did(model):
     make, shape = CHANGED[model]
-    captured = copied_graph(capture(make().eval(), [torch.rand(shape)]))
+    captured = clone_graph(capture(make().eval(), [torch.rand(shape)]))
     Rewritings.of(captured, Options()).apply(captured)
     _analyse(captured, (torch.rand(shape),))
     sites, _ = choose_sites(graph_records(captured, Options()), Options())

@@ -7,7 +7,7 @@ from torch import nn
 
 import lean_fx
 from graphs import reasons
-from lean_fx.copying import copied_whole, memory_of
+from lean_fx.cloning import clone, memory_of
 from odd_models import CHANGES, Net, X, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning", "ignore::FutureWarning")
@@ -32,7 +32,7 @@ def test_memory_is_shared_as_in_the_model(name, tmp_path):
         for lean in (plan.apply(model, inputs), lean_fx.leanify(model, inputs)):
             assert shared(lean) == groups
             lean(X).sum().backward()
-    for stale, new in zip(values(model), values(copied_whole(model)), strict=True):
+    for stale, new in zip(values(model), values(clone(model)), strict=True):
         torch.testing.assert_close(stale, new, rtol=0, atol=0)
 
 

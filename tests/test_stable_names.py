@@ -48,7 +48,7 @@ def test_a_plan_applies_after_an_unrelated_layer_was_added(skip):
     assert larger(X).shape == (3, 2)
     again = lean_fx.plan(Net(extra=True), X, skip=(*skip, "extra*", "mixed*"))
     assert {s.layers for s in again.sites} == {s.layers for s in made.sites}
-    assert (again.split, again.weights) == (made.split, made.weights)
+    assert (again.split_layers, again.weights) == (made.split_layers, made.weights)
     assert [s.value for s in again.sites] == [s.value for s in made.sites]
 
 

@@ -338,7 +338,9 @@ def test_skip(skip, reduced):
     names = {layer for site in plan.sites for layer in site.layers}
     found = {name.removeprefix("encoder.layers.").replace("self_attn.", "") for name in names}
     assert found == reduced
-    assert set(plan.split) == {name.rpartition(".")[0] for name in names if name.endswith("_proj")}
+    assert set(plan.split_layers) == {
+        name.rpartition(".")[0] for name in names if name.endswith("_proj")
+    }
 
 
 def test_names_of_parameters_are_kept():

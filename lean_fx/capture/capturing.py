@@ -2,7 +2,7 @@
 
 Copies of the model, torch's Transformer modules in them made plain
 (:mod:`lean_fx.layers.transformers`), are traced until one attempt succeeds
-(:mod:`lean_fx.capture.attempts`), in the mode that the model is in and in the other, and the two
+(:mod:`lean_fx.capture.retries`), in the mode that the model is in and in the other, and the two
 graphs become one (:mod:`lean_fx.capture.merging`).
 """
 
@@ -20,16 +20,16 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.attempts import trace_copy, whole_modules
 from lean_fx.capture.merging import CannotMerge, merge_modes
-from lean_fx.capture.unrecorded import Unrecorded
+from lean_fx.capture.retries import trace_copy, whole_modules
+from lean_fx.capture.side_effects import SideEffect
 from lean_fx.checks import check_plain, check_shapes
-from lean_fx.copying import copied_whole
+from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
 from lean_fx.graph.calls import is_altered
-from lean_fx.graph.replicas import sharing_copy
+from lean_fx.graph.clones import clone_sharing_state
 from lean_fx.layers.kinds import KINDS
-from lean_fx.layers.transformers import PLAIN
+from lean_fx.layers.transformers import UNFUSED
 from lean_fx.passes.modularize_calls import ModularizeCalls
 
 _STATE_HOOKS = (
@@ -80,7 +80,7 @@ def capture(
         raise ArgumentError(
             f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
         )
-    root = plain_copy(model)
+    root = unfused_clone(model)
     if evaluation:
         root.eval()
     captured, whole = None, frozenset[str]()
@@ -132,9 +132,9 @@ def _captured(
     return (None, whole | more) if more else (captured, whole)
 
 
-def copied_graph(graph_module: GraphModule) -> GraphModule:
+def clone_graph(graph_module: GraphModule) -> GraphModule:
     """A copy of a captured model that shares its tensors, with its class name and its hooks."""
-    copied = sharing_copy(graph_module)
+    copied = clone_sharing_state(graph_module)
     assert isinstance(copied, GraphModule)
     named = GraphModule(copied, copied.graph, type(graph_module).__name__)
     _keep_hooks(named, graph_module)
@@ -143,7 +143,7 @@ def copied_graph(graph_module: GraphModule) -> GraphModule:
     return named
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
+def unfused_clone(model: nn.Module) -> nn.Module:
     """A deep copy of a model, torch's Transformer modules in it made plain.
 
     Those with hooks stay, unless the model is one: to trace what is inside would lose these.
@@ -151,11 +151,11 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: it cannot be copied.
     """
-    copied = copied_whole(model)
+    copied = clone(model)
     for module in copied.modules():
         kept = is_altered(module) or any(getattr(module, hooks) for hooks in _ROOT_HOOKS)
-        if type(module) in PLAIN and (module is copied or not kept):
-            module.__class__ = PLAIN[type(module)]
+        if type(module) in UNFUSED and (module is copied or not kept):
+            module.__class__ = UNFUSED[type(module)]
     return copied
 
 
@@ -222,7 +222,7 @@ def _follow_mode(
         module.training = not module.training
     try:
         other, opposite = trace_copy(root, inputs, whole)
-    except Unrecorded as error:
+    except SideEffect as error:
         raise _untraced(type(root).__name__, error, inputs) from error
     except Exception as error:
         reason = _reason(error)

@@ -19,10 +19,10 @@ from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
 from lean_fx.capture.guards import round_number
-from lean_fx.capture.unrecorded import KeepsData
+from lean_fx.capture.side_effects import KeepsData
 
 if TYPE_CHECKING:
-    from lean_fx.capture.following import FollowingTracer
+    from lean_fx.capture.value_tracing import ValueTracer
 
 #: What stands for a value that is not known.
 UNKNOWN = object()
@@ -44,18 +44,18 @@ def drop_value(node: Node) -> None:
     node.meta.pop(_VALUE, None)
 
 
-def followed(node: Node, tracer: FollowingTracer) -> Proxy:
+def value_proxy(node: Node, tracer: ValueTracer) -> Proxy:
     """A proxy of the kind that the value of a node calls for."""
     value = value_of(node)
     if value is UNKNOWN:
         return KeepsData(node, tracer)
-    return (FollowedItems if hasattr(type(value), "__iter__") else Followed)(node, tracer)
+    return (ItemsProxy if hasattr(type(value), "__iter__") else ValueProxy)(node, tracer)
 
 
-class Followed(KeepsData):
+class ValueProxy(KeepsData):
     """A proxy of a known value that has no items; it says that it is of the type of that."""
 
-    tracer: FollowingTracer
+    tracer: ValueTracer
     __iter__: Any = None  # it is no collections.abc.Iterable
     __len__: Any = None
 
@@ -104,7 +104,7 @@ class Followed(KeepsData):
         self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
 
 
-class FollowedItems(Followed):
+class ItemsProxy(ValueProxy):
     """A proxy of a known value that has items, such as a tensor."""
 
     def __iter__(self) -> Iterator[Any]:

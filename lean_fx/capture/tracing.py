@@ -13,10 +13,10 @@ from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import rnn
 
 from lean_fx.capture.guards import check_absent
-from lean_fx.capture.unrecorded import (
-    Before,
+from lean_fx.capture.side_effects import (
     KeepsData,
-    Unrecorded,
+    SideEffect,
+    StateSnapshot,
     autocasting,
     has_gradient,
     keep,
@@ -56,13 +56,14 @@ class LeanTracer(Tracer):
     of the graph, so that what forward computes of them is computed at every call, not once. The
     functions that pack and pad sequences are nodes, since they cannot run without lengths. The
     shape of a parameter is a constant. What a graph would lose
-    (:mod:`lean_fx.capture.unrecorded`) is not traced. Modules whose forward cannot be traced may
+    (:mod:`lean_fx.capture.side_effects`) is not traced. Modules whose forward cannot be traced may
     become leaves. Inputs that are None keep their names.
 
     Args:
         opaque: names of modules that are leaves, whatever they are.
-        give_up: whether a module whose forward cannot be traced becomes a leaf, the innermost
-            first. ``opaque`` has its name then, and the graph has remains of it: trace anew.
+        leaf_on_failure: whether a module whose forward cannot be traced becomes a leaf, the
+            innermost first. ``opaque`` has its name then, and the graph has remains of it: trace
+            anew.
         wrapped: further functions that are nodes.
     """
 
@@ -70,13 +71,13 @@ class LeanTracer(Tracer):
         self,
         opaque: frozenset[str] = frozenset(),
         *,
-        give_up: bool = False,
+        leaf_on_failure: bool = False,
         wrapped: tuple[Callable[..., Any], ...] = (),
     ) -> None:
         super().__init__(autowrap_functions=(*_NODES, *wrapped))
         self._autowrap_search += [rnn, _symbolic_trace]  # for calls by the module's name
         self.opaque = opaque
-        self.give_up = give_up
+        self.leaf_on_failure = leaf_on_failure
         self._names: dict[int, str] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._autocast: tuple[Any, ...] = ()
@@ -88,7 +89,7 @@ class LeanTracer(Tracer):
         named = (*root.named_buffers(), *self._parameters.items())
         self._names = {id(tensor): name for name, tensor in named}
         self._autocast = autocasting()
-        before = Before.of(root)
+        before = StateSnapshot.of(root)
         with torch.enable_grad(), refusing_functions():
             graph = super().trace(root, concrete_args)
         before.check(root)
@@ -121,9 +122,9 @@ class LeanTracer(Tracer):
         if has_gradient(node, self.root, self._parameters, self._learned):
             self._learned.add(node)
             if not torch.is_grad_enabled():
-                raise Unrecorded(f"{node.name} is computed without a gradient")
+                raise SideEffect(f"{node.name} is computed without a gradient")
         if autocasting() != self._autocast:
-            raise Unrecorded(f"autocast is turned on or off around {node.name}")
+            raise SideEffect(f"autocast is turned on or off around {node.name}")
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -164,8 +165,10 @@ class LeanTracer(Tracer):
         depth = len(self.module_stack)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        before = Before.of(m, chance=self.give_up)  # else the model as a whole is to blame
-        restore = keep(m) if self.give_up else None
+        before = StateSnapshot.of(
+            m, rng_states=self.leaf_on_failure
+        )  # else the model as a whole is to blame
+        restore = keep(m) if self.leaf_on_failure else None
         try:
             returned = super().call_module(m, forward, args, kwargs)
             before.check(m)

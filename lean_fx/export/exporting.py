@@ -23,7 +23,7 @@ from lean_fx.checks import (
     check_values,
     quantized_by_torch,
 )
-from lean_fx.copying import copied_whole
+from lean_fx.cloning import clone
 from lean_fx.errors import (
     ArgumentError,
     CaptureError,
@@ -280,7 +280,7 @@ def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 def _copy(model: nn.Module) -> nn.Module:
     """A copy, whose buffers may change; of what cannot be copied, the model itself."""
     try:
-        return copied_whole(model)
+        return clone(model)
     except CaptureError:
         return model
 

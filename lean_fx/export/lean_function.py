@@ -35,7 +35,7 @@ class LeanFunction:
         rows: whether nothing lies behind the channels.
         normalize: as in :func:`~lean_fx.lean_reduction`, like the next four.
         scale: of the output.
-        split: of the channels.
+        layout: of the channels.
         iterations: steps of the walk.
         nonnegative: whether no value is below 0.
         matrix: whether the seed has a value for each channel.
@@ -51,7 +51,7 @@ class LeanFunction:
     rows: bool
     normalize: str
     scale: str
-    split: str
+    layout: str
     iterations: int
     nonnegative: bool
     matrix: bool
@@ -74,7 +74,7 @@ class LeanFunction:
         words += ["nonnegative"] * self.nonnegative + ["rows"] * self.rows
         words += [self.normalize] * (self.normalize != "column")
         words += [self.scale] * (self.scale != "sum")
-        words += [self.split] * (self.split != "contiguous")
+        words += [self.layout] * (self.layout != "contiguous")
         words += [f"iterations{self.iterations}"] * (self.iterations != 1)
         words += ["matrix"] * self.matrix + [self.dtype] * (self.dtype != "float")
         words += [f"axis{self.axis}"] * (self.axis is not None)
@@ -90,7 +90,7 @@ class LeanFunction:
         """The function in ONNX's own text format."""
         body = _Body(self)
         body.write()
-        attributes = "axis, normalize, scale, split, iterations, nonnegative"
+        attributes = "axis, normalize, scale, layout, iterations, nonnegative"
         if self.axis is None:
             attributes += ", matrix_shape, output_shape"
         attributes += "".join(f", {name}" for name in self._floats())
@@ -111,7 +111,7 @@ class _Body:
         self.planes = spec.nonnegative and not spec.rows
         # The axes of the preserved and of the reducible channels in X.
         self.i, self.k = (1, 2) if self.planes else (-2, -1)
-        if self.planes and spec.split == "interleaved":
+        if self.planes and spec.layout == "interleaved":
             self.i, self.k = 2, 1
 
     def write(self) -> None:
@@ -170,7 +170,7 @@ class _Body:
             self.put("matrix_shape", "Constant<value_ints : ints = @matrix_shape>()")
         else:
             sizes = [spec.preserved, spec.reducible]
-            sizes = sizes[::-1] if spec.split == "interleaved" else sizes
+            sizes = sizes[::-1] if spec.layout == "interleaved" else sizes
             self.put("leading", f"Shape<start = 0, end = {spec.axis}>(x)")
             if spec.rows:
                 self.ints("matrix_shape", [-1, *sizes])
@@ -178,7 +178,7 @@ class _Body:
                 self.put("before", "ReduceProd(leading)")
                 self.ints("channels", [*sizes, -1])
                 self.put("matrix_shape", "Concat<axis = 0>(before, channels)")
-        interleaved = spec.split == "interleaved"
+        interleaved = spec.layout == "interleaved"
         if self.planes or (spec.rows and not interleaved):
             self.put("X", f"Reshape({x}, matrix_shape)")
             return

@@ -80,7 +80,7 @@ def _shapes(
     """What to reshape the input and the output to; None if a length more than one is unknown."""
     behind = shape[axis + 1 :]
     matrix = [function.preserved, function.reducible]
-    if function.split == "interleaved":
+    if function.layout == "interleaved":
         matrix = matrix[::-1]
     if function.rows:
         matrix = [-1, *matrix]

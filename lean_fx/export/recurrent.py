@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lean_fx.copying import COMPUTING, copied_whole
+from lean_fx.cloning import COMPUTING, clone
 from lean_fx.errors import CaptureError
 
 _ORDERS = {nn.RNN: (0,), nn.LSTM: (0, 3, 1, 2), nn.GRU: (1, 0, 2)}
@@ -40,7 +40,7 @@ def with_onnx_operators(model: nn.Module) -> nn.Module:
     if not any(map(_is_ours, model.modules())):
         return model
     try:
-        copied = copied_whole(model)
+        copied = clone(model)
     except CaptureError:
         return model
     layers: list[Any] = [layer for layer in copied.modules() if _is_ours(layer)]

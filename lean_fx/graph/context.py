@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.copying import memory_of
+from lean_fx.cloning import memory_of
 from lean_fx.graph.facts import Read, facts
 from lean_fx.graph.ops import is_dropout
-from lean_fx.graph.products import origins_of
+from lean_fx.graph.products import source_parameters_of
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -68,7 +68,7 @@ class GraphContext:
                 learned.add(node)
             if facts(node).writes:
                 writes.setdefault(facts(node).storage, []).append(place)
-        origins = origins_of(graph_module)
+        origins = source_parameters_of(graph_module)
         return cls(modules, calls, owners, frozenset(learned), order, writes, origins)
 
     def writes_before(self, value: Node, reader: Node) -> int:

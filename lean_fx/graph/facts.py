@@ -36,7 +36,7 @@ class Read:
         value: the node whose channels are whole.
         dim: the axis of the channels there.
         in_channels: how many channels; of one group, where there are several.
-        spread: the features that the layer reads of each channel: 1, or H*W behind a flatten.
+        features_per_channel: what the layer reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
         packed: whether the value is packed sequences.
         groups: of the layer that reads it, a convolution.
@@ -47,7 +47,7 @@ class Read:
     value: str
     dim: int
     in_channels: int
-    spread: int = 1
+    features_per_channel: int = 1
     path: tuple[str, ...] = ()
     packed: bool = False
     groups: int = 1
@@ -71,7 +71,7 @@ class Facts:
             (capture).
         channels: where the channels of the value are (``TrackChannels``).
         read: what the layer called here reads, if it can be reduced (``FindConsumers``).
-        refusal: why the layer called here is left alone, if it is (``FindConsumers``).
+        skip_reason: why the layer called here is left alone, if it is (``FindConsumers``).
         splits: whether it is attention, which may be split into its layers (``FindConsumers``).
         weight: the name of the parameter of no layer that the call multiplies a value with; it can
             become a layer if there is no refusal (``FindConsumers``).
@@ -86,7 +86,7 @@ class Facts:
     nonnegative: bool = False
     channels: Channels | None = None
     read: Read | None = None
-    refusal: str = ""
+    skip_reason: str = ""
     splits: bool = False
     weight: str = ""
 

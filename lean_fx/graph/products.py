@@ -40,10 +40,10 @@ _ADDED: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, "addmm", "addbmm",
 _ASKED = {"shape", "ndim", "dtype", "device"}
 _ASKING = {"size", "dim", "numel", "ndimension"}
 #: The methods whose result is their first argument, made like the second.
-LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+SAME_AS_INPUT = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
-def origins_of(graph_module: GraphModule) -> dict[Node, tuple[str, ...]]:
+def source_parameters_of(graph_module: GraphModule) -> dict[Node, tuple[str, ...]]:
     """The names of the parameters that nodes are computed from, of those that depend on no value.
 
     ``TrackWrites`` comes before it.
@@ -70,7 +70,9 @@ def _sources(node: Node) -> list[Node]:
     """The nodes whose values lead to that of ``node`` (rules 1 and 2)."""
     if node.op == "call_method":
         given = node.all_input_nodes
-        return [] if node.target in _ASKING else given[:1] if node.target in LIKE else given
+        return (
+            [] if node.target in _ASKING else given[:1] if node.target in SAME_AS_INPUT else given
+        )
     if node.target is getattr and argument(node, 1, "name") in _ASKED:
         return []
     return node.all_input_nodes

@@ -18,7 +18,7 @@ from lean_fx.layers.kinds import (
     input_channels,
     kind_of,
 )
-from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.rebuild import rebuild, why_not_rebuilt
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
@@ -33,7 +33,7 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
         PlanError: it is not.
     """
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
-    layer = None if layer is None else with_norm_of_today(layer)
+    layer = None if layer is None else as_parametrization(layer)
     if layer is None or why_not_rebuilt(layer) or base_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
@@ -41,7 +41,7 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
     if is_altered(layer):
         raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
     there = (input_channels(layer), groups_of(layer))
-    planned = (site.in_channels * consumer.spread * site.groups, site.groups)
+    planned = (site.in_channels * consumer.features_per_channel * site.groups, site.groups)
     if there != planned:
         groups, says = (f" in {g} groups" if g > 1 else "" for _, g in (there, planned))
         raise PlanError(
@@ -50,7 +50,7 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
         )
     kind = kind_of(layer)
     if kind is not None and kind.registered:
-        features = (site.out_channels or 1) * consumer.spread * site.groups
+        features = (site.out_channels or 1) * consumer.features_per_channel * site.groups
         try:
             with torch.random.fork_rng(devices=[]):
                 rebuild(layer, features)

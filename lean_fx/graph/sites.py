@@ -13,7 +13,7 @@ class Consumer:
         layer: its qualified name.
         kind: its type, such as ``"Conv2d"``.
         node: the node that calls it; empty if the site has no value.
-        spread: the features it reads of each channel: 1, or H*W behind a flatten.
+        features_per_channel: the features it reads of each channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
         weights: the number of its weights that are multiplied with the input, before.
         applied_by: the module whose forward applies the layer's weight in place of calling the
@@ -23,7 +23,7 @@ class Consumer:
     layer: str
     kind: str
     node: str
-    spread: int = 1
+    features_per_channel: int = 1
     path: tuple[str, ...] = ()
     weights: int = 0
     applied_by: str | None = None

@@ -35,7 +35,7 @@ from lean_fx.layers.kinds import (
     input_weights,
     kind_of,
 )
-from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.subclasses import is_channel_linear, narrowed, scale_like, shallow
 
 #: What torch's own layers hold.
@@ -140,7 +140,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         >>> rebuild(nn.GRU(64, 32, num_layers=2, batch_first=True), 8)
         GRU(8, 32, num_layers=2, batch_first=True)
     """
-    layer = with_norm_of_today(layer)
+    layer = as_parametrization(layer)
     reason = why_not_rebuilt(layer)
     if reason:
         raise PassError(f"rebuild: {reason}")

@@ -128,7 +128,7 @@ class PlainTransformer(nn.Transformer):
 
 
 #: The plain class for each of torch's.
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerEncoderLayer: PlainEncoderLayer,
     nn.TransformerEncoder: PlainEncoder,
     nn.TransformerDecoderLayer: PlainDecoderLayer,

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import as_inputs
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
-from lean_fx.copying import copied_whole
+from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.inputs import resized
@@ -228,7 +228,7 @@ def _check_steps(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> N
 
 def _copy(name: str, model: nn.Module) -> nn.Module:
     try:
-        return copied_whole(model)
+        return clone(model)
     except CaptureError as error:
         raise ArgumentError(f"compare: {name!r}: {error}") from error
 

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.capturing import as_inputs, capture
 from lean_fx.capture.tracing import LeanTracer
 from lean_fx.checks import check_shapes, is_quantized_layer
-from lean_fx.copying import copied_whole
+from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.calls import is_altered
-from lean_fx.layers.transformers import PLAIN
+from lean_fx.layers.transformers import UNFUSED
 from lean_fx.measure.costs_table import Costs, NodeCost
 from lean_fx.measure.counter import Counter, counting, has_mac_count
 from lean_fx.passes.propagate_shapes import check_count
@@ -72,7 +72,7 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> in
     """
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     check_shapes(model)
-    replica, inputs = _to_count(copied_whole(model).eval(), _cloned(given))
+    replica, inputs = _to_count(clone(model).eval(), _cloned(given))
     try:
         with counting() as counter:
             counter.watch_reductions(replica)
@@ -121,7 +121,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
     """
     with torch.inference_mode(False):
         inputs = _cloned(as_inputs(example_inputs))
-        known = isinstance(model, nn.Module) and type(model) not in PLAIN
+        known = isinstance(model, nn.Module) and type(model) not in UNFUSED
         leaf = known and LeanTracer().is_leaf_module(model, "")
         root = _calling(model, len(inputs)) if leaf else model
         captured = capture(root, inputs, evaluation=True)

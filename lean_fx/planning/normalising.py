@@ -18,7 +18,7 @@ from lean_fx.graph.context import GraphContext
 from lean_fx.graph.rewriting import replaced_names
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes import ModularizeWeights, Pipeline, SplitLayers
-from lean_fx.passes.find_consumers import refusal_of
+from lean_fx.passes.find_consumers import skip_reason_of
 from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.passes.split_layers import splitter_of
 from lean_fx.planning.options import Options, named_by_user, skip_reason
@@ -29,7 +29,7 @@ from lean_fx.planning.plans import WITHIN, LeftAlone
 class Rewritings:
     """What is rewritten: layers to split, and parameters to make layers of, by name."""
 
-    split: tuple[str, ...] = ()
+    split_layers: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
 
     @classmethod
@@ -42,7 +42,7 @@ class Rewritings:
             for name in dict.fromkeys(calls)
             if graph.calls[id(graph.modules[name])] == 1
             and splitter_of(graph.modules[name]) is not None
-            and not refusal_of(graph.modules[name], graph.owners)
+            and not skip_reason_of(graph.modules[name], graph.owners)
             and not skip_reason(name, graph.modules[name], options)
             and _passes_inside(name, graph.modules[name], options)
         )
@@ -51,22 +51,24 @@ class Rewritings:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of both."""
-        return (*self.split, *self.weights)
+        return (*self.split_layers, *self.weights)
 
     def apply(self, graph_module: GraphModule) -> None:
         """Rewrite a graph in place."""
-        Pipeline([ModularizeWeights(self.weights), SplitLayers(self.split)])(graph_module)
+        Pipeline([ModularizeWeights(self.weights), SplitLayers(self.split_layers)])(graph_module)
 
     def used_by(self, sites: tuple[Site, ...]) -> Rewritings:
         """Those without which a site could not be: all but the first layer of a stack needs it."""
         reduced = {layer for site in sites for layer in site.layers}
-        split = [name for name in self.split if any(_is_inside(layer, name) for layer in reduced)]
+        split = [
+            name for name in self.split_layers if any(_is_inside(layer, name) for layer in reduced)
+        ]
         return Rewritings(tuple(split), tuple(name for name in self.weights if name in reduced))
 
     def without(self, others: Rewritings) -> Rewritings:
         """Those that are not among others."""
         return Rewritings(
-            tuple(name for name in self.split if name not in others.split),
+            tuple(name for name in self.split_layers if name not in others.split_layers),
             tuple(name for name in self.weights if name not in others.weights),
         )
 
@@ -98,7 +100,7 @@ def undo(
         consumers = [_undone(each, unused, names) for each in site.consumers]
         for each in list(consumers):
             layer = options.modules.get(each.layer)
-            wish = layer is not None and each.layer in unused.split
+            wish = layer is not None and each.layer in unused.split_layers
             reason = named_by_user(each.layer, layer, options) if wish and layer else ""
             if reason:
                 consumers.remove(each)
@@ -106,21 +108,21 @@ def undo(
         if consumers:
             value = names.get(site.value, site.value)
             kept.append(dataclasses.replace(site, value=value, consumers=tuple(consumers)))
-    first = {f"{name}.0": name for name in unused.split}
+    first = {f"{name}.0": name for name in unused.split_layers}
     outer = [
         dataclasses.replace(each, layer=first.get(each.layer, each.layer))
         for each in left
-        if not any(_is_inside(each.layer, name) for name in unused.split)
+        if not any(_is_inside(each.layer, name) for name in unused.split_layers)
     ]
     outer += refused
-    for name in unused.split:
+    for name in unused.split_layers:
         layer = options.modules[name]
         if isinstance(layer, nn.MultiheadAttention):
             reason = named_by_user(name, layer, options) or "none of its layers is reduced"
             outer.append(LeftAlone(name, type(layer).__name__, reason))
     within = [
         dataclasses.replace(each, reason=f"{WITHIN}{name}: {each.reason}")
-        for name in unused.split
+        for name in unused.split_layers
         for each in left
         if _is_inside(each.layer, name)
     ]
@@ -131,7 +133,7 @@ def _undone(consumer: Consumer, unused: Rewritings, names: dict[str, str]) -> Co
     stack, _, place = consumer.layer.rpartition(".")
     return dataclasses.replace(
         consumer,
-        layer=stack if place == "0" and stack in unused.split else consumer.layer,
+        layer=stack if place == "0" and stack in unused.split_layers else consumer.layer,
         node=names.get(consumer.node, consumer.node),
         path=tuple(names.get(step, step) for step in consumer.path),
     )

@@ -10,7 +10,7 @@ seen in one forward pass on the example inputs. A layer is left alone by the rul
 3. the model fails once it reduces its input: its code asks more of it than to be called.
 
 Parameters of no layer that multiply values are named, and stay
-(:mod:`lean_fx.planning.multiplying`).
+(:mod:`lean_fx.planning.product_uses`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.checks import check_values
-from lean_fx.copying import copied_whole
+from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
 from lean_fx.graph.facts import Read
 from lean_fx.graph.sites import Site
 from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
-from lean_fx.passes.find_consumers import refusal_of
+from lean_fx.passes.find_consumers import skip_reason_of
 from lean_fx.passes.measure_scale import unit_variance
-from lean_fx.planning.multiplying import WatchProducts
 from lean_fx.planning.options import Options, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.planning.product_uses import ProductUses
 from lean_fx.planning.records import Record, unread_records
-from lean_fx.planning.watching import Use, WatchWeights
+from lean_fx.planning.weight_uses import Use, WeightUses
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -90,7 +90,7 @@ def observed_records(
         CaptureError: it cannot be copied.
     """
     check_values(model)
-    seen, products = _observe(copied_whole(model), inputs)  # what cannot be copied is told as that
+    seen, products = _observe(clone(model), inputs)  # what cannot be copied is told as that
     modules: dict[str, nn.Module] = dict(model.named_modules())
     options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
@@ -99,7 +99,7 @@ def observed_records(
         kind = kind_of(layer)
         if not name or kind is None or (only is not None and name not in only):
             continue
-        reason = _inside(name, modules) or refusal_of(layer, owners)
+        reason = _inside(name, modules) or skip_reason_of(layer, owners)
         applied_by = seen[name].applied_by
         if seen[name].otherwise or (applied_by == "" and only is not None):  # a graph has no hooks
             reason = reason or "forward reads its weight itself"
@@ -163,14 +163,14 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen
 
 
 def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
-    copied = copied_whole(model).eval()
+    copied = clone(model).eval()
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     called: dict[str, _Seen] = {}
     for name, layer in copied.named_modules():
         seen = called[name] = _Seen()
         if kind_of(layer):
             layer.register_forward_pre_hook(_recording_hook(seen, own), with_kwargs=True)
-    with torch.no_grad(), WatchWeights(copied) as watch, WatchProducts(copied) as products:
+    with torch.no_grad(), WeightUses(copied) as watch, ProductUses(copied) as products:
         copied(*inputs)
     for name, uses in watch.uses.items():
         if not called[name].calls:

@@ -148,7 +148,7 @@ def _consumer(record: Record) -> Consumer:
         record.layer,
         record.kind,
         record.node,
-        read.spread,
+        read.features_per_channel,
         read.path,
         record.weights,
         record.applied_by,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture.capturing import as_inputs, capture, plain_copy
+from lean_fx.capture.capturing import as_inputs, capture, unfused_clone
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.graph.site_reductions import check_registered
 from lean_fx.passes import (
@@ -66,7 +66,7 @@ class Plan:
         left_alone: every other conv, linear, recurrent and attention layer, and the reason.
         reduction: a registered name, or a factory.
         parameters: of the model, before.
-        split: the stacks of recurrent layers, and the layers of attention, to split first
+        split_layers: the stacks of recurrent layers, and the layers of attention, to split first
             (:class:`~lean_fx.passes.SplitLayers`): into ``<stack>.0``, ``<stack>.1``, ..., and into
             ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
         weights: the parameters of no layer, of which to make layers first
@@ -94,7 +94,7 @@ class Plan:
     left_alone: tuple[LeftAlone, ...] = ()
     reduction: str | ReductionFactory = "lean"
     parameters: int = 0
-    split: tuple[str, ...] = ()
+    split_layers: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     traced: bool = True
 
@@ -123,7 +123,7 @@ class Plan:
             if self.traced:
                 inputs = as_inputs(example_inputs) if example_inputs is not None else ()
                 return self.apply_to_graph(capture(model, inputs))
-            copied = plain_copy(model)
+            copied = unfused_clone(model)
             for site in self.sites:
                 swap_layer(copied, site, self.reduction, nonnegative=False)
         held = getattr(copied, "meta", None)
@@ -138,7 +138,7 @@ class Plan:
         self._check_depths(graph_module)
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
-        rewrite = ModularizeWeights(self.weights), SplitLayers(self.split)
+        rewrite = ModularizeWeights(self.weights), SplitLayers(self.split_layers)
         with torch.inference_mode(False):
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
         graph_module.meta[PLAN] = self
@@ -149,7 +149,7 @@ class Plan:
         modules = dict(graph_module.named_modules())
         names = {layer for site in self.sites for layer in site.layers}
         names |= {each.layer for each in self.left_alone}
-        for stack in self.split:
+        for stack in self.split_layers:
             found = getattr(modules.get(stack), "num_layers", 1)
             planned = sum(name.rpartition(".")[0] == stack for name in names)
             if found > 1 and found != planned:  # that it is no stack, its own pass says
@@ -197,9 +197,15 @@ class Plan:
         try:
             sites = [_site_from(entry) for entry in content.pop("sites")]
             left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
-            split, weights = (_names(key, content.pop(key, ())) for key in ("split", "weights"))
+            split, weights = (
+                _names(key, content.pop(key, ())) for key in ("split_layers", "weights")
+            )
             plan = Plan(
-                sites=tuple(sites), left_alone=tuple(left), split=split, weights=weights, **content
+                sites=tuple(sites),
+                left_alone=tuple(left),
+                split_layers=split,
+                weights=weights,
+                **content,
             )
             for part in (plan, *left):
                 _check_types(part)
@@ -231,8 +237,8 @@ class Plan:
             lines.append(
                 f"their weights: {before:,} -> {after:,}, of {self.parameters:,} parameters in all"
             )
-        if self.split:
-            lines.append(f"split into single layers: {', '.join(self.split)}")
+        if self.split_layers:
+            lines.append(f"split into single layers: {', '.join(self.split_layers)}")
         if self.weights:
             lines.append(f"parameters made layers: {', '.join(self.weights)}")
         if self.sites:

@@ -54,10 +54,10 @@ def graph_records(graph_module: GraphModule, options: Options) -> list[Record]:
     records = []
     for node in nodes.values():
         known = facts(node)
-        if known.refusal and node.op != "call_module":
+        if known.skip_reason and node.op != "call_module":
             kind = getattr(node.target, "__name__", str(node.target))
-            records.append(Record(known.weight or node.name, kind, reason=known.refusal))
-        elif known.refusal or known.read:
+            records.append(Record(known.weight or node.name, kind, reason=known.skip_reason))
+        elif known.skip_reason or known.read:
             layer = modules[str(node.target)]
             records.append(_layer_record(node, layer, known, nodes, options))
     return records
@@ -74,7 +74,7 @@ def _layer_record(
     name = str(node.target)
     if known.read is None:
         wish = named_by_user(name, layer, options) if known.splits else ""
-        return Record(name, type(layer).__name__, reason=wish or known.refusal)
+        return Record(name, type(layer).__name__, reason=wish or known.skip_reason)
     reason = unwanted(known.read, name, layer, options)
     if reason:
         return Record(name, type(layer).__name__, reason=reason)

@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from lean_fx.reduction.base import Reduction
-from lean_fx.reduction.plain import without_zeros
+from lean_fx.reduction.reference import without_zeros
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("_simplex")

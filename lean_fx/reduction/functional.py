@@ -22,8 +22,8 @@ options add to the divisors::
 
 ``iterations`` repeats the walk with ``V := y / sum |y|``, until no value changes by ``tol`` or
 more if that is given. ``seed="matrix"`` gives every channel a value of its own: ``G V`` becomes
-``X u`` with ``u[k] = sum_j X[j,k] V[j,k]``. With ``split="contiguous"`` channel ``i C'' + k`` is
-``X[i,k]``, with ``split="interleaved"`` channel ``k C' + i`` is.
+``X u`` with ``u[k] = sum_j X[j,k] V[j,k]``. With ``layout="contiguous"`` channel ``i C'' + k`` is
+``X[i,k]``, with ``layout="interleaved"`` channel ``k C' + i`` is.
 
 None of these forms G where it need not: ``G V = X (X^T V)``, and for ``X >= 0``, which a flag
 promises, ``d = X t`` with ``t[k] = sum_i X[i,k]``. A position then costs about ``4 C_in``
@@ -64,8 +64,8 @@ from torch import Tensor, nn
 
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, LeanError
-from lean_fx.reduction.options import Normalize, Scale, Split, check_floating, check_options
-from lean_fx.reduction.plain import plain_walk
+from lean_fx.reduction.options import Layout, Normalize, Scale, check_floating, check_options
+from lean_fx.reduction.reference import reference_walk
 from lean_fx.reduction.walk import column_walk
 
 _checks_signs = False
@@ -114,7 +114,7 @@ def lean_reduction(
     nonnegative: bool = False,
     normalize: Normalize = "column",
     scale: Scale = "sum",
-    split: Split = "contiguous",
+    layout: Layout = "contiguous",
     iterations: int = 1,
     tol: float | None = None,
     damping: float = 0.0,
@@ -130,7 +130,7 @@ def lean_reduction(
             promise gives wrong numbers (see :func:`checking_signs`).
         normalize: the walk: ``"column"``, ``"row"`` or ``"none"``.
         scale: of the output: ``"sum"``, ``"mean"`` or ``"magnitude"``.
-        split: of the channels into preserved by reducible: ``"contiguous"`` or ``"interleaved"``.
+        layout: of the channels into preserved by reducible: ``"contiguous"`` or ``"interleaved"``.
         iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
         tol: stop once no value of ``V`` changes by this much or more, above 0; compiled and
             exported code takes all steps.
@@ -163,7 +163,7 @@ def lean_reduction(
         Huang et al. (2023), Algorithm 2.
     """
     _check_values(x, seed, dim)
-    check_options("lean_reduction", normalize, scale, split, iterations, tol, damping, norm_floor)
+    check_options("lean_reduction", normalize, scale, layout, iterations, tol, damping, norm_floor)
     if _checks_signs and nonnegative and x.numel():
         below = x.detach()[x < 0]
         if below.numel():
@@ -181,7 +181,7 @@ def lean_reduction(
                 nonnegative=nonnegative,
                 normalize=normalize,
                 scale=scale,
-                split=split,
+                layout=layout,
                 iterations=iterations,
                 tol=tol,
                 damping=damping,
@@ -197,7 +197,7 @@ def lean_reduction(
                 "axis": axis,
                 "normalize": normalize,
                 "scale": scale,
-                "split": split,
+                "layout": layout,
                 "iterations": int(iterations),
                 "nonnegative": nonnegative,
                 **{name: value for name, value in floats.items() if value},
@@ -211,11 +211,11 @@ def lean_reduction(
     closed = normalize == "column" and iterations == 1 and seed.dim() == 1
     eager = _runs_eagerly(x)
     if closed and (eager or torch.compiler.is_dynamo_compiling()):
-        out = _fused(wide, seed, axis, nonnegative, split, damping, norm_floor)
+        out = _fused(wide, seed, axis, nonnegative, layout, damping, norm_floor)
     else:
         steps = (iterations, tol if eager else None)
-        walk = (nonnegative, normalize, split, *steps, damping, norm_floor)
-        out = plain_walk(wide, seed, axis, *walk)
+        walk = (nonnegative, normalize, layout, *steps, damping, norm_floor)
+        out = reference_walk(wide, seed, axis, *walk)
     if scale != "sum":
         out = out * seed.shape[0]
     if scale == "magnitude":
@@ -255,7 +255,7 @@ def _fused(
     seed: Tensor,
     axis: int,
     nonnegative: bool,
-    split: Split,
+    layout: Layout,
     damping: float,
     norm_floor: float,
 ) -> Tensor:
@@ -267,7 +267,7 @@ def _fused(
         matrix = x.reshape(1, before.numel(), channels).mT
     else:
         matrix = x.reshape(before.numel(), channels, behind.numel())
-    if split == "contiguous":
+    if layout == "contiguous":
         matrix = torch.unflatten(matrix, 1, (preserved, -1))
     else:
         matrix = torch.unflatten(matrix, 1, (-1, preserved)).transpose(1, 2)

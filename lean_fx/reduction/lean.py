@@ -12,7 +12,7 @@ from lean_fx.checks import check_choice
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.base import Reduction
 from lean_fx.reduction.functional import lean_reduction
-from lean_fx.reduction.options import Normalize, Scale, Split, check_options
+from lean_fx.reduction.options import Layout, Normalize, Scale, check_options
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("lean_reduction")
@@ -40,7 +40,7 @@ class LeanReduction(Reduction):
         seed: ``"vector"`` (the paper's, C' values) or ``"matrix"`` (one value a channel, C_in).
         seed_init: ``"normal"`` (standard), ``"uniform"`` (in [0, 1[), ``"ones"`` or ``"near_one"``
             (normal of mean 1 and standard deviation 0.5).
-        split: ``"contiguous"`` (channel ``i C'' + k`` is ``X[i,k]``) or ``"interleaved"``.
+        layout: ``"contiguous"`` (channel ``i C'' + k`` is ``X[i,k]``) or ``"interleaved"``.
         iterations: steps of the walk, 1 or more; the most of them if ``tol`` is given.
         tol: stop once no value changes by this much or more; above 0.
         damping: how many times the mean of the sums ``d`` is added to each, before the walk divides
@@ -82,7 +82,7 @@ use 1, 2, 4 or 8
         scale: Scale = "sum",
         seed: SeedShape = "vector",
         seed_init: SeedInit = "normal",
-        split: Split = "contiguous",
+        layout: Layout = "contiguous",
         iterations: int = 1,
         tol: float | None = None,
         nonnegative: bool = False,
@@ -90,7 +90,7 @@ use 1, 2, 4 or 8
         norm_floor: float = 0.0,
     ) -> None:
         super().__init__(in_channels, out_channels, dim)
-        walk = (normalize, scale, split, iterations, tol, damping, norm_floor)
+        walk = (normalize, scale, layout, iterations, tol, damping, norm_floor)
         check_options("LeanReduction", *walk)
         check_choice("LeanReduction: seed", seed, get_args(SeedShape))
         check_choice("LeanReduction: seed_init", seed_init, get_args(SeedInit))
@@ -101,7 +101,7 @@ use 1, 2, 4 or 8
             )
         self.normalize: Normalize = normalize
         self.scale: Scale = scale
-        self.split: Split = split
+        self.layout: Layout = layout
         self.seed_init: SeedInit = seed_init
         self.iterations = int(iterations)
         self.tol = tol
@@ -143,7 +143,7 @@ use 1, 2, 4 or 8
             nonnegative=self.nonnegative,
             normalize=self.normalize,
             scale=self.scale,
-            split=self.split,
+            layout=self.layout,
             iterations=self.iterations,
             tol=self.tol,
             damping=self.damping,
@@ -157,7 +157,7 @@ use 1, 2, 4 or 8
             "scale": (self.scale, "sum"),
             "seed": ("matrix" if self.seed.dim() == 2 else "vector", "vector"),
             "seed_init": (self.seed_init, "normal"),
-            "split": (self.split, "contiguous"),
+            "layout": (self.layout, "contiguous"),
             "iterations": (self.iterations, 1),
             "tol": (self.tol, None),
             "damping": (self.damping, 0),

@@ -11,14 +11,14 @@ from lean_fx.errors import ArgumentError
 
 Normalize = Literal["column", "row", "none"]
 Scale = Literal["sum", "mean", "magnitude"]
-Split = Literal["contiguous", "interleaved"]
+Layout = Literal["contiguous", "interleaved"]
 
 
 def check_options(
     owner: str,
     normalize: str,
     scale: str,
-    split: str,
+    layout: str,
     iterations: int,
     tol: float | None,
     damping: float = 0.0,
@@ -31,7 +31,7 @@ def check_options(
     """
     check_choice(f"{owner}: normalize", normalize, get_args(Normalize))
     check_choice(f"{owner}: scale", scale, get_args(Scale))
-    check_choice(f"{owner}: split", split, get_args(Split))
+    check_choice(f"{owner}: layout", layout, get_args(Layout))
     check_int(f"{owner}: iterations", iterations, 1)
     if tol is not None and not (type(tol) in (int, float) and tol > 0):
         raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")

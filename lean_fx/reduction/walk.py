@@ -44,7 +44,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_fx.reduction.plain import absolute_affinity_sums, damped, plain_walk, without_zeros
+from lean_fx.reduction.reference import (
+    absolute_affinity_sums,
+    damped,
+    reference_walk,
+    without_zeros,
+)
 
 # Bytes of X (and of G, where it is formed) in one block, for each thread: smaller blocks cost more
 # calls than the cache gives back.
@@ -52,7 +57,7 @@ _BLOCK_BYTES = 2 * 1024 * 1024
 
 
 def without_zeros_(divisor: Tensor) -> Tensor:
-    """As :func:`lean_fx.reduction.plain.without_zeros`, in place."""
+    """As :func:`lean_fx.reduction.reference.without_zeros`, in place."""
     positive: Tensor = torch.threshold_(divisor, torch.finfo(divisor.dtype).tiny, 1.0)
     return positive
 
@@ -181,7 +186,7 @@ class _BlockedWalk(torch.autograd.Function):
 def _differentiable(ctx: Any, x: Tensor, seed: Tensor, grad: Tensor) -> list[Tensor | None]:
     """The gradient by way of plain operations, which have gradients of their own."""
     walk = (ctx.nonnegative, "column", "contiguous", 1, None, ctx.damping, ctx.norm_floor)
-    out = plain_walk(x.flatten(1, 2), seed, 1, *walk)
+    out = reference_walk(x.flatten(1, 2), seed, 1, *walk)
     needed = ctx.needs_input_grad[:2]
     wanted = [value for value, need in zip((x, seed), needed, strict=True) if need]
     found = iter(torch.autograd.grad(out.unsqueeze(2), wanted, grad, create_graph=True))

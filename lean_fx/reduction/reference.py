@@ -28,13 +28,13 @@ def absolute_affinity_sums(rows: Tensor) -> Tensor:
     return (rows @ rows.mT).abs().sum(-1)
 
 
-def plain_walk(
+def reference_walk(
     x: Tensor,
     seed: Tensor,
     axis: int,
     nonnegative: bool,
     normalize: str,
-    split: str,
+    layout: str,
     iterations: int,
     tol: float | None,
     damping: float,
@@ -50,7 +50,7 @@ def plain_walk(
     preserved = seed.shape[0]
     rest = [1] * (x.dim() - axis - 1)
     # i is the axis of the preserved channels, k that of the reducible ones.
-    if split == "contiguous":
+    if layout == "contiguous":
         i, k = axis, axis + 1
         matrix = torch.unflatten(x, axis, (preserved, -1))
         v = seed.reshape(preserved, -1, *rest)

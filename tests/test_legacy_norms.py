@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import lean_fx
 from graphs import reasons
-from lean_fx.layers.old_norms import with_norm_of_today
+from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.rebuild import rebuild
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::lean_fx.LeanWarning")
@@ -38,7 +38,7 @@ def test_it_is_the_same_layer(norm, kind, called):
         for parameter in layer.parameters():
             parameter.mul_(1.5)  # as after some steps
     seed, before = torch.get_rng_state(), copy.copy(vars(layer))
-    twin = with_norm_of_today(layer)
+    twin = as_parametrization(layer)
     assert torch.equal(torch.get_rng_state(), seed)
     assert vars(layer) == before
     assert {id(each) for each in twin.parameters()} == {id(each) for each in layer.parameters()}
@@ -47,9 +47,9 @@ def test_it_is_the_same_layer(norm, kind, called):
 
 def test_layers_without_are_themselves():
     for layer in (nn.Linear(4, 2), parametrizations.weight_norm(nn.Linear(4, 2))):
-        assert with_norm_of_today(layer) is layer
+        assert as_parametrization(layer) is layer
     on_bias = nn.utils.weight_norm(nn.Linear(4, 2), "bias")
-    assert with_norm_of_today(on_bias) is on_bias
+    assert as_parametrization(on_bias) is on_bias
 
 
 @pytest.mark.parametrize("kind", LAYERS)

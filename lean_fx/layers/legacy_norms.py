@@ -26,7 +26,7 @@ _DICTS = (
 _HOOKS = (WeightNorm, SpectralNorm, SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 
 
-def with_norm_of_today(layer: nn.Module) -> nn.Module:
+def as_parametrization(layer: nn.Module) -> nn.Module:
     """A layer whose weight has a norm made of hooks, with torch's parametrization in their place.
 
     Args:
@@ -38,7 +38,7 @@ def with_norm_of_today(layer: nn.Module) -> nn.Module:
 
     Example:
         >>> layer = torch.nn.utils.spectral_norm(nn.Linear(4, 2))
-        >>> [*with_norm_of_today(layer)._forward_pre_hooks], len(layer._forward_pre_hooks)
+        >>> [*as_parametrization(layer)._forward_pre_hooks], len(layer._forward_pre_hooks)
         ([], 1)
     """
     norms = [

@@ -26,7 +26,7 @@ from lean_fx.errors import CaptureError, one_line
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
-def copied_whole(model: nn.Module) -> nn.Module:
+def clone(model: nn.Module) -> nn.Module:
     """A deep copy of a model.
 
     Raises:
@@ -35,7 +35,7 @@ def copied_whole(model: nn.Module) -> nn.Module:
     Example:
         >>> model = nn.Linear(2, 2)
         >>> model.register_buffer("row", model.weight.detach()[0])
-        >>> copied = copied_whole(model)
+        >>> copied = clone(model)
         >>> copied.row.data_ptr() == copied.weight.data_ptr() != model.weight.data_ptr()
         True
     """

@@ -49,7 +49,7 @@ class Watch(TorchFunctionMode):
         self._running.pop()
 
 
-class WatchWeights(Watch):
+class WeightUses(Watch):
     """See what the weights of a model's linear layers and convolutions are used for.
 
     Args:
@@ -68,7 +68,7 @@ class WatchWeights(Watch):
         ...     def forward(self, x):
         ...         return F.linear(x, self.proj.weight) + self.proj(x)
         >>> net = Net()
-        >>> with WatchWeights(net) as watch:
+        >>> with WeightUses(net) as watch:
         ...     out = net(torch.rand(3, 8))
         >>> [(use.within, use.input.shape) for use in watch.uses["proj"]]
         [(('',), torch.Size([3, 8]))]

@@ -18,7 +18,7 @@ from lean_fx.layers.input_hooks import stop_reducing
 def shallow(module: nn.Module) -> nn.Module:
     """A copy to run without a trace: no hooks but ours, and what forward sets is not kept."""
     if next(module.children(), None) is not None:
-        copied = sharing_copy(module)
+        copied = clone_sharing_state(module)
         for each in copied.modules():
             ours = {key: hook for key, hook in each._forward_hooks.items() if hook is stop_reducing}
             each._forward_hooks = OrderedDict(ours)
@@ -44,7 +44,7 @@ def run_on(
     return torch.func.functional_call(shallow(module), replaced, args, kwargs)
 
 
-def sharing_copy(
+def clone_sharing_state(
     module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda each: each
 ) -> nn.Module:
     """A deep copy to run or trace without a trace left, with the same parameters and buffers.

@@ -29,7 +29,7 @@ from torch.fx.proxy import TraceError
 _SIZES = ("shape", "dtype", "device", "ndim", "size", "dim")
 
 
-class Unrecorded(TraceError):  # noqa: N818
+class SideEffect(TraceError):  # noqa: N818
     """A forward does what a graph would lose."""
 
 
@@ -69,13 +69,13 @@ def refusing_functions() -> Iterator[None]:
     arguments first, by this function of torch, even where a model holds a Function's ``apply``.
 
     Raises:
-        Unrecorded: one was about to.
+        SideEffect: one was about to.
     """
     unwrap = utils.unwrap_dead_wrappers
 
     def refuse(args: tuple[Any, ...]) -> Any:
         if any(issubclass(type(each), Proxy) for each in args):
-            raise Unrecorded("a torch.autograd.Function has a gradient of its own")
+            raise SideEffect("a torch.autograd.Function has a gradient of its own")
         return unwrap(args)
 
     utils.unwrap_dead_wrappers = refuse
@@ -90,53 +90,53 @@ class KeepsData(Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            raise Unrecorded(f"the data of {self.node.name} is assigned in forward")
+            raise SideEffect(f"the data of {self.node.name} is assigned in forward")
         super().__setattr__(name, value)
 
 
 @dataclass(frozen=True)
-class Before:
+class StateSnapshot:
     """What a forward may change that no graph records, before it runs.
 
     Attributes:
         numbers: those that the module holds.
         tensors: the names of those that are neither its buffers nor its parameters.
-        chance: the states of torch's generator of random numbers, and of those of Python; or None,
-            where what is around the module looks at them.
+        rng_states: of torch's generator of random numbers, and of Python's; or None, where the code
+            around the module looks at them.
     """
 
     numbers: dict[str, Any]
     tensors: frozenset[str]
-    chance: tuple[Tensor, Any] | None
+    rng_states: tuple[Tensor, Any] | None
 
     @classmethod
-    def of(cls, module: nn.Module, *, chance: bool = True) -> Before:
+    def of(cls, module: nn.Module, *, rng_states: bool = True) -> StateSnapshot:
         """That of a module."""
         tensors = frozenset(key for key, held in vars(module).items() if isinstance(held, Tensor))
-        return cls(_numbers(module), tensors, _chance() if chance else None)
+        return cls(_numbers(module), tensors, _rng_states() if rng_states else None)
 
     def check(self, module: nn.Module) -> None:
         """Check, after its forward, that it left all as it was.
 
         Raises:
-            Unrecorded: it did not.
+            SideEffect: it did not.
         """
         name = type(module).__name__
         plain = ((key, vars(module)[key]) for key in self.tensors & vars(module).keys())
         for key, value in (*module._buffers.items(), *module._parameters.items(), *plain):
             if issubclass(type(value), Proxy):
-                raise Unrecorded(f"{name} assigns {key!r} in forward")
+                raise SideEffect(f"{name} assigns {key!r} in forward")
         now = _numbers(module)
         for key in self.numbers.keys() & now.keys():
             if self.numbers[key] != now[key]:
-                raise Unrecorded(f"{name} changes {key!r} in forward")
-        if self.chance is None:
+                raise SideEffect(f"{name} changes {key!r} in forward")
+        if self.rng_states is None:
             return
-        (drawn, others), (state, rest) = self.chance, _chance()
+        (drawn, others), (state, rest) = self.rng_states, _rng_states()
         with torch._C.DisableTorchFunction():
             same = torch.equal(drawn, state)
         if not same or others != rest:
-            raise Unrecorded(f"{name} draws random numbers that are no values of the graph")
+            raise SideEffect(f"{name} draws random numbers that are no values of the graph")
 
 
 def keep(module: nn.Module) -> Callable[[], None]:
@@ -164,7 +164,7 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
     return {key: held for key, held in vars(module).items() if type(held) in (bool, int, float)}
 
 
-def _chance() -> tuple[Tensor, Any]:
+def _rng_states() -> tuple[Tensor, Any]:
     numpy = sys.modules.get("numpy")
     state, place = numpy.random.get_state()[1:3] if numpy else (None, 0)
     drawn = None if state is None else state.tobytes()
@@ -172,9 +172,9 @@ def _chance() -> tuple[Tensor, Any]:
 
 
 @contextmanager
-def keeping_chance() -> Iterator[None]:
+def keeping_rng_state() -> Iterator[None]:
     """Within it, random numbers may be drawn: their generators are put back in the end."""
-    (state, _), ours = _chance(), random.getstate()
+    (state, _), ours = _rng_states(), random.getstate()
     numpy = sys.modules.get("numpy")
     theirs = numpy.random.get_state() if numpy else None
     try:

@@ -1,13 +1,15 @@
-"""Tracing copies of a model, with other tracers and other leaves, until it goes.
+"""Trace copies of a model, with other tracers and more leaves, until one attempt succeeds.
 
-By, in turn,
+In turn:
 
 1. torch.fx's tracer, with the leaves of :class:`~lean_fx.capture.tracing.LeanTracer`;
-2. with example inputs, one that follows branches on sizes (:mod:`lean_fx.capture.following`);
-3. the same with the modules that still cannot be traced as leaves, the innermost that will do, and
-   those whose branches would refuse sizes that the model takes (:mod:`lean_fx.capture.probing`);
-4. the same with those as leaves that give the weights of layers to a function that torch.fx.wrap
-   made a node, which no pass could see into.
+2. with example inputs, a tracer that follows branches on sizes
+   (:mod:`lean_fx.capture.value_tracing`);
+3. retrace, treating as leaves the modules that still cannot be traced, the innermost that will do,
+   and those whose size guards reject inputs that the model accepts
+   (:mod:`lean_fx.capture.size_guards`);
+4. retrace, treating as leaves the modules that hand the weights of layers to a function that
+   torch.fx.wrap made a node: no pass could see into that.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.fx.proxy import TraceError
 
-from lean_fx.capture.following import FollowingTracer
 from lean_fx.capture.guards import check_branch
-from lean_fx.capture.probing import refusing_modules
+from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
+from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
-from lean_fx.graph.replicas import sharing_copy
+from lean_fx.graph.clones import clone_sharing_state
 from lean_fx.layers.input_hooks import reduces_within
 from lean_fx.layers.kinds import KINDS, kind_of
 
@@ -102,7 +104,7 @@ def _trace_around(
     root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
     """As :func:`trace_copy`, with these leaves, and more if need be."""
-    copied = sharing_copy(root)
+    copied = clone_sharing_state(root)
     absent = _absent(root, inputs)
     try:
         return copied, LeanTracer(opaque).trace(copied, absent)
@@ -119,11 +121,11 @@ def _trace_in_parts(
 ) -> tuple[nn.Module, Graph, frozenset[str]]:
     """Trace copies of a module, with ever more leaves, until it goes."""
     while True:
-        copied = sharing_copy(root)
+        copied = clone_sharing_state(root)
         tracer = (
-            FollowingTracer(inputs, opaque, give_up=True)
+            ValueTracer(inputs, opaque, leaf_on_failure=True)
             if inputs
-            else LeanTracer(opaque, give_up=True)
+            else LeanTracer(opaque, leaf_on_failure=True)
         )
         graph = tracer.trace(copied, absent)
         if tracer.opaque == opaque:

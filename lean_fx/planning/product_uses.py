@@ -12,13 +12,13 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lean_fx.graph.products import LIKE, factors, why_computed
+from lean_fx.graph.products import SAME_AS_INPUT, factors, why_computed
 from lean_fx.layers.kinds import kind_of
 from lean_fx.planning.plans import LeftAlone
-from lean_fx.planning.watching import Watch
+from lean_fx.planning.weight_uses import Watch
 
 
-class WatchProducts(Watch):
+class ProductUses(Watch):
     """See which parameters of no layer a model multiplies values with, and why they stay.
 
     Args:
@@ -36,7 +36,7 @@ class WatchProducts(Watch):
         ...     def forward(self, x):
         ...         return x @ self.table[:3].T, x @ x.T
         >>> net = Net()
-        >>> with WatchProducts(net) as watch:
+        >>> with ProductUses(net) as watch:
         ...     out = net(torch.rand(2, 8))
         >>> for each in watch.left_alone.values():
         ...     print(each.layer, each.kind, each.reason)
@@ -65,7 +65,7 @@ class WatchProducts(Watch):
         weights = [each for each in given if self._origins.get(each)]
         if weights:
             self._judge(name, factors(name if method else func, args, kwargs))
-        sources = given[:1] if method and name in LIKE else given
+        sources = given[:1] if method and name in SAME_AS_INPUT else given
         if all(each in self._origins for each in sources):
             names = dict.fromkeys(name for each in sources for name in self._origins[each])
             for tensor in _tensors(result):

@@ -206,7 +206,7 @@ def test_a_cache_within_what_cannot_be_traced_holds_values():
 @pytest.mark.parametrize("between", UNRECORDED)
 def test_without_inputs_it_is_refused_by_name(between):
     with pytest.raises(
-        CaptureError, match=r"Net: torch.fx cannot trace its forward \(Unrecorded: "
+        CaptureError, match=r"Net: torch.fx cannot trace its forward \(SideEffect: "
     ):
         capture(Net(between))
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.guards import check_branch
 from lean_fx.errors import BranchError
-from lean_fx.graph.replicas import fake_of, run_on
+from lean_fx.graph.clones import fake_of, run_on
 
 
 def refusing_modules(

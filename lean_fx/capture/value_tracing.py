@@ -42,10 +42,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.guards import check_branch, count_items, round_number
-from lean_fx.capture.proxies import UNKNOWN, drop_value, followed, keep_value, value_of
+from lean_fx.capture.proxies import UNKNOWN, drop_value, keep_value, value_of, value_proxy
+from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.capture.tracing import LeanTracer
-from lean_fx.capture.unrecorded import keeping_chance
-from lean_fx.graph.replicas import fake_of, run_on, sharing_copy
+from lean_fx.graph.clones import clone_sharing_state, fake_of, run_on
 
 _FIXED = "lean_fx.fixed"
 _CALLS = ("call_function", "call_method")
@@ -69,13 +69,13 @@ _DECIDING -= {operator.setitem, operator.delitem}
 _DECIDING_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"}
 
 
-class FollowingTracer(LeanTracer):
+class ValueTracer(LeanTracer):
     """A tracer whose proxies have the values that example inputs give.
 
     Args:
         inputs: the positional example inputs.
         opaque: names of modules that are leaves.
-        give_up: whether modules whose forward cannot be traced become leaves.
+        leaf_on_failure: whether modules whose forward cannot be traced become leaves.
     """
 
     def __init__(
@@ -83,10 +83,12 @@ class FollowingTracer(LeanTracer):
         inputs: Sequence[Any] = (),
         opaque: frozenset[str] = frozenset(),
         *,
-        give_up: bool = False,
+        leaf_on_failure: bool = False,
     ) -> None:
         super().__init__(
-            opaque, give_up=give_up, wrapped=(*_MAKERS, *_MAKERS_OF_VALUES, *_OF_TYPES)
+            opaque,
+            leaf_on_failure=leaf_on_failure,
+            wrapped=(*_MAKERS, *_MAKERS_OF_VALUES, *_OF_TYPES),
         )
         self._autowrap_search.append(torch)
         self._inputs = tuple(inputs)
@@ -129,7 +131,7 @@ class FollowingTracer(LeanTracer):
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy of the kind that the value calls for."""
-        return followed(node, self)
+        return value_proxy(node, self)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """A proxy; None itself where an item or attribute is None, and a constant itself."""
@@ -241,13 +243,13 @@ class FollowingTracer(LeanTracer):
             case "get_attr":
                 value = self._fetch(str(node.target))
                 if isinstance(value, nn.Module):
-                    return sharing_copy(value, self._fake)
+                    return clone_sharing_state(value, self._fake)
                 return self._fake(value) if isinstance(value, Tensor) else value
             case "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        with keeping_chance():
+        with keeping_rng_state():
             return run_on(self._fetch(str(node.target)), self._fake, args, kwargs)
 
     def _fetch(self, path: str) -> Any:
@@ -274,7 +276,7 @@ class FollowingTracer(LeanTracer):
 class _Recording(TorchFunctionMode):
     """Sees the calls of torch's functions that no proxy sees."""
 
-    def __init__(self, tracer: FollowingTracer) -> None:
+    def __init__(self, tracer: ValueTracer) -> None:
         super().__init__()
         self._tracer = tracer
 
@@ -302,7 +304,7 @@ def _value(argument: Any) -> Any:
 
 
 def _is_machinery(module: str) -> bool:
-    return module in ("torch", __name__, followed.__module__) or module.startswith("torch.")
+    return module in ("torch", __name__, value_proxy.__module__) or module.startswith("torch.")
 
 
 def _only_decides(node: Node) -> bool:

@@ -180,9 +180,10 @@ def _planned(
             raise ArgumentError(
                 f"keep={keep!r} needs a graph, keep='all' does not; {error}"
             ) from error
+        made = _plan_observed(model, unfused_clone(model), inputs, options)
         reason = str(error).partition("; ")[0]
         warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
-        return _plan_observed(model, unfused_clone(model), inputs, options), None
+        return made, None
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
     rewritings = Rewritings.of(captured, options)
     normalised = clone_graph(captured)

@@ -80,7 +80,11 @@ def launch(folder: Path, *command: object) -> Launch:
     done = subprocess.run(
         [sys.executable, *torchrun, "--redirects", "3", "--log-dir", logs, *command],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT / 'examples'}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         timeout=300,
     )

@@ -3,11 +3,13 @@
 import contextlib
 import importlib
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -372,7 +374,8 @@ print(len(train(*arguments, name="baseline")))
 
 def test_the_terminal_shows_the_bar_and_nothing_else(tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "examples")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert done.stdout.splitlines() == [
         "",
         f"stopped; run the same again to go on from {tmp_path / 'last.ckpt'}",

@@ -240,15 +240,15 @@ def test_the_plan():
 Plan for Net: 8 reductions (lean) before 8 of 10 layers
 their weights: 14,432 -> 3,096, of 17,475 parameters in all
 split into single layers: encoder.layers.0.self_attn, encoder.layers.1.self_attn
-value                     sign  MACs  layer                                type    channels  weights       note
-stem                      any   320   encoder.layers.0.self_attn.in_proj   Linear  32 -> 8   3,072 -> 768
-getitem_5                 any   320   encoder.layers.0.self_attn.out_proj  Linear  32 -> 8   1,024 -> 256
-encoder_layers_0_norm1    any   320   encoder.layers.0.linear1             Linear  32 -> 8   2,048 -> 512
-encoder_layers_0_dropout  >= 0  256   encoder.layers.0.linear2             Linear  64 -> 8   2,048 -> 256
-encoder_layers_0_norm2    any   320   encoder.layers.1.self_attn.in_proj   Linear  32 -> 8   3,072 -> 768
-getitem_10                any   320   encoder.layers.1.self_attn.out_proj  Linear  32 -> 8   1,024 -> 256
-encoder_layers_1_dropout  >= 0  256   encoder.layers.1.linear2             Linear  64 -> 8   2,048 -> 256
-encoder_norm              any   320   head                                 Linear  32 -> 8   96 -> 24
+value                                sign  MACs  layer                                type    channels  weights       note
+stem                                 any   320   encoder.layers.0.self_attn.in_proj   Linear  32 -> 8   3,072 -> 768
+encoder_layers_0_self_attn_attended  any   320   encoder.layers.0.self_attn.out_proj  Linear  32 -> 8   1,024 -> 256
+encoder_layers_0_norm1               any   320   encoder.layers.0.linear1             Linear  32 -> 8   2,048 -> 512
+encoder_layers_0_dropout             >= 0  256   encoder.layers.0.linear2             Linear  64 -> 8   2,048 -> 256
+encoder_layers_0_norm2               any   320   encoder.layers.1.self_attn.in_proj   Linear  32 -> 8   3,072 -> 768
+encoder_layers_1_self_attn_attended  any   320   encoder.layers.1.self_attn.out_proj  Linear  32 -> 8   1,024 -> 256
+encoder_layers_1_dropout             >= 0  256   encoder.layers.1.linear2             Linear  64 -> 8   2,048 -> 256
+encoder_norm                         any   320   head                                 Linear  32 -> 8   96 -> 24
 left alone
 stem                      Linear  in_channels=6 is below min_channels=16
 encoder.layers.1.linear1  Linear  skip='encoder.layers.1.linear1'""",
@@ -268,14 +268,14 @@ check_absent = check_absent(src_mask, src_mask)
 check_absent_1 = check_absent(src_key_padding_mask, src_key_padding_mask)
 norm1 = norm1(src)  # LayerNorm((32,), eps=1e-05, elementwise_affine=True, bias=True)
 self_attn_in_proj = self_attn.in_proj(norm1)  # Linear(in_features=32, out_features=96, bias=True)
-chunk = chunk(self_attn_in_proj, 3, -1)
-getitem_1 = getitem(chunk, 0)
-getitem_2 = getitem(chunk, 1)
-getitem_3 = getitem(chunk, 2)
-self_attn_heads = self_attn.heads(getitem_1, getitem_2, getitem_3, attn_mask=None, key_padding_mask=None, need_weights=False, is_causal=is_causal)  # AttentionHeads(num_heads=4, dropout=0.1, batch_first=True)
-getitem_4 = getitem(self_attn_heads, 0)
-reductions_getitem_4 = reductions.getitem_4(getitem_4)  # LeanReduction(32, 4, dim=-1)
-self_attn_out_proj = self_attn.out_proj(reductions_getitem_4)  # Linear(in_features=4, out_features=32, bias=True)
+self_attn_chunk = chunk(self_attn_in_proj, 3, -1)
+self_attn_q = getitem(self_attn_chunk, 0)
+self_attn_k = getitem(self_attn_chunk, 1)
+self_attn_v = getitem(self_attn_chunk, 2)
+self_attn_heads = self_attn.heads(self_attn_q, self_attn_k, self_attn_v, attn_mask=None, key_padding_mask=None, need_weights=False, is_causal=is_causal)  # AttentionHeads(num_heads=4, dropout=0.1, batch_first=True)
+self_attn_attended = getitem(self_attn_heads, 0)
+reductions_self_attn_attended = reductions.self_attn_attended(self_attn_attended)  # LeanReduction(32, 4, dim=-1)
+self_attn_out_proj = self_attn.out_proj(reductions_self_attn_attended)  # Linear(in_features=4, out_features=32, bias=True)
 dropout1 = dropout1(self_attn_out_proj)  # Dropout(p=0.1, inplace=False)
 add = add(src, dropout1)
 norm2 = norm2(add)  # LayerNorm((32,), eps=1e-05, elementwise_affine=True, bias=True)

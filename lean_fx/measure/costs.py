@@ -17,6 +17,7 @@ from lean_fx.checks import check_shapes, is_quantized_layer
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.calls import is_altered
+from lean_fx.layers.kinds import KINDS, LayerKind
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.measure.costs_table import Costs, NodeCost
 from lean_fx.measure.counter import Counter, counting, has_mac_count
@@ -203,7 +204,10 @@ class _Run(Interpreter):
         macs = self._counter.macs - before
         if called is torch.linalg.vecdot:
             macs = _vecdot_macs(*args, **kwargs, output=output)
-        if len(self._counter.foreign) > foreign or _may_do_more(called):
+        kind = _registered_kind(called)
+        if kind is not None:
+            macs = kind.macs(called, given[0].numel(), _tensors(output)[0].numel())
+        elif len(self._counter.foreign) > foreign or _may_do_more(called):
             self.without_formula.append(_name(n))
         changed = [
             each for each, version in zip(given, versions, strict=True) if each._version != version
@@ -268,6 +272,13 @@ def _vecdot_macs(x: Tensor, y: Tensor, dim: int = -1, *, output: Tensor) -> int:
     """``torch.linalg.vecdot`` runs as an element-wise product and a sum, which are not counted."""
     shape: torch.Size = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
     return output.numel() * shape[dim]
+
+
+def _registered_kind(called: Any) -> LayerKind | None:
+    """The kind of a layer whose class a user has registered, with the user's own count."""
+    kind = KINDS.get(type(called))
+    own = kind is not None and kind.registered and "reduction" not in called._modules
+    return kind if own else None
 
 
 def _may_do_more(called: Any) -> bool:

@@ -2,11 +2,12 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads only wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads only wait for each other
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)

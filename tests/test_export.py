@@ -56,11 +56,11 @@ def test_every_reduction_exports(reduction, tmp_path):
 # Options, the shape of the input, the axis of the channels.
 FORMS = [
     ({}, (2, 12, 4, 3), 1),
-    ({"split": "interleaved", "scale": "mean"}, (2, 12, 4, 3), 1),
+    ({"layout": "interleaved", "scale": "mean"}, (2, 12, 4, 3), 1),
     ({"seed": "matrix", "scale": "magnitude", "iterations": 3}, (2, 12, 4, 3), 1),
-    ({"seed": "matrix", "split": "interleaved", "normalize": "row"}, (2, 12, 4, 3), 1),
+    ({"seed": "matrix", "layout": "interleaved", "normalize": "row"}, (2, 12, 4, 3), 1),
     ({"normalize": "none", "scale": "magnitude"}, (2, 5, 12), -1),
-    ({"normalize": "row", "split": "interleaved", "iterations": 2}, (2, 12), 1),
+    ({"normalize": "row", "layout": "interleaved", "iterations": 2}, (2, 12), 1),
     ({"seed": "matrix"}, (2, 5, 12), 2),
     ({}, (2, 3, 12, 5), 2),
 ]
@@ -121,7 +121,7 @@ def test_each_reduction_is_one_readable_node(tmp_path):
     expecttest.assert_expected_inline(
         onnx.printer.to_text(leans[0]),
         """\
-   ["reductions.pool1"] LEAN = lean_fx.LEAN:10x5_nonnegative <axis: int = 1, normalize: string = "column", scale: string = "sum", split: string = "contiguous", iterations: int = 1, nonnegative: int = 1, matrix_shape: ints = [0, 10, 5, -1], output_shape: ints = [-1, 10, 16, 16]> (max_pool2d, "reductions.pool1.seed")
+   ["reductions.pool1"] LEAN = lean_fx.LEAN:10x5_nonnegative <axis: int = 1, normalize: string = "column", scale: string = "sum", layout: string = "contiguous", iterations: int = 1, nonnegative: int = 1, matrix_shape: ints = [0, 10, 5, -1], output_shape: ints = [-1, 10, 16, 16]> (max_pool2d, "reductions.pool1.seed")
 """,
     )
     functions = {function.overload: function for function in onnx.load(path).functions}
@@ -134,7 +134,7 @@ def test_each_reduction_is_one_readable_node(tmp_path):
   overload: "10x5_nonnegative",
   opset_import: ["" : 20]
 >
-LEAN <axis,normalize,scale,split,iterations,nonnegative,matrix_shape,output_shape>(x, seed) => (out)
+LEAN <axis,normalize,scale,layout,iterations,nonnegative,matrix_shape,output_shape>(x, seed) => (out)
 {
    tiny = Constant <value: tensor = float {1e-30}> ()
    matrix_shape = Constant <value_ints: ints = @matrix_shape> ()

@@ -462,5 +462,5 @@ def test_a_split_that_is_no_list_of_names(split):
     text = lean_fx.plan(Chain()).to_json()
     whole = json.dumps(["stack"], indent=1).replace("\n", "\n ")
     assert whole in text
-    with pytest.raises(PlanError, match="split="):
+    with pytest.raises(PlanError, match="split_layers="):
         lean_fx.Plan.from_json(text.replace(whole, split))

@@ -295,7 +295,7 @@ output = output(add_1)
 def test_shapes_of_example_inputs_do_not_matter():
     model = Net()
     with_inputs, without = lean_fx.plan(model, torch.rand(2, 5, 6)), lean_fx.plan(model)
-    assert with_inputs.split == without.split
+    assert with_inputs.split_layers == without.split_layers
     assert [site.layers for site in with_inputs.sites] == [site.layers for site in without.sites]
 
 

@@ -94,39 +94,45 @@ def undo(
         those of a stack stay within it.
     """
     names = replaced_names(graph_module.graph, unused.names)
-    refused: list[LeftAlone] = []
+    wishes = {
+        name: named_by_user(name, options.modules[name], options) for name in unused.split_layers
+    }
     kept = []
+    refused: list[LeftAlone] = []
     for site in sites:
         consumers = [_undone(each, unused, names) for each in site.consumers]
-        for each in list(consumers):
-            layer = options.modules.get(each.layer)
-            wish = layer is not None and each.layer in unused.split_layers
-            reason = named_by_user(each.layer, layer, options) if wish and layer else ""
-            if reason:
-                consumers.remove(each)
-                refused.append(LeftAlone(each.layer, each.kind, reason))
-        if consumers:
+        unwanted = [each for each in consumers if wishes.get(each.layer)]
+        refused += [LeftAlone(each.layer, each.kind, wishes[each.layer]) for each in unwanted]
+        wanted = tuple(each for each in consumers if each not in unwanted)
+        if wanted:
             value = names.get(site.value, site.value)
-            kept.append(dataclasses.replace(site, value=value, consumers=tuple(consumers)))
+            kept.append(dataclasses.replace(site, value=value, consumers=wanted))
+    for name in unused.split_layers:
+        layer = options.modules[name]
+        if isinstance(layer, nn.MultiheadAttention):
+            reason = wishes[name] or "none of its layers is reduced"
+            refused.append(LeftAlone(name, type(layer).__name__, reason))
+    return tuple(kept), [*_outside(left, unused), *refused, *_inside(left, unused)]
+
+
+def _outside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:
+    """The layers that are seen without the rewritings: the first of a stack stands for it."""
     first = {f"{name}.0": name for name in unused.split_layers}
-    outer = [
+    return [
         dataclasses.replace(each, layer=first.get(each.layer, each.layer))
         for each in left
         if not any(_is_inside(each.layer, name) for name in unused.split_layers)
     ]
-    outer += refused
-    for name in unused.split_layers:
-        layer = options.modules[name]
-        if isinstance(layer, nn.MultiheadAttention):
-            reason = named_by_user(name, layer, options) or "none of its layers is reduced"
-            outer.append(LeftAlone(name, type(layer).__name__, reason))
-    within = [
+
+
+def _inside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:
+    """The layers that stay within a stack or attention."""
+    return [
         dataclasses.replace(each, reason=f"{WITHIN}{name}: {each.reason}")
         for name in unused.split_layers
         for each in left
         if _is_inside(each.layer, name)
     ]
-    return tuple(kept), [*outer, *within]
 
 
 def _undone(consumer: Consumer, unused: Rewritings, names: dict[str, str]) -> Consumer:

@@ -22,6 +22,7 @@ def outputs_and_gradients(model, inputs):
     return out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_more_reductions_than_torch_keeps_forms_of_one_code_equal_the_eager_ones(backend):
     torch.compiler.reset()

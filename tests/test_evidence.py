@@ -39,6 +39,7 @@ def run(parts, folder, *, seeds=(0,), together=4, data="random"):
     return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
+@pytest.mark.slow
 def test_every_arm_leaves_its_searches_and_its_runs(tmp_path):
     files = run([tiny("baseline", "lean", "narrow")], tmp_path, seeds=(0, 1))
     assert len(files) == 3 * (2 + 2)
@@ -72,6 +73,7 @@ def test_what_is_there_is_not_run_again(tmp_path):
     assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items())
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(tmp_path):
     script = [sys.executable, str(ROOT / "examples/evidence.py"), "--smoke", "--data", "random"]
     script += ["--parts", "paper", "--arms", "slice,narrow", "--out", str(tmp_path)]

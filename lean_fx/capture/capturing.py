@@ -110,7 +110,8 @@ def _name_items(captured: GraphModule) -> None:
             captured.graph.erase_node(node)
         elif node.name.startswith("getitem"):
             node._rename(f"{source.name}_item_{index}")
-    captured.recompile()
+    if items:
+        captured.recompile()
 
 
 def _captured(

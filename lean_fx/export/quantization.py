@@ -122,7 +122,7 @@ def quantize_onnx(
                 )
             written = onnx.load(part, load_external_data=False)
             said = "dynamic" if mode == "dynamic" else f"static, {target}"
-            onnx.helper.set_model_props(written, {**_props(written), INT8: said})
+            written.metadata_props.add(key=INT8, value=said)
             onnx.save(written, part)
         except Exception as error:
             reason = one_line(error)
@@ -255,10 +255,6 @@ def gives_batches(data: Any) -> bool:
     except TypeError:
         return False
     return not isinstance(data, torch.Tensor)
-
-
-def _props(model: Any) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _arrays(subject: str, names: list[str], inputs: Any) -> dict[str, Any]:

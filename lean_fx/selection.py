@@ -29,6 +29,7 @@ from lean_fx.passes import Consumer, Site, facts
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory
+from lean_fx.skip_reason import SkipReason
 
 Keep = Literal["all", "saving", "measured"]
 
@@ -74,7 +75,8 @@ def select_sites(
             note = "; ".join(filter(None, (site.note, figures)))
             kept.append(dataclasses.replace(site, note=note))
         else:
-            dropped += [LeftAlone(each.layer, each.kind, figures) for each in site.consumers]
+            reason = SkipReason("keep", figures)
+            dropped += [LeftAlone(each.layer, each.kind, reason) for each in site.consumers]
     return tuple(kept), dropped
 
 

@@ -33,7 +33,7 @@ Every other conv, linear, recurrent or attention layer gets its refusal. A layer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ from lean_fx.passes.modularize_calls import readers
 from lean_fx.passes.modularize_weights import behind_transpose, weights_of_products
 from lean_fx.reduction.packed import with_data
 from lean_fx.reduction.registry import is_reduction
+from lean_fx.skip_reason import SkipReason
+
+NO_PART_REDUCED = SkipReason("parts_not_reduced", "none of its layers is reduced")
+NO_GRAPH_VALUE = SkipReason("no_graph_value", "its input is not a value of the graph")
+ALREADY_REDUCED = SkipReason("already_reduced", "it reads a reduction already")
 
 _CONVOLUTIONS = CALLS - {F.linear}
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -84,7 +89,7 @@ class FindConsumers(Pass):
         own = {product.node: name for name, product in weights_of_products(graph_module).items()}
         for node in graph_module.graph.nodes:
             known = facts(node)
-            known.read, known.skip_reason, known.splits = None, "", False
+            known.read, known.skip_reason, known.splits = None, None, False
             known.weight = own.get(node, "")
             if node.op != "call_module":
                 if not known.weight:
@@ -100,19 +105,19 @@ class FindConsumers(Pass):
                         several.setdefault(id(layer), []).append(known)
                 elif not known.skip_reason and split_attention.can_split(layer):
                     known.splits = count == 1
-                    known.skip_reason = "none of its layers is reduced"
+                    known.skip_reason = NO_PART_REDUCED
                     if count > 1:
-                        known.skip_reason = f"called {count} times in one forward pass"
+                        known.skip_reason = called_repeatedly(count)
         for calls in several.values():
             _judge_together(calls)
         return False
 
 
-def _judge_product(node: Node, graph: GraphContext) -> tuple[str, str]:
+def _judge_product(node: Node, graph: GraphContext) -> tuple[str, SkipReason | None]:
     """The parameter that a call multiplies a value with, and why it does not become a layer."""
     found = find_weight(node, graph.origins)
     if found is None:
-        return "", _why_no_product(node, graph) if node.target in CALLS else ""
+        return "", _why_no_product(node, graph) if node.target in CALLS else None
     weight, _ = behind_transpose(found)
     name, *more = graph.origins[weight]
     if weight.op == "get_attr":
@@ -120,18 +125,21 @@ def _judge_product(node: Node, graph: GraphContext) -> tuple[str, str]:
     return name, why_computed(more)
 
 
-def _why_no_product(node: Node, graph: GraphContext) -> str:
-    """Why a call that could be a layer's is none of a value with a parameter."""
+def _why_no_product(node: Node, graph: GraphContext) -> SkipReason:
+    """Why a call like a layer's does not multiply a value with a parameter."""
     learned = graph.origins.get(argument(node, 1, "weight"))
-    return "its input is not a value of the graph" if learned else "its weight is no parameter"
+    if learned:
+        return NO_GRAPH_VALUE
+    return SkipReason("weight_computed", "its weight is not a parameter")
 
 
-def _why_no_layer(node: Node, found: Node, weight: Node, graph: GraphContext) -> str:
+def _why_no_layer(node: Node, found: Node, weight: Node, graph: GraphContext) -> SkipReason:
     """Why the parameter that a call multiplies a value with does not become a layer."""
     name = str(weight.target)
     parameter = attribute_of(graph.modules[""], name)
     if node.target not in _CONVOLUTIONS and parameter.dim() != 2:
-        return f"its shape {list(parameter.shape)} is not that of a linear layer's weight"
+        text = f"its shape {list(parameter.shape)} is not that of a linear layer's weight"
+        return SkipReason("unsupported_product", text)
     ours = (name, f"read by {weight.name}")
     elsewhere = [each for each in graph.owners[id(parameter)] if each not in ours]
     elsewhere += [
@@ -140,29 +148,31 @@ def _why_no_layer(node: Node, found: Node, weight: Node, graph: GraphContext) ->
         if each not in (node, found)
     ]
     if elsewhere:
-        return f"its parameter is used elsewhere: {', '.join(elsewhere)}"
+        return _shared(elsewhere)
     if any(each.op == "get_attr" for each in node.all_input_nodes if each is not weight):
-        return "its input is not a value of the graph"
+        return NO_GRAPH_VALUE
     owner = name.rpartition(".")[0]
     if kind_of(graph.modules[owner]):
-        return f"it is the weight of {owner}, which forward applies otherwise"
-    return "only in x @ weight, F.linear and F.conv with fixed settings does it become a layer"
+        text = f"it is the weight of {owner}, which forward applies otherwise"
+        return SkipReason("weight_read_in_forward", text)
+    text = "only in x @ weight, F.linear and F.conv with fixed settings does it become a layer"
+    return SkipReason("unsupported_product", text)
 
 
 def _judge_together(calls: list[Facts]) -> None:
     """Refuse the calls of one layer that cannot share a reduction inside it (rule 2)."""
-    reasons = [known.skip_reason for known in calls if not known.read]
+    reasons = [str(known.skip_reason) for known in calls if not known.read]
     reads = [known.read for known in calls if known.read]
     if len({read.dim for read in reads}) > 1 or any(read.path for read in reads):
         reasons.append("on unlike values")
     if reasons:
         for known in calls:
             known.read = None
-            known.skip_reason = f"called {len(calls)} times in one forward pass: {reasons[0]}"
+            known.skip_reason = called_repeatedly(len(calls), reasons[0])
 
 
-def skip_reason_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
-    """Why a layer is refused, whatever it reads (rules 1 to 4); empty if it is not.
+def skip_reason_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> SkipReason | None:
+    """Why a layer is refused, whatever it reads (rules 1 to 4), or None.
 
     Args:
         layer: any module.
@@ -171,36 +181,56 @@ def skip_reason_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> str:
     attention = isinstance(layer, nn.MultiheadAttention)
     if not attention and kind_of(layer) is None:
         if is_quantized_layer(layer):
-            return "its weights are quantised; reduce the float model, then quantise that"
+            text = "its weights are quantised; reduce the float model, then quantise that"
+            return SkipReason("quantized", text)
         if type(layer) in UNFUSED:  # capture has looked into all others
-            return "it has hooks or a forward of its own, so it stays whole"
-        return "bilinear layers read two values" if isinstance(layer, nn.Bilinear) else ""
+            return SkipReason(
+                "own_forward", "it has hooks or a forward of its own, so it stays whole"
+            )
+        if isinstance(layer, nn.Bilinear):
+            return SkipReason("unsupported_layer", "bilinear layers read two values")
+        return None
     if is_reduction(getattr(layer, "reduction", None)):
-        return "it reads a reduction already"
+        return ALREADY_REDUCED
     layer = as_parametrization(layer)
     if has_hooks(layer) or _has_state_hooks(layer):
-        return "it has hooks, which a rebuilt layer would lose"
+        return SkipReason("hooks", "it has hooks, which a rebuilt layer would lose")
     for parameter in layer.parameters():
         names = owners[id(parameter)]
         if len(names) > 1:
-            return f"its parameter is used elsewhere: {', '.join(names)}"
+            return _shared(names)
         if parameter._backward_hooks:
-            return "its parameter has hooks, which a rebuilt layer would lose"
+            return SkipReason("hooks", "its parameter has hooks, which a rebuilt layer would lose")
     for weight in input_weights(layer).values():
         if type(weight) is not nn.Parameter:
-            return f"its weight is a {type(weight).__name__}, which a rebuilt layer would lose"
+            text = f"its weight is a {type(weight).__name__}, which a rebuilt layer would lose"
+            return SkipReason("weight_type", text)
         if not weight.is_floating_point():
-            return f"its weight is {weight.dtype}, which is not floating-point"
+            text = f"its weight is {weight.dtype}, which is not floating-point"
+            return SkipReason("weight_type", text)
     if not all(weight.requires_grad for weight in input_weights(layer).values()):
-        return "its weight is frozen, so a new one could not learn"
+        return SkipReason("frozen", "its weight is frozen, so a new one could not learn")
     if attention:
-        return "" if split_attention.can_split(layer) else "its out_proj is not torch's own"
+        if split_attention.can_split(layer):
+            return None
+        return SkipReason("unsupported_layer", "its out_proj is not torch's own")
     reason = why_not_rebuilt(layer)
     if reason:
         return reason
     if 1 < groups_of(layer) == input_channels(layer):
-        return f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
-    return ""
+        text = f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
+        return SkipReason("nothing_to_reduce", text)
+    return None
+
+
+def called_repeatedly(count: int, why: str = "") -> SkipReason:
+    """The reason for a layer whose calls cannot share a reduction inside it."""
+    text = f"called {count} times in one forward pass"
+    return SkipReason("repeated_call", f"{text}: {why}" if why else text)
+
+
+def _shared(names: Sequence[str]) -> SkipReason:
+    return SkipReason("shared_parameter", f"its parameter is used elsewhere: {', '.join(names)}")
 
 
 def _has_state_hooks(layer: nn.Module) -> bool:
@@ -211,29 +241,31 @@ def _has_state_hooks(layer: nn.Module) -> bool:
 
 def _judge(
     node: Node, layer: nn.Module, kind: LayerKind, graph: GraphContext
-) -> tuple[Read | None, str]:
+) -> tuple[Read | None, SkipReason | None]:
     """What a layer that can be rebuilt reads, or why that cannot be reduced."""
     source = layer_input(node)
     if source is None:
-        return None, "its input is not a value of the graph"
+        return None, NO_GRAPH_VALUE
     path, before = path_back(source, graph.modules)
     if reads_reduction(before, graph.modules):
-        return None, "it reads a reduction already"
+        return None, ALREADY_REDUCED
     known = facts(source).channels
     width, groups = kind.in_channels(layer), kind.groups(layer)
     dim = channel_axis(layer, facts(source).shape)
     if kind.recurrent or dim != -1:
         packed = kind.recurrent and known is not None and known.packed
         read = Read(source.name, dim, width // groups, packed=packed, groups=groups)
-        return graph.placed(read, source, node), ""
+        return graph.placed(read, source, node), None
     through = known is not None and known.whole is not None
     flattens = any(is_flatten(step, graph.modules) for step in path)
     if flattens and not through and not _one_position(before):
-        return None, "the channels of what is flattened before it are unknown"
+        text = "the channels of what is flattened before it are unknown"
+        return None, SkipReason("unknown_channels", text)
     if not through or known is None or width % known.count:
-        return graph.placed(Read(source.name, -1, width), source, node), ""
+        return graph.placed(Read(source.name, -1, width), source, node), None
     if before.name != known.whole:
-        return None, f"{before.name} stands between the flatten and it; put it before"
+        text = f"{before.name} stands between the flatten and it; put it before"
+        return None, SkipReason("not_adjacent", text)
     read = Read(
         value=before.name,
         dim=known.axis,
@@ -244,8 +276,9 @@ def _judge(
     moving = {step for step in path if graph.moves_with_path(step, path, node)}
     between = graph.writes_before(before, node) - graph.writes_before(before, path[0])
     if between > len(moving):
-        return None, "an in-place operation stands between the flatten and it"
-    return graph.placed(read, before, path[0] if path else node), ""
+        text = "an in-place operation stands between the flatten and it"
+        return None, SkipReason("written_in_place", text)
+    return graph.placed(read, before, path[0] if path else node), None
 
 
 def _one_position(value: Node) -> bool:

@@ -28,7 +28,7 @@ def _target(node: Node) -> str:
 
 def reasons(model: nn.Module, inputs: Any = None, **options: Any) -> dict[str, str]:
     """Why layers are left alone, by name."""
-    return {e.layer: e.reason for e in lean_fx.plan(model, inputs, **options).left_alone}
+    return {e.layer: e.reason.text for e in lean_fx.plan(model, inputs, **options).left_alone}
 
 
 def sites(model: nn.Module, inputs: Any = None, **options: Any) -> list[tuple[Any, ...]]:

@@ -161,7 +161,7 @@ def test_only_torchs_own_layer_is_split():
         with pytest.raises(PlanError, match="^plan: layer 'attention' is neither a stack"):
             split(AttendsItself(layer))
     (left,) = lean_fx.plan(AttendsItself(changed)).left_alone
-    assert left.reason == "its out_proj is not torch's own"
+    assert left.reason.text == "its out_proj is not torch's own"
 
 
 class Block(nn.Module):
@@ -214,7 +214,7 @@ def test_attention_stays_whole(options, reason):
     plan = lean_fx.plan(model, inputs, **options)
     assert plan.split_layers == ()
     (left,) = (each for each in plan.left_alone if each.layer == "attention")
-    assert left.reason == reason
+    assert left.reason.text == reason
     lean = lean_fx.leanify(model, inputs, **options)
     assert type(lean.attention) is nn.MultiheadAttention
 
@@ -226,8 +226,8 @@ def test_shared_and_hooked_attention_is_left_alone():
             return self.attention(x, x, x)[0] + self.attention(x, x, x)[0]
 
     (left,) = (e for e in lean_fx.plan(Twice()).left_alone if e.layer == "attention")
-    assert left.reason == "called 2 times in one forward pass"
+    assert left.reason.text == "called 2 times in one forward pass"
     model = Block()
     model.attention.register_forward_hook(lambda module, args, out: out)
     (left,) = (e for e in lean_fx.plan(model).left_alone if e.layer == "attention")
-    assert left.reason == "it has hooks, which a rebuilt layer would lose"
+    assert left.reason.text == "it has hooks, which a rebuilt layer would lose"

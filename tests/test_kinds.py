@@ -87,7 +87,7 @@ def found(plan):
 def test_layers_that_are_not_registered():
     plan = lean_fx.plan(Net(), INPUTS)
     assert found(plan) == {"up.weight": ("Linear", -1, 16), "down.weight": ("Linear", -1, 64)}
-    reasons = {each.layer: each.reason for each in plan.left_alone}
+    reasons = {each.layer: each.reason.text for each in plan.left_alone}
     assert reasons["conv"].endswith("NormedConv is a subclass of Conv2d and may mean more")
 
 
@@ -144,7 +144,7 @@ def test_costs_and_selection():
         assert macs["down"] == 2 * 16 * width[1] * 8
         assert costs.without_formula == ()
     sites = lean_fx.plan(Net(), INPUTS, keep="saving").left_alone
-    assert any("M MACs" in each.reason for each in sites if each.layer == "down")
+    assert any("M MACs" in each.reason.text for each in sites if each.layer == "down")
 
 
 @pytest.mark.usefixtures("registered")

@@ -74,7 +74,7 @@ def test_a_reduced_model_follows_the_mode(start, tmp_path):
     lean = lean_fx.leanify(model, x)
     plan = lean.meta["lean_fx.plan"]
     assert [site.layers for site in plan.sites] == [("head",)]
-    reasons = {each.layer: each.reason for each in plan.left_alone}
+    reasons = {each.layer: each.reason.text for each in plan.left_alone}
     assert reasons["aux.0"] == "called in training only, or in evaluation only"
     torch.testing.assert_close(model.state_dict(), before)
     aux = {name: value for name, value in lean.state_dict().items() if name.startswith("aux.")}

@@ -153,7 +153,7 @@ output = output(linear_2)
     assert layers == ["inner.kernel", "product", "transposed", "added", "linear"]
     plan = lean_fx.plan(model, inputs, skip=["product"])
     assert plan.weights == ("transposed", "added", "linear")
-    left = {each.layer: each.reason for each in plan.left_alone}
+    left = {each.layer: each.reason.text for each in plan.left_alone}
     assert left["product"] == "skip='product'"
     assert left["inner.kernel"] == "in_channels=8 of each of 2 groups is below min_channels=16"
     again = lean_fx.Plan.from_json(plan.to_json())

@@ -147,7 +147,7 @@ def test_channels_along_an_axis_that_is_pooled_are_not_tracked():
     x = torch.rand(2, 3, 8, 8)
     for inputs in (None, x):
         (left,) = lean_fx.plan(Turned(), inputs).left_alone[1:]
-        assert left.reason == "the channels of what is flattened before it are unknown"
+        assert left.reason.text == "the channels of what is flattened before it are unknown"
 
 
 def test_channels_are_tracked_without_shapes():

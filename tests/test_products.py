@@ -47,7 +47,7 @@ def net(attention):
 
 
 def left(plan):
-    return {each.layer: (each.kind, each.reason) for each in plan.left_alone}
+    return {each.layer: (each.kind, each.reason.text) for each in plan.left_alone}
 
 
 def test_relative_positions_are_named_and_queries_times_keys_are_not():

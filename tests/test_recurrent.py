@@ -23,6 +23,7 @@ from lean_fx.measure.timing import Latency
 from lean_fx.passes import SplitLayers
 from lean_fx.planning.plans import LeftAlone
 from lean_fx.reduction.packed import with_data
+from lean_fx.skip_reason import SkipReason
 
 OPTIONS = [
     {},
@@ -273,7 +274,11 @@ def test_a_stack_that_is_not_worth_splitting_says_so():
     assert plan.split_layers == ()
     assert plan.sites[0].layers == ("1",)
     assert [each for each in plan.left_alone if each.layer == "1.1"] == [
-        LeftAlone("1.1", "GRU", "stays within 1: in_channels=16 is below min_channels=32")
+        LeftAlone(
+            "1.1",
+            "GRU",
+            SkipReason("within_stack", "stays within 1: in_channels=16 is below min_channels=32"),
+        )
     ]
 
 
@@ -285,9 +290,12 @@ def test_a_stack_that_is_slower_split_and_reduced_stays_whole(monkeypatch):
     model, x = nn.Sequential(nn.Linear(8, 20), nn.GRU(20, 32, 2)), torch.rand(5, 2, 8)
     plan = lean_fx.plan(model, x, keep="measured")
     assert (plan.sites, plan.split_layers) == ((), ())
-    assert LeftAlone("1", "GRU", "measured 2 ms with it, 1 ms without") in plan.left_alone
+    assert (
+        LeftAlone("1", "GRU", SkipReason("keep", "measured 2 ms with it, 1 ms without"))
+        in plan.left_alone
+    )
     text = "stays within 1: measured 2 ms with it, 1 ms without"
-    assert LeftAlone("1.1", "GRU", text) in plan.left_alone
+    assert LeftAlone("1.1", "GRU", SkipReason("within_stack", text)) in plan.left_alone
 
 
 def test_the_values_of_an_rnn_of_relus_are_not_negative():
@@ -452,7 +460,7 @@ def test_a_reduced_packed_model_is_left_alone_and_compiles():
     lean = lean_fx.leanify(Tagger(), (x, lengths)).eval()
     plan = lean_fx.plan(lean, (x, lengths))
     assert not plan.sites
-    assert sum("reads a reduction already" in each.reason for each in plan.left_alone) == 3
+    assert sum("reads a reduction already" in each.reason.text for each in plan.left_alone) == 3
     compiled = torch.compile(lean, backend="eager")
     torch.testing.assert_close(compiled(x, lengths)[0], lean(x, lengths)[0])
 

@@ -163,7 +163,7 @@ def test_a_reduced_model_is_captured_as_it_is(swin):
     torch.testing.assert_close(capture(block)(value), block(value), rtol=0, atol=0)
     again = lean_fx.plan(lean, x)
     assert again.sites == ()
-    reasons = {each.layer: each.reason for each in again.left_alone}
+    reasons = {each.layer: each.reason.text for each in again.left_alone}
     assert reasons["blocks.0.qkv"] == "it reads a reduction already"
     assert not _get_current_function_mode_stack()
 
@@ -171,7 +171,7 @@ def test_a_reduced_model_is_captured_as_it_is(swin):
 def test_without_example_inputs_they_are_left_alone():
     plan = lean_fx.plan(Swin())
     assert [site.layers for site in plan.sites] == [("head",)]
-    reasons = {each.layer: each.reason for each in plan.left_alone}
+    reasons = {each.layer: each.reason.text for each in plan.left_alone}
     assert reasons["blocks.0.qkv"] == "inside blocks.0, which is not traced"
 
 
@@ -344,7 +344,7 @@ def test_weights_that_are_read_otherwise():
     lean = untraced(Elsewhere(), torch.rand(2, 4))
     plan = lean.meta["lean_fx.plan"]
     assert [site.layers for site in plan.sites] == [("shared",)]
-    reasons = {each.layer: each.reason for each in plan.left_alone}
+    reasons = {each.layer: each.reason.text for each in plan.left_alone}
     assert reasons["scaled"] == reasons["summed"] == "forward reads its weight itself"
 
 

@@ -18,6 +18,7 @@ from lean_fx.planning.planner import choose_sites
 from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.records import graph_records
 from lean_fx.selection import _alone
+from lean_fx.skip_reason import SkipReason
 from lean_fx.transform import _analyse
 
 
@@ -40,7 +41,7 @@ def test_saving_drops_what_costs_more_than_it_saves():
     # 512 positions: 64 x 64 x 9 MACs each, 7/8 of them saved, for 4 x 64.
     assert plan.sites[0].note == ("saves 16.5 M MACs and 0.244 MB, spends 0.131 M and 0.147 MB")
     (poor,) = (each for each in plan.left_alone if each.layer == "poor")
-    assert poor.reason == "saves 0.0287 M MACs and 0.115 MB, spends 0.131 M and 0.147 MB"
+    assert poor.reason.text == "saves 0.0287 M MACs and 0.115 MB, spends 0.131 M and 0.147 MB"
 
 
 @pytest.mark.parametrize("model", CHANGED)
@@ -105,14 +106,16 @@ def test_measured_keeps_what_is_faster(monkeypatch):
     assert seen == [(["without", "with"], (1, 64, 16, 16))] * 2
     assert signs == ["8x8_nonnegative"] * 2
     assert [site.note for site in plan.sites] == ["measured 0.5 ms with it, 1 ms without"]
-    assert plan.left_alone[-1] == LeftAlone("poor", "Conv2d", "measured 2 ms with it, 1 ms without")
+    assert plan.left_alone[-1] == LeftAlone(
+        "poor", "Conv2d", SkipReason("keep", "measured 2 ms with it, 1 ms without")
+    )
 
 
 def test_measured_by_the_clock():
     model, inputs = TwoSites(), torch.rand(1, 3, 8, 8)
     chance = torch.get_rng_state()
     plan = lean_fx.plan(model, inputs, keep="measured")
-    notes = [site.note for site in plan.sites] + [each.reason for each in plan.left_alone[1:]]
+    notes = [site.note for site in plan.sites] + [each.reason.text for each in plan.left_alone[1:]]
     assert len(notes) == 2
     assert all(note.startswith("measured ") for note in notes)
     assert torch.equal(torch.get_rng_state(), chance)  # a plan costs no random numbers

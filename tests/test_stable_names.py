@@ -104,7 +104,7 @@ def test_a_layer_of_which_one_call_is_refused_is_left_alone_once():
         "called 2 times in one forward pass: reads the model's input, no intermediate value; "
         "reduce_inputs=True reduces it too"
     )
-    assert [(each.layer, each.reason) for each in made.left_alone] == [("conv", reason)]
+    assert [(each.layer, each.reason.text) for each in made.left_alone] == [("conv", reason)]
 
 
 class Multiplied(nn.Module):

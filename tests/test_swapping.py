@@ -194,7 +194,7 @@ def test_what_is_left_alone_and_why():
         (("read",), -1),
         (("conv",), -2),
     ]
-    reasons = {each.layer: each.reason for each in plan.left_alone}
+    reasons = {each.layer: each.reason.text for each in plan.left_alone}
     assert reasons.pop("both").startswith("the model fails where it reduces its input: RuntimeErr")
     assert reasons == {
         "inputs": "reads the model's input, no intermediate value; reduce_inputs=True reduces it "

@@ -217,7 +217,7 @@ def test_leanifying_twice_changes_nothing():
     once = lean_fx.leanify(Residual())
     twice = lean_fx.leanify(once)
     assert graph_text(once) == graph_text(twice)
-    reasons = {each.layer: each.reason for each in lean_fx.plan(once).left_alone}
+    reasons = {each.layer: each.reason.text for each in lean_fx.plan(once).left_alone}
     assert reasons["left"] == reasons["head"] == "it reads a reduction already"
 
 
@@ -296,7 +296,7 @@ def test_a_single_channel_is_no_prime():
     net = nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Conv2d(1, 4, 3))
     plan = lean_fx.plan(net, channels="tenth", min_channels=1)
     (left,) = [each for each in plan.left_alone if each.layer == "2"]
-    assert left.reason == "in_channels=1: nothing to reduce"
+    assert left.reason.text == "in_channels=1: nothing to reduce"
     assert decided(Wide(), min_channels=21) == {"a": 8, "b": 8}
     assert decided(
         Wide(), filter_fn=lambda module, name: getattr(module, "out_channels", 0) == 4
@@ -309,7 +309,7 @@ def test_skip_a_type_of_module_that_holds_layers():
     assert decided(model, skip=[Wide]) == {}
     assert decided(model, skip=[nn.Sequential]) == {"1.a": 8, "1.b": 8, "1.b2": 4}  # the model
     (left,) = (each for each in lean_fx.plan(model, skip=Wide).left_alone if each.layer == "1.a")
-    assert left.reason == "skip=Wide"
+    assert left.reason.text == "skip=Wide"
 
 
 def test_layers_of_one_value_with_different_channels_have_a_reduction_each():

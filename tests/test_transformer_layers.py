@@ -376,7 +376,7 @@ def test_a_module_with_hooks_stays_whole(name):
     model.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(1))
     plan = lean_fx.plan(model, torch.rand(2, 5, 6))
     (left,) = (each for each in plan.left_alone if each.layer == name)
-    assert left.reason == "it has hooks or a forward of its own, so it stays whole"
+    assert left.reason.text == "it has hooks or a forward of its own, so it stays whole"
     assert not any(layer.startswith(name) for site in plan.sites for layer in site.layers)
     lean = plan.apply(model)
     seen.clear()
@@ -406,7 +406,7 @@ def test_layers_beside_what_cannot_be_traced_reduce_their_own_input():
     reduced = {layer for site in plan.sites if not site.value for layer in site.layers}
     assert reduced == {f"encoder.layers.{index}.{name}" for index in (0, 1) for name in within}
     (left,) = (each for each in plan.left_alone if each.layer == "encoder.layers.1.self_attn")
-    assert left.reason == "inside encoder.layers.1, which is not traced"
+    assert left.reason.text == "inside encoder.layers.1, which is not traced"
     lean = plan.apply(model, inputs)
     for training in (True, False):
         assert lean.train(training)(inputs).shape == (2, 5, 3)

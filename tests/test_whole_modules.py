@@ -43,7 +43,7 @@ def test_what_cannot_be_traced_is_a_leaf(given):
         assert [site.layers for site in made.sites] == [("4",), ("2.inner",)]
     else:
         assert [site.layers for site in made.sites] == [("4",)]
-        reasons = {each.layer: each.reason for each in made.left_alone}
+        reasons = {each.layer: each.reason.text for each in made.left_alone}
         assert reasons["2.inner"] == "inside 2, which is not traced"
     lean = lean_fx.leanify(copy.deepcopy(model), x if given else None)
     assert type(copy.deepcopy(lean)(x)) is Tensor

@@ -157,17 +157,18 @@ def reason_for(site: CallSite, plan: Plan) -> str:
 
     Example:
         >>> from lean_fx.planning.plans import LeftAlone
-        >>> plan = Plan("Net", (), (LeftAlone("conv", "Conv2d", "groups=4: split already"),))
-        >>> reason_for(CallSite("conv", "conv", 64, 4), plan)
-        'groups=N: split already'
+        >>> from lean_fx.skip_reason import SkipReason
+        >>> left = LeftAlone("conv", "Conv2d", SkipReason("nothing_to_reduce", "in_channels=1"))
+        >>> reason_for(CallSite("conv", "conv", 64, 4), Plan("Net", (), (left,)))
+        'in_channels=N'
     """
-    known = {each.layer: each.reason for each in plan.left_alone}
+    known = {each.layer: each.reason.text for each in plan.left_alone}
     parts = site.layer.split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     names.insert(0, site.weight)  # a weight of no layer
     reason = next((known[name] for name in names if name in known), "")
     if not reason:  # a call with no parameter has the name of its node
-        calls = (each.reason for each in plan.left_alone if each.kind.startswith(site.kind))
+        calls = (each.reason.text for each in plan.left_alone if each.kind.startswith(site.kind))
         reason = next(calls, f"{site.kind}: the plan does not name it")
     reason = re.sub(r"(used elsewhere).*", r"\1", reason)
     reason = re.sub(r"^\S+ (stands between)", r"a value \1", reason)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
+from lean_fx.skip_reason import SkipReason
+
 _KEY = "lean_fx"
 
 
@@ -86,7 +88,7 @@ class Facts:
     nonnegative: bool = False
     channels: Channels | None = None
     read: Read | None = None
-    skip_reason: str = ""
+    skip_reason: SkipReason | None = None
     splits: bool = False
     weight: str = ""
 

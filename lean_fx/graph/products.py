@@ -31,6 +31,7 @@ from torch.fx import GraphModule, Node
 from lean_fx.graph.calls import argument
 from lean_fx.graph.facts import facts
 from lean_fx.layers.kinds import LAYER_OF_CALL
+from lean_fx.skip_reason import SkipReason
 
 #: What layers of torch.nn call with their weight.
 CALLS = {*LAYER_OF_CALL, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -129,15 +130,16 @@ def find_weight(node: Node, origins: Mapping[Node, tuple[str, ...]]) -> Node | N
     return weights[0] if 0 < len(weights) < len(given) else None
 
 
-def why_computed(more: Sequence[str]) -> str:
+def why_computed(more: Sequence[str]) -> SkipReason:
     """Why a parameter that a weight is computed from does not become a layer.
 
     Args:
         more: the names of the other parameters that the weight is computed from.
 
     Example:
-        >>> why_computed(["gain"])
-        'the weight is computed from it and gain in forward, which no layer would do'
+        >>> print(why_computed(["gain"]))
+        the weight is computed from it and gain in forward, which no layer would do
     """
     others = f" and {more[0]}" if len(more) == 1 else f" and {len(more)} others" if more else ""
-    return f"the weight is computed from it{others} in forward, which no layer would do"
+    text = f"the weight is computed from it{others} in forward, which no layer would do"
+    return SkipReason("weight_computed", text)

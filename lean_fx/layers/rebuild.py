@@ -37,6 +37,7 @@ from lean_fx.layers.kinds import (
 )
 from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.subclasses import is_channel_linear, narrowed, scale_like, shallow
+from lean_fx.skip_reason import SkipReason
 
 #: What torch's own layers hold.
 _WEIGHTS = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
@@ -45,33 +46,38 @@ _WEIGHTS = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
 _NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
 
 
-def why_not_rebuilt(layer: nn.Module) -> str:
-    """Why a layer cannot be rebuilt, for what it is; an empty string if it can.
+def why_not_rebuilt(layer: nn.Module) -> SkipReason | None:
+    """Why a layer of this type and with these parts cannot be rebuilt, or None.
 
     Example:
-        >>> why_not_rebuilt(nn.Linear(4, 2)), why_not_rebuilt(nn.Bilinear(4, 4, 2))
-        ('', 'Bilinear is not a layer that can be rebuilt')
+        >>> print(why_not_rebuilt(nn.Linear(4, 2)))
+        None
+        >>> print(why_not_rebuilt(nn.Bilinear(4, 4, 2)))
+        Bilinear is not a layer that can be rebuilt
     """
     kind = kind_of(layer)
     if kind is None:
-        return f"{type(layer).__name__} is not a layer that can be rebuilt"
+        name = type(layer).__name__
+        return SkipReason("unsupported_layer", f"{name} is not a layer that can be rebuilt")
     if not parametrize.is_parametrized(layer):
         strange = [name for name in _held(layer) if not _WEIGHTS.fullmatch(name)]
         if strange and base_type(layer) is kind.layer_type and not kind.registered:
-            return f"it holds {strange[0]}, which a rebuilt layer would lose"
+            text = f"it holds {strange[0]}, which a rebuilt layer would lose"
+            return SkipReason("unsupported_layer", text)
         if not input_weights(layer):
-            return "its weight is no parameter"
+            return SkipReason("weight_computed", "its weight is not a parameter")
     else:
         known = all(len(each) == 1 and type(each[0]) in _NORMS for each in _parametrized(layer))
         simple = not kind.recurrent and not kind.registered
         if not known or not parametrize.is_parametrized(layer, "weight") or not simple:
-            return "its weight is parametrized"
+            return SkipReason("parametrized", "its weight is parametrized")
     if base_type(layer) is not kind.layer_type:
         simple = not kind.recurrent and not parametrize.is_parametrized(layer)
         if not simple or not is_channel_linear(layer):
             own = f"{type(layer).__module__}.{type(layer).__qualname__}"
-            return f"{own} is a subclass of {kind.layer_type.__name__} and may mean more"
-    return ""
+            text = f"{own} is a subclass of {kind.layer_type.__name__} and may mean more"
+            return SkipReason("unsupported_layer", text)
+    return None
 
 
 def _held(layer: nn.Module) -> list[str]:

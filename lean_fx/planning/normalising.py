@@ -18,11 +18,12 @@ from lean_fx.graph.context import GraphContext
 from lean_fx.graph.rewriting import replaced_names
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes import ModularizeWeights, Pipeline, SplitLayers
-from lean_fx.passes.find_consumers import skip_reason_of
+from lean_fx.passes.find_consumers import NO_PART_REDUCED, skip_reason_of
 from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.passes.split_layers import splitter_of
 from lean_fx.planning.options import Options, named_by_user, skip_reason
-from lean_fx.planning.plans import WITHIN, LeftAlone
+from lean_fx.planning.plans import LeftAlone
+from lean_fx.skip_reason import SkipReason
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ def undo(
     for site in sites:
         consumers = [_undone(each, unused, names) for each in site.consumers]
         unwanted = [each for each in consumers if wishes.get(each.layer)]
-        refused += [LeftAlone(each.layer, each.kind, wishes[each.layer]) for each in unwanted]
+        refused += [
+            LeftAlone(each.layer, each.kind, reason)
+            for each in unwanted
+            if (reason := wishes[each.layer])
+        ]
         wanted = tuple(each for each in consumers if each not in unwanted)
         if wanted:
             value = names.get(site.value, site.value)
@@ -110,7 +115,7 @@ def undo(
     for name in unused.split_layers:
         layer = options.modules[name]
         if isinstance(layer, nn.MultiheadAttention):
-            reason = wishes[name] or "none of its layers is reduced"
+            reason = wishes[name] or NO_PART_REDUCED
             refused.append(LeftAlone(name, type(layer).__name__, reason))
     return tuple(kept), [*_outside(left, unused), *refused, *_inside(left, unused)]
 
@@ -128,7 +133,9 @@ def _outside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:
 def _inside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:
     """The layers that stay within a stack or attention."""
     return [
-        dataclasses.replace(each, reason=f"{WITHIN}{name}: {each.reason}")
+        dataclasses.replace(
+            each, reason=SkipReason("within_stack", f"stays within {name}: {each.reason}")
+        )
         for name in unused.split_layers
         for each in left
         if _is_inside(each.layer, name)

@@ -38,7 +38,9 @@ from lean_fx.planning.options import Options, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.planning.product_uses import ProductUses
 from lean_fx.planning.records import Record, unread_records
+from lean_fx.planning.uncalled import WEIGHT_READ
 from lean_fx.planning.weight_uses import Use, WeightUses
+from lean_fx.skip_reason import SkipReason
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -102,9 +104,10 @@ def observed_records(
         reason = _inside(name, modules) or skip_reason_of(layer, owners)
         applied_by = seen[name].applied_by
         if seen[name].otherwise or (applied_by == "" and only is not None):  # a graph has no hooks
-            reason = reason or "forward reads its weight itself"
+            reason = reason or WEIGHT_READ
         if not reason and not seen[name].calls:
-            reason = "not called in forward on the example inputs"
+            text = "not called in forward on the example inputs"
+            reason = SkipReason("not_called", text)
         records.append(_record(name, layer, seen[name], reason, options, type(model).__name__))
     return records + unread_records(products)
 
@@ -115,7 +118,12 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def _record(
-    name: str, layer: nn.Module, seen: _Seen, reason: str, options: Options, model: str
+    name: str,
+    layer: nn.Module,
+    seen: _Seen,
+    reason: SkipReason | None,
+    options: Options,
+    model: str,
 ) -> Record:
     kind, groups = kind_of(layer), groups_of(layer)
     assert kind is not None
@@ -196,14 +204,15 @@ def _recording_hook(seen: _Seen, own: set[int]) -> Any:
     return hook
 
 
-def _inside(name: str, modules: dict[str, nn.Module]) -> str:
+def _inside(name: str, modules: dict[str, nn.Module]) -> SkipReason | None:
     while name := name.rpartition(".")[0]:
         holder = modules[name]
         ours = type(holder) is nn.Module or isinstance(holder, _CONTAINERS)  # of a graph, too
         reads = type(holder) in KINDS or type(holder).__module__.startswith("torch.nn.")
         if reads and not ours:
-            return f"inside {type(holder).__name__}, which reads its weights itself"
-    return ""
+            text = f"inside {type(holder).__name__}, which reads its weights itself"
+            return SkipReason("inside_module", text)
+    return None
 
 
 def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
@@ -223,7 +232,8 @@ def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pl
         if reason:
             (consumer,) = site.consumers
             text = f"the model fails where it reduces its input: {reason}"
-            left.append(LeftAlone(consumer.layer, consumer.kind, text))
+            refused = SkipReason("fails_reduced", text)
+            left.append(LeftAlone(consumer.layer, consumer.kind, refused))
         else:
             kept.append(site)
     return dataclasses.replace(made, sites=tuple(kept), left_alone=tuple(left))

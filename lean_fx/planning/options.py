@@ -21,6 +21,7 @@ from lean_fx.planning.policy import (
 )
 from lean_fx.planning.uncalled import holders_of
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
+from lean_fx.skip_reason import SkipReason
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Options:
             object.__setattr__(self, name, value)
 
 
-def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
-    """Why the user does not want this layer to be reduced, or an empty string."""
+def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> SkipReason | None:
+    """Why the user does not want this layer to be reduced, or None."""
     reason = named_by_user(name, layer, options)
     if getattr(layer, "num_layers", 1) > 1:  # as a stack, it is its first layer that is reduced
         reason = reason or named_by_user(f"{name}.0", layer, options)
@@ -73,21 +74,25 @@ def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> str:
         return reason
     if read.in_channels < options.min_channels:
         each = f" of each of {read.groups} groups" if read.groups > 1 else ""
-        return f"in_channels={read.in_channels}{each} is below min_channels={options.min_channels}"
+        least = options.min_channels
+        text = f"in_channels={read.in_channels}{each} is below min_channels={least}"
+        return SkipReason("min_channels", text)
     if not read.intermediate and not options.reduce_inputs:
-        return "reads the model's input, no intermediate value; reduce_inputs=True reduces it too"
-    return ""
+        text = "reads the model's input, no intermediate value; reduce_inputs=True reduces it too"
+        return SkipReason("model_input", text)
+    return None
 
 
-def named_by_user(name: str, layer: nn.Module, options: Options) -> str:
-    """What the user's skip and filter_fn say against a layer, or an empty string."""
+def named_by_user(name: str, layer: nn.Module, options: Options) -> SkipReason | None:
+    """What the user's skip and filter_fn say against a layer, or None."""
     reason = skip_reason(name, layer, options)
     if not reason and options.filter_fn is not None and not options.filter_fn(layer, name):
-        return "filter_fn(module, name) is false"
+        return SkipReason("filter_fn", "filter_fn(module, name) is false")
     return reason
 
 
-def skip_reason(name: str, layer: nn.Module, options: Options) -> str:
-    """What the user's skip says against a layer or what holds it, or an empty string."""
+def skip_reason(name: str, layer: nn.Module, options: Options) -> SkipReason | None:
+    """What the user's skip says against a layer or a module that holds it, or None."""
     holders = [options.modules[each] for each in holders_of(name) if each in options.modules]
-    return skipped_by(options.skip, name, layer, holders)
+    text = skipped_by(options.skip, name, layer, holders)
+    return SkipReason("skip", text) if text else None

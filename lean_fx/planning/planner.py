@@ -10,12 +10,14 @@ import torch
 
 from lean_fx.graph.rewriting import numbered
 from lean_fx.graph.sites import Consumer, Site
+from lean_fx.passes.find_consumers import called_repeatedly
 from lean_fx.planning.options import Options
 from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.policy import check_names, nearest_divisor, wanted_channels
 from lean_fx.planning.records import Record
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
+from lean_fx.skip_reason import SkipReason
 
 
 def choose_sites(records: Sequence[Record], options: Options) -> tuple[list[Site], list[LeftAlone]]:
@@ -77,8 +79,8 @@ def _refused_together(records: Sequence[Record]) -> list[Record]:
     def judged(record: Record) -> Record:
         if record.layer not in mixed:
             return record
-        calls = f"called {counts[record.layer]} times in one forward pass"
-        return Record(record.layer, record.kind, reason=f"{calls}: {reasons[record.layer]}")
+        reason = called_repeatedly(counts[record.layer], str(reasons[record.layer]))
+        return Record(record.layer, record.kind, reason=reason)
 
     return [judged(each) for each in records]
 
@@ -161,12 +163,12 @@ def _choose_channels(site: Site, options: Options) -> tuple[list[Site], list[Lef
     notes: dict[int, str] = {}
     refused = []
     for consumer in site.consumers:
-        count, text = _channels(site, consumer.layer, options)
-        if count is None:
-            refused.append(LeftAlone(consumer.layer, consumer.kind, text))
+        count = _channels(site, consumer.layer, options)
+        if isinstance(count, SkipReason):
+            refused.append(LeftAlone(consumer.layer, consumer.kind, count))
         else:
             by_channels.setdefault(count, []).append(consumer)
-            notes[count] = text
+            notes[count] = _note(site, consumer.layer, count, options)
     chosen = [
         dataclasses.replace(
             site,
@@ -189,18 +191,27 @@ def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> i
     return macs if isinstance(macs, int) else None
 
 
-def _channels(site: Site, layer: str, options: Options) -> tuple[int | None, str]:
-    """The channels for one layer and a note on them, or None and the reason."""
+def _channels(site: Site, layer: str, options: Options) -> int | SkipReason:
+    """The channels to keep for one layer, or why none can be saved."""
     wanted = wanted_channels(options.channels, site, layer)
     if wanted is None:
-        return None, "not named in channels"
+        return SkipReason("channels", "not named in channels")
     found = nearest_divisor(site.in_channels, wanted, options.round_to)
     if site.in_channels == 1:
-        return None, "in_channels=1: nothing to reduce"
+        return SkipReason("nothing_to_reduce", "in_channels=1: nothing to reduce")
     if found is None:
-        return None, f"in_channels={site.in_channels} is prime: only 1 and itself divide it"
+        text = f"in_channels={site.in_channels} is prime: only 1 and itself divide it"
+        return SkipReason("nothing_to_reduce", text)
     if found == site.in_channels:
-        return None, f"channels={found} equals in_channels: nothing to reduce"
+        text = f"channels={found} equals in_channels: nothing to reduce"
+        return SkipReason("nothing_to_reduce", text)
+    return found
+
+
+def _note(site: Site, layer: str, found: int, options: Options) -> str:
+    """What the user should know of the number of channels; empty if it is the one wanted."""
+    wanted = wanted_channels(options.channels, site, layer)
+    assert wanted is not None
     missed = bool(options.round_to and found % options.round_to)
     notes = []
     if abs(found - wanted) >= 1:
@@ -210,4 +221,4 @@ def _channels(site: Site, layer: str, options: Options) -> tuple[int | None, str
         notes.append(
             f"no divisor below {site.in_channels} is a multiple of round_to={options.round_to}"
         )
-    return found, "; ".join(notes)
+    return "; ".join(notes)

@@ -29,11 +29,10 @@ from lean_fx.passes import (
 from lean_fx.passes.swap_layers import swap_layer
 from lean_fx.reduction.base import check_channels
 from lean_fx.reduction.registry import ReductionFactory, reduction_name, reductions, registered_name
+from lean_fx.skip_reason import SkipReason
 
 #: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
 PLAN = "lean_fx.plan"
-#: How the reason begins for a layer of a stack that stays whole: the stack stands for it.
-WITHIN = "stays within "
 _VERSION = 2
 
 
@@ -44,12 +43,18 @@ class LeftAlone:
     Attributes:
         layer: its qualified name; of a functional call without a parameter, that of its node.
         kind: its type, such as ``"Conv2d"``, or the function, such as ``"einsum"``.
-        reason: one line.
+        reason: a code for programs and a line for people.
+
+    Example:
+        >>> import lean_fx
+        >>> (left,) = lean_fx.plan(nn.Sequential(nn.Conv2d(3, 50, 3))).left_alone
+        >>> left.layer, left.reason.code
+        ('0', 'min_channels')
     """
 
     layer: str
     kind: str
-    reason: str
+    reason: SkipReason
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class Plan:
             )
         try:
             sites = [_site_from(entry) for entry in content.pop("sites")]
-            left = [LeftAlone(**entry) for entry in content.pop("left_alone")]
+            left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
             split, weights = (
                 _names(key, content.pop(key, ())) for key in ("split_layers", "weights")
             )
@@ -223,7 +228,7 @@ class Plan:
     def __str__(self) -> str:
         """The plan as a table of plain text."""
         count = sum(len(site.consumers) for site in self.sites)
-        layers = sum(not each.reason.startswith(WITHIN) for each in self.left_alone) + count
+        layers = sum(each.reason.code != "within_stack" for each in self.left_alone) + count
         plural = "" if len(self.sites) == 1 else "s"
         head = (
             f"Plan for {self.model}: {len(self.sites)} reduction{plural} "
@@ -246,7 +251,9 @@ class Plan:
             lines += _aligned([header, *(row for site in self.sites for row in _rows(site))])
         if self.left_alone:
             lines.append("left alone")
-            lines += _aligned([(each.layer, each.kind, each.reason) for each in self.left_alone])
+            lines += _aligned(
+                [(each.layer, each.kind, each.reason.text) for each in self.left_alone]
+            )
         return "\n".join(lines)
 
 
@@ -295,6 +302,10 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
         raise TypeError(f"{key}= is no list of names of layers")
     return tuple(value)
+
+
+def _left_alone_from(entry: dict[str, Any]) -> LeftAlone:
+    return LeftAlone(**{**entry, "reason": SkipReason(**entry["reason"])})
 
 
 def _site_from(entry: dict[str, Any]) -> Site:

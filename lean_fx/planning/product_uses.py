@@ -16,6 +16,7 @@ from lean_fx.graph.products import SAME_AS_INPUT, factors, why_computed
 from lean_fx.layers.kinds import kind_of
 from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.weight_uses import Watch
+from lean_fx.skip_reason import SkipReason
 
 
 class ProductUses(Watch):
@@ -85,7 +86,10 @@ class ProductUses(Watch):
             return  # a layer has a reason of its own
         weight, parameter = weights[0], self._parameters[name]
         direct = (weight.data_ptr(), weight.numel()) == (parameter.data_ptr(), parameter.numel())
-        reason = "it is of no layer, and the call is not traced" if direct else why_computed(more)
+        reason = why_computed(more)
+        if direct:
+            text = "it is of no layer, and the call is not traced"
+            reason = SkipReason("unsupported_product", text)
         self.left_alone.setdefault(name, LeftAlone(name, called, reason))
 
     def _is_known(self) -> bool:

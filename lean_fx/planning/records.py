@@ -16,6 +16,7 @@ from lean_fx.graph.facts import Facts, Read, facts
 from lean_fx.layers.kinds import base_type, input_weights
 from lean_fx.planning.options import Options, named_by_user, unwanted
 from lean_fx.planning.plans import LeftAlone
+from lean_fx.skip_reason import SkipReason
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Record:
         layer: the qualified name of the layer, or of a parameter that multiplies a value.
         kind: the type of the layer, such as ``"Conv2d"``, or the function.
         read: what it reads; None if that cannot be reduced.
-        reason: why it is left alone; empty if it may be reduced.
+        reason: why it is left alone; None if it may be reduced.
         node: the node of the call; empty if the layer reduces its own input.
         weights: how many weights multiply the input.
         rms: the root mean square of what it reads.
@@ -38,7 +39,7 @@ class Record:
     layer: str
     kind: str
     read: Read | None = None
-    reason: str = ""
+    reason: SkipReason | None = None
     node: str = ""
     weights: int = 0
     rms: float = 1.0
@@ -73,7 +74,7 @@ def _layer_record(
 ) -> Record:
     name = str(node.target)
     if known.read is None:
-        wish = named_by_user(name, layer, options) if known.splits else ""
+        wish = named_by_user(name, layer, options) if known.splits else None
         return Record(name, type(layer).__name__, reason=wish or known.skip_reason)
     reason = unwanted(known.read, name, layer, options)
     if reason:

@@ -11,6 +11,9 @@ from lean_fx.capture.tracing import LeanTracer
 from lean_fx.graph.calls import has_hooks
 from lean_fx.layers.kinds import KINDS
 from lean_fx.planning.plans import LeftAlone
+from lean_fx.skip_reason import SkipReason
+
+WEIGHT_READ = SkipReason("weight_read_in_forward", "forward reads its weight itself")
 
 
 def uncalled_layers(
@@ -34,12 +37,15 @@ def uncalled_layers(
         holder = _holder(name, called)
         if holder and LeanTracer().is_leaf_module(graph_module.get_submodule(holder), holder):
             continue  # it is of the module that is called, which speaks for itself
-        reason = "forward reads its weight itself" if name in owners else "not called in forward"
+        reason = SkipReason("not_called", "not called in forward")
+        if name in owners:
+            reason = WEIGHT_READ
         if name in read:
-            reason = "called in training only, or in evaluation only"
+            text = "called in training only, or in evaluation only"
+            reason = SkipReason("one_mode_only", text)
         if holder:
-            hooked = has_hooks(modules[holder])
-            reason = f"inside {holder}, which {'has hooks' if hooked else 'is not traced'}"
+            state = "has hooks" if has_hooks(modules[holder]) else "is not traced"
+            reason = SkipReason("inside_leaf", f"inside {holder}, which {state}")
         left.append(LeftAlone(name, type(layer).__name__, reason))
     return left
 

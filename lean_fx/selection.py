@@ -64,12 +64,12 @@ def select_sites(
     nodes = {node.name: node for node in graph_module.graph.nodes}
     if any(facts(value).shape is None for site in sites for value, _ in _calls(site, nodes)):
         raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
-    judge = _saving if keep == "saving" else _measured
+    evaluate = _saving if keep == "saving" else _measured
     kept: list[Site] = []
     dropped: list[LeftAlone] = []
     for number, site in enumerate(sites, start=1):
         with torch.random.fork_rng(devices=[]):
-            pays, figures = judge(site, reduction, graph_module, nodes)
+            pays, figures = evaluate(site, reduction, graph_module, nodes)
         _LOGGER.info("site %d of %d: %s: %s", number, len(sites), site.value, figures)
         if pays:
             note = "; ".join(filter(None, (site.note, figures)))

@@ -6,7 +6,7 @@ Import it as ``lean_fx.passes``.
 if __name__ != "lean_fx.passes":
     raise ImportError(f"import this package as lean_fx.passes, not as {__name__}")
 
-from lean_fx.graph.facts import Channels, Facts, Read, facts
+from lean_fx.graph.facts import ChannelRead, Channels, Facts, facts
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes.base import Pass, Pipeline
 from lean_fx.passes.find_consumers import FindConsumers
@@ -22,6 +22,7 @@ from lean_fx.passes.track_channels import TrackChannels
 from lean_fx.passes.track_writes import TrackWrites
 
 __all__ = [
+    "ChannelRead",
     "Channels",
     "Consumer",
     "Facts",
@@ -34,7 +35,6 @@ __all__ = [
     "Pass",
     "Pipeline",
     "PropagateShapes",
-    "Read",
     "Site",
     "SplitLayers",
     "SwapLayers",

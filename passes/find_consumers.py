@@ -1,33 +1,34 @@
 """Analysis: which layers read an intermediate value whose channels can be reduced, and where.
 
-A conv reads its value directly, channels on axis 1; a recurrent layer too, channels on the last
-axis, of packed sequences in their data; a linear layer reads it directly, channels on the last
-axis, or through a flatten and dropouts::
+A conv reads a value directly, with the channels on axis 1. A recurrent layer reads it directly,
+with the channels on the last axis (of packed sequences: of their data). A linear layer reads it
+directly, with the channels on the last axis, or through a flatten and dropouts::
 
-    value -> conv                        Read(value, dim=1, in_channels=C)
-    value -> conv in G groups            Read(value, dim=1, in_channels=C/G, groups=G)
-    value -> gru                         Read(value, dim=-1, in_channels=C)
-    value -> linear                      Read(value, dim=-1, in_channels=C)
+    value -> conv                        ChannelRead(value, dim=1, in_channels=C)
+    value -> conv in G groups            ChannelRead(value, dim=1, in_channels=C/G, groups=G)
+    value -> gru                         ChannelRead(value, dim=-1, in_channels=C)
+    value -> linear                      ChannelRead(value, dim=-1, in_channels=C)
     value -> flatten -> dropout -> linear
-                                         Read(value, dim=1, in_channels=C, features_per_channel=H*W,
-                                              path=(flatten, dropout))
+        ChannelRead(value, dim=1, in_channels=C, features_per_channel=H*W, path=(flatten, dropout))
 
-Every other conv, linear, recurrent or attention layer gets its refusal. A layer is refused when
+Every other conv, linear, recurrent or attention layer gets a
+:class:`~lean_fx.skip_reason.SkipReason`. A layer is skipped if
 
-1. it cannot be rebuilt: it is of a subclass that is not registered and does not keep the meaning
-   of its type (:mod:`lean_fx.layers.subclasses`), or its weight is parametrized by more than
-   torch's weight norm or spectral norm;
-2. a parameter of it is shared or read elsewhere (or memory of it), or frozen, or its weight is not
-   floating-point or of a subclass of torch's parameters; or it is called more than once, and
-   reads through a flatten, or along different axes, or one of the calls is refused;
-3. it has hooks, which would be lost, other than torch's own that give its weight a norm;
-4. it is a convolution with one input channel a group (depthwise), where nothing can be reduced;
-5. it is attention, which is first to be split into its linear layers (:class:`SplitLayers`);
-6. it reads a reduction already, or no value of the graph;
-7. it reads through a flatten of a value whose channels are unknown, something other than dropout
-   stands between the two, or an in-place operation changes the value between the two. The flatten
-   of a value with one position changes nothing; and an in-place dropout may stand there if nobody
-   else reads what it changes.
+1. it cannot be rebuilt: its type is an unregistered subclass that is not linear in its channels
+   (:mod:`lean_fx.layers.subclasses`), or its weight has a parametrization other than torch's
+   weight norm or spectral norm;
+2. another module or node reads one of its parameters, or memory of it; the weight is frozen, not
+   floating-point, or of a subclass of torch's parameters; or the layer is called more than once
+   and reads through a flatten, along different axes, or one of its calls is skipped;
+3. it has hooks other than those by which torch gives a weight a norm: a rebuilt layer would lose
+   them;
+4. it is a depthwise convolution, with one input channel in each group;
+5. it is attention: :class:`SplitLayers` splits that into its linear layers first;
+6. it reads a reduction already, or a value that is not in the graph;
+7. it reads through a flatten, and the channels before the flatten are unknown, or an operation
+   other than dropout stands between, or an in-place operation changes the value between. A flatten
+   of a value with one position counts as nothing. An in-place dropout may stand between if no
+   other node reads what it changes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from lean_fx.checks import is_quantized_layer
 from lean_fx.graph import split_attention
 from lean_fx.graph.calls import argument, has_hooks
 from lean_fx.graph.context import GraphContext, attribute_of
-from lean_fx.graph.facts import Facts, Read, facts
+from lean_fx.graph.facts import ChannelRead, Facts, facts
 from lean_fx.graph.flattens import is_flatten
 from lean_fx.graph.ops import is_dropout
 from lean_fx.graph.products import CALLS, find_weight, why_computed
@@ -83,7 +84,7 @@ class FindConsumers(Pass):
     """
 
     def run(self, graph_module: GraphModule) -> bool:
-        """Judge every layer that is called."""
+        """Go through the graph once, then through the layers that are called more than once."""
         graph = GraphContext.of(graph_module)
         several: dict[int, list[Facts]] = {}
         own = {product.node: name for name, product in weights_of_products(graph_module).items()}
@@ -93,14 +94,14 @@ class FindConsumers(Pass):
             known.weight = own.get(node, "")
             if node.op != "call_module":
                 if not known.weight:
-                    known.weight, known.skip_reason = _judge_product(node, graph)
+                    known.weight, known.skip_reason = _check_product(node, graph)
             else:
                 layer = graph.modules[str(node.target)]
                 known.skip_reason = skip_reason_of(layer, graph.owners)
                 count = graph.calls[id(layer)]
                 kind = kind_of(layer)
                 if not known.skip_reason and kind is not None:
-                    known.read, known.skip_reason = _judge(node, layer, kind, graph)
+                    known.read, known.skip_reason = _channels_read(node, layer, kind, graph)
                     if count > 1:
                         several.setdefault(id(layer), []).append(known)
                 elif not known.skip_reason and split_attention.can_split(layer):
@@ -109,17 +110,17 @@ class FindConsumers(Pass):
                     if count > 1:
                         known.skip_reason = called_repeatedly(count)
         for calls in several.values():
-            _judge_together(calls)
+            _refuse_unlike_calls(calls)
         return False
 
 
-def _judge_product(node: Node, graph: GraphContext) -> tuple[str, SkipReason | None]:
+def _check_product(node: Node, graph: GraphContext) -> tuple[str, SkipReason | None]:
     """The parameter that a call multiplies a value with, and why it does not become a layer."""
-    found = find_weight(node, graph.origins)
+    found = find_weight(node, graph.source_parameters)
     if found is None:
         return "", _why_no_product(node, graph) if node.target in CALLS else None
     weight, _ = behind_transpose(found)
-    name, *more = graph.origins[weight]
+    name, *more = graph.source_parameters[weight]
     if weight.op == "get_attr":
         return name, _why_no_layer(node, found, weight, graph)
     return name, why_computed(more)
@@ -127,7 +128,7 @@ def _judge_product(node: Node, graph: GraphContext) -> tuple[str, SkipReason | N
 
 def _why_no_product(node: Node, graph: GraphContext) -> SkipReason:
     """Why a call like a layer's does not multiply a value with a parameter."""
-    learned = graph.origins.get(argument(node, 1, "weight"))
+    learned = graph.source_parameters.get(argument(node, 1, "weight"))
     if learned:
         return NO_GRAPH_VALUE
     return SkipReason("weight_computed", "its weight is not a parameter")
@@ -159,7 +160,7 @@ def _why_no_layer(node: Node, found: Node, weight: Node, graph: GraphContext) ->
     return SkipReason("unsupported_product", text)
 
 
-def _judge_together(calls: list[Facts]) -> None:
+def _refuse_unlike_calls(calls: list[Facts]) -> None:
     """Refuse the calls of one layer that cannot share a reduction inside it (rule 2)."""
     reasons = [str(known.skip_reason) for known in calls if not known.read]
     reads = [known.read for known in calls if known.read]
@@ -239,9 +240,9 @@ def _has_state_hooks(layer: nn.Module) -> bool:
     return bool(loads) or any(getattr(layer, hooks) for hooks in _STATE_HOOKS)
 
 
-def _judge(
+def _channels_read(
     node: Node, layer: nn.Module, kind: LayerKind, graph: GraphContext
-) -> tuple[Read | None, SkipReason | None]:
+) -> tuple[ChannelRead | None, SkipReason | None]:
     """What a layer that can be rebuilt reads, or why that cannot be reduced."""
     source = layer_input(node)
     if source is None:
@@ -254,19 +255,19 @@ def _judge(
     dim = channel_axis(layer, facts(source).shape)
     if kind.recurrent or dim != -1:
         packed = kind.recurrent and known is not None and known.packed
-        read = Read(source.name, dim, width // groups, packed=packed, groups=groups)
-        return graph.placed(read, source, node), None
-    through = known is not None and known.whole is not None
+        read = ChannelRead(source.name, dim, width // groups, packed=packed, groups=groups)
+        return graph.with_position(read, source, node), None
+    through = known is not None and known.unflattened_at is not None
     flattens = any(is_flatten(step, graph.modules) for step in path)
     if flattens and not through and not _one_position(before):
         text = "the channels of what is flattened before it are unknown"
         return None, SkipReason("unknown_channels", text)
     if not through or known is None or width % known.count:
-        return graph.placed(Read(source.name, -1, width), source, node), None
-    if before.name != known.whole:
+        return graph.with_position(ChannelRead(source.name, -1, width), source, node), None
+    if before.name != known.unflattened_at:
         text = f"{before.name} stands between the flatten and it; put it before"
         return None, SkipReason("not_adjacent", text)
-    read = Read(
+    read = ChannelRead(
         value=before.name,
         dim=known.axis,
         in_channels=known.count,
@@ -278,7 +279,7 @@ def _judge(
     if between > len(moving):
         text = "an in-place operation stands between the flatten and it"
         return None, SkipReason("written_in_place", text)
-    return graph.placed(read, before, path[0] if path else node), None
+    return graph.with_position(read, before, path[0] if path else node), None
 
 
 def _one_position(value: Node) -> bool:

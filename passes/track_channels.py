@@ -135,11 +135,11 @@ def _channels_of(node: Node, modules: Mapping[str, nn.Module]) -> Channels | Non
 
 def _flattened(node: Node) -> Channels | None:
     source, before = source_of(node), _input(node)
-    if before is None or source is None or before.whole:
+    if before is None or source is None or before.unflattened_at:
         return before
     if before.axis == 0:  # no batch: flattening leaves this axis alone
         return None
-    return replace(before, whole=source.name)
+    return replace(before, unflattened_at=source.name)
 
 
 def _of_module(node: Node, module: nn.Module) -> Channels | None:
@@ -218,7 +218,7 @@ def _input(node: Node) -> Channels | None:
 
 
 def _only_front(channels: Channels | None) -> Channels | None:
-    return channels if channels and channels.axis >= 0 and not channels.whole else None
+    return channels if channels and channels.axis >= 0 and not channels.unflattened_at else None
 
 
 def _before_positions(channels: Channels | None) -> Channels | None:
@@ -238,7 +238,7 @@ def _concatenated(node: Node) -> Channels | None:
     if not isinstance(listed, tuple | list):
         return None
     parts = [facts(part).channels for part in listed if isinstance(part, Node)]
-    known = [part for part in parts if part and part.axis == axis and not part.whole]
+    known = [part for part in parts if part and part.axis == axis and not part.unflattened_at]
     if len(known) < len(listed):
         return None
     return Channels(known[0].axis, sum(part.count for part in known))
@@ -246,7 +246,7 @@ def _concatenated(node: Node) -> Channels | None:
 
 def _moved(node: Node) -> Channels | None:
     source, before = source_of(node), _input(node)
-    if source is None or before is None or before.whole:
+    if source is None or before is None or before.unflattened_at:
         return None
     permuting = node.target in (torch.permute, "permute")
     if permuting:
@@ -270,6 +270,6 @@ def _moved(node: Node) -> Channels | None:
 
 
 def _agrees(channels: Channels | None, shape: tuple[int, ...] | None) -> bool:
-    if channels is None or shape is None or channels.whole or channels.packed:
+    if channels is None or shape is None or channels.unflattened_at or channels.packed:
         return True
     return -len(shape) <= channels.axis < len(shape) and shape[channels.axis] == channels.count

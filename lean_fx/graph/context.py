@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.cloning import memory_of
-from lean_fx.graph.facts import Read, facts
+from lean_fx.graph.facts import ChannelRead, facts
 from lean_fx.graph.ops import is_dropout
 from lean_fx.graph.products import source_parameters_of
 
@@ -28,20 +28,21 @@ class GraphContext:
         calls: of each module, by its id.
         owners: the names of each parameter, by its id: of modules, of what shares memory with it,
             and of nodes that read it.
-        learned: the nodes behind a layer with weights; normalising the inputs does not count.
-        order: the place of each node in the graph.
+        after_weights: the nodes behind a layer with weights; normalising the inputs does not
+            count.
+        position: the place of each node in the graph.
         writes: the places of the in-place operations on each storage, ascending.
-        origins: the names of the parameters that nodes are computed from, of those that depend on
-            no value (:mod:`lean_fx.graph.products`).
+        source_parameters: for a node that no input of the model leads to, the names of the
+            parameters that it is computed from (:mod:`lean_fx.graph.products`).
     """
 
     modules: Mapping[str, nn.Module]
     calls: Mapping[int, int]
     owners: Mapping[int, list[str]]
-    learned: frozenset[Node]
-    order: Mapping[Node, int]
+    after_weights: frozenset[Node]
+    position: Mapping[Node, int]
     writes: Mapping[str, list[int]]
-    origins: Mapping[Node, tuple[str, ...]]
+    source_parameters: Mapping[Node, tuple[str, ...]]
 
     @classmethod
     def of(cls, graph_module: GraphModule) -> GraphContext:
@@ -49,10 +50,10 @@ class GraphContext:
         modules = dict(graph_module.named_modules())
         calls: Counter[int] = Counter()
         owners = owners_of(graph_module)
-        learned: set[Node] = set()
-        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        after_weights: set[Node] = set()
+        position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
         writes: dict[str, list[int]] = {}
-        for node, place in order.items():
+        for node, place in position.items():
             own = False
             if node.op == "get_attr":
                 value = attribute_of(graph_module, str(node.target))
@@ -64,16 +65,16 @@ class GraphContext:
                 calls[id(module)] += 1
                 weighted = next(module.parameters(), None) is not None
                 own = weighted and not isinstance(module, _NORMS)
-            if own or any(source in learned for source in node.all_input_nodes):
-                learned.add(node)
+            if own or any(source in after_weights for source in node.all_input_nodes):
+                after_weights.add(node)
             if facts(node).writes:
                 writes.setdefault(facts(node).storage, []).append(place)
-        origins = source_parameters_of(graph_module)
-        return cls(modules, calls, owners, frozenset(learned), order, writes, origins)
+        sources = source_parameters_of(graph_module)
+        return cls(modules, calls, owners, frozenset(after_weights), position, writes, sources)
 
     def writes_before(self, value: Node, reader: Node) -> int:
         """How many in-place operations have changed ``value`` when ``reader`` reads it."""
-        return bisect_left(self.writes.get(facts(value).storage, []), self.order[reader])
+        return bisect_left(self.writes.get(facts(value).storage, []), self.position[reader])
 
     def moves_with_path(self, step: Node, path: list[Node], reader: Node) -> bool:
         """Whether an in-place dropout on the way to a layer changes nothing that others read."""
@@ -85,17 +86,17 @@ class GraphContext:
             and is_dropout(step, self.modules)
             and self.calls[id(module)] == 1
             and all(
-                user in ours or self.order[user] < self.order[step]
-                for node in self.order
+                user in ours or self.position[user] < self.position[step]
+                for node in self.position
                 if facts(node).storage == facts(step).storage
                 for user in node.users
             )
         )
 
-    def placed(self, read: Read, value: Node, reader: Node) -> Read:
+    def with_position(self, read: ChannelRead, value: Node, reader: Node) -> ChannelRead:
         """``read``, with what depends on where in the graph it happens."""
         return replace(
-            read, intermediate=value in self.learned, writes=self.writes_before(value, reader)
+            read, intermediate=value in self.after_weights, writes=self.writes_before(value, reader)
         )
 
 

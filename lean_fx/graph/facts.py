@@ -19,19 +19,19 @@ class Channels:
     Attributes:
         axis: 0 or more from the front, or -1 for the last.
         count: how many.
-        whole: if the value was flattened, the node where its channels were last whole;
-            axis and count speak of that one.
+        unflattened_at: for a flattened value, the node whose channels were last on an axis of
+            their own; axis and count describe that node.
         packed: whether the value is packed sequences; axis and count speak of their data.
     """
 
     axis: int
     count: int
-    whole: str | None = None
+    unflattened_at: str | None = None
     packed: bool = False
 
 
 @dataclass(frozen=True)
-class Read:
+class ChannelRead:
     """What a layer reads, if that can be reduced.
 
     Attributes:
@@ -87,7 +87,7 @@ class Facts:
     writes: bool = False
     nonnegative: bool = False
     channels: Channels | None = None
-    read: Read | None = None
+    read: ChannelRead | None = None
     skip_reason: SkipReason | None = None
     splits: bool = False
     weight: str = ""

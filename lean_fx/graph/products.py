@@ -1,4 +1,4 @@
-"""Which calls multiply a value with a weight that no layer holds, and what it is computed from.
+"""Find calls that multiply a value with a weight that no layer holds, and that weight's parameters.
 
 ::
 
@@ -8,14 +8,15 @@
 
 Rules:
 
-1. A node is computed from parameters alone if no input of the model leads to it but by its size,
-   shape, dtype or device. Buffers and what forward makes (``torch.arange``) may lead to it too.
-2. Of ``w.to(x)`` and its like, only ``w`` leads on.
-3. What a value is written into, in place, is no weight any more, nor what that may be a view of.
-4. Products are F.linear, convolutions, torch.matmul and its kin, and einsum of two operands that
-   sums over an axis of both.
-5. That of two weights is a weight again. That of a weight with buffers, or with what is computed
-   from sizes, is a product.
+1. A node counts as a weight if it is computed only from parameters, buffers and tensors that
+   forward makes (``torch.arange``). It may also use the size, shape, dtype or device of a value.
+2. In ``w.to(x)`` and similar methods, only ``w`` is a source.
+3. A weight that a value is written into, in place, is a weight no longer; nor is any tensor that
+   it may be a view of.
+4. Products are F.linear, convolutions, torch.matmul and its variants, and einsum of two operands
+   that sums over an axis of both.
+5. A product of two weights is a weight. A product of a weight with a buffer, or with a tensor
+   computed from sizes, is a product.
 """
 
 from __future__ import annotations
@@ -45,26 +46,26 @@ SAME_AS_INPUT = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
 def source_parameters_of(graph_module: GraphModule) -> dict[Node, tuple[str, ...]]:
-    """The names of the parameters that nodes are computed from, of those that depend on no value.
+    """For each node that depends on no value, the names of the parameters behind it.
 
-    ``TrackWrites`` comes before it.
+    ``TrackWrites`` must have run.
     """
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
-    origins: dict[Node, tuple[str, ...]] = {}
+    known: dict[Node, tuple[str, ...]] = {}
     for node in graph_module.graph.nodes:
         sources = _sources(node)
-        if node.op in ("placeholder", "output") or any(each not in origins for each in sources):
+        if node.op in ("placeholder", "output") or any(each not in known for each in sources):
             if facts(node).writes:
-                _forget(node.all_input_nodes[0], origins)
+                _forget(node.all_input_nodes[0], known)
             continue
-        names = [name for source in sources for name in origins[source]]
+        names = [name for source in sources for name in known[source]]
         if node.op == "get_attr" and str(node.target) in parameters:
             names.append(str(node.target))
         elif node.op == "call_module":
             own = graph_module.get_submodule(str(node.target)).named_parameters()
             names += [f"{node.target}.{name}" for name, _ in own]
-        origins[node] = tuple(dict.fromkeys(names))
-    return origins
+        known[node] = tuple(dict.fromkeys(names))
+    return known
 
 
 def _sources(node: Node) -> list[Node]:
@@ -79,14 +80,14 @@ def _sources(node: Node) -> list[Node]:
     return node.all_input_nodes
 
 
-def _forget(written: Node, origins: dict[Node, tuple[str, ...]]) -> None:
+def _forget(written: Node, known: dict[Node, tuple[str, ...]]) -> None:
     """Forget a node that a value is written into, and those that it may be a view of (rule 3)."""
-    while written in origins:
-        del origins[written]
+    while written in known:
+        del known[written]
         written = next(iter(written.all_input_nodes), written)
 
 
-def factors(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def operands(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What a call multiplies and sums (rule 4); nothing of other calls.
 
     Args:
@@ -95,9 +96,9 @@ def factors(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
         kwargs: its others.
 
     Example:
-        >>> factors("matmul", ("x", "weight"), {})
+        >>> operands("matmul", ("x", "weight"), {})
         ['x', 'weight']
-        >>> factors(torch.einsum, ("nc,c->nc", "x", "scale"), {})
+        >>> operands(torch.einsum, ("nc,c->nc", "x", "scale"), {})
         []
     """
     given = [*args, *kwargs.values()]
@@ -121,12 +122,12 @@ def _sums_shared_axis(given: list[Any]) -> bool:
     return bool(shared - set(result) if arrow else shared)
 
 
-def find_weight(node: Node, origins: Mapping[Node, tuple[str, ...]]) -> Node | None:
+def find_weight(node: Node, source_parameters: Mapping[Node, tuple[str, ...]]) -> Node | None:
     """The weight that a call multiplies with something else than a weight, or None."""
     given = [
-        each for each in factors(node.target, node.args, node.kwargs) if isinstance(each, Node)
+        each for each in operands(node.target, node.args, node.kwargs) if isinstance(each, Node)
     ]
-    weights = [each for each in given if origins.get(each)]
+    weights = [each for each in given if source_parameters.get(each)]
     return weights[0] if 0 < len(weights) < len(given) else None
 
 

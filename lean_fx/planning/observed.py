@@ -29,7 +29,7 @@ from lean_fx.checks import check_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
-from lean_fx.graph.facts import Read
+from lean_fx.graph.facts import ChannelRead
 from lean_fx.graph.sites import Site
 from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
 from lean_fx.passes.find_consumers import skip_reason_of
@@ -127,7 +127,7 @@ def _record(
 ) -> Record:
     kind, groups = kind_of(layer), groups_of(layer)
     assert kind is not None
-    read = Read(
+    read = ChannelRead(
         "",
         kind.channel_dim(layer),
         input_channels(layer) // groups,

@@ -11,7 +11,7 @@ from torch import nn
 
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError
-from lean_fx.graph.facts import Read
+from lean_fx.graph.facts import ChannelRead
 from lean_fx.planning.policy import (
     ChannelsPolicy,
     Skip,
@@ -65,7 +65,7 @@ class Options:
             object.__setattr__(self, name, value)
 
 
-def unwanted(read: Read, name: str, layer: nn.Module, options: Options) -> SkipReason | None:
+def unwanted(read: ChannelRead, name: str, layer: nn.Module, options: Options) -> SkipReason | None:
     """Why the user does not want this layer to be reduced, or None."""
     reason = named_by_user(name, layer, options)
     if getattr(layer, "num_layers", 1) > 1:  # as a stack, it is its first layer that is reduced

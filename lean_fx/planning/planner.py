@@ -76,13 +76,13 @@ def _refused_together(records: Sequence[Record]) -> list[Record]:
     mixed = reducible & reasons.keys()
     counts = Counter(each.layer for each in records)
 
-    def judged(record: Record) -> Record:
+    def checked(record: Record) -> Record:
         if record.layer not in mixed:
             return record
         reason = called_repeatedly(counts[record.layer], str(reasons[record.layer]))
         return Record(record.layer, record.kind, reason=reason)
 
-    return [judged(each) for each in records]
+    return [checked(each) for each in records]
 
 
 def _calls_of_layers(records: Iterable[Record]) -> dict[str, list[Record]]:

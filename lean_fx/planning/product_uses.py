@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lean_fx.graph.products import SAME_AS_INPUT, factors, why_computed
+from lean_fx.graph.products import SAME_AS_INPUT, operands, why_computed
 from lean_fx.layers.kinds import kind_of
 from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.weight_uses import Watch
@@ -47,12 +47,12 @@ class ProductUses(Watch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.left_alone: dict[str, LeftAlone] = {}
-        self._origins: Any = WeakTensorKeyDictionary()
+        self._source_parameters: Any = WeakTensorKeyDictionary()
         self._modules = dict(model.named_modules())
         for buffer in model.buffers():
-            self._origins[buffer] = ()
+            self._source_parameters[buffer] = ()
         for name, parameter in model.named_parameters():
-            self._origins[parameter] = (name,)
+            self._source_parameters[parameter] = (name,)
         self._parameters = dict(model.named_parameters())
 
     def __torch_function__(
@@ -63,24 +63,25 @@ class ProductUses(Watch):
         name = getattr(func, "__name__", "")
         method = getattr(Tensor, name, None) is func
         given = _tensors((args, kwargs))
-        weights = [each for each in given if self._origins.get(each)]
+        weights = [each for each in given if self._source_parameters.get(each)]
         if weights:
-            self._judge(name, factors(name if method else func, args, kwargs))
+            self._judge(name, operands(name if method else func, args, kwargs))
         sources = given[:1] if method and name in SAME_AS_INPUT else given
-        if all(each in self._origins for each in sources):
-            names = dict.fromkeys(name for each in sources for name in self._origins[each])
+        if all(each in self._source_parameters for each in sources):
+            found = (self._source_parameters[each] for each in sources)
+            names = dict.fromkeys(name for parameters in found for name in parameters)
             for tensor in _tensors(result):
-                self._origins.setdefault(tensor, tuple(names))
+                self._source_parameters.setdefault(tensor, tuple(names))
         elif name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            self._origins.pop(given[0], None)
+            self._source_parameters.pop(given[0], None)
         return result
 
     def _judge(self, called: str, given: list[Any]) -> None:
         """Note a product of a weight with something else than a weight."""
-        weights = [each for each in given if self._origins.get(each)]
+        weights = [each for each in given if self._source_parameters.get(each)]
         if not 0 < len(weights) < len(given) or not self._running or self._is_known():
             return
-        name, *more = self._origins[weights[0]]
+        name, *more = self._source_parameters[weights[0]]
         owners = (self._modules[each.rpartition(".")[0]] for each in (name, *more))
         if any(map(kind_of, owners)):
             return  # a layer has a reason of its own

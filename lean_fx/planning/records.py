@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lean_fx.graph.facts import Facts, Read, facts
+from lean_fx.graph.facts import ChannelRead, Facts, facts
 from lean_fx.layers.kinds import base_type, input_weights
 from lean_fx.planning.options import Options, named_by_user, unwanted
 from lean_fx.planning.plans import LeftAlone
@@ -38,7 +38,7 @@ class Record:
 
     layer: str
     kind: str
-    read: Read | None = None
+    read: ChannelRead | None = None
     reason: SkipReason | None = None
     node: str = ""
     weights: int = 0

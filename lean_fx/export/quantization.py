@@ -14,6 +14,12 @@ saturate, so they are the default::
     "vnni"        unsigned, 8 bits  signed, 8 bits
 
 Dynamic twins have unsigned weights of 8 bits, which no processor saturates.
+
+``examples/bench_int8.py`` compares the pairings. On a processor with AVX2 and no VNNI, the mean
+difference from the float file is 1.5 % of the mean output for the paper's net with LEAN and 1.0 %
+without, against 5.1 % and 5.5 % with weights of 8 bits, at the same speed (within 2 %). Unsigned
+weights of 8 bits come 0.2 and 0.04 points closer, and take 11 % and 17 % more time (batch 16, one
+thread). Signed activations are as exact as unsigned ones, and up to 13 % slower.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ class ModularizeWeights(Pass):
         for name in todo:
             if name not in found:
                 raise PlanError(
-                    f"plan: {name!r} is no parameter that multiplies a value once and for itself; "
-                    "make the plan anew from this model"
+                    f"plan: {name!r} is not a parameter that multiplies one value only; make the "
+                    "plan anew from this model"
                 )
             _call(graph_module, found[name])
         return bool(todo)

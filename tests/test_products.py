@@ -168,7 +168,7 @@ NAMED = {
     ),
     "a value's": (
         lambda m, x: F.linear(x, x[0].mean(0, keepdim=True)),
-        ("linear", "linear", "its weight is no parameter"),
+        ("linear", "linear", "its weight is not a parameter"),
     ),
     "of a buffer": (
         lambda m, x: x + F.linear(m.buffer, m.weight)[:4],

@@ -75,7 +75,7 @@ class Scaled(nn.Parameter):
     ("model", "reason"),
     [
         (with_weight(torch.ones(8, 32, dtype=torch.int8)), "its weight is torch.int8, which is "),
-        (with_weight(torch.ones(8, 32), parameter=False), "its weight is no parameter"),
+        (with_weight(torch.ones(8, 32), parameter=False), "its weight is not a parameter"),
         (with_weight(Scaled(torch.ones(8, 32))), "its weight is a Scaled, which a "),
         (mlp().to(torch.complex64), "its weight is torch.complex64, which is not floating-point"),
     ],

@@ -54,11 +54,11 @@ def test_the_net_computes_its_formula():
 def test_no_other_factor_comes_nearer_to_the_budget(widths, budget, size):
     shape = {"in_channels": 3, "image_size": size, "classes": 10}
     found = narrow_widths(budget, widths=widths, **shape)
-    operands = [step / 1000 for step in range(1, 1001)]
+    factors = [step / 1000 for step in range(1, 1001)]
     # Halves are left to the search: floats round them either way.
     nets = {
         tuple(max(1, round(factor * width)) for width in widths)
-        for factor in operands
+        for factor in factors
         if not any(math.isclose(factor * width % 1, 0.5) for width in widths)
     }
     nearest = min(abs(parameters_of(net, **shape) - budget) for net in nets)

@@ -159,7 +159,9 @@ output = output(linear_2)
     again = lean_fx.Plan.from_json(plan.to_json())
     assert again == plan
     assert isinstance(again.apply(model).product, nn.Parameter)
-    with pytest.raises(PlanError, match="'product' is not a parameter that multiplies one value only"):
+    with pytest.raises(
+        PlanError, match="'product' is not a parameter that multiplies one value only"
+    ):
         replace(plan, weights=("product",)).apply(nn.Linear(2, 2))
 
 

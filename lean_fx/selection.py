@@ -1,4 +1,4 @@
-"""Which sites pay: by what they cost and save, or by the clock.
+"""Select the sites that pay: by their costs and savings, or by the clock.
 
 For a site with ``P`` positions, ``C_in`` channels and the layers that read them::
 
@@ -7,7 +7,7 @@ For a site with ``P`` positions, ``C_in`` channels and the layers that read them
     bytes saved   (1 - C'/C_in) x the layers' inputs and weights
     bytes spent   P (C_in + C') numbers: it reads all channels once and writes C'
 
-The last is the least that any implementation moves.
+No implementation can move fewer bytes than the last line says.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def select_sites(
     graph_module: GraphModule,
     keep: Keep,
 ) -> tuple[tuple[Site, ...], list[LeftAlone]]:
-    """Keep the sites that pay; each is judged once.
+    """Keep the sites that pay. Each site is evaluated once.
 
     Args:
-        sites: of ``graph_module``.
+        sites: the sites of ``graph_module``.
         reduction: a registered name or a factory.
         graph_module: analysed with example inputs; not changed.
         keep: ``"all"``; ``"saving"``, the sites that save both MACs and bytes; or
-            ``"measured"``, those whose layers are faster in ONNX Runtime (one thread, the batch of
-            the example inputs) with their reduction than without.
+            ``"measured"``, the sites whose layers run faster with their reduction in ONNX Runtime
+            (one thread, the batch of the example inputs).
 
     Returns:
-        The sites that pay, and the layers of the others.
+        The sites to keep, and the layers of the others.
 
     Raises:
         ArgumentError: the shapes are not known.
@@ -81,7 +81,7 @@ def select_sites(
 
 
 def _calls(site: Site, nodes: dict[str, Node]) -> list[tuple[Node, list[tuple[Consumer, Node]]]]:
-    """Each value that is reduced, and the calls of layers that read its reduction."""
+    """The values that a site reduces, and the calls of layers that read each reduction."""
     if site.value:
         return [(nodes[site.value], [(each, nodes[each.node]) for each in site.consumers])]
     (consumer,) = site.consumers
@@ -119,7 +119,7 @@ def _saving(
 
 
 def _macs(consumer: Consumer, node: Node, graph_module: GraphModule) -> int:
-    """The products with the input: of a recurrent layer the others stay."""
+    """The multiply-adds with the input; a recurrent layer has others, which stay as they are."""
     layer = graph_module.get_submodule(consumer.layer)
     read = _numel(node.all_input_nodes[0])
     kind = kind_of(layer)
@@ -167,7 +167,7 @@ def _measured(
 
 
 def _alone(site: Site, graph_module: GraphModule) -> tuple[GraphModule, Site]:
-    """A module of the layers of a site alone, which read its value as their input; its site."""
+    """A module with only the layers of a site, whose input is the site's value; and its site."""
     graph = Graph()
     value = graph.placeholder("value")
     calls: list[Node] = []

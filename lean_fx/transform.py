@@ -1,7 +1,6 @@
 """leanify() and plan(): capture, normalise, analyse, plan, select, apply.
 
-A model that cannot be traced is run once in place of being captured; the plan is made by the same
-planner.
+If torch.fx cannot trace a model, one observed run replaces the graph. The planner is the same.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
 )
-from lean_fx.planning.normalising import Rewritings, undo
+from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.observed import layer_names, observed_records, without_failing
 from lean_fx.planning.options import Options
 from lean_fx.planning.planner import check_named_layers, choose_sites, named_sites
@@ -53,45 +52,45 @@ def leanify(
     reduce_inputs: bool = False,
     keep: Keep = "all",
 ) -> nn.Module:
-    """Insert LEAN reductions before the layers of a model, and shrink those.
+    """Insert LEAN reductions before the layers of a model, and shrink these layers.
 
-    The result is to be trained from scratch: the layers behind a reduction have fewer input
-    channels and new weights. ``model`` itself is not touched.
+    Train the result from scratch: the layers behind a reduction have fewer input channels and new
+    weights. ``model`` itself is not changed.
 
     Args:
-        model: any module. One that torch.fx cannot trace needs example inputs: branches on sizes
-            are followed by them; where more hinders it each of its layers reduces its own input,
-            and a LeanWarning says so (:mod:`lean_fx.planning.observed`).
+        model: any module. If torch.fx cannot trace it, example inputs are needed. They decide its
+            branches on sizes; if something else prevents a graph, each layer reduces its own
+            input, and a LeanWarning says so (:mod:`lean_fx.planning.observed`).
         example_inputs: a tensor, packed sequences, or a tuple of the positional inputs; optional.
-            With them the shapes of all values are known and checked, and the rebuilt layers start
-            at the scale of those that they replace.
-        channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a part of
-            C_in), ``"sqrt"`` (the divisor of C_in nearest to its root), ``"tenth"``, a function of
-            the :class:`~lean_fx.passes.Site` that returns one of these, or a mapping of layer
-            names or glob patterns to them. C' divides C_in; where the wanted number does not, the
-            nearest divisor is taken and the plan says so.
+            They give the shapes of all values, and the scale at which the rebuilt layers start.
+        channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a fraction
+            of C_in), ``"sqrt"`` (the divisor of C_in nearest to its square root), ``"tenth"``, a
+            function of the :class:`~lean_fx.passes.Site` that returns one of these, or a mapping
+            of layer names or glob patterns to them. C' must divide C_in: if the wanted number does
+            not, the nearest divisor is taken, and the plan says so.
         round_to: prefer C' that are multiples of this number, such as 8; 1 or more.
         reduction: a registered name (:func:`lean_fx.reductions`) or a module class with the
             arguments ``(in_channels, out_channels, dim)``.
-        min_channels: leave layers alone that read fewer channels; 1 or more. As ``channels``, it
-            speaks of one group of a grouped convolution.
-        skip: names, glob patterns or types of layers to leave alone; the type of a module that
-            holds layers, such as nn.TransformerEncoderLayer, stands for all that are inside.
-        filter_fn: called as ``filter_fn(module, name)``; layers for which it is false are left
-            alone.
-        reduce_inputs: reduce the model's own inputs too, not only intermediate values.
-        keep: which sites: ``"all"``; ``"saving"``, those that save multiply-adds and bytes (see
-            :mod:`lean_fx.selection`); or ``"measured"``, those whose layers are faster with their
-            reduction in ONNX Runtime, on one thread, which takes seconds a site. The last two need
-            example inputs and a graph: layers inside of what is not traced are left alone.
+        min_channels: leave alone the layers that read fewer channels; 1 or more. In a grouped
+            convolution, ``channels`` and ``min_channels`` count the channels of one group.
+        skip: names, glob patterns or types of layers to leave alone. The type of a module that
+            holds layers, such as nn.TransformerEncoderLayer, stands for all layers inside.
+        filter_fn: called as ``filter_fn(module, name)``; layers for which it returns False are
+            left alone.
+        reduce_inputs: also reduce the model's own inputs, not only intermediate values.
+        keep: which sites to reduce: ``"all"``; ``"saving"``, the sites that save multiply-adds and
+            bytes (:mod:`lean_fx.selection`); or ``"measured"``, the sites whose layers run faster
+            with their reduction in ONNX Runtime, on one thread. Measuring takes seconds per site.
+            The last two need example inputs and a graph, and leave alone the layers inside modules
+            that cannot be traced.
 
     Returns:
         A torch.fx.GraphModule, or, if ``model`` cannot be traced, a module of its own class. The
-        plan is in ``meta["lean_fx.plan"]``. If no layer can be reduced the result equals ``model``,
-        and a LeanWarning says why.
+        plan is in ``meta["lean_fx.plan"]``. If no layer can be reduced, the result equals
+        ``model``, and a LeanWarning says why.
 
     Raises:
-        ArgumentError: an option is out of its range, the example inputs do not fit, or ``keep``
+        ArgumentError: an option is out of range, the model rejects the example inputs, or ``keep``
             needs a graph and the model cannot be traced.
         CaptureError: the model cannot be traced, and there are no example inputs.
 
@@ -114,7 +113,7 @@ def leanify(
         workshop on Neural Compression.
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
-    with torch.inference_mode(False):  # the copies are to be trained
+    with torch.inference_mode(False):  # the copies will be trained
         made, captured = _planned(model, example_inputs, options, keep)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
@@ -141,13 +140,13 @@ def plan(
     reduce_inputs: bool = False,
     keep: Keep = "all",
 ) -> Plan:
-    """What :func:`leanify` would do with the same arguments, and why not more.
+    """Decide what :func:`leanify` would reduce with the same arguments, and what it would not.
 
     Returns:
-        The plan: ``print`` it, ``apply`` it, keep it as JSON.
+        The plan: print it, apply it, or store it as JSON.
 
     Raises:
-        ArgumentError: an option is out of its range, or the example inputs do not fit.
+        ArgumentError: an option is out of range, or the model rejects the example inputs.
         CaptureError: the model cannot be traced, and there are no example inputs.
 
     Example:
@@ -168,7 +167,7 @@ def plan(
 def _planned(
     model: nn.Module, example_inputs: Any, options: Options, keep: Keep
 ) -> tuple[Plan, GraphModule | None]:
-    """The plan, and the graph to apply it to; None if the model cannot be traced."""
+    """The plan, and the captured graph to apply it to (None if the model cannot be traced)."""
     check_choice("keep", keep, get_args(Keep))
     inputs = as_inputs(example_inputs) if example_inputs is not None else ()
     try:
@@ -196,7 +195,7 @@ def _planned(
 
 
 def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
-    """Write the facts that a plan is made from."""
+    """Write the facts that the planner reads."""
     passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
     if inputs:
         passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
@@ -210,7 +209,7 @@ def _plan_graph(
     options: Options,
     keep: Keep,
 ) -> Plan:
-    """Plan and select on the normalised graph; undo the rewritings that nothing needs."""
+    """Plan and select on the normalised graph; drop the rewritings that no site uses."""
     called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
     uncalled = uncalled_layers(model, normalised, called | set(rewritings.split_layers))
     records = graph_records(normalised, options) + unread_records(uncalled)
@@ -220,7 +219,7 @@ def _plan_graph(
     sites, dropped = select_sites(chosen, options.reduction, normalised, keep)
     used = rewritings.used_by(sites)
     unused = rewritings.without(used)
-    sites, left = undo(unused, normalised, sites, [*left, *dropped], options)
+    sites, left = unused.undo(normalised, sites, [*left, *dropped], options)
     return Plan(
         model=type(model).__name__,
         sites=named_sites(sites),
@@ -239,7 +238,7 @@ def _plan_observed(
     options: Options,
     only: frozenset[str] | None = None,
 ) -> Plan:
-    """Plan from one observed run: every layer reduces its own input."""
+    """Plan from one observed run: each layer reduces its own input."""
     records = observed_records(runnable, inputs, options, only)
     if only is None:
         check_named_layers(options, layer_names(runnable))
@@ -258,9 +257,9 @@ def _plan_observed(
 def _with_layers_inside_leaves(
     made: Plan, captured: GraphModule, inputs: tuple[Any, ...], options: Options
 ) -> Plan:
-    """The plan with the layers inside of what is not traced; they reduce their own input."""
+    """Add the layers inside modules that are not traced; these layers reduce their own input."""
     inside = layers_inside_leaves(captured)
-    if not inside or first_without_values(captured):  # what they read is seen when they run
+    if not inside or first_without_values(captured):  # planning them needs a run with real values
         return made
     within = _plan_observed(captured, captured, inputs, options, inside)
     seen = [each for each in made.left_alone if each.layer not in inside]

@@ -60,9 +60,9 @@ def edited(change):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "plan: the text is no plan in JSON ("),
-        ("[1]", "plan: the text is no plan in JSON ("),
-        ("{}", "plan: the text is no plan in JSON ('format'); give Plan.to_json()"),
+        ("", "plan: the text is not a plan in JSON ("),
+        ("[1]", "plan: the text is not a plan in JSON ("),
+        ("{}", "plan: the text is not a plan in JSON ('format'); give Plan.to_json()"),
         (edited(lambda c: c.update(version=99)), "plan: format 'lean_fx.plan' version 99 is not"),
         (edited(lambda c: c.pop("sites")), "plan: a part is missing or unknown ('sites')"),
         (edited(lambda c: c.update(more=1)), "plan: a part is missing or unknown ("),
@@ -92,8 +92,8 @@ def test_a_plan_with_an_unknown_reduction():
         with pytest.raises(PlanError) as caught:
             lean_fx.Plan.from_json(edited(lambda c, name=name: c.update(reduction=name)))
         assert str(caught.value) == (
-            f"plan: the reduction {name!r} is not registered here; do so first with "
-            f"lean_fx.register_reduction({name!r}, factory)"
+            f"plan: the reduction {name!r} is not registered; call "
+            f"lean_fx.register_reduction({name!r}, factory) first"
         )
 
 

@@ -404,7 +404,7 @@ def test_a_plan_knows_how_deep_a_stack_is(layers):
     with pytest.raises(PlanError) as caught:
         lean_fx.plan(Chain()).apply(Chain(layers))
     assert str(caught.value) == (
-        f"plan: layer 'stack' has {layers} layers, but the plan speaks of 2; make the plan anew from "
+        f"plan: layer 'stack' has {layers} layers, but the plan names 2; make the plan anew from "
         "this model"
     )
 

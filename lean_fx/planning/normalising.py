@@ -1,9 +1,9 @@
-"""Layers that a graph hides are made visible before it is analysed; those of no use stay hidden.
+"""Rewrite a graph so that layers which it hides become visible; keep only the rewritings in use.
 
-Stacks of recurrent layers and attention are split into their layers, and parameters that multiply
-values become layers, all on a copy of the graph. A plan is made on that copy. In the end it keeps
-only the rewritings that one of its sites needs, and speaks of everything else by the names that
-the graph itself has.
+Stacks of recurrent layers and attention are split into their layers. Parameters that multiply
+values become layers. This happens on a copy of the captured graph, on which the plan is made. The
+plan keeps the rewritings that one of its sites uses; everything else in it gets the name that it
+has in the captured graph.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lean_fx.skip_reason import SkipReason
 
 @dataclass(frozen=True)
 class Rewritings:
-    """What is rewritten: layers to split, and parameters to make layers of, by name."""
+    """The names of the layers to split, and of the parameters to turn into layers."""
 
     split_layers: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, captured: GraphModule, options: Options) -> Rewritings:
-        """All that a captured graph allows, but for what the user's skip and filter rule out."""
+        """Everything that a graph allows, except what the user's skip and filter_fn exclude."""
         graph = GraphContext.of(captured)
         calls = [str(node.target) for node in captured.graph.nodes if node.op == "call_module"]
         split = tuple(
@@ -51,7 +51,7 @@ class Rewritings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of both."""
+        """All names."""
         return (*self.split_layers, *self.weights)
 
     def apply(self, graph_module: GraphModule) -> None:
@@ -59,7 +59,7 @@ class Rewritings:
         Pipeline([ModularizeWeights(self.weights), SplitLayers(self.split_layers)])(graph_module)
 
     def used_by(self, sites: tuple[Site, ...]) -> Rewritings:
-        """Those without which a site could not be: all but the first layer of a stack needs it."""
+        """The rewritings that a site needs: of a stack, all sites but that of its first layer."""
         reduced = {layer for site in sites for layer in site.layers}
         split = [
             name for name in self.split_layers if any(_is_inside(layer, name) for layer in reduced)
@@ -67,61 +67,59 @@ class Rewritings:
         return Rewritings(tuple(split), tuple(name for name in self.weights if name in reduced))
 
     def without(self, others: Rewritings) -> Rewritings:
-        """Those that are not among others."""
+        """The rewritings that are not among others."""
         return Rewritings(
             tuple(name for name in self.split_layers if name not in others.split_layers),
             tuple(name for name in self.weights if name not in others.weights),
         )
 
+    def undo(
+        self,
+        graph_module: GraphModule,
+        sites: tuple[Site, ...],
+        left: list[LeftAlone],
+        options: Options,
+    ) -> tuple[tuple[Site, ...], list[LeftAlone]]:
+        """Name sites and layers as if these rewritings had not happened.
 
-def undo(
-    unused: Rewritings,
-    graph_module: GraphModule,
-    sites: tuple[Site, ...],
-    left: list[LeftAlone],
-    options: Options,
-) -> tuple[tuple[Site, ...], list[LeftAlone]]:
-    """Speak of a graph as it is without some of its rewritings.
+        Args:
+            graph_module: the rewritten graph.
+            sites: of that graph; none of them needs these rewritings.
+            left: the layers left alone.
+            options: the user's.
 
-    Args:
-        unused: the rewritings that are to be undone.
-        graph_module: the rewritten graph.
-        sites: of it.
-        left: the layers that are left alone.
-        options: what the user asked for.
-
-    Returns:
-        The sites with the names of the graph that is not rewritten, and the layers left alone:
-        those of a stack stay within it.
-    """
-    names = replaced_names(graph_module.graph, unused.names)
-    wishes = {
-        name: named_by_user(name, options.modules[name], options) for name in unused.split_layers
-    }
-    kept = []
-    refused: list[LeftAlone] = []
-    for site in sites:
-        consumers = [_undone(each, unused, names) for each in site.consumers]
-        unwanted = [each for each in consumers if wishes.get(each.layer)]
-        refused += [
-            LeftAlone(each.layer, each.kind, reason)
-            for each in unwanted
-            if (reason := wishes[each.layer])
-        ]
-        wanted = tuple(each for each in consumers if each not in unwanted)
-        if wanted:
-            value = names.get(site.value, site.value)
-            kept.append(dataclasses.replace(site, value=value, consumers=wanted))
-    for name in unused.split_layers:
-        layer = options.modules[name]
-        if isinstance(layer, nn.MultiheadAttention):
-            reason = wishes[name] or NO_PART_REDUCED
-            refused.append(LeftAlone(name, type(layer).__name__, reason))
-    return tuple(kept), [*_outside(left, unused), *refused, *_inside(left, unused)]
+        Returns:
+            The sites, with the names of the captured graph, and the layers left alone: the layers
+            of a stack that stays whole are left alone within it.
+        """
+        names = replaced_names(graph_module.graph, self.names)
+        wishes = {
+            name: named_by_user(name, options.modules[name], options) for name in self.split_layers
+        }
+        kept = []
+        refused: list[LeftAlone] = []
+        for site in sites:
+            consumers = [_undone(each, self, names) for each in site.consumers]
+            unwanted = [each for each in consumers if wishes.get(each.layer)]
+            refused += [
+                LeftAlone(each.layer, each.kind, reason)
+                for each in unwanted
+                if (reason := wishes[each.layer])
+            ]
+            wanted = tuple(each for each in consumers if each not in unwanted)
+            if wanted:
+                value = names.get(site.value, site.value)
+                kept.append(dataclasses.replace(site, value=value, consumers=wanted))
+        for name in self.split_layers:
+            layer = options.modules[name]
+            if isinstance(layer, nn.MultiheadAttention):
+                reason = wishes[name] or NO_PART_REDUCED
+                refused.append(LeftAlone(name, type(layer).__name__, reason))
+        return tuple(kept), [*_outside(left, self), *refused, *_inside(left, self)]
 
 
 def _outside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:
-    """The layers that are seen without the rewritings: the first of a stack stands for it."""
+    """The layers outside the stacks; the first layer of a stack stands for the stack."""
     first = {f"{name}.0": name for name in unused.split_layers}
     return [
         dataclasses.replace(each, layer=first.get(each.layer, each.layer))
@@ -131,7 +129,7 @@ def _outside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:
 
 
 def _inside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:
-    """The layers that stay within a stack or attention."""
+    """The layers inside a stack or attention that stays whole."""
     return [
         dataclasses.replace(
             each, reason=SkipReason("within_stack", f"stays within {name}: {each.reason}")
@@ -153,12 +151,12 @@ def _undone(consumer: Consumer, unused: Rewritings, names: dict[str, str]) -> Co
 
 
 def _is_inside(layer: str, stack: str) -> bool:
-    """Whether a layer is part of a split one, and not what that reads its input by."""
+    """Whether a layer is inside a split one, and not the first, which reads the input."""
     return layer.startswith(f"{stack}.") and layer != f"{stack}.0"
 
 
 def _passes_inside(name: str, layer: nn.Module, options: Options) -> bool:
-    """Whether the user's filter lets a layer pass, or one of a stack but the first."""
+    """Whether the user's filter_fn accepts a layer, or a later layer of a stack."""
     count = int(getattr(layer, "num_layers", 1))
     names = (name, *(f"{name}.{index}" for index in range(1, count)))
     return options.filter_fn is None or any(options.filter_fn(layer, each) for each in names)

@@ -1,4 +1,4 @@
-"""What a user asked for, and what that says against a layer."""
+"""The user's options, checked, and the layers that they exclude."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lean_fx.skip_reason import SkipReason
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asked for, checked; see :func:`lean_fx.leanify`.
+    """The options of :func:`lean_fx.leanify`, checked.
 
-    ``modules`` are those of the model, by name: a graph does not know the types of what holds its
-    layers.
+    ``modules`` holds the modules of the model by name: a graph does not know the types of the
+    modules around its layers.
 
     Raises:
-        ArgumentError: an option is out of its range.
+        ArgumentError: an option is out of range.
     """
 
     channels: ChannelsPolicy = "sqrt"
@@ -68,7 +68,7 @@ class Options:
 def unwanted(read: ChannelRead, name: str, layer: nn.Module, options: Options) -> SkipReason | None:
     """Why the user does not want this layer to be reduced, or None."""
     reason = named_by_user(name, layer, options)
-    if getattr(layer, "num_layers", 1) > 1:  # as a stack, it is its first layer that is reduced
+    if getattr(layer, "num_layers", 1) > 1:  # of a stack that stays whole, the first layer reads
         reason = reason or named_by_user(f"{name}.0", layer, options)
     if reason:
         return reason
@@ -84,7 +84,7 @@ def unwanted(read: ChannelRead, name: str, layer: nn.Module, options: Options) -
 
 
 def named_by_user(name: str, layer: nn.Module, options: Options) -> SkipReason | None:
-    """What the user's skip and filter_fn say against a layer, or None."""
+    """The reason if the user's skip or filter_fn excludes a layer, or None."""
     reason = skip_reason(name, layer, options)
     if not reason and options.filter_fn is not None and not options.filter_fn(layer, name):
         return SkipReason("filter_fn", "filter_fn(module, name) is false")
@@ -92,7 +92,7 @@ def named_by_user(name: str, layer: nn.Module, options: Options) -> SkipReason |
 
 
 def skip_reason(name: str, layer: nn.Module, options: Options) -> SkipReason | None:
-    """What the user's skip says against a layer or a module that holds it, or None."""
+    """The reason if the user's skip names a layer or a module around it, or None."""
     holders = [options.modules[each] for each in holders_of(name) if each in options.modules]
     text = skipped_by(options.skip, name, layer, holders)
     return SkipReason("skip", text) if text else None

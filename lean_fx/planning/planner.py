@@ -1,4 +1,4 @@
-"""From records of calls, and what the user asked for, to sites with their channels."""
+"""Group the calls of layers into sites, and choose how many channels each site keeps."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lean_fx.skip_reason import SkipReason
 def choose_sites(records: Sequence[Record], options: Options) -> tuple[list[Site], list[LeftAlone]]:
     """Group the calls that can share a reduction, and choose the channels of each group.
 
-    Calls of one layer share a reduction inside the layer. Calls of different layers share one if
-    they read the same channels of the same value, and the same number of them is kept.
+    All calls of one layer share a reduction inside the layer. Calls of different layers share a
+    reduction if they read the same channels of the same value and keep the same number of them.
 
     Args:
         records: of all calls, in order.
-        options: what the user asked for.
+        options: the user's.
 
     Returns:
-        The sites, not yet named, and the layers that are left alone, each with its reason.
+        The sites, not yet named, and the layers left alone, with their reasons.
 
     Raises:
         ArgumentError: ``channels`` gives no usable number for a layer.
@@ -47,7 +47,7 @@ def choose_sites(records: Sequence[Record], options: Options) -> tuple[list[Site
 
 
 def named_sites(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """Give every site a name of its own: that of its value, or of its layer."""
+    """Give every site a unique name, after its value or its layer."""
     taken: set[str] = set()
     made = []
     for site in sites:
@@ -59,10 +59,10 @@ def named_sites(sites: Iterable[Site]) -> tuple[Site, ...]:
 
 
 def check_named_layers(options: Options, layers: Collection[str]) -> None:
-    """Check that the names in ``skip`` and ``channels`` are those of layers.
+    """Check that every name in ``skip`` and ``channels`` matches a layer.
 
     Raises:
-        ArgumentError: one is not.
+        ArgumentError: one does not.
     """
     check_names("skip", (each for each in options.skip if isinstance(each, str)), layers)
     if isinstance(options.channels, dict):
@@ -70,7 +70,7 @@ def check_named_layers(options: Options, layers: Collection[str]) -> None:
 
 
 def _refused_together(records: Sequence[Record]) -> list[Record]:
-    """The records, where a refused call of a layer refuses its other calls: it has one width."""
+    """Skip all calls of a layer if one of them is skipped: the layer has a single width."""
     reducible = {each.layer for each in records if not each.reason}
     reasons = {each.layer: each.reason for each in records if each.reason}
     mixed = reducible & reasons.keys()
@@ -107,7 +107,7 @@ def _by_value(records: Iterable[Record]) -> list[Site]:
 
 
 def _by_layer(records: Iterable[Record]) -> list[Site]:
-    """A site without a value for each layer that reduces its own input at every call."""
+    """A site without a value for each layer that reduces its own input."""
     sites = []
     for calls in _calls_of_layers(records).values():
         read = calls[0].read
@@ -183,7 +183,7 @@ def _choose_channels(site: Site, options: Options) -> tuple[list[Site], list[Lef
 
 
 def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> int | None:
-    with torch.random.fork_rng(devices=[]):  # what is drawn for it here is drawn in vain
+    with torch.random.fork_rng(devices=[]):  # this module is only counted, never used
         module = make_reduction(reduction, site.in_channels, out_channels, site.reduced_dim)
     if isinstance(module, LeanReduction):
         module.nonnegative |= site.nonnegative
@@ -209,7 +209,7 @@ def _channels(site: Site, layer: str, options: Options) -> int | SkipReason:
 
 
 def _note(site: Site, layer: str, found: int, options: Options) -> str:
-    """What the user should know of the number of channels; empty if it is the one wanted."""
+    """Say if the number of channels is not the one that the user asked for."""
     wanted = wanted_channels(options.channels, site, layer)
     assert wanted is not None
     missed = bool(options.round_to and found % options.round_to)

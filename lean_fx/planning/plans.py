@@ -1,4 +1,4 @@
-"""The plan: what is reduced, where, to how many channels; and why the rest is left alone."""
+"""The plan: what to reduce, where, to how many channels, and why the rest is left alone."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A layer that stays as it is, or a parameter of none that multiplies values, and why.
+    """A layer that is not reduced, or a parameter that multiplies values outside any layer.
 
     Attributes:
-        layer: its qualified name; of a functional call without a parameter, that of its node.
+        layer: its qualified name; for a functional call without a parameter, the node's name.
         kind: its type, such as ``"Conv2d"``, or the function, such as ``"einsum"``.
-        reason: a code for programs and a line for people.
+        reason: why; a code for programs and a line for people.
 
     Example:
         >>> import lean_fx
@@ -59,25 +59,25 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a leanify would do; ``print(plan)`` is a table.
+    """Everything that leanify would do. ``print(plan)`` shows it as a table.
 
-    Its MACs are the multiply-adds of the reduction at one position, greater where the sign of the
-    value is not known; of a recurrent layer it saves the products with the input alone. The
-    channels of a grouped convolution are those of one group.
+    The table's MACs are the multiply-adds of the reduction at one position; they are more if the
+    sign of the value is unknown. A reduction before a recurrent layer saves only the products with
+    the input. For a grouped convolution, channels are counted in one group.
 
     Attributes:
         model: the name of the model's class.
-        sites: the values to reduce, each with the layers that share its reduction.
-        left_alone: every other conv, linear, recurrent and attention layer, and the reason.
+        sites: the values to reduce, and the layers that share each reduction.
+        left_alone: every other conv, linear, recurrent and attention layer, with its reason.
         reduction: a registered name, or a factory.
-        parameters: of the model, before.
-        split_layers: the stacks of recurrent layers, and the layers of attention, to split first
+        parameters: how many the model has before.
+        split_layers: the stacks of recurrent layers and the attention layers to split first
             (:class:`~lean_fx.passes.SplitLayers`): into ``<stack>.0``, ``<stack>.1``, ..., and into
             ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
-        weights: the parameters of no layer, of which to make layers first
+        weights: the parameters outside any layer to turn into layers first
             (:class:`~lean_fx.passes.ModularizeWeights`).
-        traced: whether the model can be captured as a graph; if not, every site is a layer that
-            reduces its own input, and the model keeps its class.
+        traced: whether the model can be captured as a graph. If not, each layer reduces its own
+            input, and the model keeps its class.
 
     Example:
         >>> import lean_fx
@@ -108,8 +108,8 @@ class Plan:
 
         Args:
             model: the model that the plan was made from, or another instance of it; it is copied.
-            example_inputs: as the plan was made with; they matter for a model that branches on
-                sizes or has optional inputs.
+            example_inputs: the inputs that the plan was made with. A model that branches on sizes
+                or has optional inputs needs them.
 
         Returns:
             An ordinary module (a GraphModule, if the model can be traced) with the plan in its
@@ -124,7 +124,7 @@ class Plan:
         """
         if isinstance(model, nn.Module):
             check_registered(model, self.sites)
-        with torch.inference_mode(False):  # what is made in it could not be trained
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
             if self.traced:
                 inputs = as_inputs(example_inputs) if example_inputs is not None else ()
                 return self.apply_to_graph(capture(model, inputs))
@@ -139,7 +139,7 @@ class Plan:
         return copied
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
-        """As :meth:`apply`, in place, to a model that has been captured already."""
+        """Like :meth:`apply`, but in place, on a model that is captured already."""
         self._check_depths(graph_module)
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
@@ -150,16 +150,16 @@ class Plan:
         return graph_module
 
     def _check_depths(self, graph_module: GraphModule) -> None:
-        """Check that every stack to split has as many layers as the plan speaks of."""
+        """Check that every stack to split has as many layers as the plan names."""
         modules = dict(graph_module.named_modules())
         names = {layer for site in self.sites for layer in site.layers}
         names |= {each.layer for each in self.left_alone}
         for stack in self.split_layers:
             found = getattr(modules.get(stack), "num_layers", 1)
             planned = sum(name.rpartition(".")[0] == stack for name in names)
-            if found > 1 and found != planned:  # that it is no stack, its own pass says
+            if found > 1 and found != planned:  # SplitLayers refuses a layer that is not a stack
                 raise PlanError(
-                    f"plan: layer {stack!r} has {found} layers, but the plan speaks of {planned}; "
+                    f"plan: layer {stack!r} has {found} layers, but the plan names {planned}; "
                     "make the plan anew from this model"
                 )
 
@@ -184,15 +184,15 @@ class Plan:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            PlanError: the text is no plan, or of an unknown version, or its reduction is not
-                registered here.
+            PlanError: the text is not a plan, its version is unknown, or its reduction is not
+                registered.
         """
         try:
             content: dict[str, Any] = json.loads(text)
             form, version = content.pop("format"), content.pop("version")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise PlanError(
-                f"plan: the text is no plan in JSON ({error}); give Plan.to_json()"
+                f"plan: the text is not a plan in JSON ({error}); give Plan.to_json()"
             ) from error
         if (form, version) != (PLAN, _VERSION):
             raise PlanError(
@@ -220,8 +220,8 @@ class Plan:
             ) from error
         if plan.reduction not in reductions():
             raise PlanError(
-                f"plan: the reduction {plan.reduction!r} is not registered here; do so first with "
-                f"lean_fx.register_reduction({plan.reduction!r}, factory)"
+                f"plan: the reduction {plan.reduction!r} is not registered; call "
+                f"lean_fx.register_reduction({plan.reduction!r}, factory) first"
             )
         return plan
 
@@ -300,7 +300,7 @@ def _check_types(part: Any) -> None:
 
 def _names(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
-        raise TypeError(f"{key}= is no list of names of layers")
+        raise TypeError(f"{key}= is not a list of names of layers")
     return tuple(value)
 
 

@@ -1,4 +1,4 @@
-"""How many channels a site keeps, and which layers are left alone by wish."""
+"""How many channels to keep, and which layers the user excludes by name or type."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _FORMS = (
 
 
 def check_channels_policy(channels: Any) -> None:
-    """Check all of a policy that can be checked before a site is known.
+    """Check a policy as far as possible before any site is known.
 
     Raises:
-        ArgumentError: a wrong type, or a value out of its range.
+        ArgumentError: a value is of the wrong type or out of range.
 
     Example:
         >>> check_channels_policy(0)
@@ -59,25 +59,26 @@ def _check_scalar(value: Any, subject: str) -> None:
             raise ArgumentError(f"{subject}={value!r} is a {type(value).__name__}; {_FORMS}")
         if not 0 < value < 1:
             raise ArgumentError(
-                f"{subject}={value!r} is not in ]0, 1[; a float is the part to keep"
+                f"{subject}={value!r} is not in ]0, 1[; a float is the fraction to keep"
             )
     else:
         check_int(subject, value, 1)
 
 
 def wanted_channels(channels: ChannelsPolicy, site: Site, layer: str) -> float | None:
-    """The number of channels that a policy wants for one layer of a site, not yet a divisor.
+    """The number of channels that a policy asks for, before rounding to a divisor.
 
     Returns:
-        The wish, or None if a mapping does not name the layer.
+        The number, or None if a mapping does not name the layer.
 
     Raises:
-        ArgumentError: it is no number of channels, or above the site's ``in_channels``.
+        ArgumentError: the value is not a number of channels, or is above the site's
+            ``in_channels``.
     """
     subject = f"channels of {layer}"
     value: Any = channels
     if isinstance(channels, Mapping):
-        # A stack of recurrent layers may be named for all of them, or as the first of them.
+        # The name of a stack of recurrent layers stands for all of its layers, or for the first.
         names = (layer, layer.rpartition(".")[0], f"{layer}.0")
         hits = [name for name in names if name in channels]
         hits += [key for key in channels if any(fnmatch.fnmatchcase(n, key) for n in names[::2])]
@@ -103,18 +104,18 @@ def wanted_channels(channels: ChannelsPolicy, site: Site, layer: str) -> float |
 
 
 def nearest_divisor(in_channels: int, wanted: float, round_to: int | None = None) -> int | None:
-    """The divisor of ``in_channels`` nearest to ``wanted``; the smaller of two equally near.
+    """The divisor of ``in_channels`` nearest to ``wanted``; of two equally near, the smaller.
 
-    1 and ``in_channels`` itself are taken only if they are wanted exactly: one would leave a
-    single channel, the other would reduce nothing.
+    1 and ``in_channels`` are taken only if ``wanted`` is exactly that number: 1 would leave a
+    single channel, ``in_channels`` would reduce nothing.
 
     Args:
-        in_channels: the channels to divide.
-        wanted: the number of channels that is wished for.
+        in_channels: the number to divide.
+        wanted: the number of channels asked for.
         round_to: prefer multiples of this number, if any divisor is one.
 
     Returns:
-        The divisor, or None if there is none but 1 and ``in_channels``.
+        The divisor, or None if 1 and ``in_channels`` are the only divisors.
 
     Example:
         >>> nearest_divisor(50, 10), nearest_divisor(64, 10), nearest_divisor(96, 96**0.5)
@@ -128,7 +129,7 @@ def nearest_divisor(in_channels: int, wanted: float, round_to: int | None = None
 
 
 def check_skip(skip: Any) -> tuple[str | type[nn.Module], ...]:
-    """Bring ``skip`` to a tuple.
+    """Turn ``skip`` into a tuple.
 
     Raises:
         ArgumentError: an entry is neither a string nor a type.
@@ -152,13 +153,13 @@ def skipped_by(
     layer: nn.Module,
     holders: Iterable[nn.Module] = (),
 ) -> str:
-    """The reason for which ``skip`` leaves a layer alone, or an empty string.
+    """The entry of ``skip`` that excludes a layer, as text; empty if none does.
 
     Args:
         skip: names, glob patterns and types.
-        name: of the layer.
-        layer: it itself.
-        holders: the modules that it is in; a type of these speaks for all inside.
+        name: the name of the layer.
+        layer: the layer.
+        holders: the modules around it; the type of a module excludes all layers inside.
 
     Example:
         >>> skipped_by(("head*", nn.Conv2d), "head.fc", nn.Linear(1, 1))

@@ -1,7 +1,7 @@
-"""What the planner decides over: one record for each call of a layer.
+"""The planner's input: one record for each call of a layer.
 
-A graph gives records (:func:`graph_records`), and so does one observed run of a model that cannot
-be traced (:mod:`lean_fx.planning.observed`). The planner does not ask where a record came from.
+Records come from a graph (:func:`graph_records`) or from one observed run of a model that cannot
+be traced (:mod:`lean_fx.planning.observed`). The planner treats both alike.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lean_fx.skip_reason import SkipReason
 
 @dataclass(frozen=True)
 class Record:
-    """A call of a layer: what it reads, or why it is left alone.
+    """One call of a layer, with what it reads or why it is left alone.
 
     Attributes:
         layer: the qualified name of the layer, or of a parameter that multiplies a value.
-        kind: the type of the layer, such as ``"Conv2d"``, or the function.
-        read: what it reads; None if that cannot be reduced.
-        reason: why it is left alone; None if it may be reduced.
+        kind: the type of the layer, such as ``"Conv2d"``, or the name of the function.
+        read: the channels that it reads; None if they cannot be reduced.
+        reason: why the layer is left alone; None if it may be reduced.
         node: the node of the call; empty if the layer reduces its own input.
-        weights: how many weights multiply the input.
-        rms: the root mean square of what it reads.
-        nonnegative: whether what it reads is proved to have no element below 0.
+        weights: the number of weights that multiply the input.
+        rms: the root mean square of the input.
+        nonnegative: whether the input is proved to have no element below 0.
         applied_by: as in :class:`~lean_fx.graph.sites.Consumer`.
         note: for the user.
     """
@@ -49,7 +49,7 @@ class Record:
 
 
 def graph_records(graph_module: GraphModule, options: Options) -> list[Record]:
-    """The records of a graph that has been analysed, in the order of its calls."""
+    """The records of an analysed graph, in the order of its calls."""
     modules = dict(graph_module.named_modules())
     nodes = {node.name: node for node in graph_module.graph.nodes}
     records = []
@@ -65,7 +65,7 @@ def graph_records(graph_module: GraphModule, options: Options) -> list[Record]:
 
 
 def unread_records(left: Iterable[LeftAlone]) -> list[Record]:
-    """The records of layers that are left alone before it is known what they read."""
+    """Records of layers that are left alone whatever they read."""
     return [Record(each.layer, each.kind, reason=each.reason) for each in left]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 WIDTHS = (4, 12, 16, 24, 32, 48)
 
@@ -185,6 +186,22 @@ def _linear(program: Program, rng: random.Random, index: int) -> None:
     _call(program, (*front, out), layer, index)
 
 
+def _normed(program: Program, rng: random.Random, index: int) -> None:
+    """A layer whose weight is computed from other parameters."""
+    *front, channels = program.shapes[index]
+    layer = nn.Linear(channels, out := rng.choice(WIDTHS))
+    _call(program, (*front, out), parametrizations.weight_norm(layer), index)
+
+
+def _tied(program: Program, rng: random.Random, index: int) -> None:
+    """Two layers with one weight."""
+    *front, channels = program.shapes[index]
+    first, second = nn.Linear(channels, channels), nn.Linear(channels, channels)
+    second.weight = first.weight
+    _call(program, (*front, channels), first, index)
+    _call(program, (*front, channels), second, len(program.shapes) - 1)
+
+
 def _matmul(program: Program, rng: random.Random, index: int) -> None:
     *front, channels = program.shapes[index]
     out = rng.choice(WIDTHS)
@@ -222,6 +239,30 @@ def _activation(program: Program, rng: random.Random, index: int) -> None:
     _call(program, program.shapes[index], rng.choice(kinds), index)
 
 
+def _dropout(program: Program, rng: random.Random, index: int) -> None:
+    shape = program.shapes[index]
+    program.add(shape, lambda self, x: F.dropout(x, 0.2, self.training), index)
+
+
+def _scale(program: Program, rng: random.Random, index: int) -> None:
+    """A product with a buffer, which may be below 0."""
+    name = program.layer(nn.Buffer(torch.randn(())))
+    program.add(program.shapes[index], lambda self, x: x * getattr(self, name), index)
+
+
+def _nested(program: Program, rng: random.Random, index: int) -> None:
+    """A module with a program of its own, whose value is added to what it read if that fits."""
+    shape = program.shapes[index]
+    inner = Program(shapes=[shape])
+    for _ in range(rng.randint(1, 4)):
+        _add_step(inner, rng)
+    name, made = program.layer(Model(inner)), inner.shapes[-1]
+    if made == shape:
+        program.add(made, lambda self, x: x + getattr(self, name)(x), index)
+    else:
+        program.add(made, lambda self, x: getattr(self, name)(x), index)
+
+
 def _in_place(program: Program, rng: random.Random, index: int) -> None:
     """A change of a fresh value, which later steps see."""
     program.add(program.shapes[index], lambda self, x: (2 * x).relu_(), index)
@@ -251,6 +292,7 @@ def _cat(program: Program, rng: random.Random, index: int) -> None:
 
 _PICTURES = [_conv, _conv, _conv, _transposed, _conv_twice, _functional_conv, _picture_norm]
 _PICTURES += [_pool, _flatten, _chunk, _to_sequence]
-_SEQUENCES = [_linear, _linear, _matmul, _recurrent, _recurrent, _attention, _layer_norm, _last]
-_VECTORS = [_linear, _linear, _linear, _matmul, _layer_norm]
-_ANY = [_activation, _activation, _in_place, _sum, _cat]
+_SEQUENCES = [_linear, _linear, _normed, _matmul, _recurrent, _recurrent, _attention]
+_SEQUENCES += [_layer_norm, _last]
+_VECTORS = [_linear, _linear, _linear, _matmul, _normed, _tied, _layer_norm]
+_ANY = [_activation, _activation, _dropout, _scale, _in_place, _sum, _cat, _nested]

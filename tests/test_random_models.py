@@ -17,7 +17,7 @@ from torch import nn
 import lean_fx
 from lean_fx.errors import LeanWarning
 from lean_fx.planning.plans import Plan
-from random_models import random_model
+from random_models import Branching, random_model
 
 FEW, MANY = range(40), range(40, 2040)
 
@@ -143,6 +143,14 @@ def check_signs(seed):
         lean.eval()(inputs(4))
 
 
+def check_export(seed, folder):
+    """The file gives what the model gives, for another batch too; export_onnx compares them."""
+    model, inputs, lean, _ = reduced(seed, "lean_damped")
+    if any(isinstance(each, Branching) for each in model.modules()):
+        return  # torch.export takes no branch on values
+    lean_fx.export_onnx(lean.float().eval(), folder / f"{seed}.onnx", inputs(2).float())
+
+
 @pytest.mark.parametrize("seed", FEW)
 def test_a_random_model(seed):
     check(seed)
@@ -151,6 +159,11 @@ def test_a_random_model(seed):
 @pytest.mark.parametrize("seed", FEW)
 def test_the_signs_of_a_random_model(seed):
     check_signs(seed)
+
+
+@pytest.mark.parametrize("seed", FEW[:8])
+def test_the_export_of_a_random_model(seed, tmp_path):
+    check_export(seed, tmp_path)
 
 
 def test_the_random_models_are_reduced():
@@ -162,12 +175,14 @@ def test_the_random_models_are_reduced():
 
 
 @pytest.mark.slow
-def test_two_thousand_random_models():
+def test_two_thousand_random_models(tmp_path):
     failed = {}
     for seed in MANY:
         try:
             check(seed)
             check_signs(seed)
+            if seed % 20 == 0:
+                check_export(seed, tmp_path)
         except Exception as error:
             failed[seed] = f"{type(error).__name__}: {error}".partition("\n")[0]
     assert not failed

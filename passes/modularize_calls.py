@@ -37,7 +37,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.graph.calls import argument, is_altered
 from lean_fx.graph.facts import facts
-from lean_fx.graph.rewriting import add_module, numbered, replace_node
+from lean_fx.graph.rewriting import add_module, home_of, numbered, replace_node
 from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.passes.base import Pass
 
@@ -67,7 +67,7 @@ class ModularizeCalls(Pass):
             arguments = _arguments(node)
             module = _MODULES[node.target](p=arguments["p"], inplace=arguments["inplace"])
             module.train(arguments["training"])
-            target = add_module(graph_module, "calls", node.name, module)
+            target = add_module(graph_module, "calls", node.name, module, home_of(node))
             with graph_module.graph.inserting_before(node):
                 call = graph_module.graph.call_module(target, (arguments["input"],))
             node.replace_all_uses_with(call)

@@ -27,6 +27,7 @@ from lean_fx.checks import check_plain, check_shapes
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
 from lean_fx.graph.calls import is_altered
+from lean_fx.graph.captured import CapturedModule, guard_containers, keep_unsaved
 from lean_fx.graph.clones import clone_sharing_state
 from lean_fx.layers.kinds import KINDS
 from lean_fx.layers.transformers import UNFUSED
@@ -88,7 +89,8 @@ def capture(
         captured, whole = _captured(root, inputs, whole, evaluation)
     ModularizeCalls()(captured)
     _name_items(captured)
-    _keep_unsaved(captured, root)
+    keep_unsaved(captured, root)
+    guard_containers(captured)
     return captured
 
 
@@ -121,7 +123,7 @@ def _captured(
     name = type(root).__name__
     try:
         traced, graph = trace_copy(root, inputs, whole, evaluation=evaluation)
-        captured = GraphModule(traced, graph, name)
+        captured = CapturedModule(traced, graph, name)
     except Exception as error:
         raise _untraced(name, error, inputs) from error
     for node in graph.nodes:
@@ -137,10 +139,11 @@ def clone_graph(graph_module: GraphModule) -> GraphModule:
     """A copy of a captured model that shares its tensors, with its class name and its hooks."""
     copied = clone_sharing_state(graph_module)
     assert isinstance(copied, GraphModule)
-    named = GraphModule(copied, copied.graph, type(graph_module).__name__)
+    named = CapturedModule(copied, copied.graph, type(graph_module).__name__)
     _keep_hooks(named, graph_module)
     _keep_layers(named, copied)
-    _keep_unsaved(named, graph_module)
+    keep_unsaved(named, graph_module)
+    guard_containers(named)
     return named
 
 
@@ -275,14 +278,6 @@ def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:
         for key, hook in there._load_state_dict_pre_hooks.items():
             if hook.with_module:  # such a hook knows its module
                 there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
-
-
-def _keep_unsaved(captured: GraphModule, root: nn.Module) -> None:
-    """Keep buffers out of state_dicts that were: torch.fx would save those that it copies."""
-    modules = dict(root.named_modules())
-    for name, there in captured.named_modules():
-        unsaved = modules[name]._non_persistent_buffers_set if name in modules else set()
-        there._non_persistent_buffers_set |= unsaved & there._buffers.keys()
 
 
 def _keep_layers(captured: GraphModule, root: nn.Module) -> None:

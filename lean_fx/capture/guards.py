@@ -84,6 +84,32 @@ capture it with example inputs that give it
 
 
 @_as_node
+def check_given(value: Any, name: str) -> None:
+    """Check that an optional input that was given when a model was captured is given again.
+
+    Args:
+        value: the input, now.
+        name: that of the parameter of forward.
+
+    Raises:
+        BranchError: it is None.
+
+    Example:
+        >>> check_given(0.5, "mask")
+        >>> check_given(None, "mask")
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.BranchError: mask is None, but the model was captured where it is given; \
+capture it with example inputs that leave it out
+    """
+    if value is None:
+        raise BranchError(
+            f"{name} is None, but the model was captured where it is given; capture it with "
+            "example inputs that leave it out"
+        )
+
+
+@_as_node
 def count_items(value: Sized) -> int:
     """How many items a value has: ``len``, which torch.fx cannot trace.
 

@@ -36,7 +36,7 @@ from torch.fx.graph_module import _copy_attr
 from torch.fx.node import map_arg
 
 from lean_fx.graph.facts import facts
-from lean_fx.graph.rewriting import add_module
+from lean_fx.graph.rewriting import add_module, home_of
 from lean_fx.layers.modes import ByMode, InMode
 from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode
 
@@ -85,13 +85,7 @@ def _blocks(mine: list[Node], theirs: list[Node]) -> list[_Block]:
 
 
 def _key(node: Node) -> tuple[Any, ...]:
-    return node.op, node.target, _home(node), len(node.args), tuple(node.kwargs)
-
-
-def _home(node: Node) -> str:
-    """The module whose forward made a call."""
-    stack = node.meta.get("nn_module_stack", {})
-    return str(next(reversed(stack.values()))[0]) if stack else ""
+    return node.op, node.target, home_of(node), len(node.args), tuple(node.kwargs)
 
 
 def _check(blocks: Sequence[_Block]) -> None:
@@ -153,7 +147,7 @@ class _Merger:
                 pairs = zip(mine, their, strict=True)
                 return type(mine)([self._either(*pair, reader) for pair in pairs])
         values = (mine, their) if self._trains(reader) else (their, mine)
-        return self._call(ByMode(), "by_mode", values, reader, self._trains(reader))
+        return self._call(ByMode(), "by_mode", values, reader, reader)
 
     def _part(self, nodes: Sequence[Node], own: bool, before: Node) -> None:
         """A module for what only one mode does (rule 2), whose nodes are ours or theirs."""
@@ -187,7 +181,7 @@ class _Merger:
         mode = trains == own
         alone = InMode(GraphModule(nn.Module(), part), mode)
         name = "in_training" if mode else "in_evaluation"
-        call = self._call(alone, name, tuple(given), before, trains)
+        call = self._call(alone, name, tuple(given), before, ordered[0])
         for place, node in enumerate(returned):
             with self.graph.inserting_before(before):
                 item = self.graph.call_function(operator.getitem, (call, place))
@@ -211,16 +205,18 @@ class _Merger:
             return self.graph.get_attr(name)
 
     def _call(
-        self, module: nn.Module, name: str, args: tuple[Any, ...], before: Node, trains: bool
+        self, module: nn.Module, name: str, args: tuple[Any, ...], before: Node, origin: Node
     ) -> Node:
+        """Call a module of ours, which is in the mode of the module whose forward made a call."""
         self.changed = True
-        target = add_module(self.captured, "calls", name, module.train(trains))
+        module.train(self._trains(origin))
+        target = add_module(self.captured, "calls", name, module, home_of(origin))
         with self.graph.inserting_before(before):
             return self.graph.call_module(target, args)
 
     def _trains(self, node: Node) -> bool:
         """The mode of the module whose forward made a call."""
-        return self.model.get_submodule(_home(node)).training
+        return self.model.get_submodule(home_of(node)).training
 
 
 def _with_flags(theirs: Any, mine: Any) -> Any:

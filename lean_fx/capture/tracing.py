@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
 from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import rnn
 
-from lean_fx.capture.guards import check_absent
+from lean_fx.capture.guards import check_absent, check_given
+from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.side_effects import (
     KeepsData,
     SideEffect,
@@ -22,6 +24,7 @@ from lean_fx.capture.side_effects import (
     keep,
     refusing_functions,
 )
+from lean_fx.graph.captured import freeze_attributes
 from lean_fx.layers.attention import AttentionHeads
 from lean_fx.layers.kinds import kind_of
 from lean_fx.layers.modes import ByMode, InMode
@@ -57,7 +60,8 @@ class LeanTracer(Tracer):
     functions that pack and pad sequences are nodes, since they cannot run without lengths. The
     shape of a parameter is a constant. What a graph would lose
     (:mod:`lean_fx.capture.side_effects`) is not traced. Modules whose forward cannot be traced may
-    become leaves. Inputs that are None keep their names.
+    become leaves. Inputs that are None keep their names. Modules that other threads call meanwhile
+    run as they are.
 
     Args:
         opaque: names of modules that are leaves, whatever they are.
@@ -78,6 +82,9 @@ class LeanTracer(Tracer):
         self._autowrap_search += [rnn, _symbolic_trace]  # for calls by the module's name
         self.opaque = opaque
         self.leaf_on_failure = leaf_on_failure
+        self.reads = AttributeReads()
+        self.computing = False
+        self._thread = threading.get_ident()
         self._names: dict[int, str] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._autocast: tuple[Any, ...] = ()
@@ -89,14 +96,34 @@ class LeanTracer(Tracer):
         named = (*root.named_buffers(), *self._parameters.items())
         self._names = {id(tensor): name for name, tensor in named}
         self._autocast = autocasting()
-        before = StateSnapshot.of(root)
-        with torch.enable_grad(), refusing_functions():
-            graph = super().trace(root, concrete_args)
-        before.check(root)
+        self._proxies: dict[str, Proxy] = {}
+        watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
+        with self.reads.watching(watched), refusing_functions():
+            before = StateSnapshot.of(root)
+            with torch.enable_grad(), ParameterReads(self):
+                graph = super().trace(root, concrete_args)
+            before.check(root, self.reads.as_none(root))
+        freeze_attributes(graph, self._frozen(root))
+        for node in reversed(graph.nodes):  # what is only asked for a shape, or read in vain
+            if node.op == "get_attr" and not node.users:
+                graph.erase_node(node)
         for node in graph.nodes:
             if id(node.target) in self._autowrap_function_ids:
                 node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
         return graph
+
+    def _frozen(self, root: nn.Module) -> dict[str, dict[str, Any]]:
+        """The numbers that forward has read, of modules that the graph does not call as a whole."""
+        found = {}
+        for name, module in root.named_modules():
+            read = {
+                key: value
+                for key, value in self.reads.of(module).items()
+                if key != "training" and value is not None and not key.startswith("_")
+            }
+            if read and name not in self.opaque:
+                found[name] = read
+        return found
 
     def create_args_for_root(
         self,
@@ -109,8 +136,13 @@ class LeanTracer(Tracer):
         torch.fx's own has other names for the latter, by which no caller could give them.
         """
         function, args = super().create_args_for_root(root_fn, is_module)
+        absent = concrete_args if isinstance(concrete_args, dict) else None
         for place, each in enumerate(args):
-            if isinstance(each, Proxy) and each.node.target in (concrete_args or ()):
+            if not isinstance(each, Proxy) or absent is None:  # torch.fx unpickles with this, too
+                continue
+            if each.node.args == (None,) and each.node.target not in absent:
+                self.create_proxy("call_function", check_given, (each, each.node.target), {})
+            if each.node.target in absent:
                 each.node.type = None  # not every annotation can be written to generated code
                 self.create_proxy("call_function", check_absent, (each, each.node.target), {})
                 args[place] = None
@@ -133,14 +165,31 @@ class LeanTracer(Tracer):
         leaf = ours or is_reduction(m) or module_qualified_name in self.opaque
         return bool(leaf) or super().is_leaf_module(m, module_qualified_name)
 
+    def _looks_into(self, module: nn.Module, name: str) -> bool:
+        """Whether the code of a module's forward is the user's, and is traced."""
+        home = type(module).__module__.partition(".")[0]
+        return home not in ("torch", "lean_fx") and not self.is_leaf_module(module, name)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A node for a parameter or buffer; found by its id, where torch.fx searches them all."""
-        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
+        if not isinstance(attr_val, Tensor) or self._is_other_thread():
             return attr_val
-        if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-        return parameter_proxy_cache[name]
+        return self.proxy_of(attr_val) if self.is_held(attr_val) else attr_val
+
+    def is_held(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer of the model."""
+        return id(tensor) in self._names
+
+    def proxy_of(self, tensor: Tensor) -> Proxy:
+        """The proxy of a parameter or buffer of the model."""
+        name = self._names[id(tensor)]
+        if name not in self._proxies:
+            self._proxies[name] = self.create_proxy("get_attr", name, (), {})
+        return self._proxies[name]
+
+    def _is_other_thread(self) -> bool:
+        """Whether another thread runs a model: torch.fx patches nn.Module for all of them."""
+        return threading.get_ident() != self._thread
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy; of a parameter one whose shape is constant, which is read in no node."""
@@ -156,6 +205,8 @@ class LeanTracer(Tracer):
 
         A module without parameters that the model's forward makes is looked into.
         """
+        if self._is_other_thread():
+            return forward(*args, **kwargs)
         try:
             path = self.path_of_module(m)
         except NameError:  # forward has made it
@@ -171,7 +222,7 @@ class LeanTracer(Tracer):
         restore = keep(m) if self.leaf_on_failure else None
         try:
             returned = super().call_module(m, forward, args, kwargs)
-            before.check(m)
+            before.check(m, self.reads.as_none(m))
             return returned
         except Exception:
             if restore is None:

@@ -94,7 +94,6 @@ class ValueTracer(LeanTracer):
         self._inputs = tuple(inputs)
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._state: dict[Tensor, Tensor] = {}
-        self._evaluating = False
         self._decided: set[tuple[str, Any]] = set()
         self._cells: set[nn.Module] = set()
 
@@ -146,7 +145,7 @@ class ValueTracer(LeanTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """As the base class, unless a value is being computed."""
-        if self._evaluating:
+        if self.computing:
             return forward(*args, **kwargs)
         if isinstance(m, nn.RNNCellBase):
             if m in self._cells:
@@ -156,7 +155,7 @@ class ValueTracer(LeanTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """As the base class, unless a value is being computed."""
-        if self._evaluating:
+        if self.computing:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -227,14 +226,14 @@ class ValueTracer(LeanTracer):
         if any(value_of(each) is UNKNOWN for each in node.all_input_nodes):
             return UNKNOWN
         args, kwargs = (map_aggregate(each, _value) for each in (node.args, node.kwargs))
-        before, self._evaluating = self._evaluating, True
+        before, self.computing = self.computing, True
         try:
             with self._fakes, torch.no_grad(), torch._C.DisableTorchFunction():
                 return self._run(node, args, kwargs)
         except _NO_VALUE:
             return UNKNOWN
         finally:
-            self._evaluating = before
+            self.computing = before
 
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         match node.op:

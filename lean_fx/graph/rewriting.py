@@ -14,23 +14,43 @@ from torch.fx import Graph, GraphModule, Node
 _REPLACES = "lean_fx.replaces"
 
 
-def add_module(graph_module: GraphModule, folder: str, name: str, module: nn.Module) -> str:
+def add_module(
+    graph_module: GraphModule, folder: str, name: str, module: nn.Module, inside: str = ""
+) -> str:
     """Add ``module`` as ``folder.name``, or with a number behind either if that is taken.
 
+    Args:
+        graph_module: gets the module.
+        folder: the name of a container.
+        name: of the module in it.
+        module: the module.
+        inside: the name of the module that gets the folder; the root if it is empty.
+
     Returns:
-        The name that it got.
+        The name that the module got.
     """
+    owner: nn.Module = graph_module
+    for part in filter(None, inside.split(".")):
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module().train(owner.training))
+        owner = getattr(owner, part)
     home = next(
         each
         for each in numbered(folder)
-        if type(getattr(graph_module, each, None)) in (nn.Module, type(None))
+        if type(getattr(owner, each, None)) in (nn.Module, type(None))
     )
-    if not hasattr(graph_module, home):
-        graph_module.add_module(home, nn.Module().train(graph_module.training))
-    there = graph_module.get_submodule(home)
+    if not hasattr(owner, home):
+        owner.add_module(home, nn.Module().train(owner.training))
+    there = owner.get_submodule(home)
     free = next(each for each in numbered(name) if not hasattr(there, each))
     there.add_module(free, module)
-    return f"{home}.{free}"
+    return f"{inside}.{home}.{free}".removeprefix(".")
+
+
+def home_of(node: Node) -> str:
+    """The name of the module whose forward made a call; the root's is empty."""
+    stack = node.meta.get("nn_module_stack", {})
+    return str(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def item(graph: Graph, value: Any, index: Any, name: str | None = None) -> Node:

@@ -1,0 +1,116 @@
+"""Watch what a forward reads of its modules besides inputs, parameters and buffers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+if TYPE_CHECKING:
+    from lean_fx.capture.tracing import LeanTracer
+
+_PLAIN = (bool, int, float, str, type(None))
+#: What may be asked of a parameter without reading its numbers.
+_ASKED = frozenset(
+    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "is_meta")
+)
+_ASKING = frozenset(
+    ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
+) | frozenset(("is_contiguous", "element_size", "data_ptr", "register_hook", "__hash__"))
+#: What has been read of the modules that are watched now, by their ids.
+_READS: dict[int, dict[str, Any]] = {}
+_WATCHED: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+
+
+class AttributeReads:
+    """The attributes of modules that hold a number, a string or None, and that a forward reads."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, dict[str, Any]] = {}
+
+    def of(self, module: nn.Module) -> dict[str, Any]:
+        """What has been read of a module, by name, with the first value."""
+        return self._read.get(id(module), {})
+
+    def as_none(self, module: nn.Module) -> set[str]:
+        """The attributes that have been read while they were None."""
+        return {name for name, value in self.of(module).items() if value is None}
+
+    @contextmanager
+    def watching(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Watch modules, whose classes are subclasses of their own meanwhile."""
+        kinds = [type(module) for module in modules]
+        for module, kind in zip(modules, kinds, strict=True):
+            _READS[id(module)] = self._read.setdefault(id(module), {})
+            module.__class__ = _watched(kind)
+        try:
+            yield
+        finally:
+            for module, kind in zip(modules, kinds, strict=True):
+                module.__class__ = kind
+                del _READS[id(module)]
+
+
+def _watched(kind: type) -> type:
+    if kind not in _WATCHED:
+
+        def read(self: Any, name: str) -> Any:
+            value = kind.__getattribute__(self, name)
+            plain = type(value) in _PLAIN and not name.startswith("__")
+            if plain and id(self) in _READS and name in object.__getattribute__(self, "__dict__"):
+                _READS[id(self)].setdefault(name, value)
+            return value
+
+        body = {"__getattribute__": read, "__module__": kind.__module__}
+        body["__qualname__"] = kind.__qualname__
+        _WATCHED[kind] = type(kind.__name__, (kind,), body)
+    return _WATCHED[kind]
+
+
+class ParameterReads(TorchFunctionMode):
+    """Makes values of the graph of parameters and buffers that forward has not read by name.
+
+    ``sum(p.norm() for p in self.parameters())`` hands the parameters themselves to torch, where a
+    tracer does not see them.
+
+    Args:
+        tracer: the tracer; it knows the names.
+    """
+
+    def __init__(self, tracer: LeanTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        getter = getattr(getattr(func, "__self__", None), "__name__", "")
+        asking = name in _ASKING or (name in ("__get__", "__set__") and getter in _ASKED)
+        if asking or self._tracer.computing or not self._known((args, kwargs)):
+            return func(*args, **kwargs)
+        args, kwargs = self._proxies(args), self._proxies(kwargs)
+        if name == "__get__":
+            return getattr(args[0], getter)
+        if is_tensor_method_or_property(func):
+            return self._tracer.create_proxy("call_method", name, args, kwargs)
+        return self._tracer.create_proxy("call_function", func, args, kwargs)
+
+    def _known(self, value: Any) -> bool:
+        if type(value) in (tuple, list):
+            return any(map(self._known, value))
+        if type(value) is dict:
+            return any(map(self._known, value.values()))
+        return isinstance(value, Tensor) and self._tracer.is_held(value)
+
+    def _proxies(self, value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(map(self._proxies, value))
+        if type(value) is dict:
+            return {key: self._proxies(each) for key, each in value.items()}
+        return self._tracer.proxy_of(value) if self._known(value) else value

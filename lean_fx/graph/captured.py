@@ -1,0 +1,114 @@
+"""The GraphModule of a captured model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from lean_fx.errors import CaptureError
+
+_FROZEN = "lean_fx.frozen"
+
+
+class CapturedModule(GraphModule):
+    """A GraphModule that keeps what torch's own forgets.
+
+    1. Buffers that the model leaves out of its state_dict stay out of it in copies and pickles.
+    2. A number that forward reads is part of the graph. Assigning another one is an error: it
+       would change nothing.
+
+    Example:
+        >>> import torch
+        >>> class Scaled(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.factor = 2.0
+        ...     def forward(self, x):
+        ...         return self.factor * x
+        >>> from lean_fx.capture.capturing import capture
+        >>> capture(Scaled()).factor = 3.0
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.CaptureError: factor was 2.0 when the model was captured, and is part of \
+its graph; set it on the model, and capture that again
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        graph = vars(self).get("_graph")
+        if graph is not None and name not in self._modules:
+            _check_frozen(frozen_attributes(graph).get("", {}), name, value)
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        copied = super().__deepcopy__(memo)
+        keep_unsaved(copied, self)
+        guard_containers(copied)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        unsaved = {
+            name: sorted(module._non_persistent_buffers_set)
+            for name, module in self.named_modules()
+            if module._non_persistent_buffers_set
+        }
+        return _restored, (super().__reduce__(), unsaved)
+
+
+def _restored(reduced: tuple[Any, ...], unsaved: dict[str, list[str]]) -> nn.Module:
+    make, arguments = reduced[:2]
+    made: nn.Module = make(*arguments)
+    for name, buffers in unsaved.items():
+        made.get_submodule(name)._non_persistent_buffers_set |= set(buffers)
+    return made
+
+
+def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:
+    """Keep buffers out of state_dicts that were: torch.fx would save those that it copies."""
+    modules = dict(root.named_modules())
+    for name, there in graph_module.named_modules():
+        unsaved = modules[name]._non_persistent_buffers_set if name in modules else set()
+        there._non_persistent_buffers_set |= unsaved & there._buffers.keys()
+
+
+def freeze_attributes(graph: Graph, read: dict[str, dict[str, Any]]) -> None:
+    """Note the plain attributes that a forward has read.
+
+    Args:
+        graph: of the forward; its copies know them too.
+        read: by the name of the module, and that of the attribute.
+    """
+    next(reversed(graph.nodes)).meta[_FROZEN] = read
+
+
+def frozen_attributes(graph: Graph) -> dict[str, dict[str, Any]]:
+    """What :func:`freeze_attributes` has noted."""
+    last = next(iter(reversed(graph.nodes)), None)
+    return {} if last is None else last.meta.get(_FROZEN, {})
+
+
+def guard_containers(graph_module: GraphModule) -> None:
+    """Guard the attributes of the modules that the graph has looked into."""
+    modules = dict(graph_module.named_modules())
+    for path, values in frozen_attributes(graph_module.graph).items():
+        if path and type(modules.get(path)) is nn.Module:
+            modules[path].__class__ = _Container
+            vars(modules[path])["_frozen"] = values
+
+
+class _Container(nn.Module):
+    """What stands in a graph for a module whose forward it has looked into."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in vars(self).get("_modules", {}):
+            _check_frozen(vars(self).get("_frozen", {}), name, value)
+        super().__setattr__(name, value)
+
+
+def _check_frozen(values: dict[str, Any], name: str, value: Any) -> None:
+    if name in values and value != values[name]:
+        raise CaptureError(
+            f"{name} was {values[name]!r} when the model was captured, and is part of its graph; "
+            "set it on the model, and capture that again"
+        )

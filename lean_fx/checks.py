@@ -157,6 +157,15 @@ itself, its module
         found = "a wrapper; give the model itself, its module"
     if found:
         raise ArgumentError(f"model={type(model).__name__} object is {found}")
+    for name, part in model.named_modules():
+        inner = "_orig_mod" if "_orig_mod" in part._modules else "module"
+        if inner == "_orig_mod" or isinstance(
+            part, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
+            raise ArgumentError(
+                f"model: its part {name!r} is a {type(part).__name__}, which wraps a module to run "
+                f"it; put that module in its place: its {inner}"
+            )
 
 
 def check_shapes(model: nn.Module, subject: str = "model") -> None:

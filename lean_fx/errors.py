@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 
@@ -63,6 +64,9 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 def require(module: str, *, extra: str = "", purpose: str) -> ModuleType:
     """Import an optional package, or say in one line what to install.
 
+    ONNX Runtime sends telemetry on some platforms, and looks up a host for it. It does so only if
+    the user has set ``ORT_DISABLE_TELEMETRY=0``, or has imported it before.
+
     Args:
         module: the module's dotted name, such as ``"onnx"``.
         extra: the extra of lean_fx that brings it; empty for a package that a plain
@@ -84,6 +88,8 @@ def require(module: str, *, extra: str = "", purpose: str) -> ModuleType:
         lean_fx.errors.MissingDependencyError: no_such_thing is not installed and training needs \
 it; run: pip install "lean_fx[examples]"
     """
+    if module.partition(".")[0] == "onnxruntime":
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from lean_fx.capture.capturing import as_inputs, capture, clone_graph, unfused_clone
 from lean_fx.checks import check_choice, first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.locks import SHARED_STATE
 from lean_fx.passes import (
     FindConsumers,
     InferSign,
@@ -113,7 +114,7 @@ def leanify(
         workshop on Neural Compression.
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
-    with torch.inference_mode(False):  # the copies will be trained
+    with SHARED_STATE, torch.inference_mode(False):  # the copies will be trained
         made, captured = _planned(model, example_inputs, options, keep)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
@@ -160,7 +161,7 @@ def plan(
         0  Linear  in_channels=8 is below min_channels=16
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
-    with torch.inference_mode(False):
+    with SHARED_STATE, torch.inference_mode(False):
         return _planned(model, example_inputs, options, keep)[0]
 
 

@@ -196,6 +196,9 @@ def skip_reason_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> SkipRea
     layer = as_parametrization(layer)
     if has_hooks(layer) or _has_state_hooks(layer):
         return SkipReason("hooks", "it has hooks, which a rebuilt layer would lose")
+    if "forward" in vars(layer):
+        text = "its forward is replaced on the instance, which a rebuilt layer would lose"
+        return SkipReason("own_forward", text)
     for parameter in layer.parameters():
         names = owners[id(parameter)]
         if len(names) > 1:

@@ -14,7 +14,13 @@ FILES += sorted(ROOT.glob("passes/*.py"))
 
 # From the bottom up; a module may import modules of its own layer and of those below it.
 LAYERS = (
-    {"lean_fx.errors", "lean_fx.files", "lean_fx.onnx_files", "lean_fx.skip_reason"},
+    {
+        "lean_fx.errors",
+        "lean_fx.files",
+        "lean_fx.onnx_files",
+        "lean_fx.locks",
+        "lean_fx.skip_reason",
+    },
     {"lean_fx.checks", "lean_fx.cloning"},
     {"lean_fx.reduction"},
     {"lean_fx.layers"},

@@ -31,6 +31,7 @@ from lean_fx.graph.captured import CapturedModule, guard_containers, keep_unsave
 from lean_fx.graph.clones import clone_sharing_state
 from lean_fx.layers.kinds import KINDS
 from lean_fx.layers.transformers import UNFUSED
+from lean_fx.locks import SHARED_STATE
 from lean_fx.passes.modularize_calls import ModularizeCalls
 
 _STATE_HOOKS = (
@@ -81,17 +82,18 @@ def capture(
         raise ArgumentError(
             f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
         )
-    root = unfused_clone(model)
-    if evaluation:
-        root.eval()
-    captured, whole = None, frozenset[str]()
-    while captured is None:
-        captured, whole = _captured(root, inputs, whole, evaluation)
-    ModularizeCalls()(captured)
-    _name_items(captured)
-    keep_unsaved(captured, root)
-    guard_containers(captured)
-    return captured
+    with SHARED_STATE:
+        root = unfused_clone(model)
+        if evaluation:
+            root.eval()
+        captured, whole = None, frozenset[str]()
+        while captured is None:
+            captured, whole = _captured(root, inputs, whole, evaluation)
+        ModularizeCalls()(captured)
+        _name_items(captured)
+        keep_unsaved(captured, root)
+        guard_containers(captured)
+        return captured
 
 
 def _name_items(captured: GraphModule) -> None:

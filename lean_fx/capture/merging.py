@@ -140,12 +140,12 @@ class _Merger:
         """An argument that is one thing in the model's mode and another in the opposite one."""
         if mine is their or (type(mine) is type(their) and mine == their):
             return mine
-        if type(mine) is type(their) and isinstance(mine, tuple | list | dict):
-            if isinstance(mine, dict) and mine.keys() == their.keys():
-                return {name: self._either(mine[name], their[name], reader) for name in mine}
-            if isinstance(mine, tuple | list) and len(mine) == len(their):
-                pairs = zip(mine, their, strict=True)
-                return type(mine)([self._either(*pair, reader) for pair in pairs])
+        if isinstance(mine, dict) and isinstance(their, dict) and mine.keys() == their.keys():
+            return {name: self._either(mine[name], their[name], reader) for name in mine}
+        alike = type(mine) is type(their) and isinstance(mine, tuple | list)
+        if alike and len(mine) == len(their):
+            pairs = zip(mine, their, strict=True)
+            return type(mine)([self._either(*pair, reader) for pair in pairs])
         values = (mine, their) if self._trains(reader) else (their, mine)
         return self._call(ByMode(), "by_mode", values, reader, reader)
 

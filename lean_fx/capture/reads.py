@@ -23,7 +23,7 @@ _ASKING = frozenset(
 ) | frozenset(("is_contiguous", "element_size", "data_ptr", "register_hook", "__hash__"))
 #: What has been read of the modules that are watched now, by their ids.
 _READS: dict[int, dict[str, Any]] = {}
-_WATCHED: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class AttributeReads:
@@ -55,7 +55,7 @@ class AttributeReads:
                 del _READS[id(module)]
 
 
-def _watched(kind: type) -> type:
+def _watched(kind: Any) -> Any:
     if kind not in _WATCHED:
 
         def read(self: Any, name: str) -> Any:

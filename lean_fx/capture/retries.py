@@ -15,10 +15,11 @@ In turn:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.fx.proxy import TraceError
 
@@ -81,9 +82,47 @@ def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
 
 
 def _modules_with_own_train(root: nn.Module) -> Iterator[str]:
+    """The modules whose train() or eval() does more than nn.Module's."""
     for name, each in root.named_modules():
-        if (type(each).train, type(each).eval) != (nn.Module.train, nn.Module.eval):
+        own = (type(each).train, type(each).eval) != (nn.Module.train, nn.Module.eval)
+        if own and not _trains_as_usual(each):
             yield name
+
+
+def _trains_as_usual(module: nn.Module) -> bool:
+    """Whether train() and eval() of a module leave it as those of nn.Module would."""
+
+    def after(change: Callable[[nn.Module], Any]) -> dict[tuple[str, str], Any]:
+        copied = clone_sharing_state(module, _without_values)
+        change(copied)
+        return _state(copied)
+
+    try:
+        return after(lambda each: each.train()) == after(nn.Module.train) and after(
+            lambda each: each.eval()
+        ) == after(lambda each: each.train(False)) == after(
+            lambda each: nn.Module.train(each, False)
+        )
+    except Exception:  # the model's own code
+        return False
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    learns = tensor.requires_grad
+    return nn.Parameter(empty, learns) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _state(root: nn.Module) -> dict[tuple[str, str], Any]:
+    """What train() may change: flags and numbers of modules, and which parameters learn."""
+    state: dict[tuple[str, str], Any] = {
+        (name, key): value
+        for name, module in root.named_modules()
+        for key, value in vars(module).items()
+        if type(value) in (bool, int, float, str, type(None))
+    }
+    learning = ((name, each.requires_grad) for name, each in root.named_parameters())
+    return state | {(name, "requires_grad"): learns for name, learns in learning}
 
 
 def _trace_seeing(
@@ -173,7 +212,21 @@ def _layers_called(root: nn.Module, graph: Graph) -> bool:
 
 
 def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
-    """The parameters of forward that are None: given so, or by default."""
+    """The parameters of forward that are None, given so or by default; and empty ``*`` and ``**``.
+
+    Raises:
+        TraceError: the inputs reach into ``*args``, or forward has no other parameter.
+    """
     parameters = list(inspect.signature(root.forward).parameters.values())
     given = dict(zip((each.name for each in parameters), inputs, strict=False))
-    return {each.name: None for each in parameters if given.get(each.name, each.default) is None}
+    absent: dict[str, Any] = {}
+    for each in parameters:
+        if each.kind is each.VAR_POSITIONAL:
+            if each.name in given or len(parameters) == 1:
+                raise TraceError(f"forward takes *{each.name}, a graph a fixed number of inputs")
+            absent[f"*{each.name}"] = ()
+        elif each.kind is each.VAR_KEYWORD:
+            absent[f"**{each.name}"] = {}
+        elif given.get(each.name, each.default) is None:
+            absent[each.name] = None
+    return absent

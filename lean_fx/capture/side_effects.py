@@ -176,8 +176,8 @@ class StateSnapshot:
             if before is _ABSENT and own:  # forward has made it, and so has not read it before
                 continue
             if issubclass(type(value), Proxy):
-                state = isinstance(before, Tensor) or _depends_on_values(value.node)
-                if state and (before is not None or not own or path in read_as_none):
+                kept = isinstance(before, Tensor) or _depends_on_values(value.node)
+                if kept and (before is not None or not own or path in read_as_none):
                     raise SideEffect(f"{name} assigns {path!r} in forward")
             elif before is _ABSENT or (type(before) in _NUMBERS and before != value):
                 raise SideEffect(f"{name} changes {path!r} in forward")
@@ -201,7 +201,7 @@ def _state_of(module: nn.Module) -> dict[str, Any]:
     for key, value in (*module._buffers.items(), *module._parameters.items()):
         found[key] = value
     names = _names_read(type(module))
-    for home in _globals_of(type(module)):
+    for home in globals_of(type(module)):
         for name in names & home.keys():
             if isinstance(home[name], _CONTAINERS) or home[name] is None:
                 _add(found, f"{home['__name__']}.{name}", home[name], set())
@@ -242,7 +242,8 @@ def _names_read(kind: type) -> frozenset[str]:
     return _NAMES[kind]
 
 
-def _globals_of(kind: type) -> list[dict[str, Any]]:
+def globals_of(kind: type) -> list[dict[str, Any]]:
+    """The globals of the methods of a class that no library has written."""
     return list({id(f.__globals__): f.__globals__ for f in _functions_of(kind)}.values())
 
 

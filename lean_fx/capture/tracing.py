@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
 from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
 
-from lean_fx.capture.guards import check_absent, check_given
+from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.side_effects import (
     KeepsData,
     SideEffect,
     StateSnapshot,
     autocasting,
+    globals_of,
     has_gradient,
     keep,
     refusing_functions,
@@ -32,6 +35,7 @@ from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
 from lean_fx.reduction.registry import is_reduction
 
 # What is a node, and never looked into: in a graph of torch.fx's own, its check of an absent input.
+_PLAIN_CONTAINERS = ("builtins", "torch", "torch.fx.immutable_collections")
 _NODES = (
     *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
     *(rnn.unpack_sequence, rnn.unpad_sequence, with_data, layer_states),
@@ -100,7 +104,7 @@ class LeanTracer(Tracer):
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
         with self.reads.watching(watched), refusing_functions():
             before = StateSnapshot.of(root)
-            with torch.enable_grad(), ParameterReads(self):
+            with torch.enable_grad(), ParameterReads(self), counting_as_nodes(watched):
                 graph = super().trace(root, concrete_args)
             before.check(root, self.reads.as_none(root))
         freeze_attributes(graph, self._frozen(root))
@@ -142,11 +146,47 @@ class LeanTracer(Tracer):
                 continue
             if each.node.args == (None,) and each.node.target not in absent:
                 self.create_proxy("call_function", check_given, (each, each.node.target), {})
-            if each.node.target in absent:
+            if str(each.node.target).startswith("*") and each.node.target in absent:
+                args[place] = absent[each.node.target]
+                self.graph.erase_node(each.node)
+            elif each.node.target in absent:
                 each.node.type = None  # not every annotation can be written to generated code
                 self.create_proxy("call_function", check_absent, (each, each.node.target), {})
                 args[place] = None
         return function, args
+
+    def create_arg(self, a: Any) -> Any:
+        """As torch.fx's, but a container of the user's own class keeps its class."""
+        kind = type(a)
+        own = issubclass(kind, dict | list | tuple) and kind.__module__ not in _PLAIN_CONTAINERS
+        if own and not hasattr(a, "_fields") and self._holds_proxies(a):
+            return self._container(a)
+        return super().create_arg(a)
+
+    def _holds_proxies(self, value: Any) -> bool:
+        leaves = pytree.tree_leaves(list(value.values() if isinstance(value, dict) else value))
+        return any(issubclass(type(each), Proxy) for each in leaves)
+
+    def _container(self, value: Any) -> Node:
+        """A node that makes a container of a class of its own anew."""
+        kind = type(value)
+        plain = dict(value) if isinstance(value, dict) else list(value)
+        ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((plain,), {})]
+        if isinstance(plain, dict) and all(type(key) is str for key in plain):
+            ways.append(((), plain))
+        for args, kwargs in ways:
+            try:
+                made = kind(*args, **kwargs)
+                again = list(made.items()) if isinstance(plain, dict) else list(made)
+            except Exception:  # the class's own code
+                continue
+            wanted = list(plain.items()) if isinstance(plain, dict) else plain
+            flat, same = pytree.tree_leaves(again), pytree.tree_leaves(wanted)
+            if len(flat) == len(same) and all(x is y for x, y in zip(flat, same, strict=True)):
+                return self.create_node(
+                    "call_function", kind, super().create_arg(args), super().create_arg(kwargs)
+                )
+        raise SideEffect(f"a {kind.__name__} of values cannot be made anew")
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Make a node, where nothing around the call would be lost."""
@@ -168,7 +208,7 @@ class LeanTracer(Tracer):
     def _looks_into(self, module: nn.Module, name: str) -> bool:
         """Whether the code of a module's forward is the user's, and is traced."""
         home = type(module).__module__.partition(".")[0]
-        return home not in ("torch", "lean_fx") and not self.is_leaf_module(module, name)
+        return home != "torch" and not self.is_leaf_module(module, name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A node for a parameter or buffer; found by its id, where torch.fx searches them all."""
@@ -232,6 +272,20 @@ class LeanTracer(Tracer):
                 self.module_stack.popitem(last=True)
             self.opaque |= {path}
             return super().call_module(m, forward, args, kwargs)
+
+
+@contextmanager
+def counting_as_nodes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Make ``len`` of a value a node, in the code of these modules. Python's gives a number."""
+    homes = {id(home): home for module in modules for home in globals_of(type(module))}
+    ours = [home for home in homes.values() if "len" not in home]
+    for home in ours:
+        home["len"] = count_items
+    try:
+        yield
+    finally:
+        for home in ours:
+            del home["len"]
 
 
 class _Weight(KeepsData, ParameterProxy):

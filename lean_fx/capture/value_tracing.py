@@ -125,7 +125,7 @@ class ValueTracer(LeanTracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """As torch.fx's, which takes a proxy that says it is a tensor for one."""
+        """As the base class, which takes a proxy that says it is a tensor for one."""
         return a.node if issubclass(type(a), Proxy) else super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:

@@ -13,7 +13,7 @@ from lean_fx.planning.plans import PLAN, Plan
 def held_plan(model: nn.Module) -> Plan | None:
     """The plan that a model holds, or None if it was not reduced."""
     held = getattr(model, "meta", None)
-    plan = held.get(PLAN) if isinstance(held, dict) else None
+    plan = held.get(PLAN) if isinstance(held, dict) else vars(model).get(PLAN)
     return plan if isinstance(plan, Plan) else None
 
 

@@ -94,7 +94,7 @@ def guard_containers(graph_module: GraphModule) -> None:
     for path, values in frozen_attributes(graph_module.graph).items():
         if path and type(modules.get(path)) is nn.Module:
             modules[path].__class__ = _Container
-            vars(modules[path])["_frozen"] = values
+            modules[path].__dict__["_frozen"] = values
 
 
 class _Container(nn.Module):

@@ -58,7 +58,7 @@ class GraphContext:
             if node.op == "get_attr":
                 value = attribute_of(graph_module, str(node.target))
                 own = isinstance(value, nn.Parameter)
-                if own:
+                if own and not all(map(_asks, node.users)):
                     owners[id(value)].append(f"read by {node.name}")
             elif node.op == "call_module":
                 module = modules[str(node.target)]
@@ -98,6 +98,11 @@ class GraphContext:
         return replace(
             read, intermediate=value in self.after_weights, writes=self.writes_before(value, reader)
         )
+
+
+def _asks(node: Node) -> bool:
+    """Whether a node asks for the type of a parameter, and does not read its numbers."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
 def attribute_of(root: nn.Module, name: str) -> Any:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from lean_fx.capture.capturing import as_inputs, capture, unfused_clone
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.graph.site_reductions import check_registered
+from lean_fx.locks import SHARED_STATE
 from lean_fx.passes import (
     Consumer,
     InferSign,
@@ -124,7 +125,10 @@ class Plan:
         """
         if isinstance(model, nn.Module):
             check_registered(model, self.sites)
-        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
+        with (
+            SHARED_STATE,
+            torch.inference_mode(False),
+        ):  # tensors made in inference mode cannot be trained
             if self.traced:
                 inputs = as_inputs(example_inputs) if example_inputs is not None else ()
                 return self.apply_to_graph(capture(model, inputs))
@@ -136,6 +140,8 @@ class Plan:
             copied.meta = {PLAN: self}  # type: ignore[assignment]
         elif isinstance(held, dict):
             held[PLAN] = self
+        else:  # the model has a meta of its own
+            copied.__dict__[PLAN] = self
         return copied
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
@@ -144,7 +150,7 @@ class Plan:
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
         rewrite = ModularizeWeights(self.weights), SplitLayers(self.split_layers)
-        with torch.inference_mode(False):
+        with SHARED_STATE, torch.inference_mode(False):
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
         graph_module.meta[PLAN] = self
         return graph_module

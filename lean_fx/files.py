@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from lean_fx.errors import ArgumentError, WriteError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_HIDDEN = ".lean_fx"
 
 
 @contextlib.contextmanager
@@ -18,6 +26,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Should the block raise, or the process be killed, an existing file at ``path`` stays whole. Of
     files that belong together the others, written beside the one yielded, go to their places
     before it; while they do there is nothing at ``path``, so that no reader meets old with new.
+    Hidden folders that killed processes have left beside ``path`` are removed.
 
     Args:
         path: the file to make; its folder must exist.
@@ -40,9 +49,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise WriteError(
                 f"{target}: is no file but a device or the like; give the name of a file"
             )
-        home = tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.stem[:32]}.", ignore_cleanup_errors=True
-        )
+        _remove_left_folders(target.parent)
+        folder, lock = _hidden_folder(target)
     except WriteError:
         raise
     except OSError as error:
@@ -52,19 +60,60 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     except ValueError as error:  # a null byte
         raise WriteError(f"{str(target)!r}: is no path ({error}); give another") from error
-    with home as folder:
-        part = Path(folder, target.name)
-        try:
-            yield part
-            others = [each for each in Path(folder).iterdir() if each != part]
-            if others:
-                target.unlink(missing_ok=True)
-            for each in [*others, part]:
-                each.replace(target.parent / each.name)
-        except OSError as error:
-            if isinstance(error, WriteError):
-                raise
-            raise WriteError(f"{target}: cannot be written ({error.strerror})") from error
+    part = folder / target.name
+    try:
+        yield part
+        others = [each for each in folder.iterdir() if each != part]
+        if others:
+            target.unlink(missing_ok=True)
+        for each in [*others, part]:
+            each.replace(target.parent / each.name)
+    except OSError as error:
+        if isinstance(error, WriteError):
+            raise
+        raise WriteError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
+def _hidden_folder(target: Path) -> tuple[Path, int | None]:
+    """A hidden folder beside a file, and its lock, which tells others that its maker lives."""
+    while True:
+        prefix = f".{target.stem[:32]}."
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=_HIDDEN))
+        lock = _lock(folder)
+        if folder.exists():
+            return folder, lock
+        _unlock(lock)  # another process has met it unlocked
+
+
+def _remove_left_folders(parent: Path) -> None:
+    """Remove the hidden folders of processes that live no more."""
+    for folder in parent.glob(f".*{_HIDDEN}"):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until :func:`_unlock`, or the end of the process; None if it cannot be."""
+    if fcntl is None:
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is locked, or gone, or its file system knows no locks
+        _unlock(handle)
+        return None
+    return handle
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

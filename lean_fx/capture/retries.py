@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
 
-from lean_fx.capture.guards import check_branch
+from lean_fx.capture.guards import check_absent, check_branch, check_given
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
@@ -64,7 +64,37 @@ def trace_copy(
             if name and (reduces_within(each) or has_hooks(each))
         }
     )
-    return _trace_seeing(root, inputs, opaque)
+    copied, graph = _trace_seeing(root, inputs, opaque)
+    for guard in [node for node in graph.nodes if node.target is check_given]:
+        if _same_without(guard.args[0], graph, root, inputs, opaque):
+            graph.erase_node(guard)
+    return copied, graph
+
+
+def _same_without(
+    hole: Any, graph: Graph, root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+) -> bool:
+    """Whether forward does the same with None in the place of an input, but hands on the None."""
+    place = graph.find_nodes(op="placeholder").index(hole)
+    try:
+        other = _trace_seeing(root, [*inputs[:place], None, *inputs[place + 1 :]], opaque)[1]
+    except Exception:  # the model's own code
+        return False
+    twins: dict[Node, Any] = {}
+    pairs = zip(_without_guards(graph), _without_guards(other), strict=False)
+    for node, twin in pairs:
+        arguments = torch.fx.map_arg(
+            (node.args, node.kwargs), lambda each: None if each is hole else twins[each]
+        )
+        alike = (node.op, node.target) == (twin.op, twin.target)
+        if not alike or (node.op != "placeholder" and arguments != (twin.args, twin.kwargs)):
+            return False
+        twins[node] = twin
+    return len(_without_guards(graph)) == len(_without_guards(other))
+
+
+def _without_guards(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.target not in (check_given, check_absent)]
 
 
 def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:

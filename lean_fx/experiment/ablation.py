@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from lean_fx.checks import check_choice, check_ints, whole_numbers
@@ -141,7 +142,8 @@ def run_grid(
     """Train, export and time every setting that is not in ``folder/ablation.csv`` yet.
 
     A row is written as soon as it is known; training that was interrupted goes on from its
-    checkpoint. Under torchrun all processes train, and the first alone does the rest.
+    checkpoint. Other calls may add rows of theirs to the same folder meanwhile. Under torchrun all
+    processes train, and the first alone does the rest.
 
     Args:
         settings: the rows that are wanted.
@@ -171,10 +173,18 @@ def run_grid(
             print(f"{number}/{len(missing)} {setting}", file=sys.stderr, flush=True)
         row = _measured(setting, data, folder, make)
         if row is not None:
-            rows[setting] = row
-            write_rows(file, rows.values())
+            rows = _with_row(file, row)
     leave_to_first_process()
     return [rows[setting] for setting in wanted]
+
+
+def _with_row(file: Path, row: Row) -> dict[Setting, Row]:
+    """Add a row to those that are in a file by now; return them all."""
+    with FileLock(file.with_suffix(".lock")):
+        rows = {each.setting: each for each in read_rows(file)} if file.exists() else {}
+        rows[row.setting] = row
+        write_rows(file, rows.values())
+    return rows
 
 
 def _measured(setting: Setting, data: Dataset, folder: Path, make: Make) -> Row | None:

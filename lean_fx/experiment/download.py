@@ -111,6 +111,7 @@ def _bring(url: str, part: Path, progress: Progress | None) -> None:
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
     try:
+        url.encode("ascii")
         request = urllib.request.Request(url, headers=headers)
     except (AttributeError, TypeError, ValueError) as error:  # the first two where it is no text
         raise ArgumentError(
@@ -121,13 +122,13 @@ def _bring(url: str, part: Path, progress: Progress | None) -> None:
             # A server that knows no ranges answers 200 and sends the whole.
             start = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
             length = response.headers.get("Content-Length")
-            total = start + int(length) if length else None
+            total = start + int(length) if length and length.isdecimal() else None
             there = _append(response, part, start, total, progress)
     except urllib.error.HTTPError as error:
         if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # nothing is left to send; the MD5 tells whether that is true
         raise DataError(f"{url}: the server says {error.code} {error.reason}; try later") from error
-    except _BROKEN as error:
+    except (*_BROKEN, ValueError) as error:  # a redirect to no address is the latter
         why = str(error) or type(error).__name__
         raise DataError(f"{url}: the connection failed ({why}); run again to go on") from error
     except OSError as error:

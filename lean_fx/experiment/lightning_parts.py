@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import sys
@@ -19,6 +20,7 @@ from lean_fx.errors import DataError, require
 from lean_fx.experiment.batches import Share, epoch_seed
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.resuming import pack, unpack_history
+from lean_fx.files import replacing
 from lean_fx.measure.energy import Energy, EnergyMeter
 from lean_fx.measure.report import Epoch
 
@@ -26,6 +28,7 @@ require("lightning", extra="examples", purpose="training")
 import lightning  # noqa: E402
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar  # noqa: E402
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm  # noqa: E402
+from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
 _NOISE = (
     "The '.*dataloader' does not have many workers",  # the tensors are in memory
@@ -135,6 +138,26 @@ class History(Callback):  # type: ignore[misc]
     def on_load_checkpoint(self, _: Any, __: Any, checkpoint: dict[str, Any]) -> None:
         """Take the history from the checkpoint."""
         self.epochs = unpack_history(checkpoint)
+
+
+class WholeCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
+    """Writes a checkpoint beside its place and renames it: Lightning's own goes through TMPDIR.
+
+    From there to another file system it is copied, and a kill meanwhile leaves half of it.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write it whole or not at all.
+
+        Raises:
+            WriteError: as in :func:`lean_fx.files.replacing`.
+        """
+        whole = io.BytesIO()
+        torch.save(checkpoint, whole)
+        with replacing(path) as part:
+            part.write_bytes(whole.getbuffer())
 
 
 class Bar(TQDMProgressBar):  # type: ignore[misc]

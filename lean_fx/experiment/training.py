@@ -35,7 +35,13 @@ import lightning  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
-from lean_fx.experiment.lightning_parts import Bar, History, Task, quiet  # noqa: E402
+from lean_fx.experiment.lightning_parts import (  # noqa: E402
+    Bar,
+    History,
+    Task,
+    WholeCheckpoints,
+    quiet,
+)
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
@@ -214,6 +220,7 @@ def _trainer(
             strategy="auto" if here.count == 1 else "ddp",
             max_epochs=settings.epochs,
             callbacks=[history, Bar(name), keeper],
+            plugins=[WholeCheckpoints()],
             default_root_dir=last.parent,
             logger=False,
             enable_model_summary=False,

@@ -232,10 +232,10 @@ class Comparison:
         """
         figure = self.draw()  # first, as it may fail
         target = make_folder(folder)
-        write_text(target / "comparison.md", self.to_markdown())
-        write_text(target / "comparison.json", self.to_json())
-        with replacing(target / "latency.png") as part:
-            figure.savefig(part, format="png", dpi=150)
+        with replacing(target / "comparison.json") as part:
+            figure.savefig(part.parent / "latency.png", format="png", dpi=150)
+            write_text(part.with_suffix(".md"), self.to_markdown())
+            write_text(part, self.to_json())
         return [target / name for name in ("comparison.md", "comparison.json", "latency.png")]
 
     def draw(self) -> Any:

@@ -176,7 +176,7 @@ class Report:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"report: is not JSON ({error}); give what to_json wrote") from error
         if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
             raise DataError(f"report: has no format {_FORMAT!r}; give what to_json wrote")
@@ -211,11 +211,11 @@ class Report:
             MissingDependencyError: as in :meth:`draw`.
         """
         target = make_folder(folder)
-        write_text(target / "report.json", self.to_json())
-        pictures = self.draw(target)
-        markdown = self.to_markdown([picture.name for picture in pictures])
-        write_text(target / "report.md", markdown)
-        return [target / "report.json", target / "report.md", *pictures]
+        with replacing(target / "report.json") as part:
+            pictures = [picture.name for picture in self.draw(part.parent)]
+            write_text(part.with_suffix(".md"), self.to_markdown(pictures))
+            write_text(part, self.to_json())
+        return [target / name for name in ("report.json", "report.md", *pictures)]
 
     def footnotes(self) -> list[str]:
         """Return the sentences that say what the figures rest on, and the notes."""

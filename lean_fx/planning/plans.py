@@ -196,7 +196,7 @@ class Plan:
         try:
             content: dict[str, Any] = json.loads(text)
             form, version = content.pop("format"), content.pop("version")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise PlanError(
                 f"plan: the text is not a plan in JSON ({error}); give Plan.to_json()"
             ) from error

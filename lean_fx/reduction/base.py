@@ -9,6 +9,8 @@ from lean_fx.checks import check_int, one_of
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.packed import with_data
 
+_MAX_CHANNELS = 2**31 - 1
+
 
 def divisors(number: int) -> list[int]:
     """The divisors of a positive number, ascending.
@@ -28,10 +30,15 @@ def check_channels(owner: str, in_channels: int, out_channels: int) -> tuple[int
         Both, as ints of Python.
 
     Raises:
-        ArgumentError: either is no positive int, or the division leaves a rest.
+        ArgumentError: either is no positive int, ``in_channels`` is above 2**31 - 1, or the
+            division leaves a rest.
     """
     in_channels = check_int(f"{owner}: in_channels", in_channels, 1)
     out_channels = check_int(f"{owner}: out_channels", out_channels, 1)
+    if in_channels > _MAX_CHANNELS:
+        raise ArgumentError(
+            f"{owner}: in_channels={in_channels} is above {_MAX_CHANNELS}; give less"
+        )
     if in_channels % out_channels:
         raise ArgumentError(
             f"{owner}: out_channels={out_channels} does not divide in_channels={in_channels}; "
@@ -80,14 +87,19 @@ class Reduction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Reduce ``x``, of packed sequences their data.
 
+        Contiguous values are reduced to contiguous ones, so that a ``view`` that follows still
+        works.
+
         Raises:
             ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
         """
         if isinstance(x, PackedSequence):
             return with_data(x, self.forward(x.data))
-        if isinstance(x, Tensor):  # and not the proxy of one
-            self._check(x)
-        return self.reduce(x)
+        if not isinstance(x, Tensor):  # the proxy of one
+            return self.reduce(x)
+        self._check(x)
+        reduced = self.reduce(x)
+        return reduced.contiguous() if x.is_contiguous() else reduced
 
     def _check(self, x: Tensor) -> None:
         subject, shape = type(self).__name__, list(x.shape)

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.graph.clones import clone_sharing_state, shallow
 from lean_fx.graph.facts import facts
+from lean_fx.graph.reachable import leaving_state
 from lean_fx.passes.base import Pass
 from lean_fx.passes.propagate_shapes import cannot_run
 from lean_fx.reduction.packed import with_data
@@ -74,7 +75,8 @@ class MeasureScale(Pass):
 def _measure(graph_module: GraphModule, inputs: Iterable[Any]) -> _Measure:
     """What is found of every value."""
     measure = _Measure(graph_module)
-    measure.run(*inputs)
+    with leaving_state(graph_module):
+        measure.run(*inputs)
     return measure
 
 

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.clones import clone_sharing_state, fake_of, run_on
 from lean_fx.graph.facts import facts
+from lean_fx.graph.reachable import leaving_state
 from lean_fx.passes.base import Pass
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
@@ -60,7 +61,12 @@ class PropagateShapes(Pass):
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
         try:
-            with mode, torch.no_grad(), contextlib.suppress(*_UNKNOWN):
+            with (
+                leaving_state(graph_module),
+                mode,
+                torch.no_grad(),
+                contextlib.suppress(*_UNKNOWN),
+            ):
                 _ShapeWriter(graph_module, mode).run(*fakes)
         finally:
             logger.setLevel(level)

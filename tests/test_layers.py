@@ -46,6 +46,7 @@ OPTIONAL = {
     "numpy": {"lean_fx.export", "lean_fx.measure", "lean_fx.experiment"},
     "sklearn": {"lean_fx.experiment"},
     "lightning": {"lean_fx.experiment"},
+    "filelock": {"lean_fx.experiment"},
 }
 
 #: How many modules of lean_fx `import lean_fx` may load; 103 before it left export and measure out.

@@ -20,14 +20,13 @@ from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.side_effects import (
     KeepsData,
     SideEffect,
-    StateSnapshot,
     autocasting,
-    globals_of,
     has_gradient,
-    keep,
     refusing_functions,
 )
+from lean_fx.capture.state import StateSnapshot, keep
 from lean_fx.graph.captured import freeze_attributes
+from lean_fx.graph.reachable import globals_of, leaving_state
 from lean_fx.layers.attention import AttentionHeads
 from lean_fx.layers.kinds import kind_of
 from lean_fx.layers.modes import ByMode, InMode
@@ -102,11 +101,11 @@ class LeanTracer(Tracer):
         self._autocast = autocasting()
         self._proxies: dict[str, Proxy] = {}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
-        with self.reads.watching(watched), refusing_functions():
+        with self.reads.watching(watched), refusing_functions(), leaving_state(root):
             before = StateSnapshot.of(root)
             with torch.enable_grad(), ParameterReads(self), counting_as_nodes(watched):
                 graph = super().trace(root, concrete_args)
-            before.check(root, self.reads.as_none(root))
+            before.check(self.reads.as_none(root))
         freeze_attributes(graph, self._frozen(root))
         for node in reversed(graph.nodes):  # what is only asked for a shape, or read in vain
             if node.op == "get_attr" and not node.users:
@@ -256,13 +255,12 @@ class LeanTracer(Tracer):
         depth = len(self.module_stack)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        before = StateSnapshot.of(
-            m, rng_states=self.leaf_on_failure
-        )  # else the model as a whole is to blame
+        # Without leaves for what fails, the model as a whole is to blame for random numbers.
+        before = StateSnapshot.of(m, rng=self.leaf_on_failure)
         restore = keep(m) if self.leaf_on_failure else None
         try:
             returned = super().call_module(m, forward, args, kwargs)
-            before.check(m, self.reads.as_none(m))
+            before.check(self.reads.as_none(m))
             return returned
         except Exception:
             if restore is None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from lean_fx.checks import check_choice, check_ints, whole_numbers
@@ -180,7 +179,8 @@ def run_grid(
 
 def _with_row(file: Path, row: Row) -> dict[Setting, Row]:
     """Add a row to those that are in a file by now; return them all."""
-    with FileLock(file.with_suffix(".lock")):
+    filelock = require("filelock", extra="examples", purpose="an ablation")
+    with filelock.FileLock(file.with_suffix(".lock")):
         rows = {each.setting: each for each in read_rows(file)} if file.exists() else {}
         rows[row.setting] = row
         write_rows(file, rows.values())

@@ -65,8 +65,13 @@ def _restored(reduced: tuple[Any, ...], unsaved: dict[str, list[str]]) -> nn.Mod
 
 
 def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:
-    """Keep buffers out of state_dicts that were: torch.fx would save those that it copies."""
+    """Keep buffers out of state_dicts that were: torch.fx would save those that it copies.
+
+    And constants of the graph, which it makes buffers of.
+    """
     modules = dict(root.named_modules())
+    constants = graph_module._buffers.keys() - root._buffers.keys()
+    graph_module._non_persistent_buffers_set |= constants
     for name, there in graph_module.named_modules():
         unsaved = modules[name]._non_persistent_buffers_set if name in modules else set()
         there._non_persistent_buffers_set |= unsaved & there._buffers.keys()

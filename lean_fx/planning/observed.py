@@ -30,6 +30,7 @@ from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
 from lean_fx.graph.facts import ChannelRead
+from lean_fx.graph.reachable import leaving_state
 from lean_fx.graph.sites import Site
 from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
 from lean_fx.passes.find_consumers import skip_reason_of
@@ -154,14 +155,15 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen
 
     And the parameters of no layer that multiply values.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), leaving_state(model):
         torch.manual_seed(0)
         try:
             return _seen(model, tuple(map(unit_variance, inputs)))
         except Exception:  # the model's own code may raise anything on such numbers
             pass
     try:
-        return _seen(model, inputs)
+        with leaving_state(model):
+            return _seen(model, inputs)
     except Exception as error:
         reason = one_line(error)
         raise ArgumentError(

@@ -1,0 +1,117 @@
+"""State that a forward keeps for later calls. A module that has some is not traced.
+
+A forward keeps state when it assigns a buffer, a tensor or its ``data``, counts
+(``self.step += 1``), or stores values where it has read before: in an attribute, a list, dict or
+object, an attribute of its class, a global, or a variable of a function around it.
+
+A cache is not state: an attribute that is None at first and is filled with what follows from sizes
+and parameters only. An attribute that forward writes and never reads is not state either; a
+captured model does not have it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node, Proxy
+
+from lean_fx.capture.side_effects import SideEffect, rng_states
+from lean_fx.graph.reachable import NUMBERS, Reachable, reachable_from, refill
+
+_SIZES = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")
+_ABSENT = object()
+_ATTRIBUTE = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class StateSnapshot:
+    """The state that a forward may change, before it runs.
+
+    Attributes:
+        before: what the module can reach.
+        rng: the states of the generators of random numbers, or None, where the code around the
+            module checks them.
+    """
+
+    before: Reachable
+    rng: tuple[Tensor, Any] | None
+
+    @classmethod
+    def of(cls, module: nn.Module, *, rng: bool = True) -> StateSnapshot:
+        """The state of a module."""
+        return cls(Reachable.of(module), rng_states() if rng else None)
+
+    def check(self, read_as_none: Collection[str] = ()) -> None:
+        """Check, after its forward, that the module has no state for later calls.
+
+        Args:
+            read_as_none: the attributes that forward has read while they were None.
+
+        Raises:
+            SideEffect: it has.
+        """
+        name, now = type(self.before.module).__name__, Reachable.of(self.before.module).held
+        for path, value in now.items():
+            before = self.before.held.get(path, _ABSENT)
+            if before is value:
+                continue
+            attribute = _ATTRIBUTE.match(path)
+            own = attribute is not None and attribute.end() == len(path)
+            if before is _ABSENT and own:  # forward has made it, and so has not read it before
+                continue
+            if issubclass(type(value), Proxy):
+                kept = isinstance(before, Tensor) or _depends_on_values(value.node)
+                if kept and (before is not None or not own or path in read_as_none):
+                    raise SideEffect(f"{name} assigns {path!r} in forward")
+            elif before is _ABSENT or (type(before) in NUMBERS and before != value):
+                raise SideEffect(f"{name} changes {path!r} in forward")
+        for path in self.before.held.keys() - now.keys():
+            if not any(each.startswith((f"{path}.", f"{path}[")) for each in now):
+                raise SideEffect(f"{name} changes {path!r} in forward")
+        if self.rng is None:
+            return
+        (drawn, others), (state, rest) = self.rng, rng_states()
+        with torch._C.DisableTorchFunction():
+            same = torch.equal(drawn, state)
+        if not same or others != rest:
+            raise SideEffect(f"{name} draws random numbers that are not values of the graph")
+
+
+def keep(module: nn.Module) -> Callable[[], None]:
+    """Note what a module, and those in it, hold before a forward on proxies.
+
+    Returns:
+        What puts it back.
+    """
+    kept = reachable_from(module)
+    dicts = [held for each in module.modules() for held in (vars(each), each._modules)]
+    copies = [(held, dict(held)) for held in dicts]
+
+    def restore() -> None:
+        for held, contents in copies:
+            refill(held, contents)
+        for each in kept:
+            each.restore()
+
+    return restore
+
+
+def _depends_on_values(node: Node) -> bool:
+    """Whether a value of the model's inputs leads to a node by more than its size or type."""
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return True
+        asked = node.args[1] if node.target is getattr else node.target
+        if asked not in _SIZES:
+            todo += node.all_input_nodes
+    return False

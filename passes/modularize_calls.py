@@ -21,6 +21,8 @@ Rules:
    module that it is in; and if nothing else reads that weight.
 5. A bias that is not that of the layer is added behind it (along the channel axis of a
    convolution), and the layer's own, if it has one, becomes a parameter beside it, ``qkv_bias``.
+6. ``F.multi_head_attention_forward`` is such calls, and what lies between them
+   (:mod:`lean_fx.graph.written_attention`).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from torch.fx import Graph, GraphModule, Node
 from lean_fx.graph.calls import argument, is_altered
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import add_module, home_of, numbered, replace_node
+from lean_fx.graph.written_attention import write_out
 from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.passes.base import Pass
 
@@ -72,6 +75,7 @@ class ModularizeCalls(Pass):
                 call = graph_module.graph.call_module(target, (arguments["input"],))
             node.replace_all_uses_with(call)
             graph_module.graph.erase_node(node)
+        split = write_out(graph_module)
         modules = dict(graph_module.named_modules())
         called = {id(modules[str(n.target)]) for n in graph_module.graph.nodes if _calls_module(n)}
         written_out = [
@@ -83,7 +87,7 @@ class ModularizeCalls(Pass):
         ]
         for node, layer in written_out:
             _call_layer(graph_module, node, layer)
-        return bool(found or written_out)
+        return bool(found or split or written_out)
 
 
 def can_follow_mode(node: Node) -> bool:

@@ -52,6 +52,7 @@ from lean_fx.export.quantization import (
 )
 from lean_fx.export.stored_plan import held_plan
 from lean_fx.files import replacing
+from lean_fx.locks import SHARED_STATE
 from lean_fx.planning.plans import PLAN
 
 Batch = Literal["dynamic", "static"]
@@ -186,10 +187,10 @@ def export_onnx(
     else:
         axes = check_axes(given, dynamic_shapes)
     inputs = without_ones(given, axes)
-    with _evaluating(model):
+    with SHARED_STATE, _evaluating(model):
         _check_runs(model, inputs)
     remark = ""
-    with replacing(path) as part, _evaluating(model):
+    with SHARED_STATE, replacing(path) as part, _evaluating(model):
         program = exported_program(model, inputs, axes, opset)
         plan = held_plan(model)
         if plan is not None and isinstance(plan.reduction, str):

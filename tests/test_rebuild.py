@@ -79,3 +79,14 @@ def test_all_of_a_recurrent_layer_but_its_input_weights_stays(layer):
     assert torch.utils._pytree.tree_leaves(made(x))[0].shape[-1] == (
         6 if "proj" not in str(layer) else 3
     ) * (2 if getattr(layer, "bidirectional", False) else 1)
+
+
+def test_the_scale_of_a_cell_of_rectified_units_is_that_of_its_weights():
+    for seed in range(50):  # without the rule some of these were scaled twice
+        torch.manual_seed(seed)
+        cell = nn.RNNCell(8, 6, nonlinearity="relu")
+        nn.init.zeros_(cell.bias_ih)
+        nn.init.zeros_(cell.bias_hh)
+        made = rebuild(cell, 4, gain=2.0)
+        wanted = cell.weight_ih.square().mean().sqrt() * 2 * 2**0.5
+        torch.testing.assert_close(made.weight_ih.square().mean().sqrt(), wanted)

@@ -36,6 +36,7 @@ from lean_fx.layers.kinds import (
     kind_of,
 )
 from lean_fx.layers.legacy_norms import as_parametrization
+from lean_fx.layers.strided import avoids_fault
 from lean_fx.layers.subclasses import is_channel_linear, narrowed, scale_like, shallow
 from lean_fx.skip_reason import SkipReason
 
@@ -132,7 +133,8 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
             root mean squares; above 0.
 
     Returns:
-        A layer of the same type and settings, initialised as the module's docstring says;
+        A layer of the same type and settings (or a
+        :class:`~lean_fx.layers.strided.StridedConv2d`), initialised as the module's docstring says;
         parameters that do not require a gradient still do not.
 
     Raises:
@@ -171,9 +173,9 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
             elif new.shape == parameter.shape:
                 new.data.copy_(parameter)
         new.requires_grad_(parameter.requires_grad)
-    if copied and not drawn:
+    if copied and not drawn and not kind.recurrent:
         scale_like(made, layer, gain)
-    return made.train(layer.training)
+    return avoids_fault(made.train(layer.training))
 
 
 def _narrow_copy(layer: nn.Module, in_channels: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -10,6 +11,12 @@ from lean_fx.errors import ArgumentError
 from lean_fx.reduction.packed import with_data
 
 _MAX_CHANNELS = 2**31 - 1
+
+
+@torch.fx.wrap
+def as_contiguous(reduced: Tensor, x: Tensor) -> Tensor:
+    """``reduced``, made contiguous if ``x`` is. A call of it is a node in a graph."""
+    return reduced.contiguous() if x.is_contiguous() else reduced
 
 
 def divisors(number: int) -> list[int]:
@@ -73,6 +80,9 @@ class Reduction(nn.Module):
         tensor([1., 3.])
     """
 
+    #: Whether the result is a view of the values, for which nothing is computed.
+    gives_view = False
+
     def __init__(self, in_channels: int, out_channels: int, dim: int = 1) -> None:
         super().__init__()
         owner = type(self).__name__
@@ -87,19 +97,18 @@ class Reduction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Reduce ``x``, of packed sequences their data.
 
-        Contiguous values are reduced to contiguous ones, so that a ``view`` that follows still
-        works.
+        Contiguous values are reduced to contiguous ones, unless these are a view of them, so that
+        a ``view`` that follows still works.
 
         Raises:
             ArgumentError: ``x`` does not have ``in_channels`` along ``dim``.
         """
         if isinstance(x, PackedSequence):
             return with_data(x, self.forward(x.data))
-        if not isinstance(x, Tensor):  # the proxy of one
-            return self.reduce(x)
-        self._check(x)
+        if isinstance(x, Tensor):  # and not the proxy of one
+            self._check(x)
         reduced = self.reduce(x)
-        return reduced.contiguous() if x.is_contiguous() else reduced
+        return reduced if self.gives_view else as_contiguous(reduced, x)
 
     def _check(self, x: Tensor) -> None:
         subject, shape = type(self).__name__, list(x.shape)

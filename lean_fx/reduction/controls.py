@@ -25,6 +25,8 @@ class SliceReduction(Reduction):
         tensor([[1., 2.]])
     """
 
+    gives_view = True
+
     def reduce(self, x: Tensor) -> Tensor:
         """Reduce values that have ``in_channels`` along ``dim``."""
         return x.narrow(self.dim, 0, self.out_channels)

@@ -59,7 +59,7 @@ class MeasureScale(Pass):
             torch.manual_seed(0)
             found = _Measure(graph_module)
             with contextlib.suppress(Exception):  # the model's code may refuse such numbers
-                found = _measure(graph_module, map(unit_variance, self.example_inputs))
+                found = _measure(graph_module, unit_variances(self.example_inputs))
             if not found.rms or not all(map(math.isfinite, found.rms.values())):
                 with contextlib.suppress(NotImplementedError):  # such as half precision on a CPU
                     found = _measure(graph_module, map(_fresh, self.example_inputs))
@@ -80,13 +80,19 @@ def _measure(graph_module: GraphModule, inputs: Iterable[Any]) -> _Measure:
     return measure
 
 
-def unit_variance(value: Any) -> Any:
-    """Values of the same shape from a standard normal; a copy of what is not floating-point."""
-    if isinstance(value, PackedSequence):
-        return with_data(value, unit_variance(value.data))
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return torch.randn_like(value)
-    return _fresh(value)
+def unit_variances(inputs: Iterable[Any]) -> list[Any]:
+    """Inputs of the same shapes from a standard normal, the same each time; copies of the rest."""
+    numbers = torch.Generator().manual_seed(0)  # another thread may draw from torch's own
+
+    def drawn(value: Any) -> Any:
+        if isinstance(value, PackedSequence):
+            return with_data(value, drawn(value.data))
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            normal = torch.randn(value.shape, generator=numbers, dtype=value.dtype)
+            return normal.to(value.device)
+        return _fresh(value)
+
+    return list(map(drawn, inputs))
 
 
 def _fresh(value: Any) -> Any:

@@ -107,6 +107,12 @@ class ValueProxy(KeepsData):
 class ItemsProxy(ValueProxy):
     """A proxy of a known value that has items, such as a tensor."""
 
+    def __getattr__(self, k: str) -> Any:
+        value = value_of(self.node)
+        if isinstance(value, dict) and k in ("keys", "values", "items"):
+            return getattr({key: operator.getitem(self, key) for key in value}, k)
+        return super().__getattr__(k)
+
     def __iter__(self) -> Iterator[Any]:
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None

@@ -29,6 +29,7 @@ from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
 from lean_fx.graph.clones import clone_sharing_state
+from lean_fx.graph.reachable import names_in_forward
 from lean_fx.layers.input_hooks import reduces_within
 from lean_fx.layers.kinds import KINDS, kind_of
 
@@ -173,9 +174,11 @@ def _trace_around(
     root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
     """As :func:`trace_copy`, with these leaves, and more if need be."""
-    copied = clone_sharing_state(root)
     absent = _absent(root, inputs)
     try:
+        if inputs and _asks_for_types(root):
+            raise TraceError("what has no value has no type")
+        copied = clone_sharing_state(root)
         return copied, LeanTracer(opaque).trace(copied, absent)
     except Exception:  # the model's own code may raise anything on proxies
         copied, graph, leaves = _trace_in_parts(root, inputs, absent, opaque)
@@ -183,6 +186,16 @@ def _trace_around(
         names = ", ".join(sorted(leaves - opaque))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
     return _without_refusals(root, inputs, absent, copied, graph, leaves)
+
+
+def _asks_for_types(root: nn.Module) -> bool:
+    """Whether a forward may take another way for a list than for a tensor."""
+    kinds = {type(each) for each in root.modules()}
+    return any(
+        names_in_forward(kind) & {"isinstance", "type", "__class__", "hasattr"}
+        for kind in kinds
+        if kind.__module__.partition(".")[0] not in ("torch", "lean_fx")
+    )
 
 
 def _trace_in_parts(

@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._functorch import utils
 from torch.fx import Node, Proxy
 from torch.fx.proxy import TraceError
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _SIZES = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")
 _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
@@ -117,18 +118,37 @@ class KeepsData(Proxy):
         super().__setattr__(name, value)
 
 
-def rng_states() -> tuple[Tensor, Any]:
-    """The states of the generators of random numbers: of torch, and of Python and NumPy."""
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the random numbers that torch draws in this thread, but not those of its values.
+
+    The state of torch's generator would tell of other threads, too.
+    """
+
+    count = 0
+
+    def __init__(self, computing: Callable[[], bool]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._computing = computing
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and not self._computing():
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def rng_states() -> Any:
+    """The states of Python's and NumPy's generators of random numbers."""
     numpy = sys.modules.get("numpy")
     state, place = numpy.random.get_state()[1:3] if numpy else (None, 0)
-    drawn = None if state is None else state.tobytes()
-    return torch.default_generator.get_state(), (random.getstate(), drawn, place)
+    return random.getstate(), None if state is None else state.tobytes(), place
 
 
 @contextmanager
 def keeping_rng_state() -> Iterator[None]:
     """Within it, random numbers may be drawn: their generators are put back in the end."""
-    (state, _), ours = rng_states(), random.getstate()
+    state, ours = torch.default_generator.get_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     theirs = numpy.random.get_state() if numpy else None
     try:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.side_effects import (
+    Draws,
     KeepsData,
     SideEffect,
     autocasting,
@@ -101,8 +102,9 @@ class LeanTracer(Tracer):
         self._autocast = autocasting()
         self._proxies: dict[str, Proxy] = {}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
-        with self.reads.watching(watched), refusing_functions(), leaving_state(root):
-            before = StateSnapshot.of(root)
+        self._draws = Draws(lambda: self.computing)
+        with self.reads.watching(watched), refusing_functions(), leaving_state(root), self._draws:
+            before = StateSnapshot.of(root, self._draws)
             with torch.enable_grad(), ParameterReads(self), counting_as_nodes(watched):
                 graph = super().trace(root, concrete_args)
             before.check(self.reads.as_none(root))
@@ -256,7 +258,7 @@ class LeanTracer(Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         # Without leaves for what fails, the model as a whole is to blame for random numbers.
-        before = StateSnapshot.of(m, rng=self.leaf_on_failure)
+        before = StateSnapshot.of(m, self._draws if self.leaf_on_failure else None)
         restore = keep(m) if self.leaf_on_failure else None
         try:
             returned = super().call_module(m, forward, args, kwargs)

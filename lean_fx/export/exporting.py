@@ -40,6 +40,7 @@ from lean_fx.export.inputs import (
     without_ones,
 )
 from lean_fx.export.lean_function import DOMAIN, INLINED
+from lean_fx.export.of_tensors import of_tensors
 from lean_fx.export.parity import check_parity
 from lean_fx.export.program import PACKED, exported_program
 from lean_fx.export.quantization import (
@@ -92,7 +93,8 @@ def export_onnx(
         path: where to write; its folder must exist.
         example_inputs: a tensor, or a tuple of the positional inputs, batch first. A batch of 1,
             or any axis of ``dynamic_shapes`` that is 1, is doubled, since torch's exporter would
-            freeze it.
+            freeze it. The tensors in lists, tuples, dicts and dataclasses are the inputs of the
+            file, one after another; None and numbers are part of it.
         batch: ``"dynamic"``, any batch, checked at 1, 2 and 5; or ``"static"``, that of the
             example inputs alone.
         dynamic_shapes: for each input the axes that may have any size, by name, such as
@@ -177,7 +179,7 @@ def export_onnx(
         tolerance is not None or quantize is not None
     ):
         require(package, purpose="export")
-    given = as_inputs(example_inputs)
+    whole, (model, given) = model, of_tensors(model, as_inputs(example_inputs))
     if any(isinstance(value, PackedSequence) for value in given):
         raise ArgumentError(f"example_inputs: {PACKED}")
     if dynamic_shapes is None:
@@ -192,7 +194,7 @@ def export_onnx(
     remark = ""
     with SHARED_STATE, replacing(path) as part, _evaluating(model):
         program = exported_program(model, inputs, axes, opset)
-        plan = held_plan(model)
+        plan = held_plan(whole)
         if plan is not None and isinstance(plan.reduction, str):
             program.model.metadata_props[PLAN] = plan.to_json()
         program.save(part)

@@ -205,6 +205,30 @@ def _functions_of(kind: type) -> list[FunctionType]:
     return _reached_from(each for each in found if isinstance(each, FunctionType))
 
 
+def names_in_forward(kind: type) -> set[str]:
+    """The names that the forward of a class uses, in methods and functions that it calls too.
+
+    Example:
+        >>> class Either(nn.Module):
+        ...     def forward(self, x):
+        ...         return x[0] if isinstance(x, list) else x
+        >>> sorted(names_in_forward(Either))
+        ['isinstance', 'list']
+    """
+    todo, found = [getattr(kind, "forward", None)], dict[Any, None]()
+    while todo:
+        function = todo.pop()
+        if not isinstance(function, FunctionType) or function in found:
+            continue
+        if _home(function) in _LIBRARIES and _home(function) != _home(kind):
+            continue
+        found[function] = None
+        names = _names_in(function.__code__)
+        todo += [getattr(kind, name, None) for name in names]
+        todo += [function.__globals__.get(name) for name in names]
+    return set().union(*(_names_in(each.__code__) for each in found))
+
+
 def _reached_from(functions: Iterable[FunctionType]) -> list[FunctionType]:
     """Functions that no library has written, with those of the same package that they name."""
     todo, found = list(functions), dict[FunctionType, None]()

@@ -22,6 +22,7 @@ from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.inputs import resized
+from lean_fx.export.of_tensors import of_tensors, tensors_in
 from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.files import make_folder, replacing
 from lean_fx.measure.comparison_table import Compared, Comparison
@@ -85,8 +86,10 @@ def compare(
         comparison = lean_fx.compare(models, inputs)
         print(comparison.to_markdown())
     """
-    inputs = as_inputs(example_inputs)
+    given = as_inputs(example_inputs)
+    inputs = tuple(tensors_in(given))
     _check(models, inputs, batches, threads, rounds, energy_s)
+    models = {name: of_tensors(model, given)[0] for name, model in models.items()}
     batches, threads, rounds = tuple(map(int, batches)), int(threads), int(rounds)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, purpose="comparing")

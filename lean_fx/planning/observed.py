@@ -34,7 +34,7 @@ from lean_fx.graph.reachable import leaving_state
 from lean_fx.graph.sites import Site
 from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
 from lean_fx.passes.find_consumers import skip_reason_of
-from lean_fx.passes.measure_scale import unit_variance
+from lean_fx.passes.measure_scale import unit_variances
 from lean_fx.planning.options import Options, unwanted
 from lean_fx.planning.plans import LeftAlone, Plan
 from lean_fx.planning.product_uses import ProductUses
@@ -158,7 +158,7 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen
     with torch.random.fork_rng(), leaving_state(model):
         torch.manual_seed(0)
         try:
-            return _seen(model, tuple(map(unit_variance, inputs)))
+            return _seen(model, tuple(unit_variances(inputs)))
         except Exception:  # the model's own code may raise anything on such numbers
             pass
     try:

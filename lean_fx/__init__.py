@@ -44,6 +44,7 @@ from lean_fx.transform import leanify, plan
 if TYPE_CHECKING:
     from lean_fx.export.exporting import export_onnx
     from lean_fx.export.stored_plan import plan_of
+    from lean_fx.kernel import onnx_kernel
     from lean_fx.measure.comparison import compare
     from lean_fx.measure.costs import costs_of
 else:
@@ -51,6 +52,7 @@ else:
         "compare": "lean_fx.measure.comparison",
         "costs_of": "lean_fx.measure.costs",
         "export_onnx": "lean_fx.export.exporting",
+        "onnx_kernel": "lean_fx.kernel",
         "plan_of": "lean_fx.export.stored_plan",
     }
 
@@ -88,6 +90,7 @@ __all__ = [
     "export_onnx",
     "lean_reduction",
     "leanify",
+    "onnx_kernel",
     "plan",
     "plan_of",
     "power_iteration_embedding",

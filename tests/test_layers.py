@@ -20,6 +20,7 @@ LAYERS = (
         "lean_fx.onnx_files",
         "lean_fx.locks",
         "lean_fx.skip_reason",
+        "lean_fx.kernel",
     },
     {"lean_fx.checks", "lean_fx.cloning"},
     {"lean_fx.reduction"},

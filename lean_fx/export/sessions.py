@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from lean_fx.errors import ArgumentError, DataError, one_line, require
+from lean_fx.kernel import onnx_kernel
 from lean_fx.onnx_files import weights_beside
 
 if TYPE_CHECKING:
@@ -36,12 +37,15 @@ def flushing_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def onnx_call(name: str, file: Path, inputs: Inputs, threads: int) -> Callable[[], object]:
+def onnx_call(
+    name: str, file: Path, inputs: Inputs, threads: int, *, kernel: bool = False
+) -> Callable[[], object]:
     """Load a model and return its call. Warm-up calls check the inputs.
 
-    The arguments and the errors are those of :func:`~lean_fx.measure.timing.time_onnx`.
+    The arguments and the errors are those of :func:`~lean_fx.measure.timing.time_onnx`; of
+    ``kernel`` those of :func:`open_session`.
     """
-    session = open_session(name, file, threads)
+    session = open_session(name, file, threads, kernel=kernel)
     wanted = [value.name for value in session.get_inputs()]
     if isinstance(inputs, Mapping):
         feeds = dict(inputs)
@@ -70,7 +74,9 @@ def onnx_call(name: str, file: Path, inputs: Inputs, threads: int) -> Callable[[
     return lambda: session.run(None, feeds)
 
 
-def open_session(name: str, file: Path, threads: int, optimised: Path | None = None) -> Any:
+def open_session(
+    name: str, file: Path, threads: int, optimised: Path | None = None, *, kernel: bool = False
+) -> Any:
     """Load a file into ONNX Runtime as it is timed: CPU, all optimisations, no spinning threads.
 
     Args:
@@ -78,10 +84,11 @@ def open_session(name: str, file: Path, threads: int, optimised: Path | None = N
         file: the model.
         threads: of a call, 1 or more.
         optimised: where to write the graph as it is run, or None.
+        kernel: whether LEAN nodes run by :func:`~lean_fx.onnx_kernel`.
 
     Raises:
         DataError: the file is missing or is not a model that ONNX Runtime can load.
-        MissingDependencyError: onnxruntime is not installed.
+        MissingDependencyError: onnxruntime is not installed, or the kernel is not built.
     """
     ort = require("onnxruntime", purpose="timing")
     if not file.is_file():
@@ -97,6 +104,8 @@ def open_session(name: str, file: Path, threads: int, optimised: Path | None = N
             "session.optimized_model_external_initializers_file_name",
             weights_beside(optimised).name,
         )
+    if kernel:
+        options.register_custom_ops_library(onnx_kernel())
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:

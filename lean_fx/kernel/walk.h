@@ -177,8 +177,9 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T
 }
 
 template <typename T, int CONSTANT>
-LEAN_INLINE void walk_both(const Shape& shape, const Options& options, const T* seed, T* scratch) {
-  for (int first = 0; first < LANES; first += WIDTH)
+LEAN_INLINE void walk_all(const Shape& shape, const Options& options, const T* seed, T* scratch,
+                          int64_t count) {
+  for (int64_t first = 0; first < count; first += WIDTH)
     walk_vector<T, CONSTANT>(shape, options, seed, scratch + first);
 }
 
@@ -189,22 +190,22 @@ LEAN_INLINE void walk_both(const Shape& shape, const Options& options, const T* 
 #endif
 
 LEAN_CLONES static void walk_one(const Shape& shape, const Options& options, const float* seed,
-                                 float* scratch) {
+                                 float* scratch, int64_t count) {
   switch (shape.reducible) {
 #define LEAN_CASE(K) \
   case K:            \
-    return walk_both<float, K>(shape, options, seed, scratch);
+    return walk_all<float, K>(shape, options, seed, scratch, count);
     LEAN_CASE(2) LEAN_CASE(3) LEAN_CASE(4) LEAN_CASE(5) LEAN_CASE(6) LEAN_CASE(8)
     LEAN_CASE(10) LEAN_CASE(12) LEAN_CASE(15) LEAN_CASE(16)
 #undef LEAN_CASE
     default:
-      return walk_both<float, 0>(shape, options, seed, scratch);
+      return walk_all<float, 0>(shape, options, seed, scratch, count);
   }
 }
 
 LEAN_CLONES static void walk_one(const Shape& shape, const Options& options, const double* seed,
-                                 double* scratch) {
-  walk_both<double, 0>(shape, options, seed, scratch);
+                                 double* scratch, int64_t count) {
+  walk_all<double, 0>(shape, options, seed, scratch, count);
 }
 
 // Numbers of 16 bits, computed in float.
@@ -279,43 +280,46 @@ void walk_blocks(const Shape& shape, const Options& options, const T* x, const W
   for (int64_t block = first; block < last; ++block) {
     const int64_t start = block * LANES;
     const int64_t count = positions - start < LANES ? positions - start : LANES;
-    const bool plane = count == LANES && start % behind + LANES <= behind;  // side by side
+    const int64_t vectors = (count + WIDTH - 1) / WIDTH;
     int64_t read[LANES], written[LANES];  // where the channels of each position begin
-    for (int64_t lane = 0; lane < LANES; ++lane) {
+    bool plane[LANES / WIDTH];            // whether the positions of a vector lie side by side
+    for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) {
       const int64_t at = start + (lane < count ? lane : 0);
       read[lane] = at / behind * C * behind + at % behind;
       written[lane] = at / behind * I * behind + at % behind;
     }
-    if (plane) {
-      for (int64_t i = 0; i < I; ++i) {
-        for (int64_t k = 0; k < K; ++k) {
-          const int64_t channel = options.interleaved ? k * I + i : i * K + k;
-          const T* const from = x + read[0] + channel * behind;
-          W* const to = scratch + (i * K + k) * LANES;
-          for (int lane = 0; lane < LANES; ++lane) to[lane] = static_cast<W>(from[lane]);
-        }
-      }
-    } else {
-      for (int64_t lane = 0; lane < LANES; ++lane) {
-        const T* const from = x + read[lane];
-        for (int64_t i = 0; i < I; ++i) {
-          for (int64_t k = 0; k < K; ++k) {
-            const int64_t channel = options.interleaved ? k * I + i : i * K + k;
-            scratch[(i * K + k) * LANES + lane] = static_cast<W>(from[channel * behind]);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t end = (v + 1) * WIDTH - 1;
+      plane[v] = behind > 1 && end < count && read[end] == read[v * WIDTH] + WIDTH - 1;
+    }
+    for (int64_t i = 0; i < I; ++i) {
+      for (int64_t k = 0; k < K; ++k) {
+        const T* const from = x + (options.interleaved ? k * I + i : i * K + k) * behind;
+        W* const to = scratch + (i * K + k) * LANES;
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t* const lanes = read + v * WIDTH;
+          W* const row = to + v * WIDTH;
+          if (plane[v]) {
+            for (int lane = 0; lane < WIDTH; ++lane) row[lane] = static_cast<W>(from[lanes[0] + lane]);
+          } else {
+            for (int lane = 0; lane < WIDTH; ++lane) row[lane] = static_cast<W>(from[lanes[lane]]);
           }
         }
       }
     }
-    walk_one(shape, options, seed, scratch);
-    if (plane) {
-      for (int64_t i = 0; i < I; ++i) {
-        T* const to = out + written[0] + i * behind;
-        for (int lane = 0; lane < LANES; ++lane) to[lane] = static_cast<T>(y[i * LANES + lane]);
-      }
-    } else {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        T* const to = out + written[lane];
-        for (int64_t i = 0; i < I; ++i) to[i * behind] = static_cast<T>(y[i * LANES + lane]);
+    walk_one(shape, options, seed, scratch, count);
+    for (int64_t i = 0; i < I; ++i) {
+      T* const to = out + i * behind;
+      const W* const from = y + i * LANES;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t* const lanes = written + v * WIDTH;
+        if (plane[v]) {
+          for (int lane = 0; lane < WIDTH; ++lane)
+            to[lanes[0] + lane] = static_cast<T>(from[v * WIDTH + lane]);
+        } else {
+          for (int lane = 0; lane < WIDTH && v * WIDTH + lane < count; ++lane)
+            to[lanes[lane]] = static_cast<T>(from[v * WIDTH + lane]);
+        }
       }
     }
   }

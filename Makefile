@@ -1,10 +1,10 @@
 # make demo: leanify, train, export and time a small CNN.    make test: run the tests.
-# make house: how large and how straight the code is.
+# make house: how large and how straight the code is.    make sanitize: the kernel's tests, checked.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint house clean
+.PHONY: demo test test-slow lint house sanitize clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed-test
 
 house: $(VENV)/.installed-test
 	$(BIN)/python tests/house.py
+
+sanitize: $(VENV)/.installed-test
+	$(BIN)/python tests/sanitize.py
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -434,3 +434,22 @@ def test_every_refusal_is_one_of_ours():
     model = Net(lambda self, x: checkpoint(lambda y: y, x, use_reentrant=False))
     with pytest.raises(LeanError, match="Net: torch.fx cannot trace its forward"):
         lean_fx.plan(model)
+
+
+class Table(dict):
+    cleared = 0
+
+    def clear(self):
+        Table.cleared += 1
+        super().clear()
+
+
+TABLE = Table(scale=2.0)
+
+
+def test_what_a_trace_has_not_changed_is_not_written():
+    model = Net(lambda self, x: x * TABLE["scale"])
+    lean, _ = told(model, X)
+    torch.testing.assert_close(lean(X), model(X))
+    assert Table.cleared == 0
+    assert TABLE == {"scale": 2.0}

@@ -15,17 +15,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command, cwd):
+def run(*command, cwd, **variables):
     """Run Python with no path to the sources in its environment."""
     env = {name: value for name, value in os.environ.items() if "PYTHONPATH" not in name}
+    env |= variables
     env.pop("MYPYPATH", None)
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=cwd, env=env, capture_output=True, text=True
     )
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built_wheel(home, **variables):
     for name, least in (("setuptools", 77), ("pip", 0)):
         try:
             version = importlib.metadata.version(name)
@@ -33,19 +33,29 @@ def wheel(tmp_path_factory):
             pytest.skip(f"{name} is not installed")
         if int(version.partition(".")[0]) < least:
             pytest.skip(f"{name} {version} is below {least}")
-    home = tmp_path_factory.mktemp("wheel")
     source = home / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
+    left = shutil.ignore_patterns("*.so")
     for name in ("lean_fx", "passes", "examples/support"):  # the last must not be packed
-        shutil.copytree(ROOT / name, source / name, symlinks=True)
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=left)
     # "./": pip would look for a package of that name.
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "made")
-    built = run("pip", "wheel", *options, "./source", cwd=home)
+    built = run("pip", "wheel", *options, "./source", cwd=home, **variables)
     assert built.returncode == 0, built.stdout + built.stderr
     (file,) = (home / "made").glob("lean_fx-*.whl")
     return file
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return built_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def test_without_a_compiler_the_wheel_has_no_kernel(tmp_path):
+    file = built_wheel(tmp_path, CC="/no/compiler", CXX="/no/compiler")
+    assert not [name for name in zipfile.ZipFile(file).namelist() if "_onnx" in name]
 
 
 def test_the_wheel_holds_the_package_only(wheel):

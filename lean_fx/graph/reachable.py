@@ -6,6 +6,7 @@ variables of functions around it; and what lists, dicts and objects there hold.
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -123,7 +124,12 @@ def _contents(holder: Any) -> Any:
 
 
 def refill(holder: Any, contents: Any) -> None:
-    """Give a dict, list or set the contents that it had."""
+    """Give a dict, list or set the contents that it had, if it has others.
+
+    Another thread may read one that has not changed, and must not find it empty.
+    """
+    if _is_as_before(_contents(holder), contents):
+        return
     if isinstance(holder, dict | set):
         holder.clear()
         holder.update(contents)
@@ -132,6 +138,13 @@ def refill(holder: Any, contents: Any) -> None:
         holder.extend(contents)
     else:
         holder[:] = contents
+
+
+def _is_as_before(now: Any, before: Any) -> bool:
+    mine, their = (
+        [*each, *each.values()] if isinstance(each, dict) else each for each in (now, before)
+    )
+    return len(mine) == len(their) and all(map(operator.is_, mine, their))
 
 
 def _is_plain_object(value: Any) -> bool:

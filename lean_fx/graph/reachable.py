@@ -79,7 +79,7 @@ def reachable_from(root: nn.Module) -> list[Reachable]:
 
 
 def globals_of(kind: type) -> list[dict[str, Any]]:
-    """The globals of the methods of a class that no library has written, and of what they call."""
+    """The globals that the forward of a class, and what it calls, may read."""
     return list({id(each.__globals__): each.__globals__ for each in _functions_of(kind)}.values())
 
 
@@ -163,9 +163,9 @@ def _home(named: Any) -> str:
 
 def _variables_of(module: nn.Module) -> Iterator[_Variable]:
     """The globals that the code of a module reads, its classes' attributes, its closures."""
-    kind = type(module)
+    kind: Any = type(module)
     own = [each for each in vars(module).values() if isinstance(each, FunctionType)]
-    functions = dict.fromkeys((*_functions_of(kind), *_reached_from(own)))
+    functions = dict.fromkeys((*_functions_of(kind), *(_reached_from(own, kind) if own else ())))
     seen = set()
     for function in functions:
         home = function.__globals__
@@ -212,52 +212,33 @@ def _may_be_state(value: Any, user: Any) -> bool:
     return not known and _is_plain_object(value) and _home(kind) == _home(user)
 
 
-def _functions_of(kind: type) -> list[FunctionType]:
-    """The methods of a class that no library has written, and the functions that they call."""
-    found = (each for base in kind.__mro__ for each in vars(base).values())
-    return _reached_from(each for each in found if isinstance(each, FunctionType))
-
-
 def names_in_forward(kind: type) -> set[str]:
-    """The names that the forward of a class uses, in methods and functions that it calls too.
+    """The names that the forward of a class uses, in methods and functions that it calls too."""
+    return set().union(*(_names_in(each.__code__) for each in _functions_of(kind)))
 
-    Example:
-        >>> class Either(nn.Module):
-        ...     def forward(self, x):
-        ...         return x[0] if isinstance(x, list) else x
-        >>> sorted(names_in_forward(Either))
-        ['isinstance', 'list']
-    """
-    todo, found = [getattr(kind, "forward", None)], dict[Any, None]()
+
+@lru_cache(maxsize=256)
+def _functions_of(kind: Any) -> tuple[FunctionType, ...]:
+    """The forward of a class, and the methods and functions of the same package that it names."""
+    return _reached_from([getattr(kind, "forward", None)], kind)
+
+
+def _reached_from(functions: list[Any], kind: type) -> tuple[FunctionType, ...]:
+    homes = {_home(each) for each in (*functions, *kind.__mro__) if each is not None}
+    todo, found = list(functions), dict[FunctionType, None]()
     while todo:
-        function = todo.pop()
+        each = todo.pop()
+        function = each.fget if isinstance(each, property) else each
         if not isinstance(function, FunctionType) or function in found:
             continue
-        if _home(function) in _LIBRARIES and _home(function) != _home(kind):
+        if _home(function) not in homes or _home(function) in _LIBRARIES:
             continue
         found[function] = None
         names = _names_in(function.__code__)
         todo += [getattr(kind, name, None) for name in names]
         todo += [function.__globals__.get(name) for name in names]
-    return set().union(*(_names_in(each.__code__) for each in found))
-
-
-def _reached_from(functions: Iterable[FunctionType]) -> list[FunctionType]:
-    """Functions that no library has written, with those of the same package that they name."""
-    todo, found = list(functions), dict[FunctionType, None]()
-    while todo:
-        function = todo.pop()
-        if function in found or _home(function) in _LIBRARIES:
-            continue
-        found[function] = None
-        named = [function.__globals__.get(name) for name in _names_in(function.__code__)]
-        named += [_value_of(cell) for cell in function.__closure__ or ()]
-        todo += [
-            each
-            for each in named
-            if isinstance(each, FunctionType) and _home(each) == _home(function)
-        ]
-    return list(found)
+        todo += [_value_of(cell) for cell in function.__closure__ or ()]
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)

@@ -453,3 +453,49 @@ def test_what_a_trace_has_not_changed_is_not_written():
     torch.testing.assert_close(lean(X), model(X))
     assert Table.cleared == 0
     assert TABLE == {"scale": 2.0}
+
+
+class OfItsClass(Net):
+    scale = 1.0
+
+    def forward(self, x):
+        type(self).scale *= 2
+        return type(self).scale * super().forward(x)
+
+
+class Counts(Net):
+    calls = 0
+
+    @property
+    def factor(self):
+        self.calls = self.calls + 1
+        return float(self.calls)
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+class Remembers(Net):
+    def forward(self, x, memo=[]):  # noqa: B006
+        memo.append(1)
+        return len(memo) * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [OfItsClass, Counts, Remembers])
+def test_state_of_a_class_of_a_property_and_of_a_default(kind):
+    model = nn.Sequential(nn.Linear(32, 32), kind())
+    lean, _ = told(model, X)
+    assert OfItsClass.scale == 1.0
+    assert Remembers.forward.__defaults__ == ([],)
+    results = []
+    for each in (model, lean):
+        results.append([each(X) for _ in range(3)])
+        OfItsClass.scale = 1.0
+        Remembers.forward.__defaults__[0].clear()
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert not torch.equal(*results[0][:2])
+    told(model, X)
+    OfItsClass.scale = 3.0  # is not hidden by what a trace has set
+    assert all(each.scale == 3.0 for each in lean.modules() if isinstance(each, OfItsClass))
+    OfItsClass.scale = 1.0

@@ -21,6 +21,8 @@ _ASKED = frozenset(
 _ASKING = frozenset(
     ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
 ) | frozenset(("is_contiguous", "element_size", "data_ptr", "register_hook", "__hash__"))
+#: What a watched class holds itself.
+_OWN = frozenset(("__getattribute__", "__module__", "__qualname__", "__doc__"))
 #: What has been read of the modules that are watched now, by their ids.
 _READS: dict[int, dict[str, Any]] = {}
 _WATCHED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -53,6 +55,9 @@ class AttributeReads:
             for module, kind in zip(modules, kinds, strict=True):
                 module.__class__ = kind
                 del _READS[id(module)]
+            for kind in set(kinds):  # forward may have set attributes of its class
+                for name in vars(_watched(kind)).keys() - _OWN:
+                    delattr(_watched(kind), name)
 
 
 def _watched(kind: Any) -> Any:

@@ -63,8 +63,10 @@ class StateSnapshot:
                 continue
             attribute = _ATTRIBUTE.match(path)
             own = attribute is not None and attribute.end() == len(path)
-            if before is _ABSENT and own:  # forward has made it, and so has not read it before
-                continue
+            if before is _ABSENT and own:
+                before = getattr(type(self.before.module), path, _ABSENT)
+                if before is _ABSENT:  # forward has made it, and so has not read it before
+                    continue
             if issubclass(type(value), Proxy):
                 kept = isinstance(before, Tensor) or _depends_on_values(value.node)
                 if kept and (before is not None or not own or path in read_as_none):

@@ -177,6 +177,9 @@ def _variables_of(module: nn.Module) -> Iterator[_Variable]:
             ):
                 seen.add((id(home), name))
                 yield f"{home['__name__']}.{name}", home[name], partial(home.__setitem__, name)
+        for place, value in enumerate(function.__defaults__ or ()):
+            if isinstance(value, _CONTAINERS):  # a mutable default lives on
+                yield f"{function.__qualname__}.default_{place}", value, lambda _: None
         free = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in free:
             value = _value_of(cell)
@@ -186,7 +189,7 @@ def _variables_of(module: nn.Module) -> Iterator[_Variable]:
                     value,
                     partial(setattr, cell, "cell_contents"),
                 )
-    for base in kind.__mro__:
+    for base in reversed(kind.__mro__):  # what a subclass holds counts
         if _home(base) in _LIBRARIES:
             continue
         for name, value in list(vars(base).items()):

@@ -245,7 +245,7 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """Why a model fails with its layers swapped, in one line; empty if it does not."""
     sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # at no scale: faster
     tried = dataclasses.replace(made, sites=sites)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), leaving_state(model):
         try:
             tried.apply(model).eval()(*inputs)
         except Exception as error:  # the model's own code

@@ -136,12 +136,12 @@ struct Work {
     Work& work = *static_cast<Work*>(user);
     const int64_t blocks = work.shape.blocks(), first = work.blocks_each * static_cast<int64_t>(part);
     const int64_t last = first + work.blocks_each < blocks ? first + work.blocks_each : blocks;
-    W* scratch = new (std::nothrow) W[static_cast<size_t>(work.shape.scratch())];
+    W* scratch = new (std::nothrow) W[static_cast<size_t>(work.shape.scratch())]();
     if (scratch == nullptr) {
       work.failed = true;
       return;
     }
-    lean::walk_blocks<T, W>(work.shape, *work.options, work.x, work.seed, work.out, scratch, first,
+    lean::walk_blocks(work.shape, *work.options, work.x, work.seed, work.out, scratch, first,
                             last);
     delete[] scratch;
   }

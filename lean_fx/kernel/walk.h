@@ -1,8 +1,8 @@
 // LEAN's walk over blocks of positions, as lean_fx/reduction/functional.py defines it.
 //
 // A position's channels are a matrix X of I preserved by K reducible channels. LANES positions are
-// copied side by side, a row for each channel, and walked in vectors of WIDTH: t and u, of K vectors
-// each, stay in registers where the compiler knows K.
+// copied side by side, a row for each channel, and walked in vectors of WIDTH positions. All that a
+// walk computes is products of X or its transpose with a vector, a tile of sums at a time.
 
 #pragma once
 
@@ -37,11 +37,12 @@ struct Shape {
   bool matrix;        // whether the seed has a value for each channel
   int64_t channels() const { return preserved * reducible; }
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
-  // What a walk needs to work in: X, y and d of a block, and t and u where K is not known.
+  // What a walk needs to work in: X, y, d, t and u of a block.
   int64_t scratch() const { return (channels() + 2 * preserved + 2 * reducible) * LANES; }
 };
 
-#define LEAN_INLINE inline __attribute__((always_inline))
+#define LEAN_ALWAYS __attribute__((always_inline))
+#define LEAN_INLINE inline LEAN_ALWAYS
 
 template <typename T>
 struct Lanes {
@@ -71,95 +72,133 @@ struct Rows {
   LEAN_INLINE Rows operator+(int64_t rows) const { return {start + rows * LANES}; }
 };
 
-template <typename T, typename A, typename B>
-LEAN_INLINE Vector<T> dot(A a, B& b, int64_t count) {
-  Vector<T> sum = a[0] * b[0];
-  for (int64_t k = 1; k < count; ++k) sum += a[k] * b[k];
-  return sum;
+// A position's channels as a matrix: channel (i, k) lies in row i * down + k * right.
+template <typename T>
+struct Matrix {
+  Rows<T> rows;
+  int64_t I, K, down, right;
+};
+
+// sum_s A[r * across + s * along] * v[s] for SIZE values of r. The sums stay in registers.
+template <int SIZE, typename T, typename V>
+LEAN_INLINE void sum_tile(Rows<T> A, int64_t across, int64_t along, int64_t terms, V v,
+                          Vector<T>* sums) {
+  for (int r = 0; r < SIZE; ++r) sums[r] = Vector<T>{};
+  for (int64_t s = 0; s < terms; ++s) {
+    const Vector<T> weight = v[s];
+    for (int r = 0; r < SIZE; ++r) sums[r] += A[s * along + r * across] * weight;
+  }
 }
+
+// Calls use(r, sum) for r from first to last, in tiles of up to 8 of almost equal size.
+template <typename T, typename V, typename Use>
+LEAN_INLINE void for_sums(Rows<T> A, int64_t across, int64_t along, int64_t terms, V v,
+                          int64_t first, int64_t last, Use use) {
+  for (int64_t tiles = (last - first + 7) / 8; tiles > 0; --tiles) {
+    const int64_t size = (last - first + tiles - 1) / tiles;
+    const Rows<T> tile = A + first * across;
+    Vector<T> sums[8];
+    switch (size) {
+#define LEAN_TILE(SIZE)                                     \
+  case SIZE:                                                \
+    sum_tile<SIZE>(tile, across, along, terms, v, sums);    \
+    for (int r = 0; r < SIZE; ++r) use(first + r, sums[r]); \
+    break;
+      LEAN_TILE(1) LEAN_TILE(2) LEAN_TILE(3) LEAN_TILE(4)
+      LEAN_TILE(5) LEAN_TILE(6) LEAN_TILE(7) LEAN_TILE(8)
+#undef LEAN_TILE
+    }
+    first += size;
+  }
+}
+
+template <typename T>
+struct Ones {
+  LEAN_INLINE Vector<T> operator[](int64_t) const { return Vector<T>{} + 1; }
+};
+
+// out = X v
+template <typename T, typename V>
+LEAN_INLINE void multiply(const Matrix<T>& X, V v, Rows<T> out) {
+  for_sums(X.rows, X.down, X.right, X.K, v, 0, X.I,
+           [&](int64_t i, const Vector<T>& sum) LEAN_ALWAYS { out[i] = sum; });
+}
+
+// out = X^T v
+template <typename T, typename V>
+LEAN_INLINE void multiply_transposed(const Matrix<T>& X, V v, Rows<T> out) {
+  for_sums(X.rows, X.right, X.down, X.I, v, 0, X.K,
+           [&](int64_t k, const Vector<T>& sum) LEAN_ALWAYS { out[k] = sum; });
+}
+
+// Each so many rows apart.
+template <typename T>
+struct Spaced {
+  Rows<T> rows;
+  int64_t apart;
+  LEAN_INLINE Vector<T>& operator[](int64_t row) const { return rows[row * apart]; }
+};
 
 // d[i] = sum_j |sum_k X[i,k] X[j,k]|
 template <typename T>
-LEAN_INLINE void affinity_sums(Rows<T> X, Rows<T> d, int64_t I, int64_t K) {
-  for (int64_t i = 0; i < I; ++i) d[i] = Vector<T>{};
-  for (int64_t i = 0; i < I; ++i) {
-    const Rows<T> row = X + i * K;
-    Vector<T> own = d[i] + dot<T>(row, row, K);
-    for (int64_t j = i + 1; j < I; ++j) {
-      const Vector<T> g = absolute<T>(dot<T>(X + j * K, row, K));
-      own += g;
-      d[j] += g;
-    }
+LEAN_INLINE void affinity_sums(const Matrix<T>& X, Rows<T> d) {
+  for (int64_t i = 0; i < X.I; ++i) d[i] = Vector<T>{};
+  for (int64_t i = 0; i < X.I; ++i) {
+    const Spaced<T> row{X.rows + i * X.down, X.right};
+    Vector<T> own = d[i];
+    for_sums(X.rows, X.down, X.right, X.K, row, i + 1, X.I,
+             [&](int64_t j, const Vector<T>& sum) LEAN_ALWAYS {
+               const Vector<T> affinity = absolute<T>(sum);
+               d[j] += affinity;
+               own += affinity;
+             });
+    for (int64_t k = 0; k < X.K; ++k) own += row[k] * row[k];
     d[i] = own;
   }
 }
 
-// K vectors: in registers where K is known, else in memory.
-template <typename T, int CONSTANT>
-struct Held {
-  Vector<T> vectors[CONSTANT];
-  LEAN_INLINE void put(Rows<T>) {}
-  LEAN_INLINE Vector<T>& operator[](int64_t k) { return vectors[k]; }
-};
+// The walk of one vector of positions, whose channels begin at rows.
 template <typename T>
-struct Held<T, 0> {
-  Rows<T> rows;
-  LEAN_INLINE void put(Rows<T> where) { rows = where; }
-  LEAN_INLINE Vector<T>& operator[](int64_t k) { return rows[k]; }
-};
-
-// The walk of one vector of positions. CONSTANT is K where the compiler is to know it, else 0.
-template <typename T, int CONSTANT>
 LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T* seed,
-                            T* __restrict scratch) {
-  const int64_t I = shape.preserved, K = CONSTANT ? CONSTANT : shape.reducible;
-  const Rows<T> X{scratch}, y = X + I * K, d = y + I;
-  Held<T, CONSTANT> t{}, u{};
-  t.put(d + I);
-  u.put(d + I + K);
-  const bool normalized = options.normalize != Normalize::none;
+                             T* __restrict start) {
+  const int64_t I = shape.preserved, K = shape.reducible;
+  const Rows<T> rows{start}, y = rows + I * K, d = y + I, t = d + I, u = t + K;
+  const Matrix<T> X{rows, I, K, options.interleaved ? 1 : K, options.interleaved ? I : 1};
   const bool column = options.normalize == Normalize::column;
 
-  if (normalized && options.nonnegative) {
-    for (int64_t k = 0; k < K; ++k) t[k] = X[k];
-    for (int64_t i = 1; i < I; ++i)
-      for (int64_t k = 0; k < K; ++k) t[k] += X[i * K + k];
-  }
-  // The default walk reads X once for both d and u.
-  const bool at_once = column && options.nonnegative && options.damping == 0 && !shape.matrix;
-  if (normalized && !at_once) {
-    if (options.nonnegative) {
-      for (int64_t i = 0; i < I; ++i) d[i] = dot<T>(X + i * K, t, K);
+  if (options.normalize != Normalize::none) {
+    if (options.nonnegative) {  // sum_j |<X_i, X_j>| = <X_i, sum_j X_j>
+      multiply_transposed(X, Ones<T>{}, t);
+      multiply(X, t, d);
     } else {
-      affinity_sums<T>(X, d, I, K);
+      affinity_sums(X, d);
     }
+    Vector<T> extra = Vector<T>{};
     if (options.damping != 0) {
-      Vector<T> sum = d[0];
-      for (int64_t i = 1; i < I; ++i) sum += d[i];
-      sum *= static_cast<T>(options.damping / static_cast<double>(I));
-      for (int64_t i = 0; i < I; ++i) d[i] += sum;
+      for (int64_t i = 0; i < I; ++i) extra += d[i];
+      extra *= static_cast<T>(options.damping / static_cast<double>(I));
     }
-    for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<T>(d[i]);
+    for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<T>(d[i] + extra);
   }
   for (int64_t step = 0; step < options.iterations; ++step) {
-    for (int64_t k = 0; k < K; ++k) u[k] = Vector<T>{};
-    for (int64_t i = 0; i < I; ++i) {
-      const Rows<T> row = X + i * K;
-      if (at_once && step == 0) d[i] = without_zeros<T>(dot<T>(row, t, K));
-      if (shape.matrix && step == 0) {
+    if (shape.matrix && step == 0) {
+      for (int64_t k = 0; k < K; ++k) u[k] = Vector<T>{};
+      for (int64_t i = 0; i < I; ++i) {
         for (int64_t k = 0; k < K; ++k) {
           const Vector<T> v = Vector<T>{} + seed[i * K + k];
-          u[k] += row[k] * (column ? v / d[i] : v);
+          u[k] += rows[i * X.down + k * X.right] * (column ? v / d[i] : v);
         }
-      } else {
-        const Vector<T> v = step == 0 ? Vector<T>{} + seed[i] : y[i];
-        const Vector<T> weight = column ? v / d[i] : v;
-        for (int64_t k = 0; k < K; ++k) u[k] += row[k] * weight;
       }
+    } else {
+      for (int64_t i = 0; i < I; ++i) {
+        if (step == 0) y[i] = Vector<T>{} + seed[i];
+        if (column) y[i] /= d[i];
+      }
+      multiply_transposed(X, y, u);
     }
+    multiply(X, u, y);
     Vector<T> norm = Vector<T>{} + static_cast<T>(options.norm_floor);
     for (int64_t i = 0; i < I; ++i) {
-      y[i] = dot<T>(X + i * K, u, K);
       if (options.normalize == Normalize::row) y[i] /= d[i];
       norm += absolute<T>(y[i]);
     }
@@ -169,18 +208,11 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T
   if (options.scale == Scale::sum) return;
   Vector<T> factor = Vector<T>{} + static_cast<T>(I);
   if (options.scale == Scale::magnitude) {
-    Vector<T> sum = absolute<T>(X[0]);
-    for (int64_t c = 1; c < I * K; ++c) sum += absolute<T>(X[c]);
+    Vector<T> sum = Vector<T>{};
+    for (int64_t c = 0; c < I * K; ++c) sum += absolute<T>(rows[c]);
     factor *= sum / static_cast<T>(I * K);
   }
   for (int64_t i = 0; i < I; ++i) y[i] *= factor;
-}
-
-template <typename T, int CONSTANT>
-LEAN_INLINE void walk_all(const Shape& shape, const Options& options, const T* seed, T* scratch,
-                          int64_t count) {
-  for (int64_t first = 0; first < count; first += WIDTH)
-    walk_vector<T, CONSTANT>(shape, options, seed, scratch + first);
 }
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
@@ -189,24 +221,16 @@ LEAN_INLINE void walk_all(const Shape& shape, const Options& options, const T* s
 #define LEAN_CLONES
 #endif
 
-LEAN_CLONES static void walk_one(const Shape& shape, const Options& options, const float* seed,
-                                 float* scratch, int64_t count) {
-  switch (shape.reducible) {
-#define LEAN_CASE(K) \
-  case K:            \
-    return walk_all<float, K>(shape, options, seed, scratch, count);
-    LEAN_CASE(2) LEAN_CASE(3) LEAN_CASE(4) LEAN_CASE(5) LEAN_CASE(6) LEAN_CASE(8)
-    LEAN_CASE(10) LEAN_CASE(12) LEAN_CASE(15) LEAN_CASE(16)
-#undef LEAN_CASE
-    default:
-      return walk_all<float, 0>(shape, options, seed, scratch, count);
+// Walks over the first count positions of the rows of a block.
+#define LEAN_WALK(W)                                                                             \
+  LEAN_CLONES static void walk_rows(const Shape& shape, const Options& options, const W* seed,   \
+                                    W* rows, int64_t count) {                                    \
+    for (int64_t first = 0; first < count; first += WIDTH)                                       \
+      walk_vector<W>(shape, options, seed, rows + first);                                        \
   }
-}
-
-LEAN_CLONES static void walk_one(const Shape& shape, const Options& options, const double* seed,
-                                 double* scratch, int64_t count) {
-  walk_all<double, 0>(shape, options, seed, scratch, count);
-}
+LEAN_WALK(float)
+LEAN_WALK(double)
+#undef LEAN_WALK
 
 // Numbers of 16 bits, computed in float.
 struct Half {
@@ -270,59 +294,65 @@ struct Brain {
   }
 };
 
-// Walks over the blocks first to last of x; T is what is stored, W what it is computed in.
+// Walks over a block of positions; T is what is stored, W what it is computed in.
 template <typename T, typename W>
-void walk_blocks(const Shape& shape, const Options& options, const T* x, const W* seed,
-                             T* out, W* scratch, int64_t first, int64_t last) {
-  const int64_t I = shape.preserved, K = shape.reducible, C = I * K, behind = shape.behind;
-  const int64_t positions = shape.before * behind;
+LEAN_INLINE void walk_block(const Shape& shape, const Options& options, const T* __restrict x,
+                            const W* seed, T* __restrict out, W* __restrict scratch,
+                            int64_t block) {
+  const int64_t C = shape.channels(), I = shape.preserved, behind = shape.behind;
+  const int64_t start = block * LANES, left = shape.before * behind - start;
+  const int64_t count = left < LANES ? left : LANES;
+  const bool in_a_row = start % behind + count <= behind;
   W* const y = scratch + C * LANES;
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t start = block * LANES;
-    const int64_t count = positions - start < LANES ? positions - start : LANES;
-    const int64_t vectors = (count + WIDTH - 1) / WIDTH;
-    int64_t read[LANES], written[LANES];  // where the channels of each position begin
-    bool plane[LANES / WIDTH];            // whether the positions of a vector lie side by side
-    for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) {
-      const int64_t at = start + (lane < count ? lane : 0);
-      read[lane] = at / behind * C * behind + at % behind;
-      written[lane] = at / behind * I * behind + at % behind;
+  // Where a position begins in an array of so many channels.
+  const auto at = [&](int64_t lane, int64_t channels) LEAN_ALWAYS {
+    const int64_t position = start + lane;
+    return position / behind * channels * behind + position % behind;
+  };
+
+  if (in_a_row && count == LANES) {
+    const T* from = x + at(0, C);
+    for (int64_t c = 0; c < C; ++c, from += behind) {
+      __builtin_prefetch(from + 2 * LANES);  // the hardware follows fewer streams than C
+      for (int lane = 0; lane < LANES; ++lane)
+        scratch[c * LANES + lane] = static_cast<W>(from[lane]);
     }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t end = (v + 1) * WIDTH - 1;
-      plane[v] = behind > 1 && end < count && read[end] == read[v * WIDTH] + WIDTH - 1;
+  } else if (in_a_row && behind > 1) {
+    const T* from = x + at(0, C);
+    for (int64_t c = 0; c < C; ++c, from += behind)
+      for (int lane = 0; lane < count; ++lane)
+        scratch[c * LANES + lane] = static_cast<W>(from[lane]);
+  } else {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const T* const from = x + at(lane, C);
+      for (int64_t c = 0; c < C; ++c) scratch[c * LANES + lane] = static_cast<W>(from[c * behind]);
     }
-    for (int64_t i = 0; i < I; ++i) {
-      for (int64_t k = 0; k < K; ++k) {
-        const T* const from = x + (options.interleaved ? k * I + i : i * K + k) * behind;
-        W* const to = scratch + (i * K + k) * LANES;
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t* const lanes = read + v * WIDTH;
-          W* const row = to + v * WIDTH;
-          if (plane[v]) {
-            for (int lane = 0; lane < WIDTH; ++lane) row[lane] = static_cast<W>(from[lanes[0] + lane]);
-          } else {
-            for (int lane = 0; lane < WIDTH; ++lane) row[lane] = static_cast<W>(from[lanes[lane]]);
-          }
-        }
-      }
-    }
-    walk_one(shape, options, seed, scratch, count);
-    for (int64_t i = 0; i < I; ++i) {
-      T* const to = out + i * behind;
-      const W* const from = y + i * LANES;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t* const lanes = written + v * WIDTH;
-        if (plane[v]) {
-          for (int lane = 0; lane < WIDTH; ++lane)
-            to[lanes[0] + lane] = static_cast<T>(from[v * WIDTH + lane]);
-        } else {
-          for (int lane = 0; lane < WIDTH && v * WIDTH + lane < count; ++lane)
-            to[lanes[lane]] = static_cast<T>(from[v * WIDTH + lane]);
-        }
-      }
+  }
+  walk_rows(shape, options, seed, scratch, count);
+  if (in_a_row && count == LANES) {
+    T* to = out + at(0, I);
+    for (int64_t i = 0; i < I; ++i, to += behind)
+      for (int lane = 0; lane < LANES; ++lane) to[lane] = static_cast<T>(y[i * LANES + lane]);
+  } else {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      T* const to = out + at(lane, I);
+      for (int64_t i = 0; i < I; ++i) to[i * behind] = static_cast<T>(y[i * LANES + lane]);
     }
   }
 }
+
+// Walks over the blocks first to last.
+#define LEAN_WALK(T, W)                                                                       \
+  LEAN_CLONES static void walk_blocks(const Shape& shape, const Options& options, const T* x, \
+                                      const W* seed, T* out, W* scratch, int64_t first,       \
+                                      int64_t last) {                                         \
+    for (int64_t block = first; block < last; ++block)                                        \
+      walk_block<T, W>(shape, options, x, seed, out, scratch, block);                         \
+  }
+LEAN_WALK(float, float)
+LEAN_WALK(double, double)
+LEAN_WALK(Half, float)
+LEAN_WALK(Brain, float)
+#undef LEAN_WALK
 
 }  // namespace lean

@@ -26,7 +26,7 @@ house: $(VENV)/.installed-test
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python tests/sanitize.py
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt lean_fx/kernel/onnx.cpp lean_fx/kernel/walk.h
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(wildcard lean_fx/kernel/*.cpp lean_fx/kernel/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"

@@ -136,7 +136,7 @@ struct Work {
     Work& work = *static_cast<Work*>(user);
     const int64_t blocks = work.shape.blocks(), first = work.blocks_each * static_cast<int64_t>(part);
     const int64_t last = first + work.blocks_each < blocks ? first + work.blocks_each : blocks;
-    W* scratch = new (std::nothrow) W[static_cast<size_t>(work.shape.scratch())]();
+    W* scratch = new (std::nothrow) W[static_cast<size_t>(work.shape.walk_rows() * lean::LANES)]();
     if (scratch == nullptr) {
       work.failed = true;
       return;

@@ -1,0 +1,114 @@
+// The walk over the rows of a block. lean_fx/reduction/walk.py has the formulas.
+
+#include "walk.h"
+
+namespace lean {
+namespace {
+
+// d[i] = sum_j |sum_k X[i,k] X[j,k]|. Each sum is made once, for d[i] and d[j], in `sums`.
+template <typename T>
+LEAN_INLINE void affinity_sums(const Matrix<T>& X, Rows<T> d, Rows<T> sums) {
+  for (int64_t i = 0; i < X.height; ++i) d[i] = Vector<T>{};
+  for (int64_t i = 0; i < X.height; ++i) {
+    multiply(X.below(i), X.row(i), sums);
+    Vector<T> own = d[i] + sums[0];
+    for (int64_t j = i + 1; j < X.height; ++j) {
+      const Vector<T> affinity = absolute<T>(sums[j - i]);
+      d[j] += affinity;
+      own += affinity;
+    }
+    d[i] = own;
+  }
+}
+
+// d += damping mean_i d[i]
+template <typename T>
+LEAN_INLINE void damp(Rows<T> d, int64_t I, double damping) {
+  if (damping == 0) return;  // infinite sums times 0 are not 0
+  Vector<T> sum = d[0];
+  for (int64_t i = 1; i < I; ++i) sum += d[i];
+  sum *= static_cast<T>(damping / static_cast<double>(I));
+  for (int64_t i = 0; i < I; ++i) d[i] += sum;
+}
+
+template <typename T>
+LEAN_INLINE Vector<T> mean_magnitude(Rows<T> x, int64_t channels) {
+  Vector<T> sum = absolute<T>(x[0]);
+  for (int64_t c = 1; c < channels; ++c) sum += absolute<T>(x[c]);
+  return sum / static_cast<T>(channels);
+}
+
+template <typename T>
+LEAN_INLINE Matrix<T> as_matrix(const Shape& shape, const Options& options, Rows<T> x) {
+  const int64_t I = shape.preserved, K = shape.reducible;
+  if (options.interleaved) return {x.start, I, K, 1, I};
+  return {x.start, I, K, K, 1};
+}
+
+template <typename T>
+LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T* seed, T* start) {
+  const auto [x, y, d, t, u, inverse] = WalkRows<T>(shape, start);
+  const int64_t I = shape.preserved, K = shape.reducible;
+  const Matrix<T> X = as_matrix(shape, options, x);
+  const bool column = options.normalize == Normalize::column;
+
+  if (options.normalize != Normalize::none) {
+    if (options.nonnegative) {  // sum_j |<X_i, X_j>| = <X_i, sum_j X_j>
+      inverse[0] = all<T>(1);
+      multiply(X.transposed(), {inverse.start, 0}, t);
+      multiply(X, t, d);
+    } else {
+      affinity_sums(X, d, y);
+    }
+    damp(d, I, options.damping);
+    for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<T>(d[i]);
+  }
+  for (int64_t step = 0; step < options.iterations; ++step) {
+    if (shape.matrix && step == 0) {
+      for (int64_t k = 0; k < K; ++k) u[k] = Vector<T>{};
+      for (int64_t i = 0; i < I; ++i) {
+        for (int64_t k = 0; k < K; ++k) {
+          const Vector<T> v = all<T>(seed[i * K + k]);
+          u[k] += X.row(i)[k] * (column ? v / d[i] : v);
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < I; ++i) {
+        const Vector<T> v = step == 0 ? all<T>(seed[i]) : y[i];
+        y[i] = column ? v / d[i] : v;
+      }
+      multiply(X.transposed(), y, u);
+    }
+    multiply(X, u, y);
+    Vector<T> norm = all<T>(static_cast<T>(options.norm_floor));
+    for (int64_t i = 0; i < I; ++i) {
+      if (options.normalize == Normalize::row) y[i] /= d[i];
+      norm += absolute<T>(y[i]);
+    }
+    inverse[0] = 1 / without_zeros<T>(norm);
+    for (int64_t i = 0; i < I; ++i) y[i] *= inverse[0];
+  }
+  if (options.scale == Scale::sum) return;
+  Vector<T> factor = all<T>(static_cast<T>(I));
+  if (options.scale == Scale::magnitude) factor *= mean_magnitude<T>(x, shape.channels());
+  for (int64_t i = 0; i < I; ++i) y[i] *= factor;
+}
+
+template <typename T>
+LEAN_CLONES void walk_vectors(const Shape& shape, const Options& options, const T* seed, T* rows,
+                              int64_t count) {
+  for (int64_t lane = 0; lane < count; lane += WIDTH)
+    walk_vector(shape, options, seed, rows + lane);
+}
+
+}  // namespace
+
+template <typename T>
+void walk(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count) {
+  walk_vectors(shape, options, seed, rows, count);
+}
+
+template void walk(const Shape&, const Options&, const float*, float*, int64_t);
+template void walk(const Shape&, const Options&, const double*, double*, int64_t);
+
+}  // namespace lean

@@ -78,6 +78,18 @@ def edited(change):
             "plan: a part is missing or unknown (",
         ),
         (edited(lambda c: c["sites"][0].update(out_channels=None)), "plan: a part is missing or "),
+        (
+            edited(lambda c: c["sites"][0].update(dim=10**9)),
+            "plan: a part is missing or unknown (site 'relu' has dim=1000000000, which no tensor",
+        ),
+        (
+            edited(lambda c: c["sites"][0].update(rms=float("inf"))),
+            "plan: a part is missing or unknown (site 'relu' has rms=inf)",
+        ),
+        (
+            edited(lambda c: c.update(sites=c["sites"] * 2)),
+            "plan: a part is missing or unknown (layer ",
+        ),
     ],
 )
 def test_texts_that_are_no_plan(text, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from lean_fx.skip_reason import SkipReason
 #: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
 PLAN = "lean_fx.plan"
 _VERSION = 2
+_MOST_AXES = 64  # as most of torch's functions take
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ class Plan:
             )
         try:
             sites = [_site_from(entry) for entry in content.pop("sites")]
+            _check_different(sites)
             left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
             split, weights = (
                 _names(key, content.pop(key, ())) for key in ("split_layers", "weights")
@@ -314,6 +317,15 @@ def _left_alone_from(entry: dict[str, Any]) -> LeftAlone:
     return LeftAlone(**{**entry, "reason": SkipReason(**entry["reason"])})
 
 
+def _check_different(sites: list[Site]) -> None:
+    seen: set[tuple[str, Consumer]] = set()
+    for site in sites:
+        for consumer in site.consumers:
+            if (site.value, consumer) in seen:
+                raise TypeError(f"layer {consumer.layer!r} reads {site.value!r} at two sites")
+            seen.add((site.value, consumer))
+
+
 def _site_from(entry: dict[str, Any]) -> Site:
     consumers = [
         Consumer(**{**each, "path": tuple(each["path"])}) for each in entry.pop("consumers")
@@ -331,4 +343,8 @@ def _site_from(entry: dict[str, Any]) -> Site:
     check_channels("site", site.in_channels, site.out_channels or 0)
     if site.groups < 1:
         raise TypeError(f"site {site.value!r} has groups={site.groups}")
+    if not -_MOST_AXES <= site.dim < _MOST_AXES:
+        raise TypeError(f"site {site.value!r} has dim={site.dim}, which no tensor has")
+    if not 0 <= site.rms < math.inf:
+        raise TypeError(f"site {site.value!r} has rms={site.rms}")
     return site

@@ -142,7 +142,7 @@ struct Work {
       return;
     }
     lean::walk_blocks(work.shape, *work.options, work.x, work.seed, work.out, scratch, first,
-                            last);
+                      last);
     delete[] scratch;
   }
 };

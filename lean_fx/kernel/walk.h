@@ -103,7 +103,6 @@ struct Block {
   }
 };
 
-
 // Walks over the blocks first to last of x; T is what is stored, W what it is computed in.
 template <typename T, typename W>
 void walk_blocks(const Shape& shape, const Options& options, const T* x, const W* seed, T* out,

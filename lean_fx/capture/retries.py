@@ -15,15 +15,16 @@ In turn:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
 
 from lean_fx.capture.guards import check_absent, check_branch, check_given
+from lean_fx.capture.own_methods import own_call, own_method
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
@@ -47,24 +48,20 @@ def trace_copy(
         root: the module.
         inputs: example inputs, as far as they are known.
         whole: names of modules that are leaves in any case.
-        evaluation: whether the graph is for evaluation alone. Else modules whose ``train`` is their
-            own are leaves, as a graph would forget it.
+        evaluation: whether the graph is for evaluation alone.
 
     Raises:
         TraceError: the module cannot be traced; or what its own code raises.
     """
-    own = set() if evaluation else set(_modules_with_own_train(root))
-    if "" in own:
-        raise TraceError(f"{type(root).__name__} has a train of its own, which a graph has not")
-    opaque = (
-        whole
-        | own
-        | {
-            name
-            for name, each in root.named_modules()
-            if name and (reduces_within(each) or has_hooks(each))
-        }
-    )
+    if own := own_call(root):
+        raise TraceError(f"{type(root).__name__} has {own}, which a graph has not")
+    if own := own_method(root, evaluation):
+        raise TraceError(f"{type(root).__name__} has a {own} of its own, which a graph has not")
+    opaque = whole | {
+        name
+        for name, each in root.named_modules()
+        if name and (reduces_within(each) or has_hooks(each) or own_method(each, evaluation))
+    }
     copied, graph = _trace_seeing(root, inputs, opaque)
     for guard in [node for node in graph.nodes if node.target is check_given]:
         if _same_without(guard.args[0], graph, root, inputs, opaque):
@@ -110,50 +107,6 @@ def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
     return frozenset(
         name for name in called if not tracer.is_leaf_module(root.get_submodule(name), name)
     )
-
-
-def _modules_with_own_train(root: nn.Module) -> Iterator[str]:
-    """The modules whose train() or eval() does more than nn.Module's."""
-    for name, each in root.named_modules():
-        own = (type(each).train, type(each).eval) != (nn.Module.train, nn.Module.eval)
-        if own and not _trains_as_usual(each):
-            yield name
-
-
-def _trains_as_usual(module: nn.Module) -> bool:
-    """Whether train() and eval() of a module leave it as those of nn.Module would."""
-
-    def after(change: Callable[[nn.Module], Any]) -> dict[tuple[str, str], Any]:
-        copied = clone_sharing_state(module, _without_values)
-        change(copied)
-        return _state(copied)
-
-    try:
-        return after(lambda each: each.train()) == after(nn.Module.train) and after(
-            lambda each: each.eval()
-        ) == after(lambda each: each.train(False)) == after(
-            lambda each: nn.Module.train(each, False)
-        )
-    except Exception:  # the model's own code
-        return False
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    learns = tensor.requires_grad
-    return nn.Parameter(empty, learns) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _state(root: nn.Module) -> dict[tuple[str, str], Any]:
-    """What train() may change: flags and numbers of modules, and which parameters learn."""
-    state: dict[tuple[str, str], Any] = {
-        (name, key): value
-        for name, module in root.named_modules()
-        for key, value in vars(module).items()
-        if type(value) in (bool, int, float, str, type(None))
-    }
-    learning = ((name, each.requires_grad) for name, each in root.named_parameters())
-    return state | {(name, "requires_grad"): learns for name, learns in learning}
 
 
 def _trace_seeing(

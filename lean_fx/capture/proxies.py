@@ -19,7 +19,7 @@ from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
 from lean_fx.capture.guards import round_number
-from lean_fx.capture.side_effects import KeepsData
+from lean_fx.capture.side_effects import LEARNING, KeepsData, SideEffect
 
 if TYPE_CHECKING:
     from lean_fx.capture.value_tracing import ValueTracer
@@ -70,6 +70,8 @@ class ValueProxy(KeepsData):
 
     def __getattr__(self, k: str) -> Any:
         value = value_of(self.node)
+        if k in LEARNING:
+            raise SideEffect(f"forward asks for {k} of {self.node.name}")
         if value is UNKNOWN:  # after the trace
             return Attribute(self, k)
         if isinstance(value, Tensor) and k in ("ndim", "dim", "ndimension"):

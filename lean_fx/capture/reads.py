@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,14 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from lean_fx.capture.side_effects import LEARNING, SideEffect
+
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
 
 _PLAIN = (bool, int, float, str, type(None))
 #: What may be asked of a parameter without reading its numbers.
-_ASKED = frozenset(
-    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "is_meta")
-)
+_ASKED = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_meta"))
 _ASKING = frozenset(
     ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
 ) | frozenset(("is_contiguous", "element_size", "data_ptr", "register_hook", "__hash__"))
@@ -96,7 +97,11 @@ class ParameterReads(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         getter = getattr(getattr(func, "__self__", None), "__name__", "")
-        asking = name in _ASKING or (name in ("__get__", "__set__") and getter in _ASKED)
+        asking = name in _ASKING or (name in ("__get__", "__set__") and getter in _ASKED | LEARNING)
+        if name == "__get__" and getter in LEARNING and not self._tracer.computing:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] not in ("torch", "lean_fx"):
+                raise SideEffect(f"forward asks for {getter} of a parameter")
         if asking or self._tracer.computing or not self._known((args, kwargs)):
             return func(*args, **kwargs)
         args, kwargs = self._proxies(args), self._proxies(kwargs)

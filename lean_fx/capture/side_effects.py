@@ -4,9 +4,9 @@ torch.fx records calls on values. It does not see that a forward
 
 1. computes a value without a gradient (``torch.no_grad()``), or gives it another one by a
    ``torch.autograd.Function``, or recomputes it for the backward (gradient checkpointing);
-2. turns autocast on or off around a call, or asks whether it or gradients are on;
+2. turns autocast on or off around a call, or gradients on, or asks whether they are;
 3. draws random numbers in Python, or in torch for something other than a value of the graph: the
-   graph would keep the numbers of the trace;
+   graph would keep the numbers of the trace; or sets a seed;
 4. keeps state for later calls (:mod:`lean_fx.capture.state`).
 """
 
@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch import utils
 from torch.fx import Node, Proxy
 from torch.fx.proxy import TraceError
-from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_SIZES = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")
-_QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+# What gives no gradient to what it is asked of.
+_WITHOUT_GRADIENT = frozenset(
+    ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "detach", "argmax", "argmin")
+) | frozenset(("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "bool", "long"))
+#: What tells whether a value has a gradient.
+LEARNING = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 
 
 class SideEffect(TraceError):  # noqa: N818
@@ -40,77 +42,35 @@ def autocasting() -> tuple[Any, ...]:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
-def has_gradient(
-    node: Node, root: nn.Module, parameters: Mapping[str, nn.Parameter], known: set[Node]
-) -> bool:
-    """Whether parameters that learn have a part in a value.
+def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:
+    """Whether a gradient may reach an input of the model or a parameter through a value.
 
     Args:
         node: what gives it.
         root: the model that is traced.
-        parameters: those of the model, by name.
         known: the nodes before it of which this holds.
     """
+    if node.op == "placeholder":
+        return True
     if node.op == "get_attr":
-        parameter = parameters.get(str(node.target))
-        return parameter is not None and parameter.requires_grad
+        owner, _, name = str(node.target).rpartition(".")
+        return name in root.get_submodule(owner)._parameters
     if node.op == "call_module":
         held = root.get_submodule(str(node.target)).parameters()
-        if any(each.requires_grad for each in held):
+        if next(held, None) is not None:
             return True
     asked = node.args[1] if node.target is getattr else node.target
-    return asked not in _SIZES and any(source in known for source in node.all_input_nodes)
-
-
-@contextmanager
-def refusing_functions() -> Iterator[None]:
-    """Refuse, while a model is traced, the functions of torch whose effect a graph would lose.
-
-    - A torch.autograd.Function on a proxy: its own gradient would be lost. (All of them unwrap
-      their arguments first by one function of torch, even if a model calls ``apply`` by another
-      name.)
-    - Gradient checkpointing: the values that it drops would be kept.
-    - Questions about gradients, inference mode and autocast: the answers would be frozen.
-
-    Raises:
-        SideEffect: a model's code calls one of them.
-    """
-    unwrap = utils.unwrap_dead_wrappers
-
-    def refuse(args: tuple[Any, ...]) -> Any:
-        if any(issubclass(type(each), Proxy) for each in args):
-            raise SideEffect("a torch.autograd.Function has a gradient of its own")
-        return unwrap(args)
-
-    def checkpointing(*_: Any, **__: Any) -> Any:
-        raise SideEffect("gradient checkpointing would be lost")
-
-    def refused(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.partition(".")[0] not in ("torch", "lean_fx"):
-                raise SideEffect(f"forward asks torch.{name}")
-            return function(*args, **kwargs)
-
-        return asked
-
-    patches: list[tuple[Any, str, Any]] = [
-        (utils, "unwrap_dead_wrappers", refuse),
-        (checkpoint, "_checkpoint_without_reentrant_generator", checkpointing),
-        *((torch, name, refused(name, getattr(torch, name))) for name in _QUESTIONS),
-    ]
-    before = [getattr(home, name) for home, name, _ in patches]
-    try:
-        for home, name, patched in patches:
-            setattr(home, name, patched)
-        yield
-    finally:
-        for (home, name, _), original in zip(patches, before, strict=True):
-            setattr(home, name, original)
+    name = asked if isinstance(asked, str) else getattr(asked, "__name__", "")
+    return name not in _WITHOUT_GRADIENT and any(each in known for each in node.all_input_nodes)
 
 
 class KeepsData(Proxy):
-    """A proxy to whose ``data`` nothing can be assigned."""
+    """A proxy to whose ``data`` nothing can be assigned, and that no one asks for its gradient."""
+
+    def __getattr__(self, k: str) -> Any:
+        if k in LEARNING:
+            raise SideEffect(f"forward asks for {k} of {self.node.name}")
+        return super().__getattr__(k)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":

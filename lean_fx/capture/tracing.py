@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.own_methods import own_call
 from lean_fx.capture.reads import AttributeReads, ParameterReads
+from lean_fx.capture.refusals import patching, refusing_functions
 from lean_fx.capture.side_effects import (
     Draws,
     KeepsData,
     SideEffect,
     autocasting,
-    has_gradient,
-    refusing_functions,
+    may_have_gradient,
 )
 from lean_fx.capture.state import StateSnapshot, keep
 from lean_fx.graph.captured import freeze_attributes
@@ -104,9 +103,17 @@ class LeanTracer(Tracer):
         self._proxies: dict[str, Proxy] = {}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
         self._draws = Draws(lambda: self.computing)
-        with self.reads.watching(watched), refusing_functions(), leaving_state(root), self._draws:
+        homes = {id(each): each for kind in map(type, watched) for each in globals_of(kind)}
+        with (
+            torch.enable_grad(),
+            self.reads.watching(watched),
+            refusing_functions(homes.values(), lambda: self.computing),
+            patching([(home, "len", count_items) for home in homes.values() if "len" not in home]),
+            leaving_state(root),
+            self._draws,
+        ):
             before = StateSnapshot.of(root, self._draws)
-            with torch.enable_grad(), ParameterReads(self), counting_as_nodes(watched):
+            with ParameterReads(self):
                 graph = super().trace(root, concrete_args)
             before.check(self.reads.as_none(root))
         freeze_attributes(graph, self._frozen(root))
@@ -193,7 +200,7 @@ class LeanTracer(Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Make a node, where nothing around the call would be lost."""
         node = super().create_node(kind, target, *args, **kwargs)
-        if has_gradient(node, self.root, self._parameters, self._learned):
+        if may_have_gradient(node, self.root, self._learned):
             self._learned.add(node)
             if not torch.is_grad_enabled():
                 raise SideEffect(f"{node.name} is computed without a gradient")
@@ -275,20 +282,6 @@ class LeanTracer(Tracer):
                 self.module_stack.popitem(last=True)
             self.opaque |= {path}
             return super().call_module(m, forward, args, kwargs)
-
-
-@contextmanager
-def counting_as_nodes(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Make ``len`` of a value a node, in the code of these modules. Python's gives a number."""
-    homes = {id(home): home for module in modules for home in globals_of(type(module))}
-    ours = [home for home in homes.values() if "len" not in home]
-    for home in ours:
-        home["len"] = count_items
-    try:
-        yield
-    finally:
-        for home in ours:
-            del home["len"]
 
 
 class _Weight(KeepsData, ParameterProxy):

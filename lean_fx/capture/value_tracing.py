@@ -120,7 +120,9 @@ class ValueTracer(LeanTracer):
             if not node.users:
                 self.graph.erase_node(node)
             raise
-        sources = node.all_input_nodes
+        value, sources = value_of(node), node.all_input_nodes
+        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+            self._learned.discard(node)
         node.meta[_FIXED] = kind != "placeholder" and all(n.meta[_FIXED] for n in sources)
         return node
 

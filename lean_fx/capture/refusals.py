@@ -1,0 +1,143 @@
+"""Functions of torch that are refused while a model is traced: a graph would lose their effect."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._functorch import utils
+from torch.fx import Proxy
+from torch.utils import checkpoint
+
+from lean_fx.capture.side_effects import SideEffect
+
+_QUESTIONS = (
+    *("is_grad_enabled", "is_inference_mode_enabled", "is_inference"),
+    *("is_autocast_enabled", "is_autocast_cpu_enabled", "is_autocast_cache_enabled"),
+    *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
+)
+_SEEDS = ("manual_seed", "seed", "set_rng_state", "get_rng_state", "fork_rng")
+_MODES = (
+    (torch.autocast, "autocast is turned on or off"),
+    (torch.enable_grad, "gradients are turned on"),
+    (torch.inference_mode, "inference mode is turned on"),
+)
+
+#: What holds a name, the name, and what stands there meanwhile.
+Patch = tuple[Any, str, Any]
+
+
+@contextmanager
+def refusing_functions(
+    homes: Iterable[dict[str, Any]], computing: Callable[[], bool]
+) -> Iterator[None]:
+    """Refuse, while a model is traced, the functions of torch whose effect a graph would lose.
+
+    - A torch.autograd.Function on a proxy: its own gradient would be lost. (All of them unwrap
+      their arguments first by one function of torch, even if a model calls ``apply`` by another
+      name.)
+    - Gradient checkpointing: the values that it drops would be kept.
+    - Questions about gradients, inference mode and autocast: the answers would be frozen.
+    - Autocast, enable_grad and inference_mode as contexts: what they do would be left out.
+    - Seeds: the calls that draw would be nodes, but not those that set a seed.
+
+    Args:
+        homes: the globals of the model's code, which may hold such functions by other names.
+        computing: whether a value is being computed, of which no graph is made.
+
+    Raises:
+        SideEffect: a model's code calls one of them.
+    """
+
+    def refused(function: Callable[..., Any], effect: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if not computing() and caller.partition(".")[0] not in ("torch", "lean_fx"):
+                raise SideEffect(effect)
+            return function(*args, **kwargs)
+
+        return asked
+
+    def entering(enter: Callable[..., Any], effect: str) -> Callable[..., Any]:
+        def entered(self: Any) -> Any:
+            if not computing():
+                raise SideEffect(f"{effect} in forward")
+            return enter(self)
+
+        return entered
+
+    replaced: dict[int, Any] = {}
+    patches: list[Patch] = [
+        (utils, "unwrap_dead_wrappers", _refusing_proxies(utils.unwrap_dead_wrappers)),
+        (checkpoint, "_checkpoint_without_reentrant_generator", _refuse_checkpointing),
+        *((kind, "__enter__", entering(kind.__enter__, effect)) for kind, effect in _MODES),
+    ]
+    asking = [(torch, name, f"forward asks torch.{name}") for name in _QUESTIONS]
+    seeding = [
+        (home, name, f"forward calls torch.{name}")
+        for name in _SEEDS
+        for home in (torch, torch.random)
+        if hasattr(home, name)
+    ]
+    gradients = [(torch, "set_grad_enabled", "forward calls torch.set_grad_enabled")]
+    for home, name, effect in (*asking, *seeding, *gradients):
+        function = getattr(home, name)
+        replaced[id(function)] = refused(function, effect)
+        patches.append((home, name, replaced[id(function)]))
+    for names in homes:
+        patches += [
+            (names, name, replaced[id(each)])
+            for name, each in list(names.items())
+            if id(each) in replaced
+        ]
+    with patching(patches):
+        yield
+
+
+@contextmanager
+def patching(patches: Iterable[Patch]) -> Iterator[None]:
+    """Let other things stand under some names of objects and dictionaries; put them back after."""
+    done: list[Patch] = []
+    try:
+        for home, name, value in patches:
+            done.append((home, name, _replace(home, name, value)))
+        yield
+    finally:
+        for home, name, before in reversed(done):
+            _replace(home, name, before)
+
+
+def _replace(home: Any, name: str, value: Any) -> Any:
+    """Put a value under a name; returns what was there, which _MISSING stands for if nothing."""
+    names = home if isinstance(home, dict) else vars(home)
+    before = names.get(name, _MISSING)
+    if isinstance(home, dict):
+        home.pop(name, None)
+        if value is not _MISSING:
+            home[name] = value
+    elif value is _MISSING:
+        delattr(home, name)
+    else:
+        setattr(home, name, value)
+    return before
+
+
+_MISSING = object()
+
+
+def _refusing_proxies(unwrap: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse(args: tuple[Any, ...]) -> Any:
+        if any(issubclass(type(each), Proxy) for each in args):
+            raise SideEffect("a torch.autograd.Function has a gradient of its own")
+        return unwrap(args)
+
+    return refuse
+
+
+def _refuse_checkpointing(*_: Any, **__: Any) -> Any:
+    raise SideEffect("gradient checkpointing would be lost")

@@ -78,7 +78,7 @@ class TrackWrites(Pass):
 
         order = {node.name: place for place, node in enumerate(graph_module.graph.nodes)}
         for node in graph_module.graph.nodes:
-            written = list(_written(node, modules))
+            written = list(written_by(node, modules))
             facts(node).writes = bool(written)
             shared = written if _is_fresh(node, modules) else [*written, *node.all_input_nodes]
             if node.op == "output":
@@ -104,8 +104,13 @@ def _is_fresh(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return _name(node) in _FRESH
 
 
-def _written(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
-    """The arguments that a call writes into."""
+def written_by(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
+    """The arguments that a call writes into (rule 2).
+
+    Args:
+        node: the call.
+        modules: those of the graph, by name.
+    """
     sources = node.all_input_nodes
     if node.op == "call_module":
         module, target = modules[str(node.target)], called(node, modules)

@@ -1,7 +1,9 @@
 """What forward does beyond calls on values stays what it is in a reduced model."""
 
 import copy
+import functools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -256,3 +258,62 @@ def test_a_train_of_its_own_is_kept(nested):
 def test_a_train_of_its_own_needs_inputs():
     with pytest.raises(CaptureError, match="Frozen has a train of its own, which a graph has not"):
         lean_fx.plan(Frozen())
+
+
+@functools.lru_cache
+def positions(length):
+    """A table that is made once for each length."""
+    return torch.arange(length).float()
+
+
+@pytest.mark.parametrize("count", [lambda x: int(x.shape[1]), lambda x: x.shape[1]])
+def test_caches_of_the_models_code_hold_no_proxies(count):
+    model = Net(lambda self, x: self.a(x + positions(count(x))))
+    positions.cache_clear()
+    captured = capture(model, (X,))
+    assert type(positions(8)) is torch.Tensor
+    torch.testing.assert_close(captured(X), model(X))
+    assert positions.cache_info().currsize == 1
+
+
+class Tapped(Net):
+    """Adds what a hook on its first layer has stored."""
+
+    def __init__(self, register):
+        super().__init__(lambda self, x: self.a(x))
+        self.taken = {}
+        register(self)
+
+    def forward(self, x):
+        return super().forward(x) + sum(each.mean() for each in (self.taken | TAKEN).values())
+
+
+TAKEN = {}
+
+
+def by_method(net):
+    net.store = types.MethodType(lambda self, m, args, out: self.taken.update(a=out.detach()), net)
+    net.a.register_forward_hook(net.store)
+
+
+def by_partial(net):
+    def store(taken, m, args, out):
+        taken["a"] = out.detach()
+
+    net.a.register_forward_hook(functools.partial(store, net.taken))
+
+
+def by_global(net):
+    net.a.register_forward_hook(lambda m, args, out: TAKEN.update(a=out.detach()))
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("register", [by_method, by_partial, by_global])
+def test_what_a_hook_stores_is_read_at_every_call(register, nested):
+    TAKEN.clear()
+    model = Tapped(register)
+    model = nn.Sequential(nn.Linear(8, 8), model) if nested else model
+    model(X)
+    lean = lean_fx.leanify(model, X, min_channels=10**9)
+    torch.testing.assert_close(lean(3 * X), model(3 * X))

@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from torch.utils import checkpoint
 
 from lean_fx.capture.side_effects import SideEffect
+from lean_fx.graph.patching import Patch, patching
 
 _QUESTIONS = (
     *("is_grad_enabled", "is_inference_mode_enabled", "is_inference"),
@@ -26,9 +27,6 @@ _MODES = (
     (torch.enable_grad, "gradients are turned on"),
     (torch.inference_mode, "inference mode is turned on"),
 )
-
-#: What holds a name, the name, and what stands there meanwhile.
-Patch = tuple[Any, str, Any]
 
 
 @contextmanager
@@ -97,37 +95,6 @@ def refusing_functions(
         ]
     with patching(patches):
         yield
-
-
-@contextmanager
-def patching(patches: Iterable[Patch]) -> Iterator[None]:
-    """Let other things stand under some names of objects and dictionaries; put them back after."""
-    done: list[Patch] = []
-    try:
-        for home, name, value in patches:
-            done.append((home, name, _replace(home, name, value)))
-        yield
-    finally:
-        for home, name, before in reversed(done):
-            _replace(home, name, before)
-
-
-def _replace(home: Any, name: str, value: Any) -> Any:
-    """Put a value under a name; returns what was there, which _MISSING stands for if nothing."""
-    names = home if isinstance(home, dict) else vars(home)
-    before = names.get(name, _MISSING)
-    if isinstance(home, dict):
-        home.pop(name, None)
-        if value is not _MISSING:
-            home[name] = value
-    elif value is _MISSING:
-        delattr(home, name)
-    else:
-        setattr(home, name, value)
-    return before
-
-
-_MISSING = object()
 
 
 def _refusing_proxies(unwrap: Callable[..., Any]) -> Callable[..., Any]:

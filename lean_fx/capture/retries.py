@@ -23,6 +23,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
 
+from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
 from lean_fx.capture.own_methods import own_call, own_method
 from lean_fx.capture.size_guards import refusing_modules
@@ -57,11 +58,18 @@ def trace_copy(
         raise TraceError(f"{type(root).__name__} has {own}, which a graph has not")
     if own := own_method(root, evaluation):
         raise TraceError(f"{type(root).__name__} has a {own} of its own, which a graph has not")
-    opaque = whole | {
-        name
-        for name, each in root.named_modules()
-        if name and (reduces_within(each) or has_hooks(each) or own_method(each, evaluation))
-    }
+    fed = fed_by_hooks(root)
+    if "" in fed:
+        raise TraceError(f"{type(root).__name__} reads what hooks of other modules store")
+    opaque = (
+        whole
+        | fed
+        | {
+            name
+            for name, each in root.named_modules()
+            if name and (reduces_within(each) or has_hooks(each) or own_method(each, evaluation))
+        }
+    )
     copied, graph = _trace_seeing(root, inputs, opaque)
     for guard in [node for node in graph.nodes if node.target is check_given]:
         if _same_without(guard.args[0], graph, root, inputs, opaque):

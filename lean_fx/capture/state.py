@@ -56,11 +56,14 @@ class StateSnapshot:
         Raises:
             SideEffect: it has.
         """
-        name, now = type(self.before.module).__name__, Reachable.of(self.before.module).held
+        after = Reachable.of(self.before.module)
+        name, now = type(self.before.module).__name__, after.held
         for path, value in now.items():
             before = self.before.held.get(path, _ABSENT)
-            if before is value:
+            if before is value and after.versions[path] == self.before.versions[path]:
                 continue
+            if before is value:
+                raise SideEffect(f"{name} changes {path!r} in forward")
             attribute = _ATTRIBUTE.match(path)
             own = attribute is not None and attribute.end() == len(path)
             if before is _ABSENT and own:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
-from torch.fx.proxy import ParameterProxy
+from torch.fx.proxy import ParameterProxy, TraceError
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.own_methods import own_call
 from lean_fx.capture.reads import AttributeReads, ParameterReads
-from lean_fx.capture.refusals import patching, refusing_functions
+from lean_fx.capture.refusals import refusing_functions
 from lean_fx.capture.side_effects import (
     Draws,
     KeepsData,
@@ -27,10 +27,12 @@ from lean_fx.capture.side_effects import (
 )
 from lean_fx.capture.state import StateSnapshot, keep
 from lean_fx.graph.captured import freeze_attributes
+from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import globals_of, leaving_state
 from lean_fx.layers.attention import AttentionHeads
 from lean_fx.layers.kinds import kind_of
 from lean_fx.layers.modes import ByMode, InMode
+from lean_fx.passes.track_writes import written_by
 from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
 from lean_fx.reduction.registry import is_reduction
 
@@ -103,12 +105,13 @@ class LeanTracer(Tracer):
         self._proxies: dict[str, Proxy] = {}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
         self._draws = Draws(lambda: self.computing)
-        homes = {id(each): each for kind in map(type, watched) for each in globals_of(kind)}
+        homes = {id(home): home for each in watched for home in globals_of(type(each))}
         with (
             torch.enable_grad(),
             self.reads.watching(watched),
             refusing_functions(homes.values(), lambda: self.computing),
             patching([(home, "len", count_items) for home in homes.values() if "len" not in home]),
+            patching(without_caches(root)),
             leaving_state(root),
             self._draws,
         ):
@@ -204,6 +207,10 @@ class LeanTracer(Tracer):
             self._learned.add(node)
             if not torch.is_grad_enabled():
                 raise SideEffect(f"{node.name} is computed without a gradient")
+        if node.op != "call_module":
+            for each in written_by(node, {}):
+                if str(each.target).startswith("_tensor_constant"):  # it would live on
+                    raise TraceError(f"{node.name} writes to a tensor that is no value of the graph")
         if autocasting() != self._autocast:
             raise SideEffect(f"autocast is turned on or off around {node.name}")
         return node

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from lean_fx.graph.calls import BACKWARD_HOOKS
+from lean_fx.graph.patching import patching, without_caches
 from lean_fx.layers.input_hooks import stop_reducing
 
 
@@ -41,7 +42,8 @@ def run_on(
     """
     state = dict(module.named_parameters()) | dict(module.named_buffers())
     replaced = {name: tensor(each) for name, each in state.items()}
-    return torch.func.functional_call(shallow(module), replaced, args, kwargs)
+    with patching(without_caches(module)):
+        return torch.func.functional_call(shallow(module), replaced, args, kwargs)
 
 
 def clone_sharing_state(

@@ -6,7 +6,9 @@ variables of functions around it; and what lists, dicts and objects there hold.
 
 from __future__ import annotations
 
+import copyreg
 import operator
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,10 +18,13 @@ from functools import lru_cache, partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 NUMBERS = (bool, int, float, str)
+#: What functools.lru_cache and functools.cache make.
+CACHE: Any = type(lru_cache(lambda: None))
 _CONTAINERS = (list, tuple, dict, deque, set)
 _MANY = 1000  # a longer container is data, not state
 _ABSENT = object()
@@ -37,19 +42,26 @@ class Reachable:
     Attributes:
         module: the module.
         held: everything, by its path.
+        versions: of what changes in place, by its path: see :func:`version_of`.
         holders: the dicts, lists and sets that hold it, each with a copy.
+        contents: what puts back what changes in place outside of the module.
     """
 
     module: nn.Module
     held: dict[str, Any]
+    versions: dict[str, Any]
     holders: list[tuple[Any, Any]]
+    contents: list[Callable[[], None]]
 
     @classmethod
-    def of(cls, module: nn.Module) -> Reachable:
-        """What a module can reach now."""
+    def of(cls, module: nn.Module, backup: bool = False) -> Reachable:
+        """What a module can reach now; ``backup`` is for :meth:`restore`."""
         holders: list[Any] = []
-        held = _held_by(module, holders)
-        return cls(module, held, [(each, _contents(each)) for each in holders])
+        with torch._C.DisableTorchFunction():  # else a trace would record what is asked here
+            held = _held_by(module, holders)
+            versions = {path: version_of(value) for path, value in held.items()}
+        copies = [(each, _contents(each)) for each in holders]
+        return cls(module, held, versions, copies, _backups(module) if backup else [])
 
     def restore(self) -> None:
         """Put it back."""
@@ -59,6 +71,8 @@ class Reachable:
                 assign(before)
         for holder, contents in self.holders:
             refill(holder, contents)
+        for put_back in self.contents:
+            put_back()
 
 
 @contextmanager
@@ -75,7 +89,29 @@ def leaving_state(root: nn.Module) -> Iterator[None]:
 def reachable_from(root: nn.Module) -> list[Reachable]:
     """What the modules of a model that no library has written can reach now."""
     own = [each for each in root.modules() if _home(type(each)) not in _LIBRARIES]
-    return [Reachable.of(each) for each in own]
+    return [Reachable.of(each, backup=True) for each in own]
+
+
+def reachable_holders(module: nn.Module) -> list[Any]:
+    """The dicts, lists, sets and the like that the forward of a module can reach."""
+    holders: list[Any] = []
+    _held_by(module, holders)
+    return holders
+
+
+def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
+    """What functions can write to: modules, and the dicts, lists and sets that they can reach."""
+    holders: list[Any] = []
+    for function in _reached_from(functions, object):
+        home = function.__globals__
+        named = [home[name] for name in _names_in(function.__code__) if name in home]
+        cells = [_value_of(cell) for cell in function.__closure__ or ()]
+        for value in (*named, *cells, *(function.__defaults__ or ())):
+            if isinstance(value, nn.Module):
+                yield value
+            elif not isinstance(value, FunctionType | ModuleType | type):
+                _add({}, holders, "", value, set())
+    yield from holders
 
 
 def globals_of(kind: type) -> list[dict[str, Any]]:
@@ -100,16 +136,16 @@ def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
 def _add(found: dict[str, Any], holders: list[Any], path: str, value: Any, above: set[int]) -> None:
     """Add what a value holds, or the value itself if it holds nothing."""
     items: Iterable[tuple[str, Any]] = ()
-    if len(above) < 4 and id(value) not in above:
+    if version_of(value) is None and len(above) < 4 and id(value) not in above:
         if isinstance(value, list | tuple | deque) and len(value) < _MANY:
             items = ((f"{path}[{index}]", each) for index, each in enumerate(value))
         elif isinstance(value, dict) and len(value) < _MANY:
             items = [(f"{path}[{key!r}]", each) for key, each in value.items()]
         elif isinstance(value, set) and len(value) < _MANY:
             items = [(f"{path}[{each!r}]", each) for each in value]
-        elif _is_plain_object(value):
-            items = [(f"{path}.{key}", each) for key, each in vars(value).items()]
-            holders.append(vars(value))
+        elif _is_plain_object(value) or isinstance(value, FunctionType):
+            items = [(f"{path}.{key}", each) for key, each in _fields_of(value)]
+            holders += [vars(value)] if hasattr(value, "__dict__") else []
         if isinstance(value, list | deque | dict | set) and len(value) < _MANY:
             holders.append(value)
     count = len(found)
@@ -150,12 +186,73 @@ def _is_as_before(now: Any, before: Any) -> bool:
 def _is_plain_object(value: Any) -> bool:
     """Whether a value is an instance of a class of the user's own, neither a module nor a type."""
     kind = type(value)
-    known = issubclass(kind, nn.Module | Tensor | type | Proxy | Enum) or callable(value)
-    return not known and hasattr(value, "__dict__") and _home(kind) not in _LIBRARIES
+    if issubclass(kind, nn.Module | Tensor | type | Proxy | Enum) or _home(kind) in _LIBRARIES:
+        return False
+    return hasattr(value, "__dict__") or bool(_slots(kind))
+
+
+def _fields_of(value: Any) -> list[tuple[str, Any]]:
+    fields = [(name, getattr(value, name)) for name in _slots(type(value)) if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *fields]
+
+
+def _slots(kind: type) -> list[str]:
+    slots: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    return slots
 
 
 def _home(named: Any) -> str:
     return str(named.__module__).partition(".")[0]
+
+
+# What changes in place.
+
+
+def version_of(value: Any) -> Any:
+    """What differs after a value has been changed in place: a tensor, an array or a generator.
+
+    An iterator differs from itself at any time: to read it is to change it.
+    """
+    if isinstance(value, nn.Parameter | Proxy):
+        return None
+    if isinstance(value, Tensor):
+        return 0 if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, Iterator):
+        return object()
+    if hasattr(value, "__array_interface__") and value.size < _MANY**2:
+        return value.tobytes()
+    return str(value.bit_generator.state) if hasattr(value, "bit_generator") else None
+
+
+def _backups(module: nn.Module) -> list[Callable[[], None]]:
+    """What puts back the contents of what the functions of a module can reach besides it."""
+    found: dict[str, Any] = {}
+    for path, value, _ in _variables_of(module):
+        _add(found, [], path, value, set())
+    return [each for value in found.values() if (each := _backup(value))]
+
+
+def _backup(value: Any) -> Callable[[], None] | None:
+    version = version_of(value)
+    if isinstance(value, Tensor) and version is not None and not value.is_inference():
+        copied = value.detach().clone()
+        return lambda: value._version == version or value.data.copy_(copied)
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, random.Random):
+        return lambda: value.setstate(version)
+    if hasattr(value, "__array_interface__"):
+        array = value.copy()
+        return lambda: value.__setitem__(..., array)
+    if hasattr(value, "bit_generator"):
+        kept = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", kept)
+    return None
 
 
 # What the functions of a module can reach besides the module.
@@ -209,8 +306,10 @@ def _may_be_state(value: Any, user: Any) -> bool:
     kind = type(value)
     if issubclass(kind, Proxy | Tensor) or value is None or kind in NUMBERS:
         return True
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, _CONTAINERS) or version_of(value) is not None:
         return True
+    if isinstance(value, FunctionType):
+        return not isinstance(user, type) and _home(value) == _home(user)
     known = isinstance(value, ModuleType | type | property | staticmethod | classmethod)
     return not known and _is_plain_object(value) and _home(kind) == _home(user)
 
@@ -230,8 +329,7 @@ def _reached_from(functions: list[Any], kind: type) -> tuple[FunctionType, ...]:
     homes = {_home(each) for each in (*functions, *kind.__mro__) if each is not None}
     todo, found = list(functions), dict[FunctionType, None]()
     while todo:
-        each = todo.pop()
-        function = each.fget if isinstance(each, property) else each
+        function = _behind(todo.pop())
         if not isinstance(function, FunctionType) or function in found:
             continue
         if _home(function) not in homes or _home(function) in _LIBRARIES:
@@ -239,9 +337,22 @@ def _reached_from(functions: list[Any], kind: type) -> tuple[FunctionType, ...]:
         found[function] = None
         names = _names_in(function.__code__)
         todo += [getattr(kind, name, None) for name in names]
-        todo += [function.__globals__.get(name) for name in names]
+        used = [function.__globals__[name] for name in names if name in function.__globals__]
+        todo += used
+        for each in used:  # utils.scale(x)
+            if isinstance(each, ModuleType) and each.__name__.partition(".")[0] in homes:
+                todo += [vars(each).get(name) for name in names]
         todo += [_value_of(cell) for cell in function.__closure__ or ()]
     return tuple(found)
+
+
+def _behind(named: Any) -> Any:
+    """The function behind a property, a cache or a method of a class."""
+    if isinstance(named, property):
+        return named.fget
+    if isinstance(named, CACHE):
+        return named.__wrapped__
+    return getattr(named, "__func__", named)
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,60 @@
+"""Modules that read what hooks of other modules store: a graph would keep what is there now."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from lean_fx.graph.reachable import holders_of_functions, reachable_holders
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_LIBRARIES = ("torch", "lean_fx")
+
+
+def fed_by_hooks(root: nn.Module) -> set[str]:
+    """The modules whose forward can reach what a forward hook in the model can write to.
+
+    Args:
+        root: the model; its own name is empty.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> stored = net[0].register_forward_hook(functools.partial(setattr, net, "seen"))
+        >>> fed_by_hooks(net)
+        {''}
+    """
+    written = {id(each) for hook in _hooks(root) for each in _written_by(hook)}
+    if not written:
+        return set()
+    return {
+        name
+        for name, module in root.named_modules()
+        if id(module) in written or written & set(map(id, reachable_holders(module)))
+    }
+
+
+def _hooks(root: nn.Module) -> Iterator[Any]:
+    for module in root.modules():
+        for hooks in _HOOKS:
+            for hook in getattr(module, hooks).values():
+                home = getattr(hook, "__module__", None) or type(hook).__module__
+                if home.partition(".")[0] not in _LIBRARIES:
+                    yield hook
+
+
+def _written_by(hook: Any) -> Iterator[Any]:
+    """The modules, objects, lists and dicts that a hook has in its hands."""
+    if isinstance(hook, functools.partial):
+        yield from (*hook.args, *hook.keywords.values())
+        yield from _written_by(hook.func)
+    elif isinstance(hook, MethodType):
+        yield from (hook.__self__, vars(hook.__self__))
+        yield from _written_by(hook.__func__)
+    elif isinstance(hook, FunctionType):
+        yield from holders_of_functions([hook])
+    elif hasattr(hook, "__dict__"):  # an object that is called
+        yield from (hook, vars(hook), *vars(hook).values())

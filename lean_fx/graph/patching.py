@@ -1,0 +1,63 @@
+"""Other things under some names, while the code of a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lean_fx.graph.reachable import CACHE, globals_of
+
+#: What holds a name, the name, and what stands there meanwhile.
+Patch = tuple[Any, str, Any]
+_MISSING = object()
+
+
+def without_caches(model: nn.Module) -> list[Patch]:
+    """Patches by which the functions of a model's code run, where functools would cache them.
+
+    A cache of the user's would else hand out proxies and fake tensors to the model itself.
+    """
+    kinds = {type(each) for each in model.modules() if _is_users(type(each))}
+    homes = {id(home): home for kind in kinds for home in globals_of(kind)}
+    holders = (*homes.values(), *{base for kind in kinds for base in kind.__mro__})
+    return [
+        (holder, name, each.__wrapped__)
+        for holder in holders
+        for name, each in list((holder if isinstance(holder, dict) else vars(holder)).items())
+        if isinstance(each, CACHE)
+    ]
+
+
+def _is_users(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("torch", "lean_fx")
+
+
+@contextmanager
+def patching(patches: Iterable[Patch]) -> Iterator[None]:
+    """Let other things stand under some names of objects and dictionaries; put them back after."""
+    done: list[Patch] = []
+    try:
+        for home, name, value in patches:
+            done.append((home, name, _replace(home, name, value)))
+        yield
+    finally:
+        for home, name, before in reversed(done):
+            _replace(home, name, before)
+
+
+def _replace(home: Any, name: str, value: Any) -> Any:
+    """Put a value under a name; returns what was there, which _MISSING stands for if nothing."""
+    names = home if isinstance(home, dict) else vars(home)
+    before = names.get(name, _MISSING)
+    if isinstance(home, dict):
+        home.pop(name, None)
+        if value is not _MISSING:
+            home[name] = value
+    elif value is _MISSING:
+        delattr(home, name)
+    else:
+        setattr(home, name, value)
+    return before

@@ -1,0 +1,118 @@
+"""State that a forward keeps in other things than attributes, lists and dicts."""
+
+import dataclasses
+import itertools
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lean_fx
+
+X = torch.rand(2, 32)
+STEP = torch.zeros(())
+GENERATOR = torch.Generator()
+
+
+class Net(nn.Module):
+    """Two layers; what is between scales by something that its owner holds."""
+
+    def __init__(self, scale, held=None):
+        super().__init__()
+        self.a, self.b, self.scale, self.held = nn.Linear(32, 32), nn.Linear(32, 4), scale, held
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(torch.relu(h * self.scale(self, h)))
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    step: int = 0
+
+
+class Ramp:
+    """Counts its calls."""
+
+    count = 0
+
+    def __call__(self):
+        self.count += 1
+        return self.count
+
+
+def slots(self, _):
+    self.held.step += 1
+    return self.held.step
+
+
+def array(self, _):
+    self.held[0] += 1
+    return float(self.held[0])
+
+
+def counted(*_):
+    counted.calls = getattr(counted, "calls", 0) + 1
+    return counted.calls
+
+
+def average(self, h):
+    self.held.mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
+    return self.held
+
+
+def tensor(self, _):
+    self.held += 1
+    return self.held
+
+
+def global_tensor(*_):
+    STEP.add_(1)
+    return STEP
+
+
+def global_generator(*_):
+    return torch.rand((), generator=GENERATOR)
+
+
+KINDS = {
+    "slots": lambda: Net(slots, Slots()),
+    "callable": lambda: Net(lambda self, _: self.held(), Ramp()),
+    "iterator": lambda: Net(lambda self, _: next(self.held), itertools.count(1)),
+    "array": lambda: Net(array, np.zeros(1)),
+    "function": lambda: Net(counted),
+    "Random": lambda: Net(lambda self, _: self.held.random(), random.Random(0)),
+    "numpy": lambda: Net(lambda self, _: float(self.held.random()), np.random.default_rng(0)),
+    "Generator": lambda: Net(global_generator),
+    "tensor": lambda: Net(tensor, torch.zeros(())),
+    "average": lambda: Net(average, torch.zeros(32)),
+    "global tensor": lambda: Net(global_tensor),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_lives_on(kind, nested):
+    def start():
+        STEP.zero_()
+        GENERATOR.manual_seed(0)
+        vars(counted).clear()
+
+    start()
+    model = nn.Sequential(nn.Linear(32, 32), KINDS[kind]()) if nested else KINDS[kind]()
+    before = GENERATOR.get_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lean_fx.LeanWarning)
+        lean = lean_fx.leanify(model, X, min_channels=10**9)
+    assert (STEP.item(), vars(counted)) == (0, {})
+    assert torch.equal(GENERATOR.get_state(), before)
+    results = []
+    for each in (model, lean):
+        start()
+        results.append([each(X) for _ in range(3)])
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert not torch.equal(*results[0][:2])

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.graph.calls import argument, called
 from lean_fx.graph.facts import facts
@@ -60,6 +60,7 @@ _IN_PLACE_OPERATORS: set[Any] = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem),
 }
+Written = Callable[[Node, Mapping[str, nn.Module]], Iterable[Node]]
 _TRUSTED = ("torch", "operator", "_operator", "builtins", "math", "einops", "lean_fx")
 
 
@@ -69,26 +70,41 @@ class TrackWrites(Pass):
     def run(self, graph_module: GraphModule) -> bool:
         """Go through the graph once, from the inputs on, and join what shares storage."""
         modules = dict(graph_module.named_modules())
-        joined: dict[str, str] = {}
-
-        def home(name: str) -> str:
-            while joined.get(name, name) != name:
-                name = joined[name]
-            return name
-
-        order = {node.name: place for place, node in enumerate(graph_module.graph.nodes)}
+        homes = shared_storage(graph_module.graph, modules)
         for node in graph_module.graph.nodes:
-            written = list(written_by(node, modules))
-            facts(node).writes = bool(written)
-            shared = written if _is_fresh(node, modules) else [*written, *node.all_input_nodes]
-            if node.op == "output":
-                shared = []
-            for other in shared:
-                first, second = sorted((home(node.name), home(other.name)), key=order.__getitem__)
-                joined[second] = first
-        for node in graph_module.graph.nodes:
-            facts(node).storage = home(node.name)
+            facts(node).writes = any(True for _ in written_by(node, modules))
+            facts(node).storage = homes[node]
         return False
+
+
+def shared_storage(
+    graph: Graph, modules: Mapping[str, nn.Module], written: Written | None = None
+) -> dict[Node, str]:
+    """What shares storage, by rules 1 and 3.
+
+    Args:
+        graph: with the calls.
+        modules: those of the graph, by name.
+        written: gives the arguments that a call writes into; :func:`written_by` if left out.
+
+    Returns:
+        For every node the name of the first that it shares its storage with.
+    """
+    joined: dict[str, str] = {}
+
+    def home(name: str) -> str:
+        while joined.get(name, name) != name:
+            name = joined[name]
+        return name
+
+    order = {node.name: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        into = list((written or written_by)(node, modules))
+        shared = into if _is_fresh(node, modules) else [*into, *node.all_input_nodes]
+        for other in shared if node.op != "output" else ():
+            first, second = sorted((home(node.name), home(other.name)), key=order.__getitem__)
+            joined[second] = first
+    return {node: home(node.name) for node in graph.nodes}
 
 
 def _is_fresh(node: Node, modules: Mapping[str, nn.Module]) -> bool:

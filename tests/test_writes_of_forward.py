@@ -1,10 +1,13 @@
 """What forward writes in place, it writes in the graph: to what it made, and through views."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
 
 import lean_fx
+from lean_fx.capture.capturing import capture
 
 X = torch.rand(2, 32)
 
@@ -40,7 +43,43 @@ def fills_a_tensor(h):
     return filled * 2
 
 
-WRITES = [accumulates, accumulates_in_a_value, fills_a_tensor]
+def adds_to_a_view(h):
+    h = h.clone()
+    half = h[:, :16]
+    half += 1
+    return h
+
+
+def adds_by_another_name(h):
+    kept = h
+    h += 1
+    return h * kept
+
+
+def adds_through_a_view_of_a_view(h):
+    rows = h.clone().view(2, 4, 8)
+    first = rows[:, 0]
+    first *= 3
+    first -= 1
+    return rows.flatten(1)
+
+
+def adds_to_a_list(h):
+    parts = [h]
+    both = parts
+    parts += [2 * h]
+    return sum(both)
+
+
+def counts(h):
+    size = h.shape[1]
+    half = size
+    half //= 2
+    return h * half + size
+
+
+WRITES = [accumulates, accumulates_in_a_value, fills_a_tensor, adds_to_a_view]
+WRITES += [adds_by_another_name, adds_through_a_view_of_a_view, adds_to_a_list, counts]
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -54,4 +93,35 @@ def test_writes(between, given, nested):
         assert not given
         return
     for x in (X, 3 * X, X):
-        torch.testing.assert_close(lean(x), model(x))
+        torch.testing.assert_close(lean(x.clone()), model(x.clone()))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.norm(self.a(x))
+        y += x
+        return self.b(self.relu(y))
+
+
+def test_a_residual_sum_is_an_addition():
+    graph = capture(nn.Sequential(Residual(), Residual()), (X,)).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert called == [operator.add, operator.add]
+
+
+def test_the_callers_input_is_written_too():
+    class Writes(Residual):
+        def forward(self, x):
+            x += 1
+            return self.b(self.a(x))
+
+    model, x, y = Writes(), X.clone(), X.clone()
+    lean = lean_fx.leanify(model, X, min_channels=10**9)
+    torch.testing.assert_close(lean(x), model(y))
+    torch.testing.assert_close(x, y)
+    torch.testing.assert_close(x, X + 1)

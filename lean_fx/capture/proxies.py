@@ -9,7 +9,7 @@ import dis
 import functools
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,11 @@ class ValueProxy(KeepsData):
                 "call_method", k, (self, *args), kwargs
             )
         return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+
+    def augment(self, other: Any, function: Callable[[Any, Any], Any]) -> Any:
+        """As the base class; of a number or a tuple nothing is written."""
+        immutable = isinstance(value_of(self.node), int | float | str | tuple)
+        return function(self, other) if immutable else super().augment(other, function)
 
     def __int__(self) -> int:
         return int(self.tracer.decide(self, int))

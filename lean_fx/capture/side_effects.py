@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node, Proxy
+from torch.fx import Node
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lean_fx.capture.in_place import AugmentedAssignments
 
 # What gives no gradient to what it is asked of.
 _WITHOUT_GRADIENT = frozenset(
@@ -64,7 +66,7 @@ def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:
     return name not in _WITHOUT_GRADIENT and any(each in known for each in node.all_input_nodes)
 
 
-class KeepsData(Proxy):
+class KeepsData(AugmentedAssignments):
     """A proxy to whose ``data`` nothing can be assigned, and that no one asks for its gradient."""
 
     def __getattr__(self, k: str) -> Any:

@@ -15,6 +15,7 @@ from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.guards import check_absent, check_given, count_items
+from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_methods import own_call
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.refusals import refusing_functions
@@ -119,6 +120,7 @@ class LeanTracer(Tracer):
             with ParameterReads(self):
                 graph = super().trace(root, concrete_args)
             before.check(self.reads.as_none(root))
+        write_in_place(graph, dict(root.named_modules()))
         freeze_attributes(graph, self._frozen(root))
         for node in reversed(graph.nodes):  # what is only asked for a shape, or read in vain
             if node.op == "get_attr" and not node.users:
@@ -210,7 +212,9 @@ class LeanTracer(Tracer):
         if node.op != "call_module":
             for each in written_by(node, {}):
                 if str(each.target).startswith("_tensor_constant"):  # it would live on
-                    raise TraceError(f"{node.name} writes to a tensor that is no value of the graph")
+                    raise TraceError(
+                        f"{node.name} writes to a tensor that is no value of the graph"
+                    )
         if autocasting() != self._autocast:
             raise SideEffect(f"autocast is turned on or off around {node.name}")
         return node

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Proxy
 
 from lean_fx.errors import BranchError
@@ -49,7 +50,8 @@ inputs, but the model was captured where it gives True; capture it with inputs o
     """
     if torch.compiler.is_exporting():
         return
-    found = type(captured)(value)  # a branch asks for the truth of a number
+    plain = isinstance(captured, bool | int | float | str | tuple)
+    found = type(captured)(value) if plain else value  # a branch asks for the truth of a number
     if found != captured:
         raise BranchError(
             f"{where}: gives {found} for these inputs, but the model was captured where it gives "
@@ -107,6 +109,58 @@ capture it with example inputs that leave it out
             f"{name} is None, but the model was captured where it is given; capture it with "
             "example inputs that leave it out"
         )
+
+
+@_as_node
+def check_kind(value: Any, captured: str, where: str) -> None:
+    """Check that a value is of the type that it was of when a model was captured.
+
+    It is a node of graphs whose capture followed a question such as ``isinstance(x, tuple)``.
+
+    Args:
+        value: what was asked, now.
+        captured: the name of its type then, by :func:`kind_name`.
+        where: the place in the model's code.
+
+    Raises:
+        BranchError: the two differ.
+
+    Example:
+        >>> check_kind(torch.ones(2), "Tensor", "Net (net.py:7: if isinstance(x, tuple))")
+        >>> check_kind((torch.ones(2),), "Tensor", "Net (net.py:7: if isinstance(x, tuple))")
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.BranchError: Net (net.py:7: if isinstance(x, tuple)): is of type tuple for \
+these inputs, but the model was captured where it is of type Tensor; capture it with inputs of \
+these types
+    """
+    found = kind_name(value)
+    if found != captured and not torch.compiler.is_exporting():
+        raise BranchError(
+            f"{where}: is of type {found} for these inputs, but the model was captured where it is "
+            f"of type {captured}; capture it with inputs of these types"
+        )
+
+
+def kind_name(value: Any) -> str:
+    """The name of the type of a value; all tensors are of one type.
+
+    Example:
+        >>> kind_name(torch.ones(2)), kind_name(2.0)
+        ('Tensor', 'float')
+    """
+    return "Tensor" if isinstance(value, Tensor) else type(value).__qualname__
+
+
+@_as_node
+def has_attribute(value: Any, name: str) -> bool:
+    """Whether a value has an attribute: ``hasattr``, which torch.fx cannot trace.
+
+    Example:
+        >>> has_attribute(1j, "imag")
+        True
+    """
+    return hasattr(value, name)
 
 
 @_as_node

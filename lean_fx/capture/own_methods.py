@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from lean_fx.graph.reachable import code_of_forward
 
 _MODES = ("train", "eval")
 _STATE = (
     *("state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "_apply"),
     *("_save_to_state_dict", "_load_from_state_dict"),
 )
+_MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
 
@@ -39,6 +43,20 @@ def own_method(module: nn.Module, evaluation: bool = False) -> str:
         if method and (name in vars(module) or not _only_calls_torch(method, name)):
             return name
     return next((name for name in _STATE if _own(module, name)), "")
+
+
+def asks_for_classes(module: nn.Module) -> bool:
+    """Whether the code of a forward matches classes, or reads ``__class__``: Python answers that.
+
+    Example:
+        >>> asks_for_classes(nn.Linear(4, 2))
+        False
+    """
+    return any(
+        "__class__" in code.co_names
+        or any(each.opname in _MATCHING for each in dis.get_instructions(code))
+        for code in code_of_forward(module)
+    )
 
 
 def own_call(module: nn.Module) -> str:

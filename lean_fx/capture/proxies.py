@@ -1,7 +1,4 @@
-"""Proxies of values that are known: what Python asks of them, they answer or pass on.
-
-They say that they are of the type of their value, so that ``isinstance(x, torch.Tensor)`` holds.
-"""
+"""Proxies of values that are known: what Python asks of them, they answer or pass on."""
 
 from __future__ import annotations
 
@@ -16,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node, Proxy
-from torch.fx.proxy import Attribute
 
 from lean_fx.capture.guards import round_number
-from lean_fx.capture.side_effects import LEARNING, KeepsData, SideEffect
+from lean_fx.capture.side_effects import LEARNING, KeepsData, KeyedAttribute, SideEffect
 
 if TYPE_CHECKING:
     from lean_fx.capture.value_tracing import ValueTracer
@@ -53,27 +49,18 @@ def value_proxy(node: Node, tracer: ValueTracer) -> Proxy:
 
 
 class ValueProxy(KeepsData):
-    """A proxy of a known value that has no items; it says that it is of the type of that."""
+    """A proxy of a known value that has no items."""
 
     tracer: ValueTracer
     __iter__: Any = None  # it is no collections.abc.Iterable
     __len__: Any = None
-
-    @property
-    def __class__(self) -> Any:
-        """The type of the value, for isinstance."""
-        return type(value_of(self.node))
-
-    @__class__.setter
-    def __class__(self, kind: Any) -> None:
-        raise AttributeError("a proxy keeps its type")
 
     def __getattr__(self, k: str) -> Any:
         value = value_of(self.node)
         if k in LEARNING:
             raise SideEffect(f"forward asks for {k} of {self.node.name}")
         if value is UNKNOWN:  # after the trace
-            return Attribute(self, k)
+            return KeyedAttribute(self, k)
         if isinstance(value, Tensor) and k in ("ndim", "dim", "ndimension"):
             axes = functools.partial(self.tracer.count_axes, self)
             return axes() if k == "ndim" else axes
@@ -104,6 +91,12 @@ class ValueProxy(KeepsData):
     def __round__(self, digits: int | None = None) -> Any:
         return round_number(self, digits)
 
+    def __hash__(self) -> int:
+        value = value_of(self.node)
+        if value is UNKNOWN or isinstance(value, Tensor):
+            return object.__hash__(self)
+        return hash(self.tracer.decide(self, lambda each: each))  # it looks something up
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
         return self
 
@@ -117,20 +110,34 @@ class ItemsProxy(ValueProxy):
     def __getattr__(self, k: str) -> Any:
         value = value_of(self.node)
         if isinstance(value, dict) and k in ("keys", "values", "items"):
+            self.tracer.check_keys(self)
             return getattr({key: operator.getitem(self, key) for key in value}, k)
+        if isinstance(value, dict) and k == "get":
+            return functools.partial(_item, self)
         return super().__getattr__(k)
+
+    def __contains__(self, key: Any) -> bool:
+        if isinstance(value_of(self.node), dict):
+            return self.tracer.holds(self, key)
+        return any(bool(each == key) for each in self)
 
     def __iter__(self) -> Iterator[Any]:
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
         counted = caller is None or not _unpacks(caller)  # unpacking counts by itself
         if isinstance(value_of(self.node), dict):
+            self.tracer.check_keys(self)
             return iter(value_of(self.node))
         places = range(self.tracer.count(self, counted))
         return iter([operator.getitem(self, place) for place in places])
 
     def __len__(self) -> int:
         return self.tracer.count(self)
+
+
+def _item(items: ItemsProxy, key: Any, default: Any = None) -> Any:
+    """As dict.get; the graph checks whether the key is there."""
+    return operator.getitem(items, key) if key in items else default
 
 
 def _unpacks(frame: FrameType) -> bool:

@@ -19,19 +19,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
 
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
-from lean_fx.capture.own_methods import own_call, own_method
+from lean_fx.capture.own_methods import asks_for_classes, own_call, own_method
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
 from lean_fx.graph.clones import clone_sharing_state
-from lean_fx.graph.reachable import names_in_forward
 from lean_fx.layers.input_hooks import reduces_within
 from lean_fx.layers.kinds import KINDS, kind_of
 
@@ -58,21 +57,20 @@ def trace_copy(
         raise TraceError(f"{type(root).__name__} has {own}, which a graph has not")
     if own := own_method(root, evaluation):
         raise TraceError(f"{type(root).__name__} has a {own} of its own, which a graph has not")
+    if asks_for_classes(root):
+        raise TraceError(f"{type(root).__name__} matches classes, and a proxy has another")
     fed = fed_by_hooks(root)
     if "" in fed:
         raise TraceError(f"{type(root).__name__} reads what hooks of other modules store")
-    opaque = (
-        whole
-        | fed
-        | {
-            name
-            for name, each in root.named_modules()
-            if name and (reduces_within(each) or has_hooks(each) or own_method(each, evaluation))
-        }
-    )
+    opaque = whole | fed
+    for name, each in root.named_modules():
+        own = own_method(each, evaluation) or asks_for_classes(each)
+        if name and (own or reduces_within(each) or has_hooks(each)):
+            opaque |= {name}
     copied, graph = _trace_seeing(root, inputs, opaque)
     for guard in [node for node in graph.nodes if node.target is check_given]:
-        if _same_without(guard.args[0], graph, root, inputs, opaque):
+        own = isinstance(guard.args[0], Node) and guard.args[0].op == "placeholder"
+        if own and _same_without(guard.args[0], graph, root, inputs, opaque):
             graph.erase_node(guard)
     return copied, graph
 
@@ -137,8 +135,8 @@ def _trace_around(
     """As :func:`trace_copy`, with these leaves, and more if need be."""
     absent = _absent(root, inputs)
     try:
-        if inputs and _asks_for_types(root):
-            raise TraceError("what has no value has no type")
+        if not all(isinstance(each, Tensor | int | float | None) for each in inputs):
+            raise TraceError("what is in a container may be None")
         copied = clone_sharing_state(root)
         return copied, LeanTracer(opaque).trace(copied, absent)
     except Exception:  # the model's own code may raise anything on proxies
@@ -147,16 +145,6 @@ def _trace_around(
         names = ", ".join(sorted(leaves - opaque))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
     return _without_refusals(root, inputs, absent, copied, graph, leaves)
-
-
-def _asks_for_types(root: nn.Module) -> bool:
-    """Whether a forward may take another way for a list than for a tensor."""
-    kinds = {type(each) for each in root.modules()}
-    return any(
-        names_in_forward(kind) & {"isinstance", "type", "__class__", "hasattr"}
-        for kind in kinds
-        if kind.__module__.partition(".")[0] not in ("torch", "lean_fx")
-    )
 
 
 def _trace_in_parts(

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
-from torch.fx.proxy import TraceError
+from torch.fx import Node, Proxy
+from torch.fx.proxy import Attribute, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lean_fx.capture.in_place import AugmentedAssignments
@@ -66,18 +66,39 @@ def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:
     return name not in _WITHOUT_GRADIENT and any(each in known for each in node.all_input_nodes)
 
 
+class UnknownKeyError(TraceError, TypeError):
+    """A value is looked up in a dictionary or set, and is not known."""
+
+
 class KeepsData(AugmentedAssignments):
     """A proxy to whose ``data`` nothing can be assigned, and that no one asks for its gradient."""
 
     def __getattr__(self, k: str) -> Any:
         if k in LEARNING:
             raise SideEffect(f"forward asks for {k} of {self.node.name}")
-        return super().__getattr__(k)
+        return KeyedAttribute(self, k)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
             raise SideEffect(f"the data of {self.node.name} is assigned in forward")
         super().__setattr__(name, value)
+
+    def __hash__(self) -> int:
+        return _hash(self)
+
+
+class KeyedAttribute(Attribute):
+    """An attribute of a proxy that no one looks up."""
+
+    def __hash__(self) -> int:
+        return _hash(self)
+
+
+def _hash(proxy: Proxy) -> int:
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    if caller.partition(".")[0] in ("torch", "lean_fx"):
+        return object.__hash__(proxy)
+    raise UnknownKeyError(f"{proxy.node.name} is looked up, which example_inputs would allow")
 
 
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_methods import own_call
+from lean_fx.capture.questions import answering
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.refusals import refusing_functions
 from lean_fx.capture.side_effects import (
@@ -38,6 +39,7 @@ from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
 from lean_fx.reduction.registry import is_reduction
 
 # What is a node, and never looked into: in a graph of torch.fx's own, its check of an absent input.
+_SOME_TENSOR = torch.empty(0)
 _PLAIN_CONTAINERS = ("builtins", "torch", "torch.fx.immutable_collections")
 _NODES = (
     *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
@@ -94,14 +96,15 @@ class LeanTracer(Tracer):
         self._thread = threading.get_ident()
         self._names: dict[int, str] = {}
         self._parameters: dict[str, nn.Parameter] = {}
+        self._held: dict[str, Tensor] = {}
         self._autocast: tuple[Any, ...] = ()
         self._learned: set[Node] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
         self._parameters = dict(root.named_parameters())
-        named = (*root.named_buffers(), *self._parameters.items())
-        self._names = {id(tensor): name for name, tensor in named}
+        self._held = {**dict(root.named_buffers()), **self._parameters}
+        self._names = {id(tensor): name for name, tensor in self._held.items()}
         self._autocast = autocasting()
         self._proxies: dict[str, Proxy] = {}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
@@ -113,6 +116,7 @@ class LeanTracer(Tracer):
             refusing_functions(homes.values(), lambda: self.computing),
             patching([(home, "len", count_items) for home in homes.values() if "len" not in home]),
             patching(without_caches(root)),
+            patching(answering(self, homes.values())),
             leaving_state(root),
             self._draws,
         ):
@@ -229,6 +233,40 @@ class LeanTracer(Tracer):
         """Whether the code of a module's forward is the user's, and is traced."""
         home = type(module).__module__.partition(".")[0]
         return home != "torch" and not self.is_leaf_module(module, name)
+
+    # What the code of a model asks of proxies, by the builtins of lean_fx.capture.questions.
+
+    def is_instance(self, proxy: Proxy, kinds: Any, by_model: bool) -> bool | None:
+        """Whether a value is of some type; None where Python is to answer.
+
+        Raises:
+            TraceError: the model's own code asks, and it is not known.
+        """
+        if by_model and proxy.node.op == "get_attr":
+            return isinstance(self._held.get(str(proxy.node.target), _SOME_TENSOR), kinds)
+        if by_model:
+            raise TraceError(
+                "forward asks for the type of a value, which example_inputs would tell"
+            )
+        return None
+
+    def has_attribute(self, proxy: Proxy, name: str) -> bool:
+        """Whether a value has an attribute.
+
+        Raises:
+            TraceError: it is not known.
+        """
+        raise TraceError(
+            f"forward asks whether a value has {name}, which example_inputs would tell"
+        )
+
+    def type_of(self, proxy: Proxy) -> type:
+        """The type of a value.
+
+        Raises:
+            TraceError: it is not known.
+        """
+        raise TraceError("forward asks for the type of a value, which example_inputs would tell")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A node for a parameter or buffer; found by its id, where torch.fx searches them all."""

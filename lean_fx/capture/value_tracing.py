@@ -10,6 +10,7 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
    :func:`~lean_fx.capture.guards.check_branch`, which refuses inputs that would give another.
 3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of
    a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
+   Which keys, items and attributes inputs have, and of which types these are, is checked, too.
 4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
 5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments; the limits
    of a dtype (``torch.finfo(x.dtype).min``) are nodes too.
@@ -41,7 +42,16 @@ from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.guards import check_branch, count_items, round_number
+from lean_fx.capture.guards import (
+    check_absent,
+    check_branch,
+    check_given,
+    check_kind,
+    count_items,
+    has_attribute,
+    kind_name,
+    round_number,
+)
 from lean_fx.capture.proxies import UNKNOWN, drop_value, keep_value, value_of, value_proxy
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.capture.tracing import LeanTracer
@@ -60,10 +70,12 @@ _MAKERS: tuple[Callable[..., Any], ...] = (
 )
 _MAKERS_OF_VALUES: tuple[Callable[..., Any], ...] = (torch.tensor, torch.as_tensor)
 _OF_TYPES: tuple[Callable[..., Any], ...] = (torch.finfo, torch.iinfo)
+_CHECKS = (check_branch, check_kind, check_absent, check_given)
 _DECIDING = {getattr(operator, name) for name in operator.__all__} | {
     getattr,
     count_items,
     round_number,
+    has_attribute,
 }
 _DECIDING -= {operator.setitem, operator.delitem}
 _DECIDING_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"}
@@ -96,6 +108,7 @@ class ValueTracer(LeanTracer):
         self._state: dict[Tensor, Tensor] = {}
         self._decided: set[tuple[str, Any]] = set()
         self._cells: set[nn.Module] = set()
+        self._counted: set[Node] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """Trace; the values are dropped in the end."""
@@ -141,6 +154,10 @@ class ValueTracer(LeanTracer):
         if node.meta[_FIXED] and isinstance(value, int | float | torch.Size) and node.op in _CALLS:
             self.graph.erase_node(node)
             return value
+        if node.target in (operator.getitem, getattr) and self._is_of_input(node):
+            name = _path_of(node)
+            check = check_absent if value is None else check_given
+            self.create_node("call_function", check, (node, name), {})
         return None if value is None and node.target in (operator.getitem, getattr) else proxy
 
     def call_module(
@@ -170,6 +187,36 @@ class ValueTracer(LeanTracer):
         value = value_of(obj.node)
         return list(value) if isinstance(value, dict) else super().keys(obj)
 
+    def is_instance(self, proxy: Proxy, kinds: Any, by_model: bool) -> bool | None:
+        """Whether the value is of some type."""
+        value = value_of(proxy.node)
+        if value is UNKNOWN:
+            return super().is_instance(proxy, kinds, by_model)
+        if by_model:
+            self._check_kind(proxy.node)
+        return isinstance(value, kinds)
+
+    def has_attribute(self, proxy: Proxy, name: str) -> bool:
+        """Whether the value has an attribute."""
+        node, value = proxy.node, value_of(proxy.node)
+        if value is UNKNOWN:
+            return super().has_attribute(proxy, name)
+        found = hasattr(value, name)
+        if isinstance(value, Tensor):
+            self._check_kind(node)
+        elif self._is_of_input(node):
+            asked = self.create_node("call_function", has_attribute, (node, name), {})
+            self._check(asked, found)
+        return found
+
+    def type_of(self, proxy: Proxy) -> type:
+        """The type of the value; what stands for a tensor is one."""
+        value = value_of(proxy.node)
+        if value is UNKNOWN:
+            return super().type_of(proxy)
+        self._check_kind(proxy.node)
+        return Tensor if isinstance(value, Tensor) else type(value)
+
     # What proxies ask.
 
     def decide(self, proxy: Proxy, kind: Callable[[Any], Any]) -> Any:
@@ -190,17 +237,59 @@ class ValueTracer(LeanTracer):
         """How many items a value has."""
         value = value_of(proxy.node)
         found = len(value)
-        if checked and not isinstance(value, torch.Size):
+        if checked and isinstance(value, torch.Size):
+            self._check_axes(proxy.node)
+        elif checked:
             self._check(self.create_node("call_function", count_items, (proxy.node,), {}), found)
         return found
 
     def count_axes(self, proxy: Proxy) -> int:
         """How many axes a tensor has: as many as the inputs make."""
-        value = value_of(proxy.node)
-        if proxy.node.op == "placeholder":
-            axes = self.create_node("call_method", "dim", (proxy.node,), {})
-            self._check(axes, value.dim())
-        return int(value.dim())
+        self._check_axes(proxy.node)
+        return int(value_of(proxy.node).dim())
+
+    def check_keys(self, proxy: Proxy) -> None:
+        """Check that a dictionary of the inputs has the keys that it has now, and no others."""
+        if self._is_of_input(proxy.node):
+            self._check(proxy.node, tuple(value_of(proxy.node)))
+
+    def holds(self, proxy: Proxy, key: Any) -> bool:
+        """Whether a dictionary has a key."""
+        found = key in value_of(proxy.node)
+        if self._is_of_input(proxy.node):
+            asked = self.create_node("call_function", operator.contains, (proxy.node, key), {})
+            self._check(asked, found)
+        return found
+
+    def _check_axes(self, node: Node) -> None:
+        """Check the number of axes of the inputs that lead to a value."""
+        todo, seen = [node], {node}
+        while todo:
+            each = todo.pop()
+            if isinstance(value_of(each), Tensor) and self._is_of_input(each):
+                if each not in self._counted:
+                    self._counted.add(each)
+                    axes = self.create_node("call_method", "dim", (each,), {})
+                    self._check(axes, value_of(each).dim())
+                continue
+            todo += [source for source in each.all_input_nodes if source not in seen]
+            seen.update(each.all_input_nodes)
+
+    def _check_kind(self, node: Node) -> None:
+        kind = kind_name(value_of(node))
+        if self._is_of_input(node) and (node.name, kind) not in self._decided:
+            self._decided.add((node.name, kind))
+            self.create_node("call_function", check_kind, (node, kind, self._place()), {})
+
+    def _is_of_input(self, node: Node) -> bool:
+        """Whether a value is an input, or an item or attribute of one that is no tensor."""
+        if node.op == "placeholder":
+            return True
+        if node.target not in (operator.getitem, getattr):
+            return False
+        source = node.args[0]
+        held = isinstance(source, Node) and not isinstance(value_of(source), Tensor)
+        return held and self._is_of_input(source)
 
     def _check(self, node: Node, outcome: Any) -> None:
         if node.meta[_FIXED] or (node.name, outcome) in self._decided:
@@ -223,7 +312,7 @@ class ValueTracer(LeanTracer):
     # The values.
 
     def _value_of(self, node: Node) -> Any:
-        if node.op == "output" or node.target is check_branch:
+        if node.op == "output" or node.target in _CHECKS:
             return None
         if any(value_of(each) is UNKNOWN for each in node.all_input_nodes):
             return UNKNOWN
@@ -304,8 +393,18 @@ def _value(argument: Any) -> Any:
     return value_of(argument) if isinstance(argument, Node) else argument
 
 
+def _path_of(node: Node) -> str:
+    """What the model's code calls an input, or an item or attribute of one."""
+    if node.op == "placeholder":
+        return str(node.target)
+    source, name = node.args
+    assert isinstance(source, Node)
+    inner = f".{name}" if node.target is getattr else f"[{name!r}]"
+    return _path_of(source) + inner
+
+
 def _is_machinery(module: str) -> bool:
-    return module in ("torch", __name__, value_proxy.__module__) or module.startswith("torch.")
+    return module == "torch" or module.startswith(("torch.", "lean_fx.capture."))
 
 
 def _only_decides(node: Node) -> bool:

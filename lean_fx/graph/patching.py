@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 from torch import nn
 
-from lean_fx.graph.reachable import CACHE, globals_of
+from lean_fx.graph.reachable import CACHE, cells_of, globals_of
 
 #: What holds a name, the name, and what stands there meanwhile.
 Patch = tuple[Any, str, Any]
@@ -23,12 +24,19 @@ def without_caches(model: nn.Module) -> list[Patch]:
     kinds = {type(each) for each in model.modules() if _is_users(type(each))}
     homes = {id(home): home for kind in kinds for home in globals_of(kind)}
     holders = (*homes.values(), *{base for kind in kinds for base in kind.__mro__})
-    return [
+    named = [
         (holder, name, each.__wrapped__)
         for holder in holders
         for name, each in list((holder if isinstance(holder, dict) else vars(holder)).items())
         if isinstance(each, CACHE)
     ]
+    cells = [cell for each in model.modules() if type(each) in kinds for cell in cells_of(each)]
+    enclosed = [
+        (cell, "cell_contents", cell.cell_contents.__wrapped__)
+        for cell in cells
+        if isinstance(cell.cell_contents, CACHE)
+    ]
+    return named + enclosed
 
 
 def _is_users(kind: type) -> bool:
@@ -50,6 +58,9 @@ def patching(patches: Iterable[Patch]) -> Iterator[None]:
 
 def _replace(home: Any, name: str, value: Any) -> Any:
     """Put a value under a name; returns what was there, which _MISSING stands for if nothing."""
+    if isinstance(home, CellType):
+        before, home.cell_contents = home.cell_contents, value
+        return before
     names = home if isinstance(home, dict) else vars(home)
     before = names.get(name, _MISSING)
     if isinstance(home, dict):

@@ -119,6 +119,12 @@ def globals_of(kind: type) -> list[dict[str, Any]]:
     return list({id(each.__globals__): each.__globals__ for each in _functions_of(kind)}.values())
 
 
+def cells_of(module: nn.Module) -> list[Any]:
+    """The variables of functions around the code of a module that have a value."""
+    cells = [cell for each in _code_of(module) for cell in each.__closure__ or ()]
+    return [cell for cell in cells if _value_of(cell) is not _ABSENT]
+
+
 def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
     """What a module can reach, by its path; ``holders`` get what holds it."""
     found: dict[str, Any] = {}
@@ -260,11 +266,8 @@ def _backup(value: Any) -> Callable[[], None] | None:
 
 def _variables_of(module: nn.Module) -> Iterator[_Variable]:
     """The globals that the code of a module reads, its classes' attributes, its closures."""
-    kind: Any = type(module)
-    own = [each for each in vars(module).values() if isinstance(each, FunctionType)]
-    functions = dict.fromkeys((*_functions_of(kind), *(_reached_from(own, kind) if own else ())))
-    seen = set()
-    for function in functions:
+    kind, seen = type(module), set()
+    for function in _code_of(module):
         home = function.__globals__
         for name in _names_in(function.__code__):
             if (
@@ -314,9 +317,23 @@ def _may_be_state(value: Any, user: Any) -> bool:
     return not known and _is_plain_object(value) and _home(kind) == _home(user)
 
 
-def names_in_forward(kind: type) -> set[str]:
-    """The names that the forward of a class uses, in methods and functions that it calls too."""
-    return set().union(*(_names_in(each.__code__) for each in _functions_of(kind)))
+def code_of_forward(module: nn.Module) -> list[CodeType]:
+    """The code that a module's forward may run, of its package, and what is within that code."""
+    return [inner for each in _code_of(module) for inner in _within(each.__code__)]
+
+
+def _within(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _within(each)
+
+
+def _code_of(module: nn.Module) -> list[FunctionType]:
+    """The functions that a module's forward may run: of its class, and held by the module."""
+    kind: Any = type(module)
+    own = [each for each in vars(module).values() if isinstance(each, FunctionType)]
+    return list(dict.fromkeys((*_functions_of(kind), *(_reached_from(own, kind) if own else ()))))
 
 
 @lru_cache(maxsize=256)
@@ -358,5 +375,4 @@ def _behind(named: Any) -> Any:
 @lru_cache(maxsize=4096)
 def _names_in(code: CodeType) -> set[str]:
     """The names that code uses, of what is within it too."""
-    inner = (each for each in code.co_consts if isinstance(each, CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))
+    return {name for each in _within(code) for name in each.co_names}

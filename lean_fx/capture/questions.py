@@ -1,0 +1,90 @@
+"""Functions that ask what a value is, in place of Python's while a model is traced.
+
+``isinstance(x, torch.Tensor)`` asks a proxy, which is no tensor. A tracer with values answers for
+the value, and the graph checks that its inputs would answer alike; a tracer without values refuses.
+To let a proxy say that it is a tensor would do for Python, but torch's C++ would believe it, too.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Iterable
+from types import UnionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node, Proxy
+
+if TYPE_CHECKING:
+    from lean_fx.capture.tracing import LeanTracer
+    from lean_fx.graph.patching import Patch
+
+_isinstance, _is_tensor = isinstance, torch.is_tensor
+_LIBRARIES = ("torch", "lean_fx")
+
+
+def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:
+    """Patches by which a tracer is asked what a proxy is.
+
+    Args:
+        tracer: it answers by ``is_instance``, ``has_attribute`` and ``type_of``.
+        homes: the globals of the model's code.
+    """
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        answer = None
+        if issubclass(type(value), Proxy) and not _names_proxies(kinds):
+            answer = tracer.is_instance(value, with_type(kinds), _by_model())
+        return _isinstance(value, with_type(kinds)) if answer is None else answer
+
+    def has_attribute(value: Any, name: str) -> bool:
+        asks = issubclass(type(value), Proxy)
+        return tracer.has_attribute(value, name) if asks else hasattr(value, name)
+
+    def read(value: Any, name: str, *default: Any) -> Any:
+        asks = default and issubclass(type(value), Proxy)
+        if asks and not tracer.has_attribute(value, name):
+            return default[0]
+        return getattr(value, name, *default)
+
+    def is_tensor(value: Any) -> bool:
+        answer = None
+        if issubclass(type(value), Proxy):
+            answer = tracer.is_instance(value, Tensor, _by_model())
+        return _is_tensor(value) if answer is None else answer
+
+    def type_of(*args: Any) -> Any:
+        asks = len(args) == 1 and issubclass(type(args[0]), Proxy)
+        return tracer.type_of(args[0]) if asks else type(*args)
+
+    def with_type(kinds: Any) -> Any:
+        if _isinstance(kinds, tuple):
+            return tuple(map(with_type, kinds))
+        return type if kinds is type_of else kinds
+
+    asking: list[Patch] = [
+        (builtins, "isinstance", is_instance),
+        (torch, "is_tensor", is_tensor),
+    ]
+    for home in homes:
+        for name, answer in (("type", type_of), ("hasattr", has_attribute), ("getattr", read)):
+            asking += [(home, name, answer)] if name not in home else []
+        asking += [(home, name, is_tensor) for name, each in home.items() if each is _is_tensor]
+    return asking
+
+
+def _by_model() -> bool:
+    """Whether code of a model asks, and not torch's or this package's."""
+    home = str(sys._getframe(2).f_globals.get("__name__", ""))
+    return home.partition(".")[0] not in _LIBRARIES
+
+
+def _names_proxies(kinds: Any) -> bool:
+    """Whether a question is about the trace itself."""
+    if _isinstance(kinds, tuple):
+        return any(map(_names_proxies, kinds))
+    if _isinstance(kinds, UnionType):
+        return any(map(_names_proxies, kinds.__args__))
+    return _isinstance(kinds, type) and issubclass(kinds, Proxy | Node)

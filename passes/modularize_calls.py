@@ -39,7 +39,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.graph.calls import argument, is_altered
 from lean_fx.graph.facts import facts
-from lean_fx.graph.rewriting import add_module, home_of, numbered, replace_node
+from lean_fx.graph.rewriting import add_module, numbered, replace_node
 from lean_fx.graph.written_attention import write_out
 from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.passes.base import Pass
@@ -70,7 +70,8 @@ class ModularizeCalls(Pass):
             arguments = _arguments(node)
             module = _MODULES[node.target](p=arguments["p"], inplace=arguments["inplace"])
             module.train(arguments["training"])
-            target = add_module(graph_module, "calls", node.name, module, home_of(node))
+            home = facts(node).mode_home or ""
+            target = add_module(graph_module, "calls", node.name, module, home)
             with graph_module.graph.inserting_before(node):
                 call = graph_module.graph.call_module(target, (arguments["input"],))
             node.replace_all_uses_with(call)
@@ -92,9 +93,14 @@ class ModularizeCalls(Pass):
 
 def can_follow_mode(node: Node) -> bool:
     """Whether a call that follows the mode is one that this pass can make a module of."""
-    if not facts(node).follows_mode or node.target not in _MODULES:
+    if facts(node).mode_home is None or node.target not in _MODULES:
         return False
     return not isinstance(_arguments(node)["p"], Node)
+
+
+def flag_of(node: Node) -> Any:
+    """What functional dropout is given as its mode."""
+    return _arguments(node)["training"]
 
 
 def _arguments(node: Node) -> dict[str, Any]:

@@ -112,3 +112,86 @@ def test_modes_that_cannot_be_one_are_told():
         captured = capture(model)
     x = X(2, 32)
     torch.testing.assert_close(captured.train()(x), model(x), rtol=0, atol=0)
+
+
+class Doubles(nn.Module):
+    """Does more in training."""
+
+    def __init__(self, out=32):
+        super().__init__()
+        self.l = nn.Linear(32, out)
+
+    def forward(self, x):
+        h = self.l(x)
+        return h * 2 if self.training else h
+
+
+class Shifts(Doubles):
+    def forward(self, x):
+        return self.l(x + 1 if self.training else x)
+
+
+class Told(Doubles):
+    """Is told the mode."""
+
+    def forward(self, x, training=False):
+        return F.dropout(self.l(x), 0.5, training)
+
+
+class Tells(nn.Module):
+    """Tells a part its own mode, or leaves it out in evaluation."""
+
+    def __init__(self, tell):
+        super().__init__()
+        self.a, self.part, self.tell = nn.Linear(32, 32), Told(), tell
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.tell:
+            return self.part(h, self.training)
+        return self.part(h) if self.training else h
+
+
+class Outside(nn.Module):
+    """Normalises and drops by the modes of others, or the other way round."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.bn, self.way = nn.Linear(32, 32), nn.BatchNorm1d(32), way
+
+    def forward(self, x):
+        h, bn = self.a(x), self.bn
+        if self.way == "bn":
+            return F.batch_norm(h, bn.running_mean, bn.running_var, training=self.bn.training)
+        return F.dropout(h, 0.5, not self.training)
+
+
+PARTS = {
+    "neighbours": lambda: nn.Sequential(Doubles(), Shifts()),
+    "apart": lambda: nn.Sequential(Doubles(), nn.ReLU(), Shifts(), nn.ReLU(), Doubles()),
+    "tells": lambda: Tells(True),
+    "leaves out": lambda: Tells(False),
+    "nested": lambda: nn.Sequential(Tells(True), nn.ReLU(), Tells(False)),
+    "of a layer": lambda: Outside("bn"),
+    "inverted": lambda: Outside("dropout"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_have_modes_of_their_own(parts, start):
+    model, x = PARTS[parts]().train(start), X(4, 32)
+    lean = lean_fx.leanify(model, x, min_channels=10**9)
+    names = [name for name, each in model.named_modules() if name and not list(each.children())]
+    homes = {name.rpartition(".")[0] for name in names} | {"", *names}
+    for root in (True, False):
+        for name in sorted(homes):
+            for each in (model, lean):
+                each.train(root)
+                each.get_submodule(name).train(not root)
+            results = []
+            for each in (model, lean):
+                torch.manual_seed(0)
+                results.append(each(x))
+            torch.testing.assert_close(*results)

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.merging import CannotMerge, merge_modes
+from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
 from lean_fx.capture.retries import trace_copy, whole_modules
 from lean_fx.capture.side_effects import SideEffect
 from lean_fx.checks import check_plain, check_shapes
@@ -239,6 +239,10 @@ def _follow_mode(
         try:
             merge_modes(captured, traced, opposite, other)
             return more
+        except MixedModes as error:
+            if error.modules:
+                return frozenset(error.modules)
+            reason = str(error)
         except CannotMerge as error:
             reason = str(error)
     finally:

@@ -15,7 +15,8 @@ Rules:
 1. Calls of the same thing, in the same module and order, are one. Where their arguments differ, a
    :class:`~lean_fx.layers.modes.ByMode` gives each mode its own.
 2. Calls between them that only one mode makes are one :class:`~lean_fx.layers.modes.InMode`.
-3. Both start in the mode that the module was in whose forward made the call.
+3. Both follow the module whose ``training`` was read, the innermost of those around the call, and
+   start in its mode. Where several decide together, they must be whole.
 4. A layer that such a part calls is called nowhere else; or else the graphs cannot be merged.
 """
 
@@ -35,10 +36,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import map_arg
 
+from lean_fx.graph.captured import mode_readers
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import add_module, home_of
 from lean_fx.layers.modes import ByMode, InMode
-from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode
+from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode, flag_of
 
 
 class CannotMerge(Exception):  # noqa: N818
@@ -59,10 +61,11 @@ def merge_modes(captured: GraphModule, model: nn.Module, opposite: Graph, other:
 
     Raises:
         CannotMerge: by rule 4; ``captured`` is as it was.
+        MixedModes: by rule 3; ``captured`` is of no more use.
     """
     blocks = _blocks(list(captured.graph.nodes), list(opposite.nodes))
     _check(blocks)
-    _Merger(captured, model, other).merge(blocks)
+    _Merger(captured, model, opposite, other).merge(blocks)
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,35 @@ def _check(blocks: Sequence[_Block]) -> None:
                 raise CannotMerge(f"{node.target} is called in different places")
 
 
+class MixedModes(CannotMerge):
+    """What follows the modes of several modules cannot be told apart.
+
+    Attributes:
+        modules: their names; if they are whole, there is nothing to tell apart.
+    """
+
+    def __init__(self, modules: set[str]) -> None:
+        super().__init__(f"the modes of {', '.join(sorted(modules))} decide together")
+        self.modules = modules - {""}
+
+
+def _same(homes: set[str]) -> str:
+    """The one module that parts of a graph follow."""
+    if len(homes) > 1:
+        raise MixedModes(homes)
+    return next(iter(homes), "")
+
+
 class _Merger:
-    def __init__(self, captured: GraphModule, model: nn.Module, other: nn.Module) -> None:
+    def __init__(
+        self, captured: GraphModule, model: nn.Module, opposite: Graph, other: nn.Module
+    ) -> None:
         self.captured, self.model, self.other = captured, model, other
         self.graph = captured.graph
         self.found: dict[Node, Node] = {}  # a node of the opposite graph -> what it is in ours
+        self.made: dict[Node, str] = {}  # a value of one mode -> the module whose mode that is
         self.changed = False
+        self.readers = mode_readers(self.graph) | mode_readers(opposite)
 
     def merge(self, blocks: Sequence[_Block]) -> None:
         for block, after in zip(blocks, (*blocks[1:], None), strict=True):
@@ -116,6 +142,8 @@ class _Merger:
                 for mine, their in zip(block.mine, block.theirs, strict=True):
                     self._join(mine, their)
             elif after is not None:  # the last block is shared: it has the output
+                called = [n for n in (*block.theirs, *block.mine) if n.op != "get_attr"]
+                _same({self._mode_home(node) for node in called})
                 self._part(block.theirs, False, after.mine[0])
                 self._part(block.mine, True, after.mine[0])
         if self.changed:
@@ -129,7 +157,10 @@ class _Merger:
             map_arg(each, self.found.__getitem__) for each in (their.args, their.kwargs)
         )
         if mine.target in FUNCTIONS:
-            facts(mine).follows_mode = (mine.args, mine.kwargs) != (args, kwargs)
+            flags = [flag_of(node) for node in (mine, their)]
+            home = self._mode_home(mine)
+            if flags == [self._trains(home), not self._trains(home)]:
+                facts(mine).mode_home = home
             if can_follow_mode(mine):
                 args, kwargs = _with_flags(args, mine.args), _with_flags(kwargs, mine.kwargs)
         if (mine.args, mine.kwargs) != (args, kwargs):
@@ -146,8 +177,11 @@ class _Merger:
         if alike and len(mine) == len(their):
             pairs = zip(mine, their, strict=True)
             return type(mine)([self._either(*pair, reader) for pair in pairs])
-        values = (mine, their) if self._trains(reader) else (their, mine)
-        return self._call(ByMode(), "by_mode", values, reader, reader)
+        nodes = [each for each in (mine, their) if isinstance(each, Node)]
+        home = _same({self.made[each] for each in nodes if each in self.made})
+        home = home if any(each in self.made for each in nodes) else self._mode_home(reader)
+        values = (mine, their) if self._trains(home) else (their, mine)
+        return self._call(ByMode(), "by_mode", values, reader, home)
 
     def _part(self, nodes: Sequence[Node], own: bool, before: Node) -> None:
         """A module for what only one mode does (rule 2), whose nodes are ours or theirs."""
@@ -162,6 +196,8 @@ class _Merger:
         outer = [node for node in read if node not in inside]
         paths = dict.fromkeys(str(node.target) for node in ordered if node.op == "call_module")
         given = [node if own else self.found[node] for node in outer]
+        home = self._mode_home(ordered[0])
+        _same({home, *(self.made[each] for each in given if each in self.made)})
         given += [self._attribute(path, before) for path in paths]
 
         part = Graph()
@@ -177,14 +213,14 @@ class _Merger:
         returned = [node for node in ordered if any(each not in inside for each in node.users)]
         part.output(tuple(copies[node] for node in returned))
 
-        trains = self._trains(ordered[0])
-        mode = trains == own
+        mode = self._trains(home) == own
         alone = InMode(GraphModule(nn.Module(), part), mode)
         name = "in_training" if mode else "in_evaluation"
-        call = self._call(alone, name, tuple(given), before, ordered[0])
+        call = self._call(alone, name, tuple(given), before, home)
         for place, node in enumerate(returned):
             with self.graph.inserting_before(before):
                 item = self.graph.call_function(operator.getitem, (call, place))
+            self.made[item] = home
             if own:
                 node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
             else:
@@ -205,18 +241,24 @@ class _Merger:
             return self.graph.get_attr(name)
 
     def _call(
-        self, module: nn.Module, name: str, args: tuple[Any, ...], before: Node, origin: Node
+        self, module: nn.Module, name: str, args: tuple[Any, ...], before: Node, home: str
     ) -> Node:
-        """Call a module of ours, which is in the mode of the module whose forward made a call."""
+        """Call a module of ours that follows the mode of a module of the model."""
         self.changed = True
-        module.train(self._trains(origin))
-        target = add_module(self.captured, "calls", name, module, home_of(origin))
+        module.train(self._trains(home))
+        target = add_module(self.captured, "calls", name, module, home)
         with self.graph.inserting_before(before):
             return self.graph.call_module(target, args)
 
-    def _trains(self, node: Node) -> bool:
-        """The mode of the module whose forward made a call."""
-        return self.model.get_submodule(home_of(node)).training
+    def _trains(self, home: str) -> bool:
+        return self.model.get_submodule(home).training
+
+    def _mode_home(self, node: Node) -> str:
+        """The module that a call follows: the innermost around it whose mode was read."""
+        stack = node.meta.get("nn_module_stack", {}).values()
+        around = ["", *(str(path) for path, _ in stack)]
+        reading = [path for path in around if path in self.readers]
+        return reading[-1] if reading else around[-1]
 
 
 def _with_flags(theirs: Any, mine: Any) -> Any:

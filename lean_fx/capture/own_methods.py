@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -57,6 +58,25 @@ def asks_for_classes(module: nn.Module) -> bool:
         or any(each.opname in _MATCHING for each in dis.get_instructions(code))
         for code in code_of_forward(module)
     )
+
+
+def asks_for_another_mode(module: nn.Module) -> bool:
+    """Whether the code of a forward reads ``training`` of an attribute: ``self.norm.training``.
+
+    Example:
+        >>> asks_for_another_mode(nn.Linear(4, 2))
+        False
+    """
+    for code in code_of_forward(module):
+        steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+        for before, step in pairwise(steps):
+            if (
+                (step.opname, step.argval)
+                == (before.opname, "training")
+                == ("LOAD_ATTR", "training")
+            ):
+                return True
+    return False
 
 
 def own_call(module: nn.Module) -> str:

@@ -25,7 +25,12 @@ from torch.fx.proxy import TraceError
 
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
-from lean_fx.capture.own_methods import asks_for_classes, own_call, own_method
+from lean_fx.capture.own_methods import (
+    asks_for_another_mode,
+    asks_for_classes,
+    own_call,
+    own_method,
+)
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
@@ -59,18 +64,21 @@ def trace_copy(
         raise TraceError(f"{type(root).__name__} has a {own} of its own, which a graph has not")
     if asks_for_classes(root):
         raise TraceError(f"{type(root).__name__} matches classes, and a proxy has another")
+    if asks_for_another_mode(root):
+        raise TraceError(f"{type(root).__name__} asks for the mode of another module")
     fed = fed_by_hooks(root)
     if "" in fed:
         raise TraceError(f"{type(root).__name__} reads what hooks of other modules store")
     opaque = whole | fed
     for name, each in root.named_modules():
-        own = own_method(each, evaluation) or asks_for_classes(each)
-        if name and (own or reduces_within(each) or has_hooks(each)):
+        asks = asks_for_classes(each) or asks_for_another_mode(each)
+        kept = asks or own_method(each, evaluation) or reduces_within(each) or has_hooks(each)
+        if name and kept:
             opaque |= {name}
     copied, graph = _trace_seeing(root, inputs, opaque)
     for guard in [node for node in graph.nodes if node.target is check_given]:
-        own = isinstance(guard.args[0], Node) and guard.args[0].op == "placeholder"
-        if own and _same_without(guard.args[0], graph, root, inputs, opaque):
+        is_input = isinstance(guard.args[0], Node) and guard.args[0].op == "placeholder"
+        if is_input and _same_without(guard.args[0], graph, root, inputs, opaque):
             graph.erase_node(guard)
     return copied, graph
 

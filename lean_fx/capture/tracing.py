@@ -28,7 +28,7 @@ from lean_fx.capture.side_effects import (
     may_have_gradient,
 )
 from lean_fx.capture.state import StateSnapshot, keep
-from lean_fx.graph.captured import freeze_attributes
+from lean_fx.graph.captured import freeze_attributes, note_mode_readers
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import globals_of, leaving_state
 from lean_fx.layers.attention import AttentionHeads
@@ -126,6 +126,9 @@ class LeanTracer(Tracer):
             before.check(self.reads.as_none(root))
         write_in_place(graph, dict(root.named_modules()))
         freeze_attributes(graph, self._frozen(root))
+        named = root.named_modules()
+        readers = (name for name, each in named if "training" in self.reads.of(each))
+        note_mode_readers(graph, frozenset(readers))
         for node in reversed(graph.nodes):  # what is only asked for a shape, or read in vain
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)

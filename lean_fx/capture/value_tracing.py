@@ -288,8 +288,9 @@ class ValueTracer(LeanTracer):
         if node.target not in (operator.getitem, getattr):
             return False
         source = node.args[0]
-        held = isinstance(source, Node) and not isinstance(value_of(source), Tensor)
-        return held and self._is_of_input(source)
+        if not isinstance(source, Node) or isinstance(value_of(source), Tensor):
+            return False
+        return self._is_of_input(source)
 
     def _check(self, node: Node, outcome: Any) -> None:
         if node.meta[_FIXED] or (node.name, outcome) in self._decided:

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 from lean_fx.errors import CaptureError
 
 _FROZEN = "lean_fx.frozen"
+_MODE_READERS = "lean_fx.mode_readers"
 
 
 class CapturedModule(GraphModule):
@@ -91,6 +92,17 @@ def frozen_attributes(graph: Graph) -> dict[str, dict[str, Any]]:
     """What :func:`freeze_attributes` has noted."""
     last = next(iter(reversed(graph.nodes)), None)
     return {} if last is None else last.meta.get(_FROZEN, {})
+
+
+def note_mode_readers(graph: Graph, names: frozenset[str]) -> None:
+    """Note which modules' ``training`` a forward has read, by their names."""
+    next(reversed(graph.nodes)).meta[_MODE_READERS] = names
+
+
+def mode_readers(graph: Graph) -> frozenset[str]:
+    """What :func:`note_mode_readers` has noted."""
+    last = next(iter(reversed(graph.nodes)), None)
+    return frozenset() if last is None else last.meta.get(_MODE_READERS, frozenset())
 
 
 def guard_containers(graph_module: GraphModule) -> None:

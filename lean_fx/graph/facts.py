@@ -69,8 +69,8 @@ class Facts:
         storage: the node whose storage the value shares; its own name if none (``TrackWrites``).
         writes: whether the call changes values in place (``TrackWrites``).
         nonnegative: whether no element of the value is below 0 (``InferSign``).
-        follows_mode: whether an argument of the call is the mode, which train() and eval() set
-            (capture).
+        mode_home: the module whose mode, which train() and eval() set, an argument of the call is,
+            or None (capture).
         channels: where the channels of the value are (``TrackChannels``).
         read: what the layer called here reads, if it can be reduced (``FindConsumers``).
         skip_reason: why the layer called here is left alone, if it is (``FindConsumers``).
@@ -82,7 +82,7 @@ class Facts:
     shape: tuple[int, ...] | None = None
     packed: bool = False
     rms: float | None = None
-    follows_mode: bool = False
+    mode_home: str | None = None
     storage: str = ""
     writes: bool = False
     nonnegative: bool = False

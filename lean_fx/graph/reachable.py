@@ -51,7 +51,7 @@ class Reachable:
     held: dict[str, Any]
     versions: dict[str, Any]
     holders: list[tuple[Any, Any]]
-    contents: list[Callable[[], None]]
+    contents: list[Callable[[], Any]]
 
     @classmethod
     def of(cls, module: nn.Module, backup: bool = False) -> Reachable:
@@ -234,7 +234,7 @@ def version_of(value: Any) -> Any:
     return str(value.bit_generator.state) if hasattr(value, "bit_generator") else None
 
 
-def _backups(module: nn.Module) -> list[Callable[[], None]]:
+def _backups(module: nn.Module) -> list[Callable[[], Any]]:
     """What puts back the contents of what the functions of a module can reach besides it."""
     found: dict[str, Any] = {}
     for path, value, _ in _variables_of(module):
@@ -242,7 +242,7 @@ def _backups(module: nn.Module) -> list[Callable[[], None]]:
     return [each for value in found.values() if (each := _backup(value))]
 
 
-def _backup(value: Any) -> Callable[[], None] | None:
+def _backup(value: Any) -> Callable[[], Any] | None:
     version = version_of(value)
     if isinstance(value, Tensor) and version is not None and not value.is_inference():
         copied = value.detach().clone()

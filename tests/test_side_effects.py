@@ -166,18 +166,36 @@ def test_a_model_in_evaluation_is_trained_as_it_would_be(between, nested):
     torch.testing.assert_close(lean.eval()(X), model(X))
 
 
-def test_what_forward_keeps_to_look_at_or_makes_once_is_traced():
+def test_what_forward_makes_once_is_traced():
     def keeping(self, x):
         if self.made is None:
             self.made = torch.ones(32)
-        self.seen = self.a(x) * self.made
-        return self.seen
+        return self.a(x) * self.made
 
     model = Net(keeping)
-    model.made = model.seen = None
+    model.made = None
     lean = lean_fx.leanify(model)
     assert isinstance(lean, GraphModule)
     assert lean(X).shape == (4, 4)
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("before", ["None", "absent"])
+@pytest.mark.parametrize("stored", [lambda y: y.pow(2).mean(), lambda y: {"loss": y.mean()}])
+def test_what_forward_stores_for_a_trainer_is_there(stored, before):
+    def storing(self, x):
+        y = self.a(x)
+        self.aux = stored(y)
+        return y
+
+    part = Net(storing)
+    if before == "None":
+        part.aux = None
+    model = nn.Sequential(nn.Linear(8, 8), part)
+    lean = lean_fx.leanify(model, X, min_channels=10**9)
+    lean(X)
+    model(X)
+    torch.testing.assert_close(lean.get_submodule("1").aux, model[1].aux)
 
 
 def test_a_cache_within_what_cannot_be_traced_holds_values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
 
 _PLAIN = (bool, int, float, str, type(None))
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 #: What may be asked of a parameter without reading its numbers.
 _ASKED = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_meta"))
 _ASKING = frozenset(
@@ -30,7 +33,7 @@ _WATCHED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class AttributeReads:
-    """The attributes of modules that hold a number, a string or None, and that a forward reads."""
+    """What a forward reads of modules: numbers, strings, None, tuples of them, and functions."""
 
     def __init__(self) -> None:
         self._read: dict[int, dict[str, Any]] = {}
@@ -38,10 +41,6 @@ class AttributeReads:
     def of(self, module: nn.Module) -> dict[str, Any]:
         """What has been read of a module, by name, with the first value."""
         return self._read.get(id(module), {})
-
-    def as_none(self, module: nn.Module) -> set[str]:
-        """The attributes that have been read while they were None."""
-        return {name for name, value in self.of(module).items() if value is None}
 
     @contextmanager
     def watching(self, modules: list[nn.Module]) -> Iterator[None]:
@@ -61,14 +60,19 @@ class AttributeReads:
                     delattr(_watched(kind), name)
 
 
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+
+
 def _watched(kind: Any) -> Any:
     if kind not in _WATCHED:
 
         def read(self: Any, name: str) -> Any:
             value = kind.__getattribute__(self, name)
-            plain = type(value) in _PLAIN and not name.startswith("__")
-            if plain and id(self) in _READS and name in object.__getattribute__(self, "__dict__"):
-                _READS[id(self)].setdefault(name, value)
+            if id(self) in _READS and not name.startswith("__") and name not in _INTERNALS:
+                held = name in object.__getattribute__(self, "__dict__")
+                if _is_plain(value) or (held and type(value) in _FUNCTIONS):
+                    _READS[id(self)].setdefault(name, value)
             return value
 
         body = {"__getattribute__": read, "__module__": kind.__module__}

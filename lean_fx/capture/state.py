@@ -4,15 +4,15 @@ A forward keeps state when it assigns a buffer, a tensor or its ``data``, counts
 (``self.step += 1``), or stores values where it has read before: in an attribute, a list, dict or
 object, an attribute of its class, a global, or a variable of a function around it.
 
-A cache is not state: an attribute that is None at first and is filled with what follows from sizes
-and parameters only. An attribute that forward writes and never reads is not state either; a
-captured model does not have it.
+What it makes of its inputs and stores for others to read, such as a loss for the trainer, counts
+too. A cache is not state: an attribute that is None at first and is filled with what follows from
+sizes and parameters only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +47,11 @@ class StateSnapshot:
         """The state of a module."""
         return cls(Reachable.of(module), draws, (draws.count, rng_states()) if draws else None)
 
-    def check(self, read_as_none: Collection[str] = ()) -> None:
-        """Check, after its forward, that the module has no state for later calls.
-
-        Args:
-            read_as_none: the attributes that forward has read while they were None.
+    def check(self) -> None:
+        """Check, after its forward, that the module keeps nothing for others or for later calls.
 
         Raises:
-            SideEffect: it has.
+            SideEffect: it does.
         """
         after = Reachable.of(self.before.module)
         name, now = type(self.before.module).__name__, after.held
@@ -68,12 +65,11 @@ class StateSnapshot:
             own = attribute is not None and attribute.end() == len(path)
             if before is _ABSENT and own:
                 before = getattr(type(self.before.module), path, _ABSENT)
-                if before is _ABSENT:  # forward has made it, and so has not read it before
-                    continue
             if issubclass(type(value), Proxy):
-                kept = isinstance(before, Tensor) or _depends_on_values(value.node)
-                if kept and (before is not None or not own or path in read_as_none):
+                if isinstance(before, Tensor) or _depends_on_values(value.node):
                     raise SideEffect(f"{name} assigns {path!r} in forward")
+            elif before is _ABSENT and own:  # it is the same at every call
+                continue
             elif before is _ABSENT or (type(before) in NUMBERS and before != value):
                 raise SideEffect(f"{name} changes {path!r} in forward")
         for path in self.before.held.keys() - now.keys():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
 from torch.fx.proxy import ParameterProxy, TraceError
 from torch.nn.utils import rnn
-from torch.utils import _pytree as pytree
 
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.in_place import write_in_place
@@ -30,7 +29,7 @@ from lean_fx.capture.side_effects import (
 from lean_fx.capture.state import StateSnapshot, keep
 from lean_fx.graph.captured import freeze_attributes, note_mode_readers
 from lean_fx.graph.patching import patching, without_caches
-from lean_fx.graph.reachable import globals_of, leaving_state
+from lean_fx.graph.reachable import NUMBERS, globals_of, leaving_state
 from lean_fx.layers.attention import AttentionHeads
 from lean_fx.layers.kinds import kind_of
 from lean_fx.layers.modes import ByMode, InMode
@@ -123,7 +122,7 @@ class LeanTracer(Tracer):
             before = StateSnapshot.of(root, self._draws)
             with ParameterReads(self):
                 graph = super().trace(root, concrete_args)
-            before.check(self.reads.as_none(root))
+            before.check()
         write_in_place(graph, dict(root.named_modules()))
         freeze_attributes(graph, self._frozen(root))
         named = root.named_modules()
@@ -138,14 +137,10 @@ class LeanTracer(Tracer):
         return graph
 
     def _frozen(self, root: nn.Module) -> dict[str, dict[str, Any]]:
-        """The numbers that forward has read, of modules that the graph does not call as a whole."""
+        """What forward has read of modules that the graph does not call as a whole."""
         found = {}
         for name, module in root.named_modules():
-            read = {
-                key: value
-                for key, value in self.reads.of(module).items()
-                if key != "training" and value is not None and not key.startswith("_")
-            }
+            read = {key: each for key, each in self.reads.of(module).items() if key != "training"}
             if read and name not in self.opaque:
                 found[name] = read
         return found
@@ -180,13 +175,9 @@ class LeanTracer(Tracer):
         """As torch.fx's, but a container of the user's own class keeps its class."""
         kind = type(a)
         own = issubclass(kind, dict | list | tuple) and kind.__module__ not in _PLAIN_CONTAINERS
-        if own and not hasattr(a, "_fields") and self._holds_proxies(a):
+        if own and not hasattr(a, "_fields"):
             return self._container(a)
         return super().create_arg(a)
-
-    def _holds_proxies(self, value: Any) -> bool:
-        leaves = pytree.tree_leaves(list(value.values() if isinstance(value, dict) else value))
-        return any(issubclass(type(each), Proxy) for each in leaves)
 
     def _container(self, value: Any) -> Node:
         """A node that makes a container of a class of its own anew."""
@@ -194,16 +185,14 @@ class LeanTracer(Tracer):
         plain = dict(value) if isinstance(value, dict) else list(value)
         ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((plain,), {})]
         if isinstance(plain, dict) and all(type(key) is str for key in plain):
-            ways.append(((), plain))
+            ways.insert(0, ((), plain))
         for args, kwargs in ways:
             try:
                 made = kind(*args, **kwargs)
-                again = list(made.items()) if isinstance(plain, dict) else list(made)
+                same = _held_alike(made, value)
             except Exception:  # the class's own code
                 continue
-            wanted = list(plain.items()) if isinstance(plain, dict) else plain
-            flat, same = pytree.tree_leaves(again), pytree.tree_leaves(wanted)
-            if len(flat) == len(same) and all(x is y for x, y in zip(flat, same, strict=True)):
+            if same:
                 return self.create_node(
                     "call_function", kind, super().create_arg(args), super().create_arg(kwargs)
                 )
@@ -324,7 +313,7 @@ class LeanTracer(Tracer):
         restore = keep(m) if self.leaf_on_failure else None
         try:
             returned = super().call_module(m, forward, args, kwargs)
-            before.check(self.reads.as_none(m))
+            before.check()
             return returned
         except Exception:
             if restore is None:
@@ -334,6 +323,23 @@ class LeanTracer(Tracer):
                 self.module_stack.popitem(last=True)
             self.opaque |= {path}
             return super().call_module(m, forward, args, kwargs)
+
+
+def _held_alike(made: Any, value: Any) -> bool:
+    """Whether two containers hold the same things in the same order, and as attributes."""
+    one, other = (
+        [*each, *(each.values() if isinstance(each, dict) else ()), *_attributes(each)]
+        for each in (made, value)
+    )
+    return len(one) == len(other) and all(map(_is_same, one, other))
+
+
+def _attributes(value: Any) -> list[Any]:
+    return [each for pair in sorted(getattr(value, "__dict__", {}).items()) for each in pair]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and type(one) in NUMBERS and one == other)
 
 
 class _Weight(KeepsData, ParameterProxy):

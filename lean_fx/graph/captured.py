@@ -17,8 +17,8 @@ class CapturedModule(GraphModule):
     """A GraphModule that keeps what torch's own forgets.
 
     1. Buffers that the model leaves out of its state_dict stay out of it in copies and pickles.
-    2. A number that forward reads is part of the graph. Assigning another one is an error: it
-       would change nothing.
+    2. A number or function that forward reads is part of the graph. Assigning another one is an
+       error: it would change nothing.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:
 
 
 def freeze_attributes(graph: Graph, read: dict[str, dict[str, Any]]) -> None:
-    """Note the plain attributes that a forward has read.
+    """Note the numbers, strings, functions and the like that a forward has read.
 
     Args:
         graph: of the forward; its copies know them too.
@@ -106,12 +106,16 @@ def mode_readers(graph: Graph) -> frozenset[str]:
 
 
 def guard_containers(graph_module: GraphModule) -> None:
-    """Guard the attributes of the modules that the graph has looked into."""
+    """Guard the attributes of the modules that the graph has looked into, and show them there."""
     modules = dict(graph_module.named_modules())
     for path, values in frozen_attributes(graph_module.graph).items():
         if path and type(modules.get(path)) is nn.Module:
             modules[path].__class__ = _Container
             modules[path].__dict__["_frozen"] = values
+        if path in modules:  # a schedule may look for them; a function could not be pickled
+            kept = {key: each for key, each in values.items() if not callable(each)}
+            names = kept.keys() - dir(modules[path])
+            vars(modules[path]).update({name: kept[name] for name in names})
 
 
 class _Container(nn.Module):
@@ -124,8 +128,10 @@ class _Container(nn.Module):
 
 
 def _check_frozen(values: dict[str, Any], name: str, value: Any) -> None:
-    if name in values and value != values[name]:
+    before = values.get(name)
+    same = value is before or (type(value) is type(before) and value == before)
+    if name in values and not same:
         raise CaptureError(
-            f"{name} was {values[name]!r} when the model was captured, and is part of its graph; "
+            f"{name} was {before!r} when the model was captured, and is part of its graph; "
             "set it on the model, and capture that again"
         )

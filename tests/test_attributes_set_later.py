@@ -1,0 +1,130 @@
+"""What forward reads of its modules and others set later: refused there, or read at every call."""
+
+import collections
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lean_fx
+from lean_fx.errors import CaptureError
+
+X = torch.rand(2, 32)
+
+pytestmark = pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+
+
+class Scheduled(nn.Module):
+    """Reads attributes of all kinds."""
+
+    tau = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
+        self._s, self.mask, self.weights, self.activation = 1.0, None, (1.0, 2.0), torch.tanh
+
+    @property
+    def scale(self):
+        return self._s
+
+    @scale.setter
+    def scale(self, value):
+        self._s = value
+
+    def forward(self, x):
+        h = self.activation(self.a(x)) * self.scale * self.weights[0] / self.tau
+        return self.b(h if self.mask is None else h * self.mask)
+
+
+LATER = {
+    "tau": 2.0,
+    "_s": 2.0,
+    "scale": 2.0,
+    "mask": torch.zeros(32),
+    "weights": (3.0, 1.0),
+    "activation": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", LATER)
+def test_another_value_is_refused(name, nested):
+    model = nn.Sequential(nn.Linear(32, 32), Scheduled()) if nested else Scheduled()
+    lean = lean_fx.leanify(model, X)
+    part = lean.get_submodule("1" if nested else "")
+    before = getattr(Scheduled(), name)
+    for each in (part, copy.deepcopy(lean).get_submodule("1" if nested else "")):
+        setattr(each, name, before)  # the same is no change
+        with pytest.raises(CaptureError, match=f"^{name} was "):
+            setattr(each, name, LATER[name])
+
+
+def test_a_schedule_over_modules_finds_what_it_sets():
+    lean = lean_fx.leanify(nn.Sequential(Scheduled(), nn.ReLU()), X)
+    lean = pickle.loads(pickle.dumps(lean))
+    found = [each for each in lean.modules() if hasattr(each, "tau")]
+    assert [each.tau for each in found] == [1.0]
+    with pytest.raises(CaptureError, match="^tau was 1.0"):
+        found[0].tau = 2.0
+
+
+# -- classes of outputs ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Output(collections.OrderedDict):
+    """As ModelOutput of transformers: fields that are items too, where they are given."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def __post_init__(self):
+        given = ((each.name, getattr(self, each.name)) for each in dataclasses.fields(self))
+        self.update({name: value for name, value in given if value is not None})
+
+
+class Mine(list):
+    """A list of one's own."""
+
+
+class Bag(collections.OrderedDict):
+    """A dictionary of one's own."""
+
+
+def with_an_attribute(y):
+    bag = Bag(y=y)
+    bag.loss = y.sum()
+    return bag
+
+
+OUTPUTS = {
+    "first field": lambda y: Output(logits=y),
+    "second field": lambda y: Output(hidden=y),
+    "both": lambda y: Output(y, 2 * y),
+    "without tensors": lambda y: (y, Mine([1, 2]), Bag()),
+    "attribute": with_an_attribute,
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_classes_of_outputs(output):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return OUTPUTS[output](self.b(torch.relu(self.a(x))))
+
+    model = Net()
+    wanted, found = (each(X) for each in (model, lean_fx.leanify(model, X, min_channels=64)))
+    if isinstance(wanted, tuple):
+        assert [type(each) for each in found] == [type(each) for each in wanted]
+        return
+    assert (type(found), list(found)) == (type(wanted), list(wanted))
+    torch.testing.assert_close(vars(found), vars(wanted))
+    torch.testing.assert_close(list(found.values()), list(wanted.values()))

@@ -72,6 +72,33 @@ def test_a_schedule_over_modules_finds_what_it_sets():
         found[0].tau = 2.0
 
 
+class Config:
+    """Settings: an object, or the class itself."""
+
+    tau = 1.0
+
+    def __init__(self):
+        self.power = 2.0
+
+
+CONFIG = Config()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("holder", [CONFIG, Config])
+def test_settings_are_read_at_every_call(holder, nested):
+    class Reads(Scheduled):
+        def forward(self, x):
+            factor = CONFIG.power if holder is CONFIG else Config.tau
+            return self.b(self.a(x)) / factor
+
+    model = nn.Sequential(nn.Linear(32, 32), Reads()) if nested else Reads()
+    lean = lean_fx.leanify(model, X, min_channels=64)
+    CONFIG.power, Config.tau = 3.0, 4.0
+    torch.testing.assert_close(lean(X), model(X))
+    CONFIG.power, Config.tau = 2.0, 1.0
+
+
 # -- classes of outputs ---------------------------------------------------------------------------
 
 

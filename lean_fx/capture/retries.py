@@ -25,12 +25,7 @@ from torch.fx.proxy import TraceError
 
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
-from lean_fx.capture.own_methods import (
-    asks_for_another_mode,
-    asks_for_classes,
-    own_call,
-    own_method,
-)
+from lean_fx.capture.own_code import lost_in_a_graph, own_call
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
@@ -58,21 +53,15 @@ def trace_copy(
     Raises:
         TraceError: the module cannot be traced; or what its own code raises.
     """
-    if own := own_call(root):
-        raise TraceError(f"{type(root).__name__} has {own}, which a graph has not")
-    if own := own_method(root, evaluation):
-        raise TraceError(f"{type(root).__name__} has a {own} of its own, which a graph has not")
-    if asks_for_classes(root):
-        raise TraceError(f"{type(root).__name__} matches classes, and a proxy has another")
-    if asks_for_another_mode(root):
-        raise TraceError(f"{type(root).__name__} asks for the mode of another module")
     fed = fed_by_hooks(root)
+    reason = own_call(root) or lost_in_a_graph(root, evaluation)
     if "" in fed:
-        raise TraceError(f"{type(root).__name__} reads what hooks of other modules store")
+        reason = reason or "reads what hooks of other modules store"
+    if reason:
+        raise TraceError(f"{type(root).__name__} {reason}")
     opaque = whole | fed
     for name, each in root.named_modules():
-        asks = asks_for_classes(each) or asks_for_another_mode(each)
-        kept = asks or own_method(each, evaluation) or reduces_within(each) or has_hooks(each)
+        kept = lost_in_a_graph(each, evaluation) or reduces_within(each) or has_hooks(each)
         if name and kept:
             opaque |= {name}
     copied, graph = _trace_seeing(root, inputs, opaque)

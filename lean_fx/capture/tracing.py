@@ -15,7 +15,7 @@ from torch.nn.utils import rnn
 
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.in_place import write_in_place
-from lean_fx.capture.own_methods import own_call
+from lean_fx.capture.own_code import own_call
 from lean_fx.capture.questions import answering
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.refusals import refusing_functions
@@ -305,7 +305,7 @@ class LeanTracer(Tracer):
             return forward(*args, **kwargs)
         depth = len(self.module_stack)
         if self.is_leaf_module(m, path):
-            if own_call(m).startswith("a __call__"):  # it is running now, and would run again
+            if own_call(m) == "has a __call__ of its own":  # it is running now, and would run again
                 raise SideEffect(f"{path} has a __call__ of its own")
             return super().call_module(m, forward, args, kwargs)
         # Without leaves for what fails, the model as a whole is to blame for random numbers.

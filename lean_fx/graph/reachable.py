@@ -119,6 +119,23 @@ def globals_of(kind: type) -> list[dict[str, Any]]:
     return list({id(each.__globals__): each.__globals__ for each in _functions_of(kind)}.values())
 
 
+def settings_of(module: nn.Module) -> list[Any]:
+    """The objects and classes of the user's own among the globals that a module's code names."""
+    named = [
+        (each.__globals__[name], each)
+        for each in _code_of(module)
+        for name in _names_in(each.__code__)
+        if name in each.__globals__
+    ]
+    return [value for value, user in named if _holds_settings(value, user)]
+
+
+def _holds_settings(value: Any, user: Any) -> bool:
+    if isinstance(value, type):
+        return not issubclass(value, nn.Module | Enum) and _home(value) == _home(user)
+    return _is_plain_object(value) and _home(type(value)) == _home(user)
+
+
 def cells_of(module: nn.Module) -> list[Any]:
     """The variables of functions around the code of a module that have a value."""
     cells = [cell for each in _code_of(module) for cell in each.__closure__ or ()]
@@ -192,7 +209,8 @@ def _is_as_before(now: Any, before: Any) -> bool:
 def _is_plain_object(value: Any) -> bool:
     """Whether a value is an instance of a class of the user's own, neither a module nor a type."""
     kind = type(value)
-    if issubclass(kind, nn.Module | Tensor | type | Proxy | Enum) or _home(kind) in _LIBRARIES:
+    known = issubclass(kind, nn.Module | Tensor | type | Proxy | Enum | ModuleType | FunctionType)
+    if known or _home(kind) in _LIBRARIES:
         return False
     return hasattr(value, "__dict__") or bool(_slots(kind))
 

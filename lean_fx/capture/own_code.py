@@ -1,0 +1,132 @@
+"""Modules whose code does what a graph would forget, or asks what would be frozen: called whole.
+
+What is told here is told by the code, before anything runs.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from lean_fx.graph.reachable import NUMBERS, code_of_forward, settings_of
+
+_MODES = ("train", "eval")
+_STATE = (
+    *("state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "_apply"),
+    *("_save_to_state_dict", "_load_from_state_dict"),
+)
+_MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
+_CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
+
+
+def lost_in_a_graph(module: nn.Module, evaluation: bool = False) -> str:
+    """What the code of a module does that its graph would not; empty if there is nothing.
+
+    - A ``train`` or ``eval`` of its own, unless it only calls torch's, and a method of its own that
+      makes or reads a state_dict.
+    - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
+    - Settings that may change later, of an object or class among its globals.
+    - The mode of another module: ``self.norm.training``.
+
+    Args:
+        module: the module. Those of torch's own classes are whole anyway.
+        evaluation: whether the graph is for evaluation alone, and no mode is set.
+
+    Example:
+        >>> frozen = nn.Linear(4, 2)
+        >>> frozen.train = lambda mode=True: frozen
+        >>> lost_in_a_graph(frozen), lost_in_a_graph(nn.BatchNorm2d(4))
+        ('has a train of its own, which a graph has not', '')
+    """
+    if own := _own_method(module, evaluation):
+        return f"has a {own} of its own, which a graph has not"
+    code = code_of_forward(module)
+    if any(map(_asks_for_classes, code)):
+        return "matches classes, and a proxy has another"
+    if _reads_settings(module):
+        return "reads settings that may be changed later"
+    if any(map(_asks_for_another_mode, code)):
+        return "asks for the mode of another module"
+    return ""
+
+
+def own_call(module: nn.Module) -> str:
+    """What runs when a module is called in place of the forward of its class; empty if nothing.
+
+    Example:
+        >>> own_call(nn.Linear(4, 2))
+        ''
+    """
+    if "forward" in vars(module):
+        return "has a forward set on the object"
+    return "has a __call__ of its own" if _own(module, "__call__") else ""
+
+
+def _own_method(module: nn.Module, evaluation: bool) -> str:
+    """A method that makes or reads a state_dict, or sets modes and does more than call torch's."""
+    for name in () if evaluation else _MODES:
+        method = _own(module, name)
+        if method and (name in vars(module) or not _only_calls_torch(method, name)):
+            return name
+    return next((name for name in _STATE if _own(module, name)), "")
+
+
+@lru_cache(maxsize=4096)
+def _asks_for_classes(code: CodeType) -> bool:
+    """Whether code matches classes, or reads ``__class__``: Python itself answers that."""
+    return "__class__" in code.co_names or any(
+        each.opname in _MATCHING for each in dis.get_instructions(code)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _asks_for_another_mode(code: CodeType) -> bool:
+    """Whether code reads ``training`` of an attribute: ``self.norm.training``."""
+    if "training" not in code.co_names:
+        return False
+    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    return any(
+        step.argval == "training" and step.opname == before.opname == "LOAD_ATTR"
+        for before, step in pairwise(steps)
+    )
+
+
+def _reads_settings(module: nn.Module) -> bool:
+    """Whether the code of a forward reads numbers of an object or class among its globals.
+
+    ``CONFIG.temperature`` may be set later, where a number such as ``EPSILON`` is a constant.
+    """
+    named = {name for code in code_of_forward(module) for name in code.co_names}
+    return any(
+        type(vars(each).get(name)) in NUMBERS for each in settings_of(module) for name in named
+    )
+
+
+def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """A method that is not torch's: set on the object, or of its class."""
+    if name in vars(module):
+        found: Callable[..., Any] = vars(module)[name]
+        return found
+    for base in type(module).__mro__:
+        if name in vars(base):
+            ours = base.__module__.partition(".")[0] in ("torch", "lean_fx")
+            return None if ours else vars(base)[name]
+    return None
+
+
+def _only_calls_torch(method: Callable[..., Any], name: str) -> bool:
+    """Whether a train or eval hands its mode on to torch's and does no more."""
+    code = getattr(method, "__code__", None)
+    if code is None:
+        return False
+    names, constants = set(code.co_names), set(code.co_consts) - {method.__doc__}
+    if name == "train":
+        return "train" in names and names <= _CALLING_TORCH | {"train"} and constants <= {None}
+    called = names & {"eval", "train"}
+    return bool(called) and names <= _CALLING_TORCH | called and constants <= {None, False}

@@ -1,5 +1,6 @@
 """Recurrent layers: split, reduced, packed."""
 
+import copy
 import itertools
 import json
 import pickle
@@ -375,7 +376,8 @@ def test_hooks_and_name_of_the_model_are_kept():
     model.register_forward_hook(lambda module, given, out: (out[0] * 0, out[1]))
     lean = lean_fx.leanify(model, x)
     assert type(lean).__name__ == "Chain"
-    assert not lean(x)[0].any()
+    for each in (lean, copy.deepcopy(lean)):
+        assert not each(x)[0].any()
 
 
 def test_states_are_given_or_not_and_counted():

@@ -20,14 +20,15 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
+from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
 from lean_fx.capture.retries import trace_copy, whole_modules
 from lean_fx.capture.side_effects import SideEffect
-from lean_fx.checks import check_plain, check_shapes
+from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
 from lean_fx.graph.calls import is_altered
-from lean_fx.graph.captured import CapturedModule, guard_containers, keep_unsaved
+from lean_fx.graph.captured import ROOT_HOOKS, CapturedModule, guard_containers, keep_unsaved
 from lean_fx.graph.clones import clone_sharing_state
 from lean_fx.layers.kinds import KINDS
 from lean_fx.layers.transformers import UNFUSED
@@ -37,11 +38,6 @@ from lean_fx.passes.modularize_calls import ModularizeCalls
 _STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-_ROOT_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks"),
 )
 
 
@@ -86,14 +82,46 @@ def capture(
         root = unfused_clone(model)
         if evaluation:
             root.eval()
-        captured, whole = None, frozenset[str]()
-        while captured is None:
-            captured, whole = _captured(root, inputs, whole, evaluation)
-        ModularizeCalls()(captured)
-        _name_items(captured)
-        keep_unsaved(captured, root)
-        guard_containers(captured)
+        captured = _captured_with(root, inputs, frozenset(), evaluation)
+        if not inputs or first_without_values(root):
+            return captured
+        reason = disagreement(root, captured, inputs)
+        for whole in _parts_by_class(captured, root) if reason else ():
+            try:
+                other = _captured_with(root, inputs, whole, evaluation)
+            except CaptureError:  # there is no layer elsewhere
+                continue
+            if not disagreement(root, other, inputs):
+                return other
+        if reason:
+            name = type(root).__name__
+            raise CaptureError(f"{name}: a graph would not do what it does ({reason})")
         return captured
+
+
+def _parts_by_class(captured: GraphModule, root: nn.Module) -> list[frozenset[str]]:
+    """The modules that a graph has looked into, those of a class together, the innermost first."""
+    parts: dict[type, list[str]] = {}
+    inside = dict(captured.named_modules())
+    for name, module in root.named_modules():
+        if name and type(inside.get(name)) is not type(module):
+            parts.setdefault(type(module), []).append(name)
+    depths = {kind: max(name.count(".") for name in names) for kind, names in parts.items()}
+    return [frozenset(parts[kind]) for kind in sorted(parts, key=lambda each: -depths[each])]
+
+
+def _captured_with(
+    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], evaluation: bool
+) -> GraphModule:
+    """A captured model in which some modules are whole, and those that its other mode adds."""
+    captured = None
+    while captured is None:
+        captured, whole = _captured(root, inputs, whole, evaluation)
+    ModularizeCalls()(captured)
+    _name_items(captured)
+    keep_unsaved(captured, root)
+    guard_containers(captured)
+    return captured
 
 
 def _name_items(captured: GraphModule) -> None:
@@ -159,7 +187,7 @@ def unfused_clone(model: nn.Module) -> nn.Module:
     """
     copied = clone(model)
     for module in copied.modules():
-        kept = is_altered(module) or any(getattr(module, hooks) for hooks in _ROOT_HOOKS)
+        kept = is_altered(module) or any(getattr(module, hooks) for hooks in ROOT_HOOKS)
         if type(module) in UNFUSED and (module is copied or not kept):
             module.__class__ = UNFUSED[type(module)]
     return copied
@@ -274,7 +302,7 @@ def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:
 
     The captured model has containers of its own. Other hooks of a container keep it whole.
     """
-    for hooks in _ROOT_HOOKS:
+    for hooks in ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
     modules = dict(captured.named_modules())
     for name, module in root.named_modules():

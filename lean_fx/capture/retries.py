@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
+from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
@@ -132,7 +133,7 @@ def _trace_around(
     """As :func:`trace_copy`, with these leaves, and more if need be."""
     absent = _absent(root, inputs)
     try:
-        if not all(isinstance(each, Tensor | int | float | None) for each in inputs):
+        if not all(each is None or _holds_no_none(each) for each in inputs):
             raise TraceError("what is in a container may be None")
         copied = clone_sharing_state(root)
         return copied, LeanTracer(opaque).trace(copied, absent)
@@ -142,6 +143,12 @@ def _trace_around(
         names = ", ".join(sorted(leaves - opaque))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
     return _without_refusals(root, inputs, absent, copied, graph, leaves)
+
+
+def _holds_no_none(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_holds_no_none, value))
+    return isinstance(value, Tensor | int | float | str | PackedSequence)
 
 
 def _trace_in_parts(

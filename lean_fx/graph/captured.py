@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,12 @@ from torch.fx import Graph, GraphModule
 
 from lean_fx.errors import CaptureError
 
+#: The hooks of calls of a model, and of gradients that reach it.
+ROOT_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
 _FROZEN = "lean_fx.frozen"
 _MODE_READERS = "lean_fx.mode_readers"
 
@@ -16,8 +23,9 @@ _MODE_READERS = "lean_fx.mode_readers"
 class CapturedModule(GraphModule):
     """A GraphModule that keeps what torch's own forgets.
 
-    1. Buffers that the model leaves out of its state_dict stay out of it in copies and pickles.
-    2. A number or function that forward reads is part of the graph. Assigning another one is an
+    1. The hooks of the model itself stay in copies.
+    2. Buffers that the model leaves out of its state_dict stay out of it in copies and pickles.
+    3. A number or function that forward reads is part of the graph. Assigning another one is an
        error: it would change nothing.
 
     Example:
@@ -44,6 +52,9 @@ its graph; set it on the model, and capture that again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         copied = super().__deepcopy__(memo)
+        memo[id(self)] = copied
+        for hooks in ROOT_HOOKS:
+            setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
         keep_unsaved(copied, self)
         guard_containers(copied)
         return copied
@@ -115,7 +126,7 @@ def guard_containers(graph_module: GraphModule) -> None:
         if path in modules:  # a schedule may look for them; a function could not be pickled
             kept = {key: each for key, each in values.items() if not callable(each)}
             names = kept.keys() - dir(modules[path])
-            vars(modules[path]).update({name: kept[name] for name in names})
+            modules[path].__dict__.update({name: kept[name] for name in names})
 
 
 class _Container(nn.Module):

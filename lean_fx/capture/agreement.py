@@ -1,0 +1,104 @@
+"""Whether a captured graph does what its model does, on the example inputs and beside them.
+
+Tracing cannot see all that Python code does. So both run, twice each: on the example inputs, and on
+others that are scaled. What the trace has frozen differs then, and so does what it has lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from lean_fx.capture.side_effects import keeping_rng_state
+from lean_fx.errors import BranchError
+from lean_fx.graph.reachable import leaving_state
+
+_SCALE = 0.7  # of the second inputs: they stay positive, or probabilities, if the first ones are
+_TOLERANCE = 1e-3
+_SEED = 0
+
+
+def disagreement(model: nn.Module, captured: GraphModule, inputs: Sequence[Any]) -> str:
+    """What a graph does otherwise than its model; empty if there is nothing.
+
+    Both stay as they are, and so do globals and generators of random numbers.
+
+    Args:
+        model: what was captured.
+        captured: its graph.
+        inputs: the example inputs. A model that fails on them is not asked.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> graph = torch.fx.symbolic_trace(model)
+        >>> disagreement(model, graph, [torch.ones(1, 2)])
+        ''
+        >>> disagreement(nn.Sequential(nn.Linear(2, 2)), graph, [torch.ones(1, 2)])
+        'its outputs differ'
+    """
+    wanted, found = (_results(each, inputs) for each in (model, captured))
+    for number, (one, other) in enumerate(zip(wanted, found, strict=True)):
+        if isinstance(one, Exception):
+            return ""
+        if isinstance(other, Exception):
+            if number and isinstance(other, BranchError):
+                return ""
+            return f"it fails with {type(other).__name__}"
+        if not _alike(one, other):
+            return "its outputs differ"
+    return ""
+
+
+def _variations(inputs: Sequence[Any]) -> Sequence[Any]:
+    def scaled(value: Tensor) -> Tensor:
+        return value * _SCALE if value.is_floating_point() else value
+
+    return (inputs, pytree.tree_map_only(Tensor, scaled, list(inputs)))
+
+
+def _results(module: nn.Module, inputs: Sequence[Any]) -> list[Any]:
+    """What two calls of a copy of a module return or raise."""
+    results: list[Any] = []
+    with leaving_state(module), keeping_rng_state(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copied = copy.deepcopy(module)
+        for given in _variations(inputs):
+            torch.manual_seed(_SEED)
+            own = pytree.tree_map_only(Tensor, torch.clone, list(given))  # a forward may write
+            try:
+                results.append(copied(*own))
+            except Exception as error:  # the model's own code
+                results.append(error)
+    return results
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two outputs are of the same types and close to each other."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and _close(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(other) and _alike(list(one.values()), list(other.values()))
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return not isinstance(one, bool | int | float | str) or one == other
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.layout is not torch.strided or one.is_nested or not one.numel():
+        return True
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    finite = one[one.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 1.0
+    return torch.allclose(one, other, _TOLERANCE, _TOLERANCE * size + 1e-30, equal_nan=True)

@@ -144,6 +144,8 @@ def _check(
     if layer is None or node is None or node.target != consumer.layer:
         raise PlanError(f"{subject} is not called by {consumer.node!r} in this model; {remedy}")
     check_layer(layer, consumer, site)
+    if site.packed and not isinstance(layer, nn.RNNBase):
+        raise PlanError(f"{subject} cannot read packed sequences; {remedy}")
     source = layer_input(node)
     for step in (*reversed(consumer.path), site.value):
         if source is None or source.name != step:

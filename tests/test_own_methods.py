@@ -179,3 +179,20 @@ def test_train_and_eval(kind):
         getattr(lean, change.__name__)()
         if change in (kind.eval, kind.train):
             assert [each.training for each in (lean, lean.a)] == [model.training, model.a.training]
+
+
+class TriesAnother(Net):
+    def forward(self, x):
+        try:
+            h = self.a(x)
+        except RuntimeError:
+            h = self.a(x.T)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("given", [X, torch.rand(32, 5)])
+def test_another_way_where_a_call_fails(given):
+    model = TriesAnother()
+    lean = lean_fx.leanify(model, given, **NOTHING)
+    for x in (X, torch.rand(32, 5)):
+        torch.testing.assert_close(lean(x), model(x))

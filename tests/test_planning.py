@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 
@@ -124,3 +125,11 @@ def test_the_name_of_another_reduction_is_not_written():
     plan = lean_fx.plan(Residual(), channels=8, reduction=lean)
     with pytest.raises(PlanError, match="^plan: the reduction lean has no registered name; give"):
         plan.to_json()
+
+
+def test_a_plan_whose_linear_layer_reads_packed_sequences():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+    made = lean_fx.plan(model)
+    hostile = dataclasses.replace(made, sites=(dataclasses.replace(made.sites[0], packed=True),))
+    with pytest.raises(PlanError, match="^plan: layer '2' cannot read packed sequences; make the"):
+        hostile.apply(model)

@@ -22,6 +22,7 @@ _STATE = (
     *("_save_to_state_dict", "_load_from_state_dict"),
 )
 _MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
+_CATCHING = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the latter before Python 3.11
 _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
 
@@ -31,6 +32,7 @@ def lost_in_a_graph(module: nn.Module, evaluation: bool = False) -> str:
     - A ``train`` or ``eval`` of its own, unless it only calls torch's, and a method of its own that
       makes or reads a state_dict.
     - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
+    - Another way where a call fails: ``except RuntimeError``.
     - Settings that may change later, of an object or class among its globals.
     - The mode of another module: ``self.norm.training``.
 
@@ -49,6 +51,8 @@ def lost_in_a_graph(module: nn.Module, evaluation: bool = False) -> str:
     code = code_of_forward(module)
     if any(map(_asks_for_classes, code)):
         return "matches classes, and a proxy has another"
+    if any(map(_catches, code)):
+        return "catches errors, and its graph would not"
     if _reads_settings(module):
         return "reads settings that may be changed later"
     if any(map(_asks_for_another_mode, code)):
@@ -83,6 +87,11 @@ def _asks_for_classes(code: CodeType) -> bool:
     return "__class__" in code.co_names or any(
         each.opname in _MATCHING for each in dis.get_instructions(code)
     )
+
+
+@lru_cache(maxsize=4096)
+def _catches(code: CodeType) -> bool:
+    return any(each.opname in _CATCHING for each in dis.get_instructions(code))
 
 
 @lru_cache(maxsize=4096)

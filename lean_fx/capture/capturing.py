@@ -8,19 +8,18 @@ graphs become one (:mod:`lean_fx.capture.merging`).
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.agreement import disagreement
+from lean_fx.capture.finishing import keep_hooks, keep_layers, name_items
 from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
 from lean_fx.capture.retries import trace_copy, whole_modules
 from lean_fx.capture.side_effects import SideEffect
@@ -30,15 +29,9 @@ from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
 from lean_fx.graph.calls import is_altered
 from lean_fx.graph.captured import ROOT_HOOKS, CapturedModule, guard_containers, keep_unsaved
 from lean_fx.graph.clones import clone_sharing_state
-from lean_fx.layers.kinds import KINDS
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.locks import SHARED_STATE
 from lean_fx.passes.modularize_calls import ModularizeCalls
-
-_STATE_HOOKS = (
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
 
 
 def capture(
@@ -118,32 +111,10 @@ def _captured_with(
     while captured is None:
         captured, whole = _captured(root, inputs, whole, evaluation)
     ModularizeCalls()(captured)
-    _name_items(captured)
+    name_items(captured)
     keep_unsaved(captured, root)
     guard_containers(captured)
     return captured
-
-
-def _name_items(captured: GraphModule) -> None:
-    """Name what is read of a module's result by the call; an item that is read twice is one node.
-
-    torch.fx counts such nodes over the whole graph, so that a further layer would rename them all.
-    """
-    items: dict[tuple[Node, Any], Node] = {}
-    for node in list(captured.graph.nodes):
-        if node.target is not operator.getitem or not isinstance(node.args[0], Node):
-            continue
-        source, index = node.args
-        if source.op != "call_module" or not isinstance(index, int):
-            continue
-        first = items.setdefault((source, index), node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            captured.graph.erase_node(node)
-        elif node.name.startswith("getitem"):
-            node._rename(f"{source.name}_item_{index}")
-    if items:
-        captured.recompile()
 
 
 def _captured(
@@ -159,8 +130,8 @@ def _captured(
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation that was not evaluated cannot be pickled
             node.type = None
-    _keep_hooks(captured, root)
-    _keep_layers(captured, root)
+    keep_hooks(captured, root)
+    keep_layers(captured, root)
     more = frozenset[str]() if evaluation else _follow_mode(captured, traced, root, inputs, whole)
     return (None, whole | more) if more else (captured, whole)
 
@@ -170,8 +141,8 @@ def clone_graph(graph_module: GraphModule) -> GraphModule:
     copied = clone_sharing_state(graph_module)
     assert isinstance(copied, GraphModule)
     named = CapturedModule(copied, copied.graph, type(graph_module).__name__)
-    _keep_hooks(named, graph_module)
-    _keep_layers(named, copied)
+    keep_hooks(named, graph_module)
+    keep_layers(named, copied)
     keep_unsaved(named, graph_module)
     guard_containers(named)
     return named
@@ -295,32 +266,6 @@ def _untraced(name: str, error: Exception, inputs: Sequence[Any]) -> CaptureErro
             "reduces its own input"
         )
     return CaptureError(f"{name}: torch.fx cannot trace its forward ({_reason(error)}); {remedy}")
-
-
-def _keep_hooks(captured: GraphModule, root: nn.Module) -> None:
-    """Keep the hooks of the model itself, and those of state_dicts of its containers.
-
-    The captured model has containers of its own. Other hooks of a container keep it whole.
-    """
-    for hooks in ROOT_HOOKS:
-        setattr(captured, hooks, getattr(root, hooks))
-    modules = dict(captured.named_modules())
-    for name, module in root.named_modules():
-        there = modules.get(name, module)
-        for hooks in _STATE_HOOKS if there is not module else ():
-            setattr(there, hooks, OrderedDict(getattr(module, hooks)))
-        for key, hook in there._load_state_dict_pre_hooks.items():
-            if hook.with_module:  # such a hook knows its module
-                there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
-
-
-def _keep_layers(captured: GraphModule, root: nn.Module) -> None:
-    """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
-    modules = dict(root.named_modules())
-    for node in captured.graph.nodes:
-        owner = str(node.target).rpartition(".")[0]
-        if node.op == "get_attr" and owner and type(modules.get(owner)) in KINDS:
-            captured.set_submodule(owner, modules[owner])
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from lean_fx.graph.reachable import NUMBERS, code_of_forward, settings_of
+from lean_fx.graph.model_code import code_of_forward
+from lean_fx.graph.reachable import NUMBERS, settings_of
 
 _MODES = ("train", "eval")
 _STATE = (

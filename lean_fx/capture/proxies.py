@@ -18,10 +18,12 @@ from lean_fx.capture.guards import round_number
 from lean_fx.capture.side_effects import LEARNING, KeepsData, KeyedAttribute, SideEffect
 
 if TYPE_CHECKING:
-    from lean_fx.capture.value_tracing import ValueTracer
+    from lean_fx.capture.answers import AnsweringTracer
 
 #: What stands for a value that is not known.
 UNKNOWN = object()
+#: Where a node notes whether its value follows from the parameters alone.
+FIXED = "lean_fx.fixed"
 _VALUE = "lean_fx.value"
 
 
@@ -40,7 +42,7 @@ def drop_value(node: Node) -> None:
     node.meta.pop(_VALUE, None)
 
 
-def value_proxy(node: Node, tracer: ValueTracer) -> Proxy:
+def value_proxy(node: Node, tracer: AnsweringTracer) -> Proxy:
     """A proxy of the kind that the value of a node calls for."""
     value = value_of(node)
     if value is UNKNOWN:
@@ -51,7 +53,7 @@ def value_proxy(node: Node, tracer: ValueTracer) -> Proxy:
 class ValueProxy(KeepsData):
     """A proxy of a known value that has no items."""
 
-    tracer: ValueTracer
+    tracer: AnsweringTracer
     __iter__: Any = None  # it is no collections.abc.Iterable
     __len__: Any = None
 

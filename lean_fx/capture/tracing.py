@@ -13,6 +13,7 @@ from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
 from torch.fx.proxy import ParameterProxy, TraceError
 from torch.nn.utils import rnn
 
+from lean_fx.capture.containers import arguments_of, is_own_container
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import own_call
@@ -28,8 +29,9 @@ from lean_fx.capture.side_effects import (
 )
 from lean_fx.capture.state import StateSnapshot, keep
 from lean_fx.graph.captured import freeze_attributes, note_mode_readers
+from lean_fx.graph.model_code import globals_of
 from lean_fx.graph.patching import patching, without_caches
-from lean_fx.graph.reachable import NUMBERS, globals_of, leaving_state
+from lean_fx.graph.reachable import leaving_state
 from lean_fx.layers.attention import AttentionHeads
 from lean_fx.layers.kinds import kind_of
 from lean_fx.layers.modes import ByMode, InMode
@@ -39,7 +41,6 @@ from lean_fx.reduction.registry import is_reduction
 
 # What is a node, and never looked into: in a graph of torch.fx's own, its check of an absent input.
 _SOME_TENSOR = torch.empty(0)
-_PLAIN_CONTAINERS = ("builtins", "torch", "torch.fx.immutable_collections")
 _NODES = (
     *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
     *(rnn.unpack_sequence, rnn.unpad_sequence, with_data, layer_states),
@@ -108,14 +109,14 @@ class LeanTracer(Tracer):
         self._proxies: dict[str, Proxy] = {}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
         self._draws = Draws(lambda: self.computing)
-        homes = {id(home): home for each in watched for home in globals_of(type(each))}
+        homes = globals_of(watched)
         with (
             torch.enable_grad(),
             self.reads.watching(watched),
-            refusing_functions(homes.values(), lambda: self.computing),
-            patching([(home, "len", count_items) for home in homes.values() if "len" not in home]),
+            refusing_functions(homes, lambda: self.computing),
+            patching([(home, "len", count_items) for home in homes if "len" not in home]),
             patching(without_caches(root)),
-            patching(answering(self, homes.values())),
+            patching(answering(self, homes)),
             leaving_state(root),
             self._draws,
         ):
@@ -173,30 +174,11 @@ class LeanTracer(Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """As torch.fx's, but a container of the user's own class keeps its class."""
-        kind = type(a)
-        own = issubclass(kind, dict | list | tuple) and kind.__module__ not in _PLAIN_CONTAINERS
-        if own and not hasattr(a, "_fields"):
-            return self._container(a)
-        return super().create_arg(a)
-
-    def _container(self, value: Any) -> Node:
-        """A node that makes a container of a class of its own anew."""
-        kind = type(value)
-        plain = dict(value) if isinstance(value, dict) else list(value)
-        ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((plain,), {})]
-        if isinstance(plain, dict) and all(type(key) is str for key in plain):
-            ways.insert(0, ((), plain))
-        for args, kwargs in ways:
-            try:
-                made = kind(*args, **kwargs)
-                same = _held_alike(made, value)
-            except Exception:  # the class's own code
-                continue
-            if same:
-                return self.create_node(
-                    "call_function", kind, super().create_arg(args), super().create_arg(kwargs)
-                )
-        raise SideEffect(f"a {kind.__name__} of values cannot be made anew")
+        if not is_own_container(a):
+            return super().create_arg(a)
+        args, kwargs = arguments_of(a)
+        given, named = super().create_arg(args), super().create_arg(kwargs)
+        return self.create_node("call_function", type(a), given, named)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Make a node, where nothing around the call would be lost."""
@@ -323,23 +305,6 @@ class LeanTracer(Tracer):
                 self.module_stack.popitem(last=True)
             self.opaque |= {path}
             return super().call_module(m, forward, args, kwargs)
-
-
-def _held_alike(made: Any, value: Any) -> bool:
-    """Whether two containers hold the same things in the same order, and as attributes."""
-    one, other = (
-        [*each, *(each.values() if isinstance(each, dict) else ()), *_attributes(each)]
-        for each in (made, value)
-    )
-    return len(one) == len(other) and all(map(_is_same, one, other))
-
-
-def _attributes(value: Any) -> list[Any]:
-    return [each for pair in sorted(getattr(value, "__dict__", {}).items()) for each in pair]
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and type(one) in NUMBERS and one == other)
 
 
 class _Weight(KeepsData, ParameterProxy):

@@ -21,11 +21,8 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
 from __future__ import annotations
 
 import functools
-import inspect
-import linecache
 import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +39,7 @@ from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lean_fx.capture.answers import AnsweringTracer
 from lean_fx.capture.guards import (
     check_absent,
     check_branch,
@@ -49,15 +47,12 @@ from lean_fx.capture.guards import (
     check_kind,
     count_items,
     has_attribute,
-    kind_name,
     round_number,
 )
-from lean_fx.capture.proxies import UNKNOWN, drop_value, keep_value, value_of, value_proxy
+from lean_fx.capture.proxies import FIXED, UNKNOWN, drop_value, keep_value, value_of, value_proxy
 from lean_fx.capture.side_effects import keeping_rng_state
-from lean_fx.capture.tracing import LeanTracer
 from lean_fx.graph.clones import clone_sharing_state, fake_of, run_on
 
-_FIXED = "lean_fx.fixed"
 _CALLS = ("call_function", "call_method")
 _NO_VALUE = (
     DataDependentOutputException,
@@ -81,7 +76,7 @@ _DECIDING -= {operator.setitem, operator.delitem}
 _DECIDING_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"}
 
 
-class ValueTracer(LeanTracer):
+class ValueTracer(AnsweringTracer):
     """A tracer whose proxies have the values that example inputs give.
 
     Args:
@@ -106,9 +101,7 @@ class ValueTracer(LeanTracer):
         self._inputs = tuple(inputs)
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._state: dict[Tensor, Tensor] = {}
-        self._decided: set[tuple[str, Any]] = set()
         self._cells: set[nn.Module] = set()
-        self._counted: set[Node] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """Trace; the values are dropped in the end."""
@@ -119,7 +112,7 @@ class ValueTracer(LeanTracer):
                 graph.erase_node(node)
         for node in graph.nodes:
             drop_value(node)
-            node.meta.pop(_FIXED, None)
+            node.meta.pop(FIXED, None)
         return graph
 
     # What torch.fx's tracer asks of a subclass.
@@ -136,7 +129,7 @@ class ValueTracer(LeanTracer):
         value, sources = value_of(node), node.all_input_nodes
         if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
             self._learned.discard(node)
-        node.meta[_FIXED] = kind != "placeholder" and all(n.meta[_FIXED] for n in sources)
+        node.meta[FIXED] = kind != "placeholder" and all(n.meta[FIXED] for n in sources)
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -151,13 +144,10 @@ class ValueTracer(LeanTracer):
         """A proxy; None itself where an item or attribute is None, and a constant itself."""
         proxy = super().create_proxy(*args, **kwargs)
         node, value = proxy.node, value_of(proxy.node)
-        if node.meta[_FIXED] and isinstance(value, int | float | torch.Size) and node.op in _CALLS:
+        if node.meta[FIXED] and isinstance(value, int | float | torch.Size) and node.op in _CALLS:
             self.graph.erase_node(node)
             return value
-        if node.target in (operator.getitem, getattr) and self._is_of_input(node):
-            name = _path_of(node)
-            check = check_absent if value is None else check_given
-            self.create_node("call_function", check, (node, name), {})
+        self.check_presence(node)
         return None if value is None and node.target in (operator.getitem, getattr) else proxy
 
     def call_module(
@@ -186,129 +176,6 @@ class ValueTracer(LeanTracer):
         """The names in a dictionary."""
         value = value_of(obj.node)
         return list(value) if isinstance(value, dict) else super().keys(obj)
-
-    def is_instance(self, proxy: Proxy, kinds: Any, by_model: bool) -> bool | None:
-        """Whether the value is of some type."""
-        value = value_of(proxy.node)
-        if value is UNKNOWN:
-            return super().is_instance(proxy, kinds, by_model)
-        if by_model:
-            self._check_kind(proxy.node)
-        return isinstance(value, kinds)
-
-    def has_attribute(self, proxy: Proxy, name: str) -> bool:
-        """Whether the value has an attribute."""
-        node, value = proxy.node, value_of(proxy.node)
-        if value is UNKNOWN:
-            return super().has_attribute(proxy, name)
-        found = hasattr(value, name)
-        if isinstance(value, Tensor):
-            self._check_kind(node)
-        elif self._is_of_input(node):
-            asked = self.create_node("call_function", has_attribute, (node, name), {})
-            self._check(asked, found)
-        return found
-
-    def type_of(self, proxy: Proxy) -> type:
-        """The type of the value; what stands for a tensor is one."""
-        value = value_of(proxy.node)
-        if value is UNKNOWN:
-            return super().type_of(proxy)
-        self._check_kind(proxy.node)
-        return Tensor if isinstance(value, Tensor) else type(value)
-
-    # What proxies ask.
-
-    def decide(self, proxy: Proxy, kind: Callable[[Any], Any]) -> Any:
-        """What Python makes of a value, which the graph is to check.
-
-        Raises:
-            TraceError: it is not known without the numbers in a tensor.
-        """
-        node = proxy.node
-        value = value_of(node)
-        if value is UNKNOWN or isinstance(value, Tensor):
-            raise TraceError(f"{self._place()} depends on the numbers in a tensor")
-        outcome = kind(value)
-        self._check(node, outcome)
-        return outcome
-
-    def count(self, proxy: Proxy, checked: bool = True) -> int:
-        """How many items a value has."""
-        value = value_of(proxy.node)
-        found = len(value)
-        if checked and isinstance(value, torch.Size):
-            self._check_axes(proxy.node)
-        elif checked:
-            self._check(self.create_node("call_function", count_items, (proxy.node,), {}), found)
-        return found
-
-    def count_axes(self, proxy: Proxy) -> int:
-        """How many axes a tensor has: as many as the inputs make."""
-        self._check_axes(proxy.node)
-        return int(value_of(proxy.node).dim())
-
-    def check_keys(self, proxy: Proxy) -> None:
-        """Check that a dictionary of the inputs has the keys that it has now, and no others."""
-        if self._is_of_input(proxy.node):
-            self._check(proxy.node, tuple(value_of(proxy.node)))
-
-    def holds(self, proxy: Proxy, key: Any) -> bool:
-        """Whether a dictionary has a key."""
-        found = key in value_of(proxy.node)
-        if self._is_of_input(proxy.node):
-            asked = self.create_node("call_function", operator.contains, (proxy.node, key), {})
-            self._check(asked, found)
-        return found
-
-    def _check_axes(self, node: Node) -> None:
-        """Check the number of axes of the inputs that lead to a value."""
-        todo, seen = [node], {node}
-        while todo:
-            each = todo.pop()
-            if isinstance(value_of(each), Tensor) and self._is_of_input(each):
-                if each not in self._counted:
-                    self._counted.add(each)
-                    axes = self.create_node("call_method", "dim", (each,), {})
-                    self._check(axes, value_of(each).dim())
-                continue
-            todo += [source for source in each.all_input_nodes if source not in seen]
-            seen.update(each.all_input_nodes)
-
-    def _check_kind(self, node: Node) -> None:
-        kind = kind_name(value_of(node))
-        if self._is_of_input(node) and (node.name, kind) not in self._decided:
-            self._decided.add((node.name, kind))
-            self.create_node("call_function", check_kind, (node, kind, self._place()), {})
-
-    def _is_of_input(self, node: Node) -> bool:
-        """Whether a value is an input, or an item or attribute of one that is no tensor."""
-        if node.op == "placeholder":
-            return True
-        if node.target not in (operator.getitem, getattr):
-            return False
-        source = node.args[0]
-        if not isinstance(source, Node) or isinstance(value_of(source), Tensor):
-            return False
-        return self._is_of_input(source)
-
-    def _check(self, node: Node, outcome: Any) -> None:
-        if node.meta[_FIXED] or (node.name, outcome) in self._decided:
-            return
-        self._decided.add((node.name, outcome))
-        self.create_node("call_function", check_branch, (node, outcome, self._place()), {})
-
-    def _place(self) -> str:
-        """Where the model's code is: the module, the file, the line and its text."""
-        frame = inspect.currentframe()
-        while frame and _is_machinery(frame.f_globals.get("__name__", "")):
-            frame = frame.f_back
-        module = self.scope.module_path or self.root_module_name
-        if frame is None:
-            return module
-        path, line = frame.f_code.co_filename, frame.f_lineno
-        text = linecache.getline(path, line).strip()
-        return f"{module} ({Path(path).name}:{line}: {text})"
 
     # The values.
 
@@ -392,20 +259,6 @@ class _Recording(TorchFunctionMode):
 
 def _value(argument: Any) -> Any:
     return value_of(argument) if isinstance(argument, Node) else argument
-
-
-def _path_of(node: Node) -> str:
-    """What the model's code calls an input, or an item or attribute of one."""
-    if node.op == "placeholder":
-        return str(node.target)
-    source, name = node.args
-    assert isinstance(source, Node)
-    inner = f".{name}" if node.target is getattr else f"[{name!r}]"
-    return _path_of(source) + inner
-
-
-def _is_machinery(module: str) -> bool:
-    return module == "torch" or module.startswith(("torch.", "lean_fx.capture."))
 
 
 def _only_decides(node: Node) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lean_fx.graph.reachable import CACHE, cells_of, globals_of
+from lean_fx.graph.model_code import CACHE, cells_of, globals_of
 
 #: What holds a name, the name, and what stands there meanwhile.
 Patch = tuple[Any, str, Any]
@@ -21,16 +21,16 @@ def without_caches(model: nn.Module) -> list[Patch]:
 
     A cache of the user's would else hand out proxies and fake tensors to the model itself.
     """
-    kinds = {type(each) for each in model.modules() if _is_users(type(each))}
-    homes = {id(home): home for kind in kinds for home in globals_of(kind)}
-    holders = (*homes.values(), *{base for kind in kinds for base in kind.__mro__})
+    modules = [each for each in model.modules() if _is_users(type(each))]
+    kinds = dict.fromkeys(base for each in modules for base in type(each).__mro__)
+    holders = (*globals_of(modules), *kinds)
     named = [
         (holder, name, each.__wrapped__)
         for holder in holders
         for name, each in list((holder if isinstance(holder, dict) else vars(holder)).items())
         if isinstance(each, CACHE)
     ]
-    cells = [cell for each in model.modules() if type(each) in kinds for cell in cells_of(each)]
+    cells = [cell for each in modules for cell in cells_of(each)]
     enclosed = [
         (cell, "cell_contents", cell.cell_contents.__wrapped__)
         for cell in cells

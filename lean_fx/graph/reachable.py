@@ -8,28 +8,34 @@ from __future__ import annotations
 
 import copyreg
 import operator
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache, partial
-from types import CodeType, FunctionType, ModuleType
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lean_fx.graph.model_code import (
+    ABSENT,
+    LIBRARIES,
+    functions_of,
+    names_in,
+    package_of,
+    reached_from,
+    value_of_cell,
+)
+from lean_fx.graph.versions import backup_of, version_of
+
 NUMBERS = (bool, int, float, str)
-#: What functools.lru_cache and functools.cache make.
-CACHE: Any = type(lru_cache(lambda: None))
 _CONTAINERS = (list, tuple, dict, deque, set)
 _MANY = 1000  # a longer container is data, not state
-_ABSENT = object()
 _INTERNALS = frozenset(vars(nn.Module()))
-_LIBRARIES = ("None", "torch", "builtins", "lean_fx", "numpy", "collections", "functools")
 
 #: A variable outside of a module: its path, its value, and what assigns another one.
 _Variable = tuple[str, Any, Callable[[Any], None]]
@@ -88,7 +94,7 @@ def leaving_state(root: nn.Module) -> Iterator[None]:
 
 def reachable_from(root: nn.Module) -> list[Reachable]:
     """What the modules of a model that no library has written can reach now."""
-    own = [each for each in root.modules() if _home(type(each)) not in _LIBRARIES]
+    own = [each for each in root.modules() if package_of(type(each)) not in LIBRARIES]
     return [Reachable.of(each, backup=True) for each in own]
 
 
@@ -102,10 +108,10 @@ def reachable_holders(module: nn.Module) -> list[Any]:
 def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
     """What functions can write to: modules, and the dicts, lists and sets that they can reach."""
     holders: list[Any] = []
-    for function in _reached_from(functions, object):
+    for function in reached_from(functions, object):
         home = function.__globals__
-        named = [home[name] for name in _names_in(function.__code__) if name in home]
-        cells = [_value_of(cell) for cell in function.__closure__ or ()]
+        named = [home[name] for name in names_in(function.__code__) if name in home]
+        cells = [value_of_cell(cell) for cell in function.__closure__ or ()]
         for value in (*named, *cells, *(function.__defaults__ or ())):
             if isinstance(value, nn.Module):
                 yield value
@@ -114,17 +120,12 @@ def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
     yield from holders
 
 
-def globals_of(kind: type) -> list[dict[str, Any]]:
-    """The globals that the forward of a class, and what it calls, may read."""
-    return list({id(each.__globals__): each.__globals__ for each in _functions_of(kind)}.values())
-
-
 def settings_of(module: nn.Module) -> list[Any]:
     """The objects and classes of the user's own among the globals that a module's code names."""
     named = [
         (each.__globals__[name], each)
-        for each in _code_of(module)
-        for name in _names_in(each.__code__)
+        for each in functions_of(module)
+        for name in names_in(each.__code__)
         if name in each.__globals__
     ]
     return [value for value, user in named if _holds_settings(value, user)]
@@ -132,14 +133,8 @@ def settings_of(module: nn.Module) -> list[Any]:
 
 def _holds_settings(value: Any, user: Any) -> bool:
     if isinstance(value, type):
-        return not issubclass(value, nn.Module | Enum) and _home(value) == _home(user)
-    return _is_plain_object(value) and _home(type(value)) == _home(user)
-
-
-def cells_of(module: nn.Module) -> list[Any]:
-    """The variables of functions around the code of a module that have a value."""
-    cells = [cell for each in _code_of(module) for cell in each.__closure__ or ()]
-    return [cell for cell in cells if _value_of(cell) is not _ABSENT]
+        return not issubclass(value, nn.Module | Enum) and package_of(value) == package_of(user)
+    return _is_plain_object(value) and package_of(type(value)) == package_of(user)
 
 
 def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
@@ -210,7 +205,7 @@ def _is_plain_object(value: Any) -> bool:
     """Whether a value is an instance of a class of the user's own, neither a module nor a type."""
     kind = type(value)
     known = issubclass(kind, nn.Module | Tensor | type | Proxy | Enum | ModuleType | FunctionType)
-    if known or _home(kind) in _LIBRARIES:
+    if known or package_of(kind) in LIBRARIES:
         return False
     return hasattr(value, "__dict__") or bool(_slots(kind))
 
@@ -225,69 +220,20 @@ def _slots(kind: type) -> list[str]:
     return slots
 
 
-def _home(named: Any) -> str:
-    return str(named.__module__).partition(".")[0]
-
-
-# What changes in place.
-
-
-def version_of(value: Any) -> Any:
-    """What differs after a value has been changed in place: a tensor, an array or a generator.
-
-    An iterator differs from itself at any time: to read it is to change it.
-    """
-    if isinstance(value, nn.Parameter | Proxy):
-        return None
-    if isinstance(value, Tensor):
-        return 0 if value.is_inference() else value._version
-    if isinstance(value, torch.Generator):
-        return value.get_state().numpy().tobytes()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, Iterator):
-        return object()
-    if hasattr(value, "__array_interface__") and value.size < _MANY**2:
-        return value.tobytes()
-    return str(value.bit_generator.state) if hasattr(value, "bit_generator") else None
-
-
 def _backups(module: nn.Module) -> list[Callable[[], Any]]:
     """What puts back the contents of what the functions of a module can reach besides it."""
     found: dict[str, Any] = {}
     for path, value, _ in _variables_of(module):
         _add(found, [], path, value, set())
-    return [each for value in found.values() if (each := _backup(value))]
-
-
-def _backup(value: Any) -> Callable[[], Any] | None:
-    version = version_of(value)
-    if isinstance(value, Tensor) and version is not None and not value.is_inference():
-        copied = value.detach().clone()
-        return lambda: value._version == version or value.data.copy_(copied)
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state)
-    if isinstance(value, random.Random):
-        return lambda: value.setstate(version)
-    if hasattr(value, "__array_interface__"):
-        array = value.copy()
-        return lambda: value.__setitem__(..., array)
-    if hasattr(value, "bit_generator"):
-        kept = value.bit_generator.state
-        return lambda: setattr(value.bit_generator, "state", kept)
-    return None
-
-
-# What the functions of a module can reach besides the module.
+    return [each for value in found.values() if (each := backup_of(value))]
 
 
 def _variables_of(module: nn.Module) -> Iterator[_Variable]:
     """The globals that the code of a module reads, its classes' attributes, its closures."""
     kind, seen = type(module), set()
-    for function in _code_of(module):
+    for function in functions_of(module):
         home = function.__globals__
-        for name in _names_in(function.__code__):
+        for name in names_in(function.__code__):
             if (
                 name in home
                 and (id(home), name) not in seen
@@ -300,26 +246,19 @@ def _variables_of(module: nn.Module) -> Iterator[_Variable]:
                 yield f"{function.__qualname__}.default_{place}", value, lambda _: None
         free = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in free:
-            value = _value_of(cell)
-            if value is not _ABSENT and _may_be_state(value, function):
+            value = value_of_cell(cell)
+            if value is not ABSENT and _may_be_state(value, function):
                 yield (
                     f"{function.__qualname__}.{name}",
                     value,
                     partial(setattr, cell, "cell_contents"),
                 )
     for base in reversed(kind.__mro__):  # what a subclass holds counts
-        if _home(base) in _LIBRARIES:
+        if package_of(base) in LIBRARIES:
             continue
         for name, value in list(vars(base).items()):
             if not name.startswith("__") and _may_be_state(value, base):
                 yield f"{base.__qualname__}.{name}", value, partial(setattr, base, name)
-
-
-def _value_of(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return _ABSENT
 
 
 def _may_be_state(value: Any, user: Any) -> bool:
@@ -330,67 +269,6 @@ def _may_be_state(value: Any, user: Any) -> bool:
     if isinstance(value, _CONTAINERS) or version_of(value) is not None:
         return True
     if isinstance(value, FunctionType):
-        return not isinstance(user, type) and _home(value) == _home(user)
+        return not isinstance(user, type) and package_of(value) == package_of(user)
     known = isinstance(value, ModuleType | type | property | staticmethod | classmethod)
-    return not known and _is_plain_object(value) and _home(kind) == _home(user)
-
-
-def code_of_forward(module: nn.Module) -> list[CodeType]:
-    """The code that a module's forward may run, of its package, and what is within that code."""
-    return [inner for each in _code_of(module) for inner in _within(each.__code__)]
-
-
-def _within(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield from _within(each)
-
-
-def _code_of(module: nn.Module) -> list[FunctionType]:
-    """The functions that a module's forward may run: of its class, and held by the module."""
-    kind: Any = type(module)
-    own = [each for each in vars(module).values() if isinstance(each, FunctionType)]
-    return list(dict.fromkeys((*_functions_of(kind), *(_reached_from(own, kind) if own else ()))))
-
-
-@lru_cache(maxsize=256)
-def _functions_of(kind: Any) -> tuple[FunctionType, ...]:
-    """The forward of a class, and the methods and functions of the same package that it names."""
-    return _reached_from([getattr(kind, "forward", None)], kind)
-
-
-def _reached_from(functions: list[Any], kind: type) -> tuple[FunctionType, ...]:
-    homes = {_home(each) for each in (*functions, *kind.__mro__) if each is not None}
-    todo, found = list(functions), dict[FunctionType, None]()
-    while todo:
-        function = _behind(todo.pop())
-        if not isinstance(function, FunctionType) or function in found:
-            continue
-        if _home(function) not in homes or _home(function) in _LIBRARIES:
-            continue
-        found[function] = None
-        names = _names_in(function.__code__)
-        todo += [getattr(kind, name, None) for name in names]
-        used = [function.__globals__[name] for name in names if name in function.__globals__]
-        todo += used
-        for each in used:  # utils.scale(x)
-            if isinstance(each, ModuleType) and each.__name__.partition(".")[0] in homes:
-                todo += [vars(each).get(name) for name in names]
-        todo += [_value_of(cell) for cell in function.__closure__ or ()]
-    return tuple(found)
-
-
-def _behind(named: Any) -> Any:
-    """The function behind a property, a cache or a method of a class."""
-    if isinstance(named, property):
-        return named.fget
-    if isinstance(named, CACHE):
-        return named.__wrapped__
-    return getattr(named, "__func__", named)
-
-
-@lru_cache(maxsize=4096)
-def _names_in(code: CodeType) -> set[str]:
-    """The names that code uses, of what is within it too."""
-    return {name for each in _within(code) for name in each.co_names}
+    return not known and _is_plain_object(value) and package_of(kind) == package_of(user)

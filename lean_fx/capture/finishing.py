@@ -1,0 +1,66 @@
+"""What a traced graph forgets of its model, put back: hooks, whole layers, stable names."""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lean_fx.graph.captured import ROOT_HOOKS
+from lean_fx.layers.kinds import KINDS
+
+_STATE_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+def name_items(captured: GraphModule) -> None:
+    """Name what is read of a module's result by the call; an item that is read twice is one node.
+
+    torch.fx counts such nodes over the whole graph, so that a further layer would rename them all.
+    """
+    items: dict[tuple[Node, Any], Node] = {}
+    for node in list(captured.graph.nodes):
+        if node.target is not operator.getitem or not isinstance(node.args[0], Node):
+            continue
+        source, index = node.args
+        if source.op != "call_module" or not isinstance(index, int):
+            continue
+        first = items.setdefault((source, index), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            captured.graph.erase_node(node)
+        elif node.name.startswith("getitem"):
+            node._rename(f"{source.name}_item_{index}")
+    if items:
+        captured.recompile()
+
+
+def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
+    """Keep the hooks of the model itself, and those of state_dicts of its containers.
+
+    The captured model has containers of its own. Other hooks of a container keep it whole.
+    """
+    for hooks in ROOT_HOOKS:
+        setattr(captured, hooks, getattr(root, hooks))
+    modules = dict(captured.named_modules())
+    for name, module in root.named_modules():
+        there = modules.get(name, module)
+        for hooks in _STATE_HOOKS if there is not module else ():
+            setattr(there, hooks, OrderedDict(getattr(module, hooks)))
+        for key, hook in there._load_state_dict_pre_hooks.items():
+            if hook.with_module:  # such a hook knows its module
+                there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
+
+
+def keep_layers(captured: GraphModule, root: nn.Module) -> None:
+    """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
+    modules = dict(root.named_modules())
+    for node in captured.graph.nodes:
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and owner and type(modules.get(owner)) in KINDS:
+            captured.set_submodule(owner, modules[owner])

@@ -1,0 +1,104 @@
+"""The code that the forward of a module may run: its own, and what it names in its package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+#: What functools.lru_cache and functools.cache make.
+CACHE: Any = type(lru_cache(lambda: None))
+#: Packages whose code and objects are no model's own.
+LIBRARIES = ("None", "torch", "builtins", "lean_fx", "numpy", "collections", "functools")
+#: What a variable of a function around has before it is assigned.
+ABSENT = object()
+
+
+def code_of_forward(module: nn.Module) -> list[CodeType]:
+    """The code that a module's forward may run, of its package, and what is within that code."""
+    return [inner for each in functions_of(module) for inner in _within(each.__code__)]
+
+
+def _within(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _within(each)
+
+
+def functions_of(module: nn.Module) -> list[FunctionType]:
+    """The functions that a module's forward may run: of its class, and held by the module."""
+    kind: Any = type(module)
+    own = [each for each in vars(module).values() if isinstance(each, FunctionType)]
+    return list(dict.fromkeys((*_of_type(kind), *(reached_from(own, kind) if own else ()))))
+
+
+@lru_cache(maxsize=256)
+def _of_type(kind: Any) -> tuple[FunctionType, ...]:
+    """The forward of a class, and the methods and functions of the same package that it names."""
+    return reached_from([getattr(kind, "forward", None)], kind)
+
+
+def reached_from(functions: list[Any], kind: type) -> tuple[FunctionType, ...]:
+    """Functions, and those of their package that they name, also as attributes of a class."""
+    homes = {package_of(each) for each in (*functions, *kind.__mro__) if each is not None}
+    todo, found = list(functions), dict[FunctionType, None]()
+    while todo:
+        function = _behind(todo.pop())
+        if not isinstance(function, FunctionType) or function in found:
+            continue
+        if package_of(function) not in homes or package_of(function) in LIBRARIES:
+            continue
+        found[function] = None
+        names = names_in(function.__code__)
+        todo += [getattr(kind, name, None) for name in names]
+        used = [function.__globals__[name] for name in names if name in function.__globals__]
+        todo += used
+        for each in used:  # utils.scale(x)
+            if isinstance(each, ModuleType) and each.__name__.partition(".")[0] in homes:
+                todo += [vars(each).get(name) for name in names]
+        todo += [value_of_cell(cell) for cell in function.__closure__ or ()]
+    return tuple(found)
+
+
+def _behind(named: Any) -> Any:
+    """The function behind a property, a cache or a method of a class."""
+    if isinstance(named, property):
+        return named.fget
+    if isinstance(named, CACHE):
+        return named.__wrapped__
+    return getattr(named, "__func__", named)
+
+
+@lru_cache(maxsize=4096)
+def names_in(code: CodeType) -> set[str]:
+    """The names that code uses, of what is within it too."""
+    return {name for each in _within(code) for name in each.co_names}
+
+
+def globals_of(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """The globals that the code of modules may read."""
+    homes = {id(f.__globals__): f.__globals__ for each in modules for f in functions_of(each)}
+    return list(homes.values())
+
+
+def cells_of(module: nn.Module) -> list[Any]:
+    """The variables of functions around the code of a module that have a value."""
+    cells = [cell for each in functions_of(module) for cell in each.__closure__ or ()]
+    return [cell for cell in cells if value_of_cell(cell) is not ABSENT]
+
+
+def value_of_cell(cell: Any) -> Any:
+    """What a variable of a function around holds; or ABSENT."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return ABSENT
+
+
+def package_of(named: Any) -> str:
+    """The package that a function, class or object comes from."""
+    return str(named.__module__).partition(".")[0]

@@ -1,0 +1,53 @@
+"""What differs after a tensor, an array or a generator has been changed in place."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+_MANY = 1_000_000  # a larger array is data, not state
+
+
+def version_of(value: Any) -> Any:
+    """What differs after a value has been changed in place: a tensor, an array or a generator.
+
+    An iterator differs from itself at any time: to read it is to change it.
+    """
+    if isinstance(value, nn.Parameter | Proxy):
+        return None
+    if isinstance(value, Tensor):
+        return 0 if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, Iterator):
+        return object()
+    if hasattr(value, "__array_interface__") and value.size < _MANY:
+        return value.tobytes()
+    return str(value.bit_generator.state) if hasattr(value, "bit_generator") else None
+
+
+def backup_of(value: Any) -> Callable[[], Any] | None:
+    """What puts a value back as it is now; None if it cannot change in place."""
+    version = version_of(value)
+    if isinstance(value, Tensor) and version is not None and not value.is_inference():
+        copied = value.detach().clone()
+        return lambda: value._version == version or value.data.copy_(copied)
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, random.Random):
+        return lambda: value.setstate(version)
+    if hasattr(value, "__array_interface__"):
+        array = value.copy()
+        return lambda: value.__setitem__(..., array)
+    if hasattr(value, "bit_generator"):
+        kept = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", kept)
+    return None

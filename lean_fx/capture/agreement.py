@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from lean_fx.capture.fed_by_hooks import CALL_HOOKS, is_users
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
 from lean_fx.graph.reachable import leaving_state
@@ -28,7 +30,7 @@ _SEED = 0
 def disagreement(model: nn.Module, captured: GraphModule, inputs: Sequence[Any]) -> str:
     """What a graph does otherwise than its model; empty if there is nothing.
 
-    Both stay as they are, and so do globals and generators of random numbers.
+    Both stay as they are, and so do globals and generators of random numbers; hooks do not run.
 
     Args:
         model: what was captured.
@@ -68,7 +70,7 @@ def _results(module: nn.Module, inputs: Sequence[Any]) -> list[Any]:
     results: list[Any] = []
     with leaving_state(module), keeping_rng_state(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        copied = copy.deepcopy(module)
+        copied = _without_hooks(copy.deepcopy(module))
         for given in _variations(inputs):
             torch.manual_seed(_SEED)
             own = pytree.tree_map_only(Tensor, torch.clone, list(given))  # a forward may write
@@ -77,6 +79,15 @@ def _results(module: nn.Module, inputs: Sequence[Any]) -> list[Any]:
             except Exception as error:  # the model's own code
                 results.append(error)
     return results
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A module without the hooks of its user, which may count or print."""
+    for each in module.modules():
+        for hooks in CALL_HOOKS:
+            kept = {key: hook for key, hook in getattr(each, hooks).items() if not is_users(hook)}
+            setattr(each, hooks, OrderedDict(kept))
+    return module
 
 
 def _alike(one: Any, other: Any) -> bool:

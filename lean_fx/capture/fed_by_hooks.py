@@ -11,7 +11,8 @@ from torch import nn
 
 from lean_fx.graph.reachable import holders_of_functions, reachable_holders
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+#: The hooks of calls that a module holds.
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _LIBRARIES = ("torch", "lean_fx")
 
 
@@ -39,11 +40,19 @@ def fed_by_hooks(root: nn.Module) -> set[str]:
 
 def _hooks(root: nn.Module) -> Iterator[Any]:
     for module in root.modules():
-        for hooks in _HOOKS:
-            for hook in getattr(module, hooks).values():
-                home = getattr(hook, "__module__", None) or type(hook).__module__
-                if home.partition(".")[0] not in _LIBRARIES:
-                    yield hook
+        for hooks in CALL_HOOKS:
+            yield from (each for each in getattr(module, hooks).values() if is_users(each))
+
+
+def is_users(hook: Any) -> bool:
+    """Whether a hook is neither torch's nor of this package.
+
+    Example:
+        >>> is_users(nn.init.zeros_), is_users(print)
+        (False, True)
+    """
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.partition(".")[0] not in _LIBRARIES
 
 
 def _written_by(hook: Any) -> Iterator[Any]:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture.capturing import as_inputs, capture, clone_graph, unfused_clone
+from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
+from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.checks import check_choice, first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.locks import SHARED_STATE
@@ -62,7 +63,8 @@ def leanify(
         model: any module. If torch.fx cannot trace it, example inputs are needed. They decide its
             branches on sizes; if something else prevents a graph, each layer reduces its own
             input, and a LeanWarning says so (:mod:`lean_fx.planning.observed`).
-        example_inputs: a tensor, packed sequences, or a tuple of the positional inputs; optional.
+        example_inputs: a tensor, packed sequences, a tuple of the positional inputs, or a mapping
+            of their names; optional.
             They give the shapes of all values, and the scale at which the rebuilt layers start.
         channels: how many channels C' to keep: an int of 1 or more, a float in ]0, 1[ (a fraction
             of C_in), ``"sqrt"`` (the divisor of C_in nearest to its square root), ``"tenth"``, a
@@ -170,7 +172,7 @@ def _planned(
 ) -> tuple[Plan, GraphModule | None]:
     """The plan, and the captured graph to apply it to (None if the model cannot be traced)."""
     check_choice("keep", keep, get_args(Keep))
-    inputs = as_inputs(example_inputs) if example_inputs is not None else ()
+    inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
     try:
         captured = capture(model, inputs)
     except CaptureError as error:

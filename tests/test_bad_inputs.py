@@ -31,7 +31,7 @@ def refused(call, text):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("inputs", ["x", {"x": X}, X.numpy(), 3, (each for each in [X])])
+@pytest.mark.parametrize("inputs", ["x", {X}, X.numpy(), 3, (each for each in [X])])
 def test_what_is_neither_a_tensor_nor_a_tuple(inputs, tmp_path):
     text = f"example_inputs={type(inputs).__name__} object is neither a tensor nor a tuple; give "
     refused(lambda: lean_fx.plan(Net(), inputs), text)

@@ -12,11 +12,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.nn.utils import rnn
-from torch.utils import _pytree as pytree
 
 from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.finishing import keep_hooks, keep_layers, name_items
@@ -162,36 +159,6 @@ def unfused_clone(model: nn.Module) -> nn.Module:
         if type(module) in UNFUSED and (module is copied or not kept):
             module.__class__ = UNFUSED[type(module)]
     return copied
-
-
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
-
-    Tensors that were made in inference mode are copied: elsewhere a model could not write to them.
-
-    Raises:
-        ArgumentError: they are neither a tensor nor a tuple or list, or packed sequences without a
-            step.
-
-    Example:
-        >>> [each.shape for each in as_inputs(torch.rand(2, 3))]
-        [torch.Size([2, 3])]
-    """
-    if isinstance(example_inputs, torch.Tensor | rnn.PackedSequence):
-        inputs: tuple[Any, ...] = (example_inputs,)
-    elif isinstance(example_inputs, tuple | list):
-        inputs = tuple(example_inputs)
-    else:
-        raise ArgumentError(
-            f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a "
-            "tuple; give one tensor, or a tuple of the positional inputs"
-        )
-    if any(isinstance(each, rnn.PackedSequence) and not len(each.batch_sizes) for each in inputs):
-        raise ArgumentError("example_inputs: packed sequences without a step; give one or more")
-    own: tuple[Any, ...] = pytree.tree_map_only(
-        torch.Tensor, lambda x: x.clone() if x.is_inference() else x, inputs
-    )
-    return own
 
 
 def _check(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.capture.capturing import as_inputs
+from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.checks import (
     check_choice,
     check_int,
@@ -91,7 +91,8 @@ def export_onnx(
     Args:
         model: a module, such as leanify's result.
         path: where to write; its folder must exist.
-        example_inputs: a tensor, or a tuple of the positional inputs, batch first. A batch of 1,
+        example_inputs: a tensor, or a tuple of the positional inputs or a mapping of their names,
+            batch first. A batch of 1,
             or any axis of ``dynamic_shapes`` that is 1, is doubled, since torch's exporter would
             freeze it. The tensors in lists, tuples, dicts and dataclasses are the inputs of the
             file, one after another; None and numbers are part of it.
@@ -179,7 +180,7 @@ def export_onnx(
         tolerance is not None or quantize is not None
     ):
         require(package, purpose="export")
-    whole, (model, given) = model, of_tensors(model, as_inputs(example_inputs))
+    whole, (model, given) = model, of_tensors(model, as_inputs(example_inputs, model))
     if any(isinstance(value, PackedSequence) for value in given):
         raise ArgumentError(f"example_inputs: {PACKED}")
     if dynamic_shapes is None:

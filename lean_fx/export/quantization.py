@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 
-from lean_fx.capture.capturing import as_inputs
+from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.errors import (
     ArgumentError,
     DataError,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.capturing import as_inputs
+from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
@@ -55,7 +55,8 @@ def compare(
 
     Args:
         models: by name; the first is the baseline that ratios refer to.
-        example_inputs: a tensor, or a tuple of the positional inputs, batch first. PyTorch is
+        example_inputs: a tensor, or a tuple of the positional inputs or a mapping of their names,
+            batch first. PyTorch is
             timed, and its memory measured, at their batch.
         batches: the batch sizes at which ONNX Runtime is timed, each 1 or more.
         threads: of ONNX Runtime and PyTorch, from 1 to four a core.
@@ -86,7 +87,8 @@ def compare(
         comparison = lean_fx.compare(models, inputs)
         print(comparison.to_markdown())
     """
-    given = as_inputs(example_inputs)
+    first = next(iter(models.values()), None) if isinstance(models, dict) else None
+    given = as_inputs(example_inputs, first)
     inputs = tuple(tensors_in(given))
     _check(models, inputs, batches, threads, rounds, energy_s)
     models = {name: of_tensors(model, given)[0] for name, model in models.items()}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.capturing import as_inputs, capture
+from lean_fx.capture.capturing import capture
+from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.tracing import LeanTracer
 from lean_fx.checks import check_shapes, is_quantized_layer
 from lean_fx.cloning import clone
@@ -102,7 +103,8 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
 
     Args:
         model: a module that torch.fx can trace; it stays as it is.
-        example_inputs: the input, or the tuple of positional inputs. The costs are of the whole
+        example_inputs: the input, or the tuple of positional inputs or a mapping of their names.
+            The costs are of the whole
             batch: give a batch of 1 for those of one sample.
 
     Returns:
@@ -121,7 +123,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
         [('0', 'Conv2d', 1996), ('1', 'ReLU', 1600), ('2', 'Flatten', 0)]
     """
     with torch.inference_mode(False):
-        inputs = _cloned(as_inputs(example_inputs))
+        inputs = _cloned(as_inputs(example_inputs, model))
         known = isinstance(model, nn.Module) and type(model) not in UNFUSED
         leaf = known and LeanTracer().is_leaf_module(model, "")
         root = _calling(model, len(inputs)) if leaf else model

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture.capturing import as_inputs, capture, unfused_clone
+from lean_fx.capture.capturing import capture, unfused_clone
+from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.graph.site_reductions import check_registered
 from lean_fx.locks import SHARED_STATE
@@ -132,7 +133,8 @@ class Plan:
             torch.inference_mode(False),
         ):  # tensors made in inference mode cannot be trained
             if self.traced:
-                inputs = as_inputs(example_inputs) if example_inputs is not None else ()
+                given = example_inputs is not None
+                inputs = as_inputs(example_inputs, model) if given else ()
                 return self.apply_to_graph(capture(model, inputs))
             copied = unfused_clone(model)
             for site in self.sites:

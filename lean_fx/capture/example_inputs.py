@@ -1,0 +1,77 @@
+"""Example inputs in the forms in which a model is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from lean_fx.errors import ArgumentError
+
+
+def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
+    """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
+
+    Tensors that were made in inference mode are copied: elsewhere a model could not write to them.
+
+    Args:
+        example_inputs: a tensor, packed sequences, a tuple or list of the positional inputs, or a
+            mapping of their names, as ``model(**example_inputs)`` would be called with.
+        model: knows the names; without it a mapping is refused.
+
+    Raises:
+        ArgumentError: they are none of these, or packed sequences without a step; or the model has
+            no parameters of these names, or has more that need a value.
+
+    Example:
+        >>> [each.shape for each in as_inputs(Tensor(2, 3))]
+        [torch.Size([2, 3])]
+        >>> as_inputs({"input": 2.0}, nn.Linear(1, 1))
+        (2.0,)
+    """
+    if isinstance(example_inputs, Tensor | PackedSequence):
+        inputs: tuple[Any, ...] = (example_inputs,)
+    elif isinstance(example_inputs, tuple | list):
+        inputs = tuple(example_inputs)
+    elif isinstance(example_inputs, Mapping) and isinstance(model, nn.Module):
+        inputs = _by_position(example_inputs, model)
+    else:
+        raise ArgumentError(
+            f"example_inputs={type(example_inputs).__name__} object is neither a tensor nor a "
+            "tuple; give one tensor, a tuple of the positional inputs, or a mapping of their names"
+        )
+    if any(isinstance(each, PackedSequence) and not len(each.batch_sizes) for each in inputs):
+        raise ArgumentError("example_inputs: packed sequences without a step; give one or more")
+    own: tuple[Any, ...] = pytree.tree_map_only(
+        Tensor, lambda x: x.clone() if x.is_inference() else x, inputs
+    )
+    return own
+
+
+def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
+    """Named inputs in the order of a forward's parameters; those between have their defaults."""
+    kind, known = type(model).__name__, inspect.signature(model.forward).parameters
+    places = [
+        name
+        for name, each in known.items()
+        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
+    unknown = [name for name in given if name not in places]
+    if unknown:
+        raise ArgumentError(
+            f"example_inputs: {unknown[0]!r} is no positional parameter of the forward of {kind}; "
+            f"it has {', '.join(places) or 'none'}; a mapping that is itself an input is given as "
+            "(mapping,)"
+        )
+    last = max((places.index(name) for name in given), default=-1)
+    needs = [name for name in places if known[name].default is inspect.Parameter.empty]
+    needed = [name for name in needs if name not in given]
+    if needed:
+        raise ArgumentError(
+            f"example_inputs: {needed[0]!r} has no default in the forward of {kind}; give it too"
+        )
+    return tuple(given.get(name, known[name].default) for name in places[: last + 1])

@@ -26,6 +26,7 @@ import lean_fx
 from lean_fx.errors import require
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.files import make_folder, write_text
+from lean_fx.kernel import uses_kernel, what_computes
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
 from support.models import PaperNet
@@ -161,7 +162,8 @@ def main() -> None:
         "# INT8 in ONNX Runtime\n",
         f"```\n{command_line()}\n```\n",
         f"{machine()}; 1 thread; milliseconds of a call, median and quartiles of {args.rounds} "
-        "rounds, in brackets the ratio to float32; accuracy on 2,000 test pictures.\n",
+        "rounds, in brackets the ratio to float32; accuracy on 2,000 test pictures; "
+        f"LEAN nodes by {what_computes(uses_kernel(None))}.\n",
         "| net | activations x weights | error | of it saturation | accuracy % | as float32 % "
         "| batch 1 ms | batch 16 ms |",
         "|---|---|---|---|---|---|---|---|",

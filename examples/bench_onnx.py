@@ -6,7 +6,8 @@ The free reduction is a slice of the first channels. The passes are LEAN without
 its three products and four sums over x alone (their values mean nothing), which bound the speed of
 every form that makes them with these operators. All nets are trained for some steps on noise, so
 that their weights are no fresh draw; every round times all files in turn. Writes the table to
-runs/bench_onnx/bench_onnx.md.
+runs/bench_onnx/bench_onnx.md. All of it is about the function in the file; examples/bench_kernel.py
+times the kernel.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def main() -> None:
             files["passes"] = Path(temporary) / "passes.onnx"
             keep_passes(files["lean"], files["passes"])
             inputs = torch.rand(batch, 3, 96, 96).numpy()
-            taken = time_onnx(files, inputs, threads=args.threads, rounds=args.rounds)
+            taken = time_onnx(files, inputs, threads=args.threads, rounds=args.rounds, kernel=False)
             free = taken["slice"].median_ms
             cells = [
                 f"{each.median_ms:.2f} [{each.q1_ms:.2f}-{each.q3_ms:.2f}] "

@@ -19,6 +19,7 @@ import lean_fx
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import require
 from lean_fx.files import make_folder, write_text
+from lean_fx.kernel import uses_kernel, what_computes
 from lean_fx.measure.comparison_table import ratio_of
 from lean_fx.measure.eager import time_eager
 from lean_fx.measure.machines import machine
@@ -80,8 +81,9 @@ def main() -> None:
         "# Stacks of recurrent layers, fused, split, and with LEAN between the layers\n\n"
         f"```\n{command_line()}\n```\n\n"
         f"{machine()}; threads {args.threads}; {LENGTH} steps of {CHANNELS} channels; LEAN keeps "
-        f"16 channels. Median of {args.rounds} rounds and its ratio to the fused form, below 1 is "
-        "faster, with its 95 % bootstrap interval.\n\n" + markdown_table(rows) + "\n"
+        f"16 channels, its nodes run by {what_computes(uses_kernel(None))}. Median of "
+        f"{args.rounds} rounds and its ratio to the fused form, below 1 is faster, with its 95 % "
+        "bootstrap interval.\n\n" + markdown_table(rows) + "\n"
     )
     print(text)
     write_text(folder / "bench_recurrent.md", text)

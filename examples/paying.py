@@ -5,8 +5,9 @@
 
 Every model is reduced with channels="sqrt" and keep="all", "saving" and "measured"; the table has
 the reductions, parameters and MACs of each, and its latency in ONNX Runtime on one thread at batch
-1, all arms of a model timed in turn, as a ratio to the model as it is. A model that is in
-runs/paying/paying.csv already, of the same size and rounds, is not measured again.
+1, all arms of a model timed in turn, as a ratio to the model as it is. LEAN nodes run by lean_fx's
+kernel where it is built, unless --no-kernel is given. A model that is in runs/paying/paying.csv
+already, of the same size, rounds and kernel, is not measured again.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import nn
 import lean_fx
 from lean_fx.errors import DataError, require
 from lean_fx.files import make_folder, write_text
+from lean_fx.kernel import uses_kernel, what_computes
 from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
@@ -28,8 +30,8 @@ from support.script import command_line, run_script
 from support.zoo_models import torchvision_models
 
 KEEPS = ("all", "saving", "measured")
-FIELDS = ("model", "size", "rounds", "keep", "reductions", "parameters", "macs", "median_ms")
-FIELDS += ("q1_ms", "q3_ms")
+FIELDS = ("model", "size", "rounds", "kernel", "keep", "reductions", "parameters", "macs")
+FIELDS += ("median_ms", "q1_ms", "q3_ms")
 
 
 class Block(nn.Module):
@@ -79,23 +81,24 @@ def build(name: str, size: int) -> nn.Module:
     return getattr(torchvision_models(), name)(weights=None)
 
 
-def measure(name: str, size: int, rounds: int) -> list[dict[str, object]]:
+def measure(name: str, size: int, rounds: int, kernel: bool) -> list[dict[str, object]]:
     """The rows of one model: as it is, and with each way to keep sites."""
     torch.manual_seed(0)
     model, images = build(name, size).eval(), torch.rand(1, 3, size, size)
     arms: dict[str, nn.Module] = {"baseline": model}
     for keep in KEEPS:
-        arms[keep] = lean_fx.leanify(model, images, keep=keep).eval()
+        arms[keep] = lean_fx.leanify(model, images, keep=keep, kernel=kernel).eval()
     with tempfile.TemporaryDirectory() as folder:
         files = {keep: Path(folder) / f"{keep}.onnx" for keep in arms}
         for keep, arm in arms.items():
             lean_fx.export_onnx(arm, files[keep], images)
-        taken = time_onnx(files, images.numpy(), rounds=rounds)
+        taken = time_onnx(files, images.numpy(), rounds=rounds, kernel=kernel)
     return [
         {
             "model": name,
             "size": size,
             "rounds": rounds,
+            "kernel": kernel,
             "keep": keep,
             "reductions": len(arm.meta["lean_fx.plan"].sites) if keep != "baseline" else 0,
             "parameters": count_parameters(arm),
@@ -120,13 +123,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def markdown(rows: list[dict[str, str]], size: int, rounds: int) -> str:
+def markdown(rows: list[dict[str, str]], size: int, rounds: int, kernel: bool) -> str:
     """The table."""
     lines = [
         "# Plans that pay\n",
         f"```\n{command_line()}\n```\n",
         f'{machine()}; channels="sqrt", pictures of {size}x{size}, batch 1, 1 thread; latency as '
-        f"median and quartiles of {rounds} rounds, weights as drawn.\n",
+        f"median and quartiles of {rounds} rounds, weights as drawn; LEAN nodes by "
+        f"{what_computes(kernel)}.\n",
         "| model | keep | reductions | parameters, million | MACs, million | latency, ms | ratio |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
@@ -147,8 +151,10 @@ def main() -> None:
     parser.add_argument("--models", default="resnet18,vgg11,densenet121,mobilenet_v2,small_vit")
     parser.add_argument("--size", type=int, default=96, help="of the pictures; a multiple of 32")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--no-kernel", action="store_true", help="time the function in the file")
     parser.add_argument("--out", default="runs/paying")
     args = parser.parse_args()
+    kernel = uses_kernel(False if args.no_kernel else None)
     track = require("rich.progress", extra="examples", purpose="the progress bar").track
     folder = make_folder(args.out)
     path = folder / "paying.csv"
@@ -156,17 +162,18 @@ def main() -> None:
     wanted = list(dict.fromkeys(name.strip() for name in args.models.split(",")))
 
     def rows_of(name: str) -> list[dict[str, str]]:
-        key = (name, str(args.size), str(args.rounds))
-        return [row for row in rows if (row["model"], row["size"], row["rounds"]) == key]
+        key = [name, str(args.size), str(args.rounds), str(kernel)]
+        return [row for row in rows if [row[field] for field in FIELDS[:4]] == key]
 
     for name in track([name for name in wanted if not rows_of(name)], description="models"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lean_fx.LeanWarning)
-            measured = measure(name, args.size, args.rounds)
+            measured = measure(name, args.size, args.rounds, kernel)
         rows += [{key: str(value) for key, value in row.items()} for row in measured]
         text = [",".join(FIELDS), *(",".join(row[key] for key in FIELDS) for row in rows)]
         write_text(path, "\n".join(text) + "\n")
-    table = markdown([row for name in wanted for row in rows_of(name)], args.size, args.rounds)
+    shown = [row for name in wanted for row in rows_of(name)]
+    table = markdown(shown, args.size, args.rounds, kernel)
     print(table)
     write_text(folder / "paying.md", table)
     print(f"written to {path} and {folder / 'paying.md'}")

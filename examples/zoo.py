@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lean_fx.errors import require
 from lean_fx.files import make_folder, write_text
+from lean_fx.kernel import uses_kernel, what_computes
 from lean_fx.measure.machines import machine
 from support.script import command_line, run_script
 from support.zoo_models import catalogue, choose
@@ -65,7 +66,8 @@ def write_tables(rows: list[Row], folder: Path) -> None:
         f"```\n{command_line()}\n```",
         f'{machine()}; 1 thread, weights as drawn, channels="sqrt". A ring counts the models that '
         "pass it of those that were asked. A site is a call that multiplies 16 or more channels "
-        "with weights and is not depthwise, found by running the model, not by the pass.",
+        "with weights and is not depthwise, found by running the model, not by the pass. LEAN "
+        f"nodes run by {what_computes(uses_kernel(None))}.",
     ]
     write_text(folder / "zoo.csv", csv_text(rows))
     write_text(folder / "zoo.md", report(rows, heading))

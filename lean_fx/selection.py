@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,7 @@ def select_sites(
     reduction: str | ReductionFactory,
     graph_module: GraphModule,
     keep: Keep,
+    kernel: bool | None = None,
 ) -> tuple[tuple[Site, ...], list[LeftAlone]]:
     """Keep the sites that pay. Each site is evaluated once.
 
@@ -51,20 +53,23 @@ def select_sites(
         keep: ``"all"``; ``"saving"``, the sites that save both MACs and bytes; or
             ``"measured"``, the sites whose layers run faster with their reduction in ONNX Runtime
             (one thread, the batch of the example inputs).
+        kernel: for ``"measured"``: whether LEAN nodes run by :func:`~lean_fx.onnx_kernel`; None is
+            where it is built.
 
     Returns:
         The sites to keep, and the layers of the others.
 
     Raises:
         ArgumentError: the shapes are not known.
-        MissingDependencyError: onnx or onnxruntime is not installed, for ``"measured"``.
+        MissingDependencyError: onnx or onnxruntime is not installed, for ``"measured"``, or the
+            kernel is asked for and is not built.
     """
     if keep == "all":
         return tuple(sites), []
     nodes = {node.name: node for node in graph_module.graph.nodes}
     if any(facts(value).shape is None for site in sites for value, _ in _calls(site, nodes)):
         raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
-    evaluate = _saving if keep == "saving" else _measured
+    evaluate = _saving if keep == "saving" else partial(_measured, kernel=kernel)
     kept: list[Site] = []
     dropped: list[LeftAlone] = []
     for number, site in enumerate(sites, start=1):
@@ -140,6 +145,7 @@ def _measured(
     reduction: str | ReductionFactory,
     graph_module: GraphModule,
     nodes: dict[str, Node],
+    kernel: bool | None,
 ) -> tuple[bool, str]:
     """Whether the layers of a site are faster with its reduction, and the figures."""
     # Imported here, so that `import lean_fx` loads neither the exporter nor the timer.
@@ -161,9 +167,10 @@ def _measured(
         for name, arm in arms.items():
             arm.to(device="cpu", dtype=torch.float32)
             export_onnx(arm, files[name], inputs, batch="static", tolerance=None)
-        taken = time_onnx(files, inputs.numpy(), rounds=15)
+        taken = time_onnx(files, inputs.numpy(), rounds=15, kernel=kernel)
     before, after = taken["without"].median_ms, taken["with"].median_ms
-    return after < before, f"measured {after:.3g} ms with it, {before:.3g} ms without"
+    how = " by the kernel" if taken["with"].kernel else ""
+    return after < before, f"measured {after:.3g} ms with it{how}, {before:.3g} ms without"
 
 
 def _alone(site: Site, graph_module: GraphModule) -> tuple[GraphModule, Site]:

@@ -53,6 +53,7 @@ def leanify(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     reduce_inputs: bool = False,
     keep: Keep = "all",
+    kernel: bool | None = None,
 ) -> nn.Module:
     """Insert LEAN reductions before the layers of a model, and shrink these layers.
 
@@ -86,6 +87,9 @@ def leanify(
             with their reduction in ONNX Runtime, on one thread. Measuring takes seconds per site.
             The last two need example inputs and a graph, and leave alone the layers inside modules
             that cannot be traced.
+        kernel: with ``"measured"``: whether ONNX Runtime computes the reductions by
+            :func:`~lean_fx.onnx_kernel`, or by the function in the file. None: by the kernel where
+            it is built.
 
     Returns:
         A torch.fx.GraphModule, or, if ``model`` cannot be traced, a module of its own class. The
@@ -117,7 +121,7 @@ def leanify(
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with SHARED_STATE, torch.inference_mode(False):  # the copies will be trained
-        made, captured = _planned(model, example_inputs, options, keep)
+        made, captured = _planned(model, example_inputs, options, keep, kernel)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
@@ -142,6 +146,7 @@ def plan(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     reduce_inputs: bool = False,
     keep: Keep = "all",
+    kernel: bool | None = None,
 ) -> Plan:
     """Decide what :func:`leanify` would reduce with the same arguments, and what it would not.
 
@@ -164,11 +169,11 @@ def plan(
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with SHARED_STATE, torch.inference_mode(False):
-        return _planned(model, example_inputs, options, keep)[0]
+        return _planned(model, example_inputs, options, keep, kernel)[0]
 
 
 def _planned(
-    model: nn.Module, example_inputs: Any, options: Options, keep: Keep
+    model: nn.Module, example_inputs: Any, options: Options, keep: Keep, kernel: bool | None
 ) -> tuple[Plan, GraphModule | None]:
     """The plan, and the captured graph to apply it to (None if the model cannot be traced)."""
     check_choice("keep", keep, get_args(Keep))
@@ -191,7 +196,7 @@ def _planned(
     normalised = clone_graph(captured)
     rewritings.apply(normalised)
     _analyse(normalised, inputs)
-    made = _plan_graph(model, normalised, rewritings, options, keep)
+    made = _plan_graph(model, normalised, rewritings, options, keep, kernel)
     if inputs and keep == "all":
         made = _with_layers_inside_leaves(made, captured, inputs, options)
     return made, captured
@@ -211,6 +216,7 @@ def _plan_graph(
     rewritings: Rewritings,
     options: Options,
     keep: Keep,
+    kernel: bool | None,
 ) -> Plan:
     """Plan and select on the normalised graph; drop the rewritings that no site uses."""
     called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
@@ -219,7 +225,7 @@ def _plan_graph(
     names = [each.layer for each in records]
     check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])
     chosen, left = choose_sites(records, options)
-    sites, dropped = select_sites(chosen, options.reduction, normalised, keep)
+    sites, dropped = select_sites(chosen, options.reduction, normalised, keep, kernel)
     used = rewritings.used_by(sites)
     unused = rewritings.without(used)
     sites, left = unused.undo(normalised, sites, [*left, *dropped], options)

@@ -23,7 +23,7 @@ def run(settings, data, folder):
     return run_grid(settings, data, folder, lambda setting: ablated_net(setting, data))
 
 
-ROW = Row("lean", 10, 0, 2, 0.1234567890123, 23_390, 242_500, 0.1, 0.09, 0.11, 1 / 3)
+ROW = Row("lean", 10, 0, 2, 0.1234567890123, 23_390, 242_500, 0.1, 0.09, 0.11, 1 / 3, "kernel")
 
 
 def small_digits():

@@ -77,6 +77,7 @@ def test_json_has_every_figure_of_the_table():
                 "samples_ms": list(model.step.samples_ms),
                 "batch": 1,
                 "threads": 1,
+                "kernel": False,
             }
 
 

@@ -17,9 +17,10 @@ def run(tmp_path, monkeypatch, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
     asked = []
 
-    def measure(name, size, rounds):
+    def measure(name, size, rounds, kernel):
         asked.append((name, size, rounds))
-        settings = {"model": name, "size": size, "rounds": rounds, "keep": "baseline"}
+        settings = {"model": name, "size": size, "rounds": rounds, "kernel": kernel}
+        settings["keep"] = "baseline"
         figures = {"reductions": 0, "parameters": 1000, "macs": size}
         times = {"median_ms": float(size), "q1_ms": 1.0, "q3_ms": 2.0}
         return [settings | figures | times]
@@ -45,6 +46,14 @@ def test_a_run_with_other_settings_is_measured_anew(run):
     assert "| a | baseline | 0 | 0.00 | 0.0 | 224.00 [1.00-2.00] | 1.00 |" in printed
     assert "96.00" not in printed
     assert run("--models a --size 224")[1] == (("a", 224, 20),)
+
+
+def test_a_run_without_the_kernel_is_measured_anew(run, monkeypatch):
+    monkeypatch.setattr("lean_fx.kernel._library", lambda: SCRIPT)  # as if it were built
+    assert "LEAN nodes by lean_fx's kernel." in run("--models a")[0]
+    printed, asked = run("--models a --no-kernel")
+    assert asked == (("a", 96, 20),)
+    assert "LEAN nodes by the function in the file." in printed
 
 
 def test_a_run_with_the_same_settings_goes_on(run):

@@ -14,7 +14,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def row(seed):
-    return Row("lean", 4, seed, 1, 0.5, 10, 20, 1.0, 1.0, 1.0, 1.0)
+    return Row("lean", 4, seed, 1, 0.5, 10, 20, 1.0, 1.0, 1.0, 1.0, "kernel")
 
 
 def test_rows_of_two_processes_are_all_kept(tmp_path):

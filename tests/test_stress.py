@@ -56,7 +56,9 @@ class Rows:
     """A table that grows."""
 
     def write(self, folder, number):
-        _with_row(folder / "a.csv", Row("lean", 4, number, 1, 0.5, 1, 2, 1.0, 1.0, 1.0, 1.0))
+        _with_row(
+            folder / "a.csv", Row("lean", 4, number, 1, 0.5, 1, 2, 1.0, 1.0, 1.0, 1.0, "kernel")
+        )
 
     def check(self, folder):
         seeds = [row.seed for row in read_rows(folder / "a.csv")]

@@ -69,6 +69,7 @@ class Row:
         latency_q3_ms: upper quartile.
         latency_ratio: to the baseline, timed in turn with it in the same run; below 1 is faster.
             Compare rows by this: the milliseconds of different rows come from different runs.
+        lean_nodes: what computed LEAN nodes there: ``"kernel"`` or ``"function"``.
     """
 
     reduction: str
@@ -82,6 +83,7 @@ class Row:
     latency_q1_ms: float
     latency_q3_ms: float
     latency_ratio: float
+    lean_nodes: str
 
     @property
     def setting(self) -> Setting:
@@ -209,6 +211,7 @@ def _measured(setting: Setting, data: Dataset, folder: Path, make: Make) -> Row 
         latency_q1_ms=own.q1_ms,
         latency_q3_ms=own.q3_ms,
         latency_ratio=own.median_ms / baseline.median_ms,
+        lean_nodes="kernel" if own.kernel else "function",
     )
 
 
@@ -281,6 +284,7 @@ def show_rows(rows: Sequence[Row], folder: Path) -> None:
     with replacing(folder / "ablation.png") as part:
         figure.savefig(part, format="png", dpi=150)
     print("ratio: of the latency to the baseline's, timed in turn; ms of rows differ by run")
+    print("by: what computed LEAN nodes: lean_fx's kernel, or the function in the file")
     print(f"ablation.csv and ablation.png are in {folder}/")
 
 
@@ -289,7 +293,8 @@ def _table(rows: Iterable[Row]) -> Table:
         box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for header in ("reduction", "C'", "seed", "accuracy %", "parameters", "MACs", "ms", "ratio"):
+    headers = ("reduction", "C'", "seed", "accuracy %", "parameters", "MACs", "ms", "ratio", "by")
+    for header in headers:
         table.add_column(header, justify="left" if header == "reduction" else "right")
     for row in rows:
         table.add_row(
@@ -301,6 +306,7 @@ def _table(rows: Iterable[Row]) -> Table:
             f"{row.macs:,}",
             f"{row.latency_ms:.4f}",
             f"{row.latency_ratio:.2f}",
+            row.lean_nodes,
         )
     return table
 

@@ -87,7 +87,8 @@ def open_session(
         kernel: whether LEAN nodes run by :func:`~lean_fx.onnx_kernel`.
 
     Raises:
-        DataError: the file is missing or is not a model that ONNX Runtime can load.
+        DataError: the file is missing or is not a model that ONNX Runtime can load, or it cannot
+            load the kernel.
         MissingDependencyError: onnxruntime is not installed, or the kernel is not built.
     """
     ort = require("onnxruntime", purpose="timing")
@@ -105,7 +106,7 @@ def open_session(
             weights_beside(optimised).name,
         )
     if kernel:
-        options.register_custom_ops_library(onnx_kernel())
+        _register_kernel(name, options)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
@@ -113,4 +114,15 @@ def open_session(
     except Exception as error:
         raise DataError(
             f"{name}: ONNX Runtime cannot load {file} ({one_line(error)}); export the model again"
+        ) from error
+
+
+def _register_kernel(name: str, options: Any) -> None:
+    library = onnx_kernel()
+    try:
+        options.register_custom_ops_library(library)
+    except Exception as error:
+        raise DataError(
+            f"{name}: ONNX Runtime cannot load {library} ({one_line(error)}); install lean_fx "
+            "again, or give kernel=False"
         ) from error

@@ -28,11 +28,43 @@ def onnx_kernel() -> str:
         options.register_custom_ops_library(lean_fx.onnx_kernel())
         session = onnxruntime.InferenceSession("net.onnx", options)
     """
-    for suffix in EXTENSION_SUFFIXES:
-        library = Path(__file__).with_name(f"_onnx{suffix}")
-        if library.exists():
-            return str(library)
+    library = _library()
+    if library is not None:
+        return str(library)
     raise MissingDependencyError(
         "onnx_kernel: lean_fx was installed without a compiler of C++, so its kernel is not built; "
         "install g++ or clang, then lean_fx again"
     )
+
+
+def uses_kernel(wanted: bool | None) -> bool:
+    """Whether LEAN nodes are to run by the kernel.
+
+    Args:
+        wanted: True or False; None is True where the kernel is built.
+
+    Raises:
+        MissingDependencyError: it is wanted, and was not built.
+
+    Example:
+        >>> uses_kernel(False)
+        False
+    """
+    if wanted:
+        onnx_kernel()
+    return _library() is not None if wanted is None else wanted
+
+
+def what_computes(kernel: bool) -> str:
+    """What computes LEAN nodes, in words that go beside a figure.
+
+    Example:
+        >>> what_computes(True), what_computes(False)
+        ("lean_fx's kernel", 'the function in the file')
+    """
+    return "lean_fx's kernel" if kernel else "the function in the file"
+
+
+def _library() -> Path | None:
+    paths = (Path(__file__).with_name(f"_onnx{suffix}") for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)

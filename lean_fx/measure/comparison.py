@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lean_fx.export.inputs import resized
 from lean_fx.export.of_tensors import of_tensors, tensors_in
 from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.files import make_folder, replacing
+from lean_fx.kernel import uses_kernel
 from lean_fx.measure.comparison_table import Compared, Comparison
 from lean_fx.measure.costs import costs_of, count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
@@ -47,6 +48,7 @@ def compare(
     energy_s: float = 0.0,
     country: str = "USA",
     folder: str | os.PathLike[str] | None = None,
+    kernel: bool | None = None,
 ) -> Comparison:
     """Measure models side by side: cost, latency, memory, and energy if asked for.
 
@@ -66,6 +68,8 @@ def compare(
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
         folder: where to keep the ONNX files; it is made if missing. None keeps no files. Files of
             an earlier comparison are replaced once all models are exported.
+        kernel: whether ONNX Runtime computes LEAN nodes by :func:`~lean_fx.onnx_kernel`, or by the
+            function in the file. None: by the kernel where it is built. The table says which.
 
     Returns:
         The figures: ``print(comparison.to_markdown())``, ``comparison.save(folder)``.
@@ -75,7 +79,7 @@ def compare(
             form.
         ExportError: a model cannot be exported.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed, or codecarbon
-            where energy is asked for.
+            where energy is asked for, or the kernel is asked for and is not built.
         WriteError: the folder cannot be made or written to.
 
     Warns:
@@ -92,6 +96,7 @@ def compare(
     inputs = tuple(tensors_in(given))
     _check(models, inputs, batches, threads, rounds, energy_s)
     models = {name: of_tensors(model, given)[0] for name, model in models.items()}
+    by_kernel = uses_kernel(kernel)
     batches, threads, rounds = tuple(map(int, batches)), int(threads), int(rounds)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, purpose="comparing")
@@ -119,13 +124,20 @@ def compare(
                     for each in weight_files(file):
                         shutil.copyfile(each, part.parent / each.name)
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
-        latencies = [time_onnx(files, each, threads=threads, rounds=rounds) for each in feeds]
+        latencies = [
+            time_onnx(files, each, threads=threads, rounds=rounds, kernel=by_kernel)
+            for each in feeds
+        ]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
-        calls, steps = _energies(arms, inputs, files, feeds[0], threads, energy_s, country)
+        runs = {
+            name: onnx_call(name, file, feeds[0], threads, kernel=by_kernel)
+            for name, file in (files if energy_s else {}).items()
+        }
+        calls, steps = _energies(arms, inputs, runs, threads, energy_s, country)
         sample = tuple(resized(value, 1) for value in inputs)
         compared = []
         for name, arm in arms.items():
-            reorders, off_path = blocked_layout(files[name])
+            reorders, off_path = blocked_layout(files[name], kernel=by_kernel)
             for text in off_path:
                 warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
             compared.append(
@@ -275,17 +287,15 @@ def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
 def _energies(
     arms: Mapping[str, nn.Module],
     inputs: tuple[Tensor, ...],
-    files: Mapping[str, Path],
-    feeds: tuple[Any, ...],
+    runs: Mapping[str, Callable[[], object]],
     threads: int,
     seconds: float,
     country: str,
 ) -> tuple[dict[str, Energy], dict[str, Energy]]:
-    """The energy of a call of each file and of a training step of each model, by name."""
+    """The energy of each call and of a training step of each model, by name."""
     if not seconds:
         return {}, {}
     with flushing_denormals():
-        runs = {name: onnx_call(name, file, feeds, threads) for name, file in files.items()}
         calls = energy_in_turn(runs, seconds, country)
     steps = {name: training_step(copy.deepcopy(arm).train(), inputs) for name, arm in arms.items()}
     with using_threads(threads):

@@ -181,6 +181,7 @@ class Comparison:
             f"Machine: {self.machine}; threads {timed.threads}.",
             f"Times: median of {timed.rounds} rounds, all models in turn; ratio: to {base.name}, "
             "below 1 is faster, with its bootstrap interval.",
+            f"LEAN nodes in ONNX Runtime: {timed.lean_nodes}.",
             "MACs and bytes moved: of one sample; each layer reads its inputs and weights once and "
             "writes its result.",
             f"Peak memory: tensors alive at once in PyTorch at batch {base.eager.batch}, weights "

@@ -12,24 +12,28 @@ from lean_fx.export.sessions import open_session
 from lean_fx.measure.machines import machine
 
 
-def _optimised(file: Path) -> Any:
+def _optimised(file: Path, kernel: bool) -> Any:
     """The graph as ONNX Runtime runs it on this machine."""
     onnx = require("onnx", purpose="comparing")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimised.onnx"
-        open_session(file.stem, file, threads=1, optimised=target)
+        open_session(file.stem, file, threads=1, optimised=target, kernel=kernel)
         return onnx.load(target, load_external_data=False)
 
 
-def blocked_layout(file: Path) -> tuple[int, tuple[str, ...]]:
+def blocked_layout(file: Path, *, kernel: bool = False) -> tuple[int, tuple[str, ...]]:
     """What ONNX Runtime's blocked layout, its fast path for convolutions, makes of a file.
+
+    Args:
+        file: the model.
+        kernel: whether LEAN nodes run by :func:`~lean_fx.onnx_kernel`.
 
     Returns:
         The nodes that only change the layout, and the convolutions that miss it, with the reason:
         it takes two-dimensional ones in float32 of one group whose input channels are fewer than a
         block (16 numbers with AVX-512, 8 without) or a multiple of 4, and some with more groups.
     """
-    nodes = _optimised(file).graph.node
+    nodes = _optimised(file, kernel).graph.node
     reorders = sum(node.op_type in ("ReorderInput", "ReorderOutput") for node in nodes)
     if platform.machine() not in ("x86_64", "AMD64"):
         return reorders, ()  # there is no such layout

@@ -227,7 +227,8 @@ class Report:
         energies = [energy for arm in self.arms for energy in (arm.train_energy, arm.test_energy)]
         return [
             f"Machine: {self.machine}.",
-            f"Latency: median of {calls}; ratio: to {self.arms[0].name}, below 1 is faster.",
+            f"Latency: median of {calls}; ratio: to {self.arms[0].name}, below 1 is faster; LEAN "
+            f"nodes {_listed(arm.latency.lean_nodes for arm in self.arms)}.",
             f"Training J, s, CO2: mean of {epochs} epochs. Test J: one pass over the test set.",
             *dict.fromkeys(map(_meter_note, energies)),
             _seeds_note(self.seeds),

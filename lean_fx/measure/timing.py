@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError
 from lean_fx.export.sessions import flushing_denormals, onnx_call
+from lean_fx.kernel import uses_kernel, what_computes
 
 if TYPE_CHECKING:
     from lean_fx.export.sessions import Inputs
@@ -25,6 +26,7 @@ class Latency:
         samples_ms: one figure a round, at least two: the mean milliseconds of a call in it.
         batch: samples in a call.
         threads: threads of a call.
+        kernel: whether LEAN nodes ran by :func:`~lean_fx.onnx_kernel`.
 
     Example:
         >>> latency = Latency((4.0, 1.0, 2.0, 3.0, 5.0), batch=16, threads=1)
@@ -35,6 +37,7 @@ class Latency:
     samples_ms: tuple[float, ...]
     batch: int
     threads: int
+    kernel: bool = False
 
     def __post_init__(self) -> None:
         if len(self.samples_ms) < 2:
@@ -47,6 +50,11 @@ class Latency:
     def rounds(self) -> int:
         """The number of samples."""
         return len(self.samples_ms)
+
+    @property
+    def lean_nodes(self) -> str:
+        """How LEAN nodes ran, in words."""
+        return f"by {what_computes(self.kernel)}"
 
     @property
     def median_ms(self) -> float:
@@ -72,6 +80,7 @@ def time_onnx(
     rounds: int = 30,
     min_round_ms: float = 5.0,
     progress: Callable[[int, int], None] | None = None,
+    kernel: bool | None = None,
 ) -> dict[str, Latency]:
     """Time ONNX files on ONNX Runtime's CPU.
 
@@ -89,6 +98,8 @@ def time_onnx(
         rounds: samples of each model, 2 or more.
         min_round_ms: least milliseconds of a model's share of a round, above 0.
         progress: called after every round with the rounds done and the rounds in all.
+        kernel: whether LEAN nodes run by :func:`~lean_fx.onnx_kernel`, or by the function in the
+            file. None: by the kernel where it is built. Each Latency says which.
 
     Returns:
         A :class:`Latency` for every name, in the order of ``files``.
@@ -96,7 +107,8 @@ def time_onnx(
     Raises:
         ArgumentError: an argument is out of range, or a model does not take these inputs.
         DataError: a file is missing or is not a model that ONNX Runtime can load.
-        MissingDependencyError: onnxruntime is not installed.
+        MissingDependencyError: onnxruntime is not installed, or the kernel is asked for and is not
+            built.
     """
     if not files:
         raise ArgumentError("time_onnx: files is empty; give at least one name and file")
@@ -104,14 +116,17 @@ def time_onnx(
     rounds = check_int("time_onnx: rounds", rounds, 2)
     if not min_round_ms > 0:
         raise ArgumentError(f"time_onnx: min_round_ms={min_round_ms} is not above 0; use 5.0, say")
-    names = list(files)
+    names, by_kernel = list(files), uses_kernel(kernel)
     with flushing_denormals():
-        calls = {name: onnx_call(name, Path(files[name]), inputs, threads) for name in names}
+        calls = {
+            name: onnx_call(name, Path(files[name]), inputs, threads, kernel=by_kernel)
+            for name in names
+        }
         samples = time_in_turn(calls, rounds=rounds, min_round_ms=min_round_ms, progress=progress)
     arrays = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
     first = arrays[0] if isinstance(arrays, tuple) else arrays
     batch = int(first.shape[0]) if first.ndim else 1
-    return {name: Latency(samples[name], batch, threads) for name in names}
+    return {name: Latency(samples[name], batch, threads, by_kernel) for name in names}
 
 
 def time_in_turn(

@@ -196,3 +196,19 @@ def test_another_way_where_a_call_fails(given):
     lean = lean_fx.leanify(model, given, **NOTHING)
     for x in (X, torch.rand(32, 5)):
         torch.testing.assert_close(lean(x), model(x))
+
+
+class Migrating(Net):
+    """As torchvision's MNASNet: reads checkpoints of an older version."""
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def test_a_model_that_reads_older_checkpoints_keeps_its_graph_and_is_told():
+    with pytest.warns(lean_fx.LeanWarning, match="^Migrating: its graph is without its _load_from"):
+        lean = lean_fx.leanify(Migrating(), X, **NOTHING)
+    assert isinstance(lean, torch.fx.GraphModule)
+    assert isinstance(
+        lean_fx.leanify(around(Migrating()), X, **NOTHING).get_submodule("1"), Migrating
+    )

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.finishing import keep_hooks, keep_layers, name_items
 from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
+from lean_fx.capture.own_code import own_loading
 from lean_fx.capture.retries import trace_copy, whole_modules
 from lean_fx.capture.side_effects import SideEffect
 from lean_fx.checks import check_plain, check_shapes, first_without_values
@@ -73,6 +74,13 @@ def capture(
         if evaluation:
             root.eval()
         captured = _captured_with(root, inputs, frozenset(), evaluation)
+        if own := own_loading(root):
+            warnings.warn(
+                f"{type(root).__name__}: its graph is without its {own}; give it state_dicts of "
+                "the model's present version",
+                LeanWarning,
+                stacklevel=4,
+            )
         if not inputs or first_without_values(root):
             return captured
         reason = disagreement(root, captured, inputs)

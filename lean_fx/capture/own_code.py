@@ -18,16 +18,14 @@ from lean_fx.graph.model_code import code_of_forward
 from lean_fx.graph.reachable import NUMBERS, settings_of
 
 _MODES = ("train", "eval")
-_STATE = (
-    *("state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "_apply"),
-    *("_save_to_state_dict", "_load_from_state_dict"),
-)
+_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state", "_apply")
+_LOADING = ("load_state_dict", "_load_from_state_dict")
 _MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _CATCHING = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the latter before Python 3.11
 _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
 
-def lost_in_a_graph(module: nn.Module, evaluation: bool = False) -> str:
+def lost_in_a_graph(module: nn.Module, evaluation: bool = False, *, is_part: bool = True) -> str:
     """What the code of a module does that its graph would not; empty if there is nothing.
 
     - A ``train`` or ``eval`` of its own, unless it only calls torch's, and a method of its own that
@@ -40,6 +38,8 @@ def lost_in_a_graph(module: nn.Module, evaluation: bool = False) -> str:
     Args:
         module: the module. Those of torch's own classes are whole anyway.
         evaluation: whether the graph is for evaluation alone, and no mode is set.
+        is_part: whether the module is a part of a model; a model may lose what reads state_dicts,
+            see :func:`own_loading`.
 
     Example:
         >>> frozen = nn.Linear(4, 2)
@@ -47,7 +47,7 @@ def lost_in_a_graph(module: nn.Module, evaluation: bool = False) -> str:
         >>> lost_in_a_graph(frozen), lost_in_a_graph(nn.BatchNorm2d(4))
         ('has a train of its own, which a graph has not', '')
     """
-    if own := _own_method(module, evaluation):
+    if own := _own_method(module, evaluation, is_part):
         return f"has a {own} of its own, which a graph has not"
     code = code_of_forward(module)
     if any(map(_asks_for_classes, code)):
@@ -59,6 +59,19 @@ def lost_in_a_graph(module: nn.Module, evaluation: bool = False) -> str:
     if any(map(_asks_for_another_mode, code)):
         return "asks for the mode of another module"
     return ""
+
+
+def own_loading(module: nn.Module) -> str:
+    """A method of a module's own that reads a state_dict; empty if there is none.
+
+    A model that has one is captured without it: it must not lose its graph for checkpoints of
+    other versions. A part that has one is whole.
+
+    Example:
+        >>> own_loading(nn.Linear(4, 2))
+        ''
+    """
+    return next((name for name in _LOADING if _own(module, name)), "")
 
 
 def own_call(module: nn.Module) -> str:
@@ -73,13 +86,15 @@ def own_call(module: nn.Module) -> str:
     return "has a __call__ of its own" if _own(module, "__call__") else ""
 
 
-def _own_method(module: nn.Module, evaluation: bool) -> str:
+def _own_method(module: nn.Module, evaluation: bool, is_part: bool) -> str:
     """A method that makes or reads a state_dict, or sets modes and does more than call torch's."""
     for name in () if evaluation else _MODES:
         method = _own(module, name)
         if method and (name in vars(module) or not _only_calls_torch(method, name)):
             return name
-    return next((name for name in _STATE if _own(module, name)), "")
+    return next((name for name in _STATE if _own(module, name)), "") or (
+        own_loading(module) if is_part else ""
+    )
 
 
 @lru_cache(maxsize=4096)

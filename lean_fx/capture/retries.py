@@ -55,7 +55,7 @@ def trace_copy(
         TraceError: the module cannot be traced; or what its own code raises.
     """
     fed = fed_by_hooks(root)
-    reason = own_call(root) or lost_in_a_graph(root, evaluation)
+    reason = own_call(root) or lost_in_a_graph(root, evaluation, is_part=False)
     if "" in fed:
         reason = reason or "reads what hooks of other modules store"
     if reason:

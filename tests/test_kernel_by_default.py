@@ -74,7 +74,7 @@ def test_a_library_that_cannot_be_loaded(lean_file, monkeypatch, tmp_path):
     broken = tmp_path / "_onnx.so"
     broken.write_bytes(b"no library")
     monkeypatch.setattr("lean_fx.export.sessions.onnx_kernel", lambda: str(broken))
-    monkeypatch.setattr(kernel, "_library", lambda: broken)
+    monkeypatch.setattr(kernel, "library_path", lambda: broken)
     with pytest.raises(DataError, match="^net: ONNX Runtime cannot load .*; install lean_fx again"):
         timed(lean_file)
     assert not timed(lean_file, kernel=False).kernel

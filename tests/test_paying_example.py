@@ -49,7 +49,7 @@ def test_a_run_with_other_settings_is_measured_anew(run):
 
 
 def test_a_run_without_the_kernel_is_measured_anew(run, monkeypatch):
-    monkeypatch.setattr("lean_fx.kernel._library", lambda: SCRIPT)  # as if it were built
+    monkeypatch.setattr("lean_fx.kernel.library_path", lambda: SCRIPT)  # as if it were built
     assert "LEAN nodes by lean_fx's kernel." in run("--models a")[0]
     printed, asked = run("--models a --no-kernel")
     assert asked == (("a", 96, 20),)

@@ -28,7 +28,7 @@ def onnx_kernel() -> str:
         options.register_custom_ops_library(lean_fx.onnx_kernel())
         session = onnxruntime.InferenceSession("net.onnx", options)
     """
-    library = _library()
+    library = library_path()
     if library is not None:
         return str(library)
     raise MissingDependencyError(
@@ -52,7 +52,7 @@ def uses_kernel(wanted: bool | None) -> bool:
     """
     if wanted:
         onnx_kernel()
-    return _library() is not None if wanted is None else wanted
+    return library_path() is not None if wanted is None else wanted
 
 
 def what_computes(kernel: bool) -> str:
@@ -65,6 +65,7 @@ def what_computes(kernel: bool) -> str:
     return "lean_fx's kernel" if kernel else "the function in the file"
 
 
-def _library() -> Path | None:
+def library_path() -> Path | None:
+    """The path of the compiled library; None if it was not built."""
     paths = (Path(__file__).with_name(f"_onnx{suffix}") for suffix in EXTENSION_SUFFIXES)
     return next((path for path in paths if path.exists()), None)

@@ -38,6 +38,12 @@ LEAN_INLINE Vector<T> absolute(Vector<T> x) {
   return x < 0 ? -x : x;
 }
 
+// value with the sign of x, or 0 where x is.
+template <typename T>
+LEAN_INLINE Vector<T> signed_as(Vector<T> x, Vector<T> value) {
+  return x > 0 ? value : (x < 0 ? -value : Vector<T>{});
+}
+
 // A divisor of 0 or more with its zeros and denormals made 1.
 template <typename T>
 LEAN_INLINE Vector<T> without_zeros(Vector<T> x) {

@@ -1,4 +1,4 @@
-// The walk over the rows of a block. lean_fx/reduction/walk.py has the formulas.
+// The walk and its gradient, over the rows of a block. lean_fx/reduction/walk.py has the formulas.
 
 #include "walk.h"
 
@@ -21,7 +21,7 @@ LEAN_INLINE void affinity_sums(const Matrix<T>& X, Rows<T> d, Rows<T> sums) {
   }
 }
 
-// d += damping mean_i d[i]
+// d += damping mean_i d[i], as in the sums of the walk so in their gradient.
 template <typename T>
 LEAN_INLINE void damp(Rows<T> d, int64_t I, double damping) {
   if (damping == 0) return;  // infinite sums times 0 are not 0
@@ -94,11 +94,71 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T
   for (int64_t i = 0; i < I; ++i) y[i] *= factor;
 }
 
+// grad_X[i] += sum_j sign(<X_i, X_j>) (gd[i] + gd[j]) X[j]
+template <typename T>
+LEAN_INLINE void add_through_affinities(const Matrix<T>& X, Rows<T> gd, Rows<T> weights,
+                                        Rows<T> sums, const Matrix<T>& grad_X) {
+  for (int64_t i = 0; i < X.height; ++i) {
+    multiply(X, X.row(i), weights);
+    for (int64_t j = 0; j < X.height; ++j) weights[j] = signed_as<T>(weights[j], gd[i] + gd[j]);
+    multiply(X.transposed(), weights, sums);
+    for (int64_t k = 0; k < X.width; ++k) grad_X.row(i)[k] += sums[k];
+  }
+}
+
+template <typename T>
+LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, const T* seed,
+                                 T* start) {
+  const auto [x, y, d, t, u, inverse] = WalkRows<T>(shape, start);
+  const auto [g, gy, gv, gd, gu, gt, grad_x] = GradientRows<T>(shape, start);
+  const int64_t I = shape.preserved, K = shape.reducible, C = shape.channels();
+  const Matrix<T> X = as_matrix(shape, options, x), grad_X = as_matrix(shape, options, grad_x);
+
+  // The output is y times C' and, it may be, times the mean magnitude of X.
+  Vector<T> along = Vector<T>{}, to_magnitude = Vector<T>{};
+  for (int64_t i = 0; i < I; ++i) along += g[i] * y[i];
+  Vector<T> factor = all<T>(options.scale == Scale::sum ? 1 : static_cast<T>(I));
+  if (options.scale == Scale::magnitude) {
+    to_magnitude = along * factor / static_cast<T>(C);
+    factor *= mean_magnitude<T>(x, C);
+  }
+  factor *= inverse[0];
+  for (int64_t i = 0; i < I; ++i) gy[i] = (g[i] - signed_as<T>(y[i], along)) * factor;
+  multiply(X.transposed(), gy, gu);
+  multiply(X, gu, gv);
+  for (int64_t i = 0; i < I; ++i) {
+    gv[i] /= d[i];
+    gd[i] = -gv[i] * seed[i] / d[i];
+  }
+  damp(gd, I, options.damping);
+  if (options.nonnegative) {
+    multiply(X.transposed(), gd, gt);
+  } else {
+    for (int64_t k = 0; k < K; ++k) gt[k] = t[k] = Vector<T>{};
+  }
+  for (int64_t i = 0; i < I; ++i) {
+    const Vector<T> of_u = gy[i], of_gu = seed[i] / d[i], of_t = gd[i];
+    const Rows<T> row = X.row(i), grad_row = grad_X.row(i);
+    for (int64_t k = 0; k < K; ++k) {
+      grad_row[k] = of_u * u[k] + of_gu * gu[k] + of_t * t[k] + gt[k] +
+                    signed_as<T>(row[k], to_magnitude);
+    }
+  }
+  if (!options.nonnegative) add_through_affinities(X, gd, gy, gt, grad_X);
+}
+
 template <typename T>
 LEAN_CLONES void walk_vectors(const Shape& shape, const Options& options, const T* seed, T* rows,
                               int64_t count) {
   for (int64_t lane = 0; lane < count; lane += WIDTH)
     walk_vector(shape, options, seed, rows + lane);
+}
+
+template <typename T>
+LEAN_CLONES void gradient_vectors(const Shape& shape, const Options& options, const T* seed,
+                                  T* rows, int64_t count) {
+  for (int64_t lane = 0; lane < count; lane += WIDTH)
+    gradient_vector(shape, options, seed, rows + lane);
 }
 
 }  // namespace
@@ -108,7 +168,14 @@ void walk(const Shape& shape, const Options& options, const T* seed, T* rows, in
   walk_vectors(shape, options, seed, rows, count);
 }
 
+template <typename T>
+void gradient(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count) {
+  gradient_vectors(shape, options, seed, rows, count);
+}
+
 template void walk(const Shape&, const Options&, const float*, float*, int64_t);
 template void walk(const Shape&, const Options&, const double*, double*, int64_t);
+template void gradient(const Shape&, const Options&, const float*, float*, int64_t);
+template void gradient(const Shape&, const Options&, const double*, double*, int64_t);
 
 }  // namespace lean

@@ -1,4 +1,5 @@
-// LEAN's walk over blocks of positions, as lean_fx/reduction/functional.py defines it.
+// LEAN's walk over blocks of positions, as lean_fx/reduction/functional.py defines it, and the
+// gradient of its default form.
 
 #pragma once
 
@@ -28,8 +29,11 @@ struct Shape {
   bool matrix;        // whether the seed has a value for each channel
   int64_t channels() const { return preserved * reducible; }
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
-  // The rows of a block that a walk works in.
+  // The rows of a block that a walk works in, and that its gradient does.
   int64_t walk_rows() const { return channels() + 2 * preserved + 2 * reducible + 1; }
+  int64_t gradient_rows() const {
+    return walk_rows() + 4 * preserved + 2 * reducible + channels();
+  }
 };
 
 // The rows of a block that a walk works in; y lies behind x.
@@ -45,9 +49,27 @@ struct WalkRows {
         inverse{u + shape.reducible} {}
 };
 
+// Those that the gradient works in besides: g arrives, grad_x and gv leave.
+template <typename T>
+struct GradientRows {
+  Rows<T> g, gy, gv, gd, gu, gt, grad_x;
+  GradientRows(const Shape& shape, T* start)
+      : g{start + shape.walk_rows() * LANES},
+        gy{g + shape.preserved},
+        gv{gy + shape.preserved},
+        gd{gv + shape.preserved},
+        gu{gd + shape.preserved},
+        gt{gu + shape.reducible},
+        grad_x{gt + shape.reducible} {}
+};
+
 // Walks over the first count positions of a block whose x is in its rows.
 template <typename T>
 void walk(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count);
+
+// The gradient, once they have been walked with the scale of a sum.
+template <typename T>
+void gradient(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count);
 
 // The positions of a block, and how their channels are copied to rows of LANES and back.
 struct Block {

@@ -1,0 +1,125 @@
+"""The walk and its gradient in the compiled library, called on tensors on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lean_fx.errors import LeanError
+from lean_fx.kernel import library_path
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+class _Call(ctypes.Structure):
+    """As Call in eager.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("before", "behind", "preserved", "reducible")),
+        *((name, ctypes.c_int64) for name in ("interleaved", "nonnegative", "scale", "threads")),
+        *((name, ctypes.c_double) for name in ("damping", "norm_floor")),
+    )
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the library is built, and computes with such a tensor.
+
+    Example:
+        >>> takes(torch.zeros(2, dtype=torch.float16))
+        False
+    """
+    plain = x.is_cpu and x.layout is torch.strided and x.dtype in _DTYPES
+    return plain and _library() is not None
+
+
+def walk(
+    x: Tensor,
+    seed: Tensor,
+    *,
+    nonnegative: bool,
+    interleaved: bool,
+    damping: float,
+    norm_floor: float,
+) -> Tensor:
+    """The walk of Algorithm 2, one step with a vector seed and ``scale="sum"``.
+
+    Args:
+        x: contiguous; :func:`takes` it.
+        seed: of the same dtype.
+        nonnegative: as in :func:`~lean_fx.reduction.functional.lean_reduction`, like the rest.
+        interleaved: whether the layout is ``"interleaved"``.
+        damping: 0 or more.
+        norm_floor: 0 or more.
+
+    Shape:
+        - x: ``[N, C, P]``, C channels at P positions of N samples
+        - seed: ``[C']``
+        - output: ``[N, C', P]``
+    """
+    out = x.new_empty(x.shape[0], len(seed), x.shape[2])
+    call = _call(x, seed, nonnegative, interleaved, damping, norm_floor)
+    _run("walk", call, x, seed.contiguous(), out)
+    return out
+
+
+def gradient(
+    x: Tensor,
+    seed: Tensor,
+    grad: Tensor,
+    *,
+    nonnegative: bool,
+    interleaved: bool,
+    damping: float,
+    norm_floor: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and ``seed``, from that of the output of :func:`walk`.
+
+    Shape:
+        - x: ``[N, C, P]``
+        - seed: ``[C']``
+        - grad: ``[N, C', P]``
+        - output: ``[N, C, P]`` and ``[C']``
+    """
+    grad_x, grad_seed = torch.empty_like(x), torch.empty_like(seed)
+    call = _call(x, seed, nonnegative, interleaved, damping, norm_floor)
+    _run("gradient", call, x, seed.contiguous(), grad.contiguous(), grad_x, grad_seed)
+    return grad_x, grad_seed
+
+
+def _call(
+    x: Tensor,
+    seed: Tensor,
+    nonnegative: bool,
+    interleaved: bool,
+    damping: float,
+    norm_floor: float,
+) -> _Call:
+    before, channels, behind = x.shape
+    sizes = (before, behind, len(seed), channels // len(seed))
+    options = (interleaved, nonnegative, 0, torch.get_num_threads())
+    return _Call(*sizes, *options, damping, norm_floor)
+
+
+def _run(name: str, call: _Call, *tensors: Tensor) -> None:
+    library = _library()
+    assert library is not None
+    function = getattr(library, f"lean_{name}_{_DTYPES[tensors[0].dtype]}")
+    if function(ctypes.byref(call), *(ctypes.c_void_p(each.data_ptr()) for each in tensors)):
+        raise LeanError(f"lean_reduction: no memory for the {name}; give smaller batches")
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """The library; None if it was not built, or is of a version without these functions."""
+    path = library_path()
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        return library if library.lean_gradient_float64 else None
+    except (OSError, AttributeError):
+        return None

@@ -31,12 +31,8 @@ def main() -> int:
                 for name in ("libasan.so", "libubsan.so")
             ]
             env = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
-            tests = [
-                sys.executable,
-                "-m",
-                "pytest",
-                Path(__file__).with_name("test_onnx_kernel.py"),
-            ]
+            names = ("test_onnx_kernel.py", "test_compiled_walk.py")
+            tests = [sys.executable, "-m", "pytest", *map(Path(__file__).with_name, names)]
             return subprocess.run(tests, env={**os.environ, **env}).returncode
         finally:
             shutil.copy(kept, library)

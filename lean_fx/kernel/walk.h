@@ -86,6 +86,11 @@ struct Block {
     const int64_t position = start + lane;
     return position / behind * channels * behind + position % behind;
   }
+  // How many positions from this one on lie in the same image.
+  LEAN_INLINE int64_t run_from(int64_t lane) const {
+    const int64_t in_image = behind - (start + lane) % behind, left = count - lane;
+    return left < in_image ? left : in_image;
+  }
   template <typename T, typename W>
   LEAN_INLINE void read(const T* __restrict x, int64_t channels, W* __restrict rows) const {
     if (in_a_row && count == LANES) {
@@ -95,16 +100,13 @@ struct Block {
         for (int lane = 0; lane < LANES; ++lane)
           rows[c * LANES + lane] = static_cast<W>(from[lane]);
       }
-    } else if (in_a_row && behind > 1) {
-      const T* from = x + at(0, channels);
-      for (int64_t c = 0; c < channels; ++c, from += behind)
-        for (int lane = 0; lane < count; ++lane)
-          rows[c * LANES + lane] = static_cast<W>(from[lane]);
     } else {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const T* const from = x + at(lane, channels);
-        for (int64_t c = 0; c < channels; ++c)
-          rows[c * LANES + lane] = static_cast<W>(from[c * behind]);
+      for (int64_t lane = 0, run; lane < count; lane += run) {
+        run = run_from(lane);
+        const T* from = x + at(lane, channels);
+        for (int64_t c = 0; c < channels; ++c, from += behind)
+          for (int64_t next = 0; next < run; ++next)
+            rows[c * LANES + lane + next] = static_cast<W>(from[next]);
       }
     }
   }
@@ -116,10 +118,12 @@ struct Block {
         for (int lane = 0; lane < LANES; ++lane)
           to[lane] = static_cast<T>(rows[c * LANES + lane]);
     } else {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        T* const to = out + at(lane, channels);
-        for (int64_t c = 0; c < channels; ++c)
-          to[c * behind] = static_cast<T>(rows[c * LANES + lane]);
+      for (int64_t lane = 0, run; lane < count; lane += run) {
+        run = run_from(lane);
+        T* to = out + at(lane, channels);
+        for (int64_t c = 0; c < channels; ++c, to += behind)
+          for (int64_t next = 0; next < run; ++next)
+            to[next] = static_cast<T>(rows[c * LANES + lane + next]);
       }
     }
   }

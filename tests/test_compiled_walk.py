@@ -1,0 +1,172 @@
+"""The default walk by the compiled library: forward, both gradients, and what it is left out of."""
+
+import itertools
+
+import pytest
+import torch
+
+from lean_fx.kernel import eager
+from lean_fx.reduction.compiled_walk import compiled_walk
+from lean_fx.reduction.functional import lean_reduction
+from lean_fx.reduction.reference import reference_walk
+
+if not eager.takes(torch.zeros(1)):
+    pytest.skip("lean_fx was installed without a compiler of C++", allow_module_level=True)
+
+SHAPES = [
+    ((2, 12, 5, 7), 1),  # blocks that cross images
+    ((1, 12, 64), 1),  # whole blocks
+    ((5, 12), 1),
+    ((12,), 0),
+    ((3, 4, 12), 2),
+    ((2, 12, 1, 1), 1),
+    ((12, 3, 3), 0),
+    ((0, 12, 4), 1),
+    ((2, 12, 0), 1),
+    ((33, 48, 3, 3), 1),
+]
+
+
+def by_reference(x, seed, axis, nonnegative, layout, damping, floor):
+    walk = (nonnegative, "column", layout, 1, None, damping, floor)
+    return reference_walk(x, seed, axis, *walk)
+
+
+@pytest.mark.parametrize(("damping", "floor"), [(0.0, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_the_reference_in_float64(shape, axis, nonnegative, layout, damping, floor):
+    torch.manual_seed(0)
+    for preserved in (1, 4, shape[axis]):
+        x = torch.rand(shape, dtype=torch.float64) - (0.0 if nonnegative else 0.5)
+        x[x.abs() < 0.1] = 0.0
+        seed = torch.randn(preserved, dtype=torch.float64)
+        outs, grads = [], []
+        for way in (compiled_walk, by_reference):
+            inputs = [x.clone().requires_grad_(), seed.clone().requires_grad_()]
+            how = layout == "interleaved" if way is compiled_walk else layout
+            out = way(*inputs, axis, nonnegative, how, damping, floor)
+            outs.append(out)
+            weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape)
+            grads.append(torch.autograd.grad((out * weights).sum(), inputs))
+        torch.testing.assert_close(outs[0], outs[1])
+        torch.testing.assert_close(grads[0], grads[1])
+        single = compiled_walk(
+            x.float(), seed.float(), axis, nonnegative, layout == "interleaved", damping, floor
+        )
+        torch.testing.assert_close(single, outs[1].float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_gradients_and_those_of_gradients(nonnegative):
+    torch.manual_seed(1)
+    x = (torch.rand(2, 6, 3, dtype=torch.float64) + 0.1).requires_grad_()
+    seed = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def call(x, seed):
+        return compiled_walk(x, seed, 1, nonnegative, False, 0.0, 0.0)
+
+    assert torch.autograd.gradcheck(call, (x, seed))
+    assert torch.autograd.gradgradcheck(call, (x, seed))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_a_gradient_of_one_alone(needs):
+    x, seed = torch.rand(2, 8, 5), torch.rand(4)
+    both = [each.clone().requires_grad_() for each in (x, seed)]
+    one = [each.clone().requires_grad_(need) for each, need in zip((x, seed), needs, strict=True)]
+    for inputs in (both, one):
+        compiled_walk(*inputs, 1, True, False, 0.0, 0.0).square().sum().backward()
+    for each, own, need in zip(both, one, needs, strict=True):
+        assert (own.grad is not None) == need
+        if need:
+            torch.testing.assert_close(own.grad, each.grad)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads(threads):
+    torch.manual_seed(2)
+    x, seed = torch.randn(8, 64, 40, 40), torch.randn(8)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            inputs = [x.clone().requires_grad_(), seed.clone().requires_grad_()]
+            out = compiled_walk(*inputs, 1, False, False, 0.0, 0.0)
+            results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=0, atol=0)
+    torch.testing.assert_close(results[0][2], results[1][2])
+
+
+def test_channels_last_memory_stays_so():
+    x = torch.rand(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)
+    seed = torch.rand(4)
+    out = lean_reduction(x, seed)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, lean_reduction(x.contiguous(), seed))
+    strided = torch.rand(2, 16, 5)[:, ::2]
+    torch.testing.assert_close(
+        lean_reduction(strided, seed), lean_reduction(strided.contiguous(), seed)
+    )
+
+
+def test_the_gradient_may_be_expanded_and_x_of_another_layout():
+    x = torch.rand(2, 5, 8).mT.requires_grad_()
+    lean_reduction(x, torch.rand(4)).sum().backward()
+    assert x.grad.shape == x.shape
+    assert x.grad.isfinite().all()
+
+
+LEFT_OUT = [
+    {"iterations": 2},
+    {"normalize": "row"},
+    {"normalize": "none"},
+    {"tol": 1e-3, "iterations": 3},
+]
+
+
+@pytest.mark.parametrize(
+    ("nonnegative", "options"), itertools.product([True, False], [{}, *LEFT_OUT]), ids=str
+)
+def test_without_the_library_the_numbers_are_the_same(monkeypatch, nonnegative, options):
+    torch.manual_seed(3)
+    x, seed = torch.rand(3, 24, 5, 5), torch.randn(6)
+    calls = []
+    monkeypatch.setattr(
+        "lean_fx.reduction.functional.compiled_walk",
+        lambda *given: (calls.append(given), compiled_walk(*given))[1],
+    )
+    results = []
+    for built in (True, False):
+        if not built:
+            monkeypatch.setattr("lean_fx.reduction.functional.takes", lambda x: False)
+        inputs = [x.clone().requires_grad_(), seed.clone().requires_grad_()]
+        out = lean_reduction(*inputs, nonnegative=nonnegative, **options)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert len(calls) == (options == {})
+
+
+def test_what_it_is_left_out_of():
+    seed = torch.rand(4)
+    assert not eager.takes(torch.rand(2, dtype=torch.float16))
+    assert not eager.takes(torch.rand(2, device="meta"))
+    assert not eager.takes(torch.rand(2, 2).to_sparse())
+    half = lean_reduction(torch.rand(2, 8).bfloat16(), seed)  # it is walked in float32
+    assert half.dtype is torch.bfloat16
+    mapped = torch.vmap(lambda x: lean_reduction(x, seed, 0))(torch.ones(3, 8))
+    torch.testing.assert_close(mapped, lean_reduction(torch.ones(3, 8), seed))
+    jacobian = torch.func.jacrev(lambda x: lean_reduction(x, seed, 0))(torch.rand(8))
+    assert jacobian.shape == (4, 8)
+
+
+def test_little_is_kept_for_the_gradient():
+    kept = []
+    x, seed = torch.rand(4, 64, 16, 16, requires_grad=True), torch.rand(8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        lean_reduction(x, seed)
+    assert sum(each.numel() for each in kept) == x.numel() + seed.numel()

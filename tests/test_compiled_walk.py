@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lean_fx.kernel import eager
 from lean_fx.reduction.compiled_walk import compiled_walk
@@ -170,3 +171,18 @@ def test_little_is_kept_for_the_gradient():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         lean_reduction(x, seed)
     assert sum(each.numel() for each in kept) == x.numel() + seed.numel()
+
+
+def test_counters_see_the_operations():
+    class Seen(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names += (func.name(),)
+            return func(*args, **(kwargs or {}))
+
+    x, seed = torch.rand(2, 8, 3), torch.rand(4)
+    with Seen() as seen:
+        out = lean_reduction(x, seed)
+    assert any("mul" in name for name in seen.names)
+    torch.testing.assert_close(out, lean_reduction(x, seed))

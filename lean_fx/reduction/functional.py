@@ -212,7 +212,7 @@ def lean_reduction(
     seed = seed.to(wide.dtype)
     closed = normalize == "column" and iterations == 1 and seed.dim() == 1
     eager = _runs_eagerly(x)
-    if closed and eager and takes(wide):
+    if closed and eager and not _is_watched() and takes(wide):
         interleaved = layout == "interleaved"
         out = compiled_walk(wide, seed, axis, nonnegative, interleaved, damping, norm_floor)
     elif closed and (eager or torch.compiler.is_dynamo_compiling()):
@@ -253,6 +253,11 @@ def _runs_eagerly(x: Tensor) -> bool:
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _is_watched() -> bool:
+    """Whether something sees every operation of torch, such as a counter: it is to see them all."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _fused(

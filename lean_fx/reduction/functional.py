@@ -27,24 +27,26 @@ more if that is given. ``seed="matrix"`` gives every channel a value of its own:
 
 None of these forms G where it need not: ``G V = X (X^T V)``, and for ``X >= 0``, which a flag
 promises, ``d = X t`` with ``t[k] = sum_i X[i,k]``. A position then costs about ``4 C_in``
-multiply-adds; with values of any sign, ``d`` costs ``C' C_in`` more, and holds ``G`` for a block of
-positions (for all of them where it is compiled or exported).
+multiply-adds; with values of any sign, ``d`` costs ``C' C_in`` more. On the CPU the default walk is
+one pass over x in a compiled library (:mod:`lean_fx.reduction.compiled_walk`), which keeps x and
+the seed for its gradient. Where the library is not built, and for all else, operations of torch
+run, which hold ``G`` for a block of positions (for all of them where it is compiled or exported).
 
 Speed of forward and backward against Algorithm 2 as it is written, geometric mean (range) of four
-shapes, AMD EPYC with AVX-512, 1 thread, torch 2.13, as ``examples/bench_reduction.py`` wrote it to
+shapes, AMD EPYC with AVX2, 1 thread, torch 2.13, as ``examples/bench_reduction.py`` wrote it to
 ``examples/results/bench_reduction.md``:
 
-======== ================= ==================
-values   eager             torch.compile
-======== ================= ==================
->= 0     7.7x (6.1 - 12.1) 9.1x (6.4 - 15.6)
-any sign 1.7x (1.5 - 1.9)  1.9x (1.4 - 2.5)
-======== ================= ==================
+======== =================== ==================
+values   eager               torch.compile
+======== =================== ==================
+>= 0     12.2x (9.0 - 21.6)  6.2x (3.6 - 11.2)
+any sign 5.0x (3.4 - 8.2)    1.5x (1.4 - 1.6)
+======== =================== ==================
 
 The literal form's large temporaries make the ratio differ from process to process. A training step
-of the paper's net (50/100/150 and 48/96/144 channels) runs at 1.03 and 0.86 of its speed with a
-slice in place of the reductions, and at 1.07 and 0.95 if these are compiled. Compile the whole
-model, or its reductions alone with :func:`~lean_fx.reduction.compiling.compile_reductions`.
+of the paper's net (50/100/150 and 48/96/144 channels) runs at 1.05 and 0.99 of its speed with a
+slice in place of the reductions, and at 1.00 and 0.97 if these are compiled by
+:func:`~lean_fx.reduction.compiling.compile_reductions`, which pays where the library is not built.
 
 A channel or a position whose values are all zero (frequent after ReLU) gives zeros, forward and
 backward, never NaN. Half-precision values are reduced in float32.

@@ -14,6 +14,7 @@ from lean_fx.reduction.reference import reference_walk
 if not eager.takes(torch.zeros(1)):
     pytest.skip("lean_fx was installed without a compiler of C++", allow_module_level=True)
 
+POSITIVE, ANY_SIGN = (eager.Options(each, False, 0.0, 0.0) for each in (True, False))
 SHAPES = [
     ((2, 12, 5, 7), 1),  # blocks that cross images
     ((1, 12, 64), 1),  # whole blocks
@@ -26,6 +27,11 @@ SHAPES = [
     ((2, 12, 0), 1),
     ((33, 48, 3, 3), 1),
 ]
+
+
+def by_library(x, seed, axis, nonnegative, layout, damping, floor):
+    options = eager.Options(nonnegative, layout == "interleaved", damping, floor)
+    return compiled_walk(x, seed, axis, options)
 
 
 def by_reference(x, seed, axis, nonnegative, layout, damping, floor):
@@ -44,18 +50,15 @@ def test_the_reference_in_float64(shape, axis, nonnegative, layout, damping, flo
         x[x.abs() < 0.1] = 0.0
         seed = torch.randn(preserved, dtype=torch.float64)
         outs, grads = [], []
-        for way in (compiled_walk, by_reference):
+        for way in (by_library, by_reference):
             inputs = [x.clone().requires_grad_(), seed.clone().requires_grad_()]
-            how = layout == "interleaved" if way is compiled_walk else layout
-            out = way(*inputs, axis, nonnegative, how, damping, floor)
+            out = way(*inputs, axis, nonnegative, layout, damping, floor)
             outs.append(out)
             weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape)
             grads.append(torch.autograd.grad((out * weights).sum(), inputs))
         torch.testing.assert_close(outs[0], outs[1])
         torch.testing.assert_close(grads[0], grads[1])
-        single = compiled_walk(
-            x.float(), seed.float(), axis, nonnegative, layout == "interleaved", damping, floor
-        )
+        single = by_library(x.float(), seed.float(), axis, nonnegative, layout, damping, floor)
         torch.testing.assert_close(single, outs[1].float(), rtol=1e-4, atol=1e-5)
 
 
@@ -66,7 +69,7 @@ def test_gradients_and_those_of_gradients(nonnegative):
     seed = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
     def call(x, seed):
-        return compiled_walk(x, seed, 1, nonnegative, False, 0.0, 0.0)
+        return compiled_walk(x, seed, 1, eager.Options(nonnegative, False, 0.0, 0.0))
 
     assert torch.autograd.gradcheck(call, (x, seed))
     assert torch.autograd.gradgradcheck(call, (x, seed))
@@ -78,7 +81,7 @@ def test_a_gradient_of_one_alone(needs):
     both = [each.clone().requires_grad_() for each in (x, seed)]
     one = [each.clone().requires_grad_(need) for each, need in zip((x, seed), needs, strict=True)]
     for inputs in (both, one):
-        compiled_walk(*inputs, 1, True, False, 0.0, 0.0).square().sum().backward()
+        compiled_walk(*inputs, 1, POSITIVE).square().sum().backward()
     for each, own, need in zip(both, one, needs, strict=True):
         assert (own.grad is not None) == need
         if need:
@@ -95,7 +98,7 @@ def test_threads(threads):
         for count in (1, threads):
             torch.set_num_threads(count)
             inputs = [x.clone().requires_grad_(), seed.clone().requires_grad_()]
-            out = compiled_walk(*inputs, 1, False, False, 0.0, 0.0)
+            out = compiled_walk(*inputs, 1, ANY_SIGN)
             results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     finally:
         torch.set_num_threads(before)

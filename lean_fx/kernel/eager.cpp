@@ -118,12 +118,6 @@ int gradient(const Call& call, const T* x, const T* seed, const T* grad, T* grad
 
 }  // namespace
 
-#if defined(_WIN32)
-#define LEAN_EXPORT extern "C" __declspec(dllexport)
-#else
-#define LEAN_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 LEAN_EXPORT int lean_walk_float32(const Call* call, const float* x, const float* seed, float* out) {
   return walk(*call, x, seed, out);
 }

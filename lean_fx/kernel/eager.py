@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -36,24 +37,30 @@ def takes(x: Tensor) -> bool:
     return plain and _library() is not None
 
 
-def walk(
-    x: Tensor,
-    seed: Tensor,
-    *,
-    nonnegative: bool,
-    interleaved: bool,
-    damping: float,
-    norm_floor: float,
-) -> Tensor:
+@dataclass(frozen=True)
+class Options:
+    """What the walk is told, as :func:`~lean_fx.reduction.functional.lean_reduction` is.
+
+    Attributes:
+        nonnegative: whether no value of ``x`` is below 0.
+        interleaved: whether the layout is ``"interleaved"``.
+        damping: 0 or more.
+        norm_floor: 0 or more.
+    """
+
+    nonnegative: bool
+    interleaved: bool
+    damping: float
+    norm_floor: float
+
+
+def walk(x: Tensor, seed: Tensor, options: Options) -> Tensor:
     """The walk of Algorithm 2, one step with a vector seed and ``scale="sum"``.
 
     Args:
         x: contiguous; :func:`takes` it.
         seed: of the same dtype.
-        nonnegative: as in :func:`~lean_fx.reduction.functional.lean_reduction`, like the rest.
-        interleaved: whether the layout is ``"interleaved"``.
-        damping: 0 or more.
-        norm_floor: 0 or more.
+        options: of the walk.
 
     Shape:
         - x: ``[N, C, P]``, C channels at P positions of N samples
@@ -61,21 +68,11 @@ def walk(
         - output: ``[N, C', P]``
     """
     out = x.new_empty(x.shape[0], len(seed), x.shape[2])
-    call = _call(x, seed, nonnegative, interleaved, damping, norm_floor)
-    _run("walk", call, x, seed.contiguous(), out)
+    _run("walk", _call(x, seed, options), x, seed.contiguous(), out)
     return out
 
 
-def gradient(
-    x: Tensor,
-    seed: Tensor,
-    grad: Tensor,
-    *,
-    nonnegative: bool,
-    interleaved: bool,
-    damping: float,
-    norm_floor: float,
-) -> tuple[Tensor, Tensor]:
+def gradient(x: Tensor, seed: Tensor, grad: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """The gradients of ``x`` and ``seed``, from that of the output of :func:`walk`.
 
     Shape:
@@ -85,23 +82,16 @@ def gradient(
         - output: ``[N, C, P]`` and ``[C']``
     """
     grad_x, grad_seed = torch.empty_like(x), torch.empty_like(seed)
-    call = _call(x, seed, nonnegative, interleaved, damping, norm_floor)
-    _run("gradient", call, x, seed.contiguous(), grad.contiguous(), grad_x, grad_seed)
+    given = (x, seed.contiguous(), grad.contiguous())
+    _run("gradient", _call(x, seed, options), *given, grad_x, grad_seed)
     return grad_x, grad_seed
 
 
-def _call(
-    x: Tensor,
-    seed: Tensor,
-    nonnegative: bool,
-    interleaved: bool,
-    damping: float,
-    norm_floor: float,
-) -> _Call:
+def _call(x: Tensor, seed: Tensor, options: Options) -> _Call:
     before, channels, behind = x.shape
     sizes = (before, behind, len(seed), channels // len(seed))
-    options = (interleaved, nonnegative, 0, torch.get_num_threads())
-    return _Call(*sizes, *options, damping, norm_floor)
+    flags = (options.interleaved, options.nonnegative, 0, torch.get_num_threads())
+    return _Call(*sizes, *flags, options.damping, options.norm_floor)
 
 
 def _run(name: str, call: _Call, *tensors: Tensor) -> None:

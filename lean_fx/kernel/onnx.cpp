@@ -292,12 +292,6 @@ const CustomOp* custom_op() {
 
 }  // namespace
 
-#if defined(_WIN32)
-#define LEAN_EXPORT extern "C" __declspec(dllexport)
-#else
-#define LEAN_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 // What session_options.register_custom_ops_library(path) calls.
 LEAN_EXPORT Status* RegisterCustomOps(SessionOptions* options, const ApiBase* base) {
   api = base->get(API_VERSION);

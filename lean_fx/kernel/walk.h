@@ -6,6 +6,12 @@
 #include "halves.h"
 #include "lanes.h"
 
+#if defined(_WIN32)
+#define LEAN_EXPORT extern "C" __declspec(dllexport)
+#else
+#define LEAN_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace lean {
 
 enum class Normalize { column, row, none };

@@ -66,7 +66,7 @@ from torch import Tensor, nn
 
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, LeanError
-from lean_fx.kernel.eager import takes
+from lean_fx.kernel.eager import Options, takes
 from lean_fx.reduction.compiled_walk import compiled_walk
 from lean_fx.reduction.options import Layout, Normalize, Scale, check_floating, check_options
 from lean_fx.reduction.reference import reference_walk
@@ -215,8 +215,8 @@ def lean_reduction(
     closed = normalize == "column" and iterations == 1 and seed.dim() == 1
     eager = _runs_eagerly(x)
     if closed and eager and not _is_watched() and takes(wide):
-        interleaved = layout == "interleaved"
-        out = compiled_walk(wide, seed, axis, nonnegative, interleaved, damping, norm_floor)
+        options = Options(nonnegative, layout == "interleaved", damping, norm_floor)
+        out = compiled_walk(wide, seed, axis, options)
     elif closed and (eager or torch.compiler.is_dynamo_compiling()):
         out = _fused(wide, seed, axis, nonnegative, layout, damping, norm_floor)
     else:

@@ -6,7 +6,8 @@ parameters, and gives a parameter memory of its own where it shared some. Here
 1. a weight that torch's own hooks compute anew at every call (weight norm, spectral norm and
    pruning of :mod:`torch.nn.utils`) is copied with the value that it has now;
 2. the hooks of the gradients of parameters stay;
-3. parameters and buffers that share memory in the model share memory in the copy.
+3. parameters and buffers that share memory in the model share memory in the copy;
+4. what a forward has left in a list or dict, such as a cache, is copied without its gradient.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
 
 from lean_fx.errors import CaptureError, one_line
 
+_INTERNALS = frozenset(vars(nn.Module()))
 #: Torch's own hooks that compute a weight anew before every call.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -40,7 +43,8 @@ def clone(model: nn.Module) -> nn.Module:
         True
     """
     name = type(model).__name__
-    memo = {id(value): value.detach().clone() for value in _computed_by_hooks(model)}
+    computed = (*_computed_by_hooks(model), *_cached(model))
+    memo = {id(value): value.detach().clone() for value in computed}
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a module's own __deepcopy__ raises
@@ -94,6 +98,15 @@ def _computed_by_hooks(model: nn.Module) -> Iterator[Tensor]:
                 continue
             name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
             value = vars(module).get(name)
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
+
+
+def _cached(model: nn.Module) -> Iterator[Tensor]:
+    """Results of computations in lists and dicts of modules: what a forward has left there."""
+    for module in model.modules():
+        held = [value for name, value in vars(module).items() if name not in _INTERNALS]
+        for value in pytree.tree_leaves([each for each in held if isinstance(each, dict | list)]):
             if isinstance(value, Tensor) and not value.is_leaf:
                 yield value
 

@@ -169,11 +169,25 @@ class Documented(Net):
         return self.train(False)
 
 
-@pytest.mark.parametrize("kind", [Never, AlwaysFrozen, Documented])
+class DropsItsCache(Net):
+    """As LeViT of timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode and self.cache:
+            self.cache = {}
+        return self
+
+
+@pytest.mark.parametrize("kind", [Never, AlwaysFrozen, Documented, DropsItsCache])
 def test_train_and_eval(kind):
     model = kind()
     lean = lean_fx.leanify(model, X, **NOTHING)
-    assert isinstance(lean, torch.fx.GraphModule) == (kind is Documented)
+    assert isinstance(lean, torch.fx.GraphModule) == (kind in (Documented, DropsItsCache))
     for change in (nn.Module.eval, nn.Module.train, kind.eval, kind.train):
         change(model)
         getattr(lean, change.__name__)()

@@ -116,3 +116,36 @@ def test_it_lives_on(kind, nested):
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
     assert not torch.equal(*results[0][:2])
+
+
+class Biased(nn.Module):
+    """As LeViT: in evaluation it keeps what follows from its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.bias, self.cache = nn.Parameter(torch.rand(32)), {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return self.b(self.a(x) + 2 * self.bias)
+        if x.device not in self.cache:
+            self.cache[x.device] = 2 * self.bias
+        return self.b(self.a(x) + self.cache[x.device])
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_model_that_was_run_is_as_good_as_a_fresh_one(nested):
+    model = nn.Sequential(nn.Linear(32, 32), Biased()) if nested else Biased()
+    wanted = model.eval()(X)
+    lean = lean_fx.leanify(model, X, min_channels=10**9)
+    torch.testing.assert_close(lean(X), wanted)
+    for mode in (True, False):
+        torch.testing.assert_close(lean.train(mode)(X), model.train(mode)(X))

@@ -22,13 +22,15 @@ _STATE = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_sta
 _LOADING = ("load_state_dict", "_load_from_state_dict")
 _MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _CATCHING = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the latter before Python 3.11
+_INTERNALS = frozenset(vars(nn.Module()))
 _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
 
 def lost_in_a_graph(module: nn.Module, evaluation: bool = False, *, is_part: bool = True) -> str:
     """What the code of a module does that its graph would not; empty if there is nothing.
 
-    - A ``train`` or ``eval`` of its own, unless it only calls torch's, and a method of its own that
+    - A ``train`` or ``eval`` of its own, unless it only calls torch's and drops
+      caches, and a method of its own that
       makes or reads a state_dict.
     - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
     - Another way where a call fails: ``except RuntimeError``.
@@ -90,7 +92,7 @@ def _own_method(module: nn.Module, evaluation: bool, is_part: bool) -> str:
     """A method that makes or reads a state_dict, or sets modes and does more than call torch's."""
     for name in () if evaluation else _MODES:
         method = _own(module, name)
-        if method and (name in vars(module) or not _only_calls_torch(method, name)):
+        if method and (name in vars(module) or not _only_calls_torch(method, name, module)):
             return name
     return next((name for name in _STATE if _own(module, name)), "") or (
         own_loading(module) if is_part else ""
@@ -145,12 +147,14 @@ def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
     return None
 
 
-def _only_calls_torch(method: Callable[..., Any], name: str) -> bool:
-    """Whether a train or eval hands its mode on to torch's and does no more."""
+def _only_calls_torch(method: Callable[..., Any], name: str, module: nn.Module) -> bool:
+    """Whether a train or eval hands its mode on to torch's and does no more than drop caches."""
     code = getattr(method, "__code__", None)
     if code is None:
         return False
-    names, constants = set(code.co_names), set(code.co_consts) - {method.__doc__}
+    caches = {key for key, value in vars(module).items() if type(value) in (dict, list)}
+    names = set(code.co_names) - (caches - _INTERNALS) - {"clear"}
+    constants = set(code.co_consts) - {method.__doc__}
     if name == "train":
         return "train" in names and names <= _CALLING_TORCH | {"train"} and constants <= {None}
     called = names & {"eval", "train"}

@@ -29,9 +29,8 @@ _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 def lost_in_a_graph(module: nn.Module, evaluation: bool = False, *, is_part: bool = True) -> str:
     """What the code of a module does that its graph would not; empty if there is nothing.
 
-    - A ``train`` or ``eval`` of its own, unless it only calls torch's and drops
-      caches, and a method of its own that
-      makes or reads a state_dict.
+    - A ``train`` or ``eval`` of its own, unless it only calls torch's and drops caches, and a
+      method of its own that makes or reads a state_dict.
     - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
     - Another way where a call fails: ``except RuntimeError``.
     - Settings that may change later, of an object or class among its globals.

@@ -1,13 +1,17 @@
 """What a forward does around its calls: gradients, autocast, seeds. A graph records calls alone."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import get_autocast_dtype, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
 
 import lean_fx
 from lean_fx.capture.capturing import capture
+from lean_fx.capture.refusals import refusing_functions
+from lean_fx.capture.side_effects import SideEffect
 from lean_fx.errors import CaptureError
 
 X = torch.rand(2, 32)
@@ -122,6 +126,21 @@ def test_it_is_refused_without_inputs(between):
         CaptureError, match=r"Net: torch.fx cannot trace its forward \(SideEffect: "
     ):
         capture(Net(between))
+
+
+def test_other_threads_are_not_refused():
+    def work():
+        torch.manual_seed(0)
+        with torch.autocast("cpu"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            x = torch.ones(2, 2, requires_grad=True)
+            checkpoint(torch.sin, x, use_reentrant=False).sum().backward()
+        return is_grad_enabled(), torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
+
+    with refusing_functions([globals()], lambda: False):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(work).result()[:2] == (True, True)
+        with pytest.raises(SideEffect, match="forward calls torch.manual_seed"):
+            work()
 
 
 def test_names_of_the_models_code_are_put_back():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,12 +51,21 @@ def refusing_functions(
     Raises:
         SideEffect: a model's code calls one of them.
     """
+    thread = threading.get_ident()
+
+    def traces() -> bool:  # and no other thread runs a model meanwhile
+        return threading.get_ident() == thread and not computing()
+
+    def checkpointing(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise SideEffect("gradient checkpointing would be lost")
+        return recompute(*args, **kwargs)
 
     def refused(function: Callable[..., Any], effect: str) -> Callable[..., Any]:
         @functools.wraps(function)
         def asked(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if not computing() and caller.partition(".")[0] not in ("torch", "lean_fx"):
+            if traces() and caller.partition(".")[0] not in ("torch", "lean_fx"):
                 raise SideEffect(effect)
             return function(*args, **kwargs)
 
@@ -63,16 +73,17 @@ def refusing_functions(
 
     def entering(enter: Callable[..., Any], effect: str) -> Callable[..., Any]:
         def entered(self: Any) -> Any:
-            if not computing():
+            if traces():
                 raise SideEffect(f"{effect} in forward")
             return enter(self)
 
         return entered
 
+    recompute = checkpoint._checkpoint_without_reentrant_generator
     replaced: dict[int, Any] = {}
     patches: list[Patch] = [
         (utils, "unwrap_dead_wrappers", _refusing_proxies(utils.unwrap_dead_wrappers)),
-        (checkpoint, "_checkpoint_without_reentrant_generator", _refuse_checkpointing),
+        (checkpoint, "_checkpoint_without_reentrant_generator", checkpointing),
         *((kind, "__enter__", entering(kind.__enter__, effect)) for kind, effect in _MODES),
     ]
     asking = [(torch, name, f"forward asks torch.{name}") for name in _QUESTIONS]
@@ -104,7 +115,3 @@ def _refusing_proxies(unwrap: Callable[..., Any]) -> Callable[..., Any]:
         return unwrap(args)
 
     return refuse
-
-
-def _refuse_checkpointing(*_: Any, **__: Any) -> Any:
-    raise SideEffect("gradient checkpointing would be lost")

@@ -176,6 +176,7 @@ class DropsItsCache(Net):
         super().__init__()
         self.cache = {}
 
+    @torch.no_grad()
     def train(self, mode=True):
         super().train(mode)
         if mode and self.cache:

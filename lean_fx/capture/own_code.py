@@ -6,6 +6,7 @@ What is told here is told by the code, before anything runs.
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
@@ -148,7 +149,7 @@ def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
 
 def _only_calls_torch(method: Callable[..., Any], name: str, module: nn.Module) -> bool:
     """Whether a train or eval hands its mode on to torch's and does no more than drop caches."""
-    code = getattr(method, "__code__", None)
+    code = getattr(inspect.unwrap(method), "__code__", None)  # @torch.no_grad() wraps it
     if code is None:
         return False
     caches = {key for key, value in vars(module).items() if type(value) in (dict, list)}

@@ -183,6 +183,10 @@ class DropsItsCache(Net):
             self.cache = {}
         return self
 
+    def _apply(self, fn, *args, **kwargs):
+        self.cache = {}
+        return super()._apply(fn, *args, **kwargs)
+
 
 @pytest.mark.parametrize("kind", [Never, AlwaysFrozen, Documented, DropsItsCache])
 def test_train_and_eval(kind):
@@ -194,6 +198,27 @@ def test_train_and_eval(kind):
         getattr(lean, change.__name__)()
         if change in (kind.eval, kind.train):
             assert [each.training for each in (lean, lean.a)] == [model.training, model.a.training]
+
+
+class MovesItsTable(Net):
+    """Its table is no buffer: to() and half() reach it here alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = [torch.ones(32)]
+
+    def _apply(self, fn, *args, **kwargs):
+        self.table = [fn(each) for each in self.table]
+        return super()._apply(fn, *args, **kwargs)
+
+    def forward(self, x):
+        return super().forward(x * self.table[0])
+
+
+def test_an_apply_that_moves_more_than_torch_does():
+    lean = lean_fx.leanify(around(MovesItsTable()), X, **NOTHING).double()
+    assert isinstance(lean.get_submodule("1"), MovesItsTable)
+    assert lean.get_submodule("1").table[0].dtype == torch.float64
 
 
 class TriesAnother(Net):

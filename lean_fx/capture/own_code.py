@@ -19,7 +19,8 @@ from lean_fx.graph.model_code import code_of_forward
 from lean_fx.graph.reachable import NUMBERS, settings_of
 
 _MODES = ("train", "eval")
-_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state", "_apply")
+_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
+_MOVING = "_apply"  # what to(), half() and cuda() call
 _LOADING = ("load_state_dict", "_load_from_state_dict")
 _MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _CATCHING = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the latter before Python 3.11
@@ -30,8 +31,8 @@ _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 def lost_in_a_graph(module: nn.Module, evaluation: bool = False, *, is_part: bool = True) -> str:
     """What the code of a module does that its graph would not; empty if there is nothing.
 
-    - A ``train`` or ``eval`` of its own, unless it only calls torch's and drops caches, and a
-      method of its own that makes or reads a state_dict.
+    - A ``train``, ``eval`` or ``_apply`` of its own, unless it only calls torch's and drops
+      caches, and a method of its own that makes or reads a state_dict.
     - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
     - Another way where a call fails: ``except RuntimeError``.
     - Settings that may change later, of an object or class among its globals.
@@ -89,8 +90,8 @@ def own_call(module: nn.Module) -> str:
 
 
 def _own_method(module: nn.Module, evaluation: bool, is_part: bool) -> str:
-    """A method that makes or reads a state_dict, or sets modes and does more than call torch's."""
-    for name in () if evaluation else _MODES:
+    """A method that makes or reads a state_dict, or does more than call torch's of that name."""
+    for name in (_MOVING,) if evaluation else (*_MODES, _MOVING):
         method = _own(module, name)
         if method and (name in vars(module) or not _only_calls_torch(method, name, module)):
             return name
@@ -148,14 +149,15 @@ def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def _only_calls_torch(method: Callable[..., Any], name: str, module: nn.Module) -> bool:
-    """Whether a train or eval hands its mode on to torch's and does no more than drop caches."""
+    """Whether a train, eval or _apply calls torch's and does no more than drop caches."""
     code = getattr(inspect.unwrap(method), "__code__", None)  # @torch.no_grad() wraps it
     if code is None:
         return False
-    caches = {key for key, value in vars(module).items() if type(value) in (dict, list)}
+    kinds = (dict,) if name == _MOVING else (dict, list)  # a list may hold what _apply moves
+    caches = {key for key, value in vars(module).items() if type(value) in kinds}
     names = set(code.co_names) - (caches - _INTERNALS) - {"clear"}
     constants = set(code.co_consts) - {method.__doc__}
-    if name == "train":
-        return "train" in names and names <= _CALLING_TORCH | {"train"} and constants <= {None}
+    if name != "eval":
+        return name in names and names <= _CALLING_TORCH | {name} and constants <= {None}
     called = names & {"eval", "train"}
     return bool(called) and names <= _CALLING_TORCH | called and constants <= {None, False}

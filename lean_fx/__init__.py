@@ -47,13 +47,16 @@ if TYPE_CHECKING:
     from lean_fx.kernel import onnx_kernel
     from lean_fx.measure.comparison import compare
     from lean_fx.measure.costs import costs_of
+    from lean_fx.saving import load, save
 else:
     _LOADED_WHEN_USED = {
         "compare": "lean_fx.measure.comparison",
         "costs_of": "lean_fx.measure.costs",
         "export_onnx": "lean_fx.export.exporting",
+        "load": "lean_fx.saving",
         "onnx_kernel": "lean_fx.kernel",
         "plan_of": "lean_fx.export.stored_plan",
+        "save": "lean_fx.saving",
     }
 
     def __getattr__(name):
@@ -90,6 +93,7 @@ __all__ = [
     "export_onnx",
     "lean_reduction",
     "leanify",
+    "load",
     "onnx_kernel",
     "plan",
     "plan_of",
@@ -97,5 +101,6 @@ __all__ = [
     "reductions",
     "register_layer",
     "register_reduction",
+    "save",
     "unregister_layer",
 ]

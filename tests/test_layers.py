@@ -32,7 +32,7 @@ LAYERS = (
     {"lean_fx.export"},
     {"lean_fx.measure"},
     {"lean_fx.selection"},
-    {"lean_fx.transform"},
+    {"lean_fx.transform", "lean_fx.saving"},
     {"lean_fx"},
     {"lean_fx.experiment"},
 )
@@ -48,6 +48,7 @@ OPTIONAL = {
     "sklearn": {"lean_fx.experiment"},
     "lightning": {"lean_fx.experiment"},
     "filelock": {"lean_fx.experiment"},
+    "safetensors": {"lean_fx.saving"},
 }
 
 #: How many modules of lean_fx `import lean_fx` may load; 103 before it left export and measure out.
@@ -141,7 +142,7 @@ def test_import_loads_neither_the_exporter_nor_the_timer():
 
 
 def test_what_is_loaded_when_it_is_used_is_listed():
-    lazily = {"compare", "costs_of", "export_onnx", "plan_of"}
+    lazily = {"compare", "costs_of", "export_onnx", "load", "plan_of", "save"}
     code = (
         f"import lean_fx; assert {lazily!r} < set(dir(lean_fx)); from lean_fx import *\n"
         "assert set(lean_fx.__all__) <= set(globals()) & set(dir(lean_fx))\n"

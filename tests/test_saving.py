@@ -1,0 +1,180 @@
+"""save and load: one file, no pickle, the same numbers in another process."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lean_fx
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+X = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
+class Conv(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            *(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 5)),
+        )
+
+
+class Branches(Conv):
+    """No graph can be made of it: every layer reduces its own input."""
+
+    def forward(self, x):
+        h = super().forward(x)
+        return h if h.sum() > 0 else -h
+
+
+class Tied(nn.Module):
+    """Its decoder's weight is its embedding's; two blocks are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.decoder = nn.Embedding(12, 32), nn.Linear(32, 12, bias=False)
+        self.decoder.weight = self.embedding.weight
+        self.first = self.second = nn.Linear(32, 32)
+        self.rnn = nn.LSTM(32, 32, batch_first=True)
+
+    def forward(self, x):
+        h, _ = self.rnn(torch.relu(self.second(torch.relu(self.first(self.embedding(x))))))
+        return self.decoder(h)
+
+
+def trained(lean, x):
+    """After a step, so that weights and running means are no other model's."""
+    optimizer = torch.optim.SGD(lean.parameters(), 0.1)
+    lean.train()(x).square().mean().backward()
+    optimizer.step()
+    return lean.eval()
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize(("kind", "x"), [(Conv, X), (Branches, X), (Tied, TOKENS)])
+def test_a_loaded_model_is_the_one_that_was_saved(kind, x, tmp_path):
+    lean = trained(lean_fx.leanify(kind(), x), x)
+    assert lean_fx.plan_of(lean).sites
+    lean_fx.save(lean, tmp_path / "net.safetensors")
+    loaded = lean_fx.load(tmp_path / "net.safetensors", kind(), x).eval()
+    assert lean_fx.plan_of(loaded) == lean_fx.plan_of(lean)
+    assert list(loaded.state_dict()) == list(lean.state_dict())
+    assert torch.equal(loaded(x), lean(x))
+    assert len(list(loaded.parameters())) == len(list(lean.parameters()))  # what was tied, is
+
+
+def test_in_another_process(tmp_path):
+    lean = trained(lean_fx.leanify(Conv(), X), X)
+    lean_fx.save(lean, tmp_path / "net.safetensors")
+    torch.save((X, lean(X)), tmp_path / "tensors.pt")
+    code = (
+        "import torch, lean_fx; from test_saving import Conv\n"
+        "x, y = torch.load('tensors.pt')\n"
+        "lean = lean_fx.load('net.safetensors', Conv(), x).eval()\n"
+        "print(torch.equal(lean(x), y))"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run(
+        *([sys.executable, "-c", code],),
+        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True},
+    )
+    assert run.stdout == "True\n", run.stderr
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("reduction", sorted(lean_fx.reductions()))
+def test_every_reduction(reduction, tmp_path):
+    lean = lean_fx.leanify(Conv(), X, reduction=reduction, channels=8).eval()
+    lean_fx.save(lean, tmp_path / "net")
+    assert torch.equal(lean_fx.load(tmp_path / "net", Conv().eval(), X)(X), lean(X))
+
+
+def test_the_dtype_is_that_of_the_model(tmp_path):
+    lean_fx.save(lean_fx.leanify(Conv(), X).double(), tmp_path / "net")
+    loaded = lean_fx.load(tmp_path / "net", Conv().double(), X.double())
+    assert loaded(X.double()).dtype == torch.float64
+    text = f"{tmp_path}/net: '0.weight' is of torch.float64, and torch.float32 in the model; "
+    with pytest.raises(lean_fx.DataError, match=re.escape(text)):
+        lean_fx.load(tmp_path / "net", Conv(), X)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    lean_fx.save(lean_fx.leanify(Conv(), X), tmp_path / "net")
+    return tmp_path / "net"
+
+
+def rewritten(path, change):
+    """The same file with other tensors or metadata."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(metadata, tensors)
+    safetensors.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda meta, _: meta.pop("lean_fx.plan"), "holds no plan; give a file that lean_fx.save"),
+        (lambda _, held: held.pop("3.bias"), "holds no '3.bias', which the model has; give the"),
+        (
+            lambda _, held: held.update(more=torch.ones(2)),
+            "holds 'more', which the model has not; give the model that was saved",
+        ),
+        (
+            lambda _, held: held.update({"3.bias": torch.ones(2)}),
+            "'3.bias' has shape (2,), and (32,) in the model; give the model that was saved",
+        ),
+        *(
+            (lambda meta, _, text=text: meta.update({"lean_fx.tied": text}), "its lean_fx.tied is")
+            for text in ("[1]", "{", "7", '{"a": "no such"}', '{"a": []}', "[" * 100_000)
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit(saved, change, text):
+    rewritten(saved, change)
+    with pytest.raises(lean_fx.DataError, match="^" + re.escape(f"{saved}: {text}")):
+        lean_fx.load(saved, Conv(), X)
+
+
+def test_a_plan_that_does_not_fit(saved):
+    other = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    with pytest.raises(lean_fx.PlanError, match="'3'"):
+        lean_fx.load(saved, other, torch.rand(2, 32))
+    rewritten(saved, lambda meta, _: meta.update({"lean_fx.plan": json.dumps({"format": "no"})}))
+    with pytest.raises(lean_fx.PlanError):
+        lean_fx.load(saved, Conv(), X)
+
+
+def test_a_file_that_is_none(tmp_path):
+    with pytest.raises(lean_fx.DataError, match="net: there is no such file; give one that"):
+        lean_fx.load(tmp_path / "net", Conv(), X)
+    for content in (b"", b"no tensors", b"\xff" * 64):
+        (tmp_path / "net").write_bytes(content)
+        with pytest.raises(lean_fx.DataError, match="net: is no safetensors file"):
+            lean_fx.load(tmp_path / "net", Conv(), X)
+    with pytest.raises(lean_fx.DataError, match="is no safetensors file"):
+        lean_fx.load(tmp_path, Conv(), X)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(lean_fx.ArgumentError, match="Conv object holds no plan; give what leanify"):
+        lean_fx.save(Conv(), tmp_path / "net")
+    with pytest.raises(lean_fx.ArgumentError, match="^save: dict object is no module; give a"):
+        lean_fx.save({}, tmp_path / "net")
+    lean = lean_fx.leanify(Conv(), X)
+    with pytest.raises(lean_fx.WriteError, match="cannot be written"):
+        lean_fx.save(lean, tmp_path / "missing" / "net")
+    lean.register_buffer("sparse", torch.eye(2).to_sparse())
+    with pytest.raises(lean_fx.ArgumentError, match="^save: 'sparse' of the model's state_dict is"):
+        lean_fx.save(lean, tmp_path / "net")
+    with pytest.raises(lean_fx.ArgumentError, match="no dense tensor with data"):
+        lean_fx.save(lean_fx.leanify(Conv(), X).to("meta"), tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from lean_fx.experiment.ablation import (
     write_rows,
 )
 from lean_fx.experiment.datasets import digits
+from lean_fx.measure.costs import count_parameters
 from support.arms import ablated_net
 
 
@@ -82,7 +83,12 @@ def test_text_and_lists_give_the_same_grid():
     assert grid("4, 8", "slice,,narrow", "0,1", 2) == grid([4, 8], ["slice", "narrow"], [0, 1], 2)
 
 
-def test_without_a_net_of_ones_own_there_is_a_small_one(tmp_path):
+def test_without_a_net_of_ones_own_there_is_a_small_one(tmp_path, monkeypatch):
+    def untrained(setting, data, folder, make):
+        parameters = count_parameters(make(setting))
+        return dataclasses.replace(ROW, **dataclasses.asdict(setting), parameters=parameters)
+
+    monkeypatch.setattr(ablation, "_measured", untrained)
     rows = run_grid(grid("8", "narrow", "0", 1), small_digits(), tmp_path)
     baseline, lean, narrow = (row.parameters for row in rows)
     assert baseline > 2 * lean

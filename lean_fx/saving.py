@@ -30,7 +30,7 @@ def save(lean: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ArgumentError: the model holds no plan, or its ``state_dict`` holds what is no dense tensor
-            with data.
+            with data, or of a dtype that safetensors has not.
         MissingDependencyError: safetensors is not installed.
         PlanError: the plan's reduction is a class without a registered name.
         WriteError: the file cannot be written.
@@ -56,6 +56,10 @@ def save(lean: nn.Module, path: str | os.PathLike[str]) -> None:
     with replacing(path) as part:
         try:
             safetensors.save_file(tensors, part, metadata)
+        except KeyError as error:  # of its table of dtypes
+            raise ArgumentError(
+                f"save: safetensors has no dtype {error}; such a model can be saved by torch.save"
+            ) from error
         except Exception as error:  # its own type, for a full disk too
             raise WriteError(f"{path}: cannot be written ({error})") from error
 

@@ -175,6 +175,11 @@ def test_what_cannot_be_saved(tmp_path):
     lean.register_buffer("sparse", torch.eye(2).to_sparse())
     with pytest.raises(lean_fx.ArgumentError, match="^save: 'sparse' of the model's state_dict is"):
         lean_fx.save(lean, tmp_path / "net")
+    lean.sparse = torch.zeros(2, dtype=torch.complex128)
+    with pytest.raises(
+        lean_fx.ArgumentError, match="^save: safetensors has no dtype torch.complex"
+    ):
+        lean_fx.save(lean, tmp_path / "net")
     with pytest.raises(lean_fx.ArgumentError, match="no dense tensor with data"):
         lean_fx.save(lean_fx.leanify(Conv(), X).to("meta"), tmp_path / "net")
     assert list(tmp_path.iterdir()) == []

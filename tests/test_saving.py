@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import safe_open, save_file
 from torch import nn
 
 import lean_fx
-
-safetensors = pytest.importorskip("safetensors.torch")
 
 X = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -80,11 +79,9 @@ def test_in_another_process(tmp_path):
         "lean = lean_fx.load('net.safetensors', Conv(), x).eval()\n"
         "print(torch.equal(lean(x), y))"
     )
-    environment = {"PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.run(
-        *([sys.executable, "-c", code],),
-        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True},
-    )
+    command = [sys.executable, "-c", code]
+    tests = {"PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run(command, cwd=tmp_path, env=tests, capture_output=True, text=True)
     assert run.stdout == "True\n", run.stderr
 
 
@@ -113,10 +110,10 @@ def saved(tmp_path):
 
 def rewritten(path, change):
     """The same file with other tensors or metadata."""
-    with safetensors.safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(metadata, tensors)
-    safetensors.save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata)
 
 
 @pytest.mark.parametrize(

@@ -82,30 +82,43 @@ def _hidden_folder(target: Path) -> tuple[Path, int | None]:
     while True:
         prefix = f".{target.stem[:32]}."
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=_HIDDEN))
-        lock = _lock(folder)
+        try:
+            lock = _lock(folder)
+        except BlockingIOError:  # another writer has met it unlocked, and is removing it
+            continue
         if folder.exists():
             return folder, lock
-        _unlock(lock)  # another process has met it unlocked
+        _unlock(lock)  # another writer has removed it
 
 
 def _remove_left_folders(parent: Path) -> None:
     """Remove the hidden folders of processes that live no more."""
     for folder in parent.glob(f".*{_HIDDEN}"):
-        lock = _lock(folder)
+        try:
+            lock = _lock(folder)
+        except BlockingIOError:  # its maker lives
+            continue
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             _unlock(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder until :func:`_unlock`, or the end of the process; None if it cannot be."""
+    """Lock a folder until :func:`_unlock`, or the end of the process; None if it cannot be.
+
+    Raises:
+        BlockingIOError: another has locked it.
+    """
     if fcntl is None:
         return None
     handle = None
     try:
         handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # it is locked, or gone, or its file system knows no locks
+    except BlockingIOError:
+        _unlock(handle)
+        raise
+    except OSError:  # it is gone, or its file system knows no locks
         _unlock(handle)
         return None
     return handle

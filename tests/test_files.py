@@ -1,5 +1,8 @@
+import fcntl
 import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,21 @@ def test_no_reader_meets_an_old_file_with_new_companions(tmp_path, monkeypatch):
         part.write_text("new")
         part.with_name("a.data").write_text("new")
     assert moved == [("a.data", False), ("a", False)]
+
+
+def test_a_hidden_folder_that_another_writer_is_removing_is_left_to_it(tmp_path, monkeypatch):
+    make, met = tempfile.mkdtemp, []
+
+    def make_and_meet(*args, **options):
+        folder = Path(make(*args, **options))
+        if not met:  # another writer meets the first before its maker has locked it
+            met.append((folder, os.open(folder, os.O_RDONLY)))
+            fcntl.flock(met[0][1], fcntl.LOCK_EX)
+        return str(folder)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_meet)
+    with replacing(tmp_path / "a") as part:
+        shutil.rmtree(met[0][0])
+        os.close(met[0][1])
+        part.write_text("whole")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]

@@ -9,7 +9,7 @@ Example:
 What the functions return, and what a plan holds, has its home in its module:
 
 - :class:`lean_fx.passes.Site` and :class:`lean_fx.passes.Consumer`, the rows of a plan, and
-  :class:`lean_fx.planning.plans.LeftAlone`, the layers that it leaves alone;
+  :class:`lean_fx.skip_reason.LeftAlone`, the layers that it leaves alone;
 - :class:`lean_fx.export.exporting.Exported`, from ``export_onnx``;
 - :class:`lean_fx.measure.costs_table.Costs`, from ``costs_of``;
 - :class:`lean_fx.measure.comparison_table.Comparison`, from ``compare``.

@@ -27,10 +27,10 @@ from torch.fx import Graph, GraphModule, Node
 from lean_fx.errors import ArgumentError
 from lean_fx.layers.kinds import first_weight, input_channels, kind_of
 from lean_fx.passes import Consumer, Site, facts
-from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.planning.plans import Plan
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 Keep = Literal["all", "saving", "measured"]
 

@@ -1,4 +1,4 @@
-"""Why a layer is left alone: a code for programs, and a line for people."""
+"""The layers left alone, and why: a code for programs, and a line for people."""
 
 from __future__ import annotations
 
@@ -71,3 +71,25 @@ class SkipReason:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A layer that is not reduced, or a parameter that multiplies values outside any layer.
+
+    Attributes:
+        layer: its qualified name; for a functional call without a parameter, the node's name.
+        kind: its type, such as ``"Conv2d"``, or the function, such as ``"einsum"``.
+        reason: why; a code for programs and a line for people.
+
+    Example:
+        >>> import lean_fx
+        >>> from torch import nn
+        >>> (left,) = lean_fx.plan(nn.Sequential(nn.Conv2d(3, 50, 3))).left_alone
+        >>> left.layer, left.reason.code
+        ('0', 'min_channels')
+    """
+
+    layer: str
+    kind: str
+    reason: SkipReason

@@ -76,7 +76,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx.measure.comparison_table import Comparison
-from lean_fx.planning.plans import LeftAlone
+from lean_fx.skip_reason import LeftAlone
 
 model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
 inputs = torch.rand(5, 8)

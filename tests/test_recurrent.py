@@ -22,9 +22,8 @@ from lean_fx.capture.capturing import capture
 from lean_fx.errors import BranchError, PlanError
 from lean_fx.measure.timing import Latency
 from lean_fx.passes import SplitLayers
-from lean_fx.planning.plans import LeftAlone
 from lean_fx.reduction.packed import with_data
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 OPTIONS = [
     {},

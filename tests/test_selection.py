@@ -15,10 +15,9 @@ from lean_fx.passes import facts
 from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.options import Options
 from lean_fx.planning.planner import choose_sites
-from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.records import graph_records
 from lean_fx.selection import _alone
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 from lean_fx.transform import _analyse
 
 

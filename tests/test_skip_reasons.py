@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 import lean_fx
 from graphs import Net
 from lean_fx.errors import PlanError
-from lean_fx.planning.plans import LeftAlone, Plan
-from lean_fx.skip_reason import SkipCode, SkipReason
+from lean_fx.planning.plans import Plan
+from lean_fx.skip_reason import LeftAlone, SkipCode, SkipReason
 
 X = torch.rand(2, 32)
 

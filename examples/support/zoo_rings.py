@@ -156,7 +156,7 @@ def reason_for(site: CallSite, plan: Plan) -> str:
     """Why a plan left a call site alone, without names and numbers, so that it can be counted.
 
     Example:
-        >>> from lean_fx.planning.plans import LeftAlone
+        >>> from lean_fx.skip_reason import LeftAlone
         >>> from lean_fx.skip_reason import SkipReason
         >>> left = LeftAlone("conv", "Conv2d", SkipReason("nothing_to_reduce", "in_channels=1"))
         >>> reason_for(CallSite("conv", "conv", 64, 4), Plan("Net", (), (left,)))

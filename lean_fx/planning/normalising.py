@@ -22,8 +22,7 @@ from lean_fx.passes.find_consumers import NO_PART_REDUCED, skip_reason_of
 from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.passes.split_layers import splitter_of
 from lean_fx.planning.options import Options, named_by_user, skip_reason
-from lean_fx.planning.plans import LeftAlone
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
 @dataclass(frozen=True)

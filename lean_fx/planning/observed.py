@@ -36,12 +36,12 @@ from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, in
 from lean_fx.passes.find_consumers import skip_reason_of
 from lean_fx.passes.measure_scale import unit_variances
 from lean_fx.planning.options import Options, unwanted
-from lean_fx.planning.plans import LeftAlone, Plan
+from lean_fx.planning.plans import Plan
 from lean_fx.planning.product_uses import ProductUses
 from lean_fx.planning.records import Record, unread_records
 from lean_fx.planning.uncalled import WEIGHT_READ
 from lean_fx.planning.weight_uses import Use, WeightUses
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

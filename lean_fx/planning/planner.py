@@ -12,12 +12,11 @@ from lean_fx.graph.rewriting import numbered
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes.find_consumers import called_repeatedly
 from lean_fx.planning.options import Options
-from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.policy import check_names, nearest_divisor, wanted_channels
 from lean_fx.planning.records import Record
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory, make_reduction
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
 def choose_sites(records: Sequence[Record], options: Options) -> tuple[list[Site], list[LeftAlone]]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +11,10 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.capturing import capture, unfused_clone
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.errors import ArgumentError, PlanError
+from lean_fx.errors import PlanError
 from lean_fx.graph.site_reductions import check_registered
 from lean_fx.locks import SHARED_STATE
 from lean_fx.passes import (
-    Consumer,
     InferSign,
     InsertReductions,
     ModularizeWeights,
@@ -30,35 +25,10 @@ from lean_fx.passes import (
     TrackWrites,
 )
 from lean_fx.passes.swap_layers import swap_layer
-from lean_fx.reduction.base import check_channels
-from lean_fx.reduction.registry import ReductionFactory, reduction_name, reductions, registered_name
-from lean_fx.skip_reason import SkipReason
-
-#: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
-PLAN = "lean_fx.plan"
-_VERSION = 2
-_MOST_AXES = 64  # as most of torch's functions take
-
-
-@dataclass(frozen=True)
-class LeftAlone:
-    """A layer that is not reduced, or a parameter that multiplies values outside any layer.
-
-    Attributes:
-        layer: its qualified name; for a functional call without a parameter, the node's name.
-        kind: its type, such as ``"Conv2d"``, or the function, such as ``"einsum"``.
-        reason: why; a code for programs and a line for people.
-
-    Example:
-        >>> import lean_fx
-        >>> (left,) = lean_fx.plan(nn.Sequential(nn.Conv2d(3, 50, 3))).left_alone
-        >>> left.layer, left.reason.code
-        ('0', 'min_channels')
-    """
-
-    layer: str
-    kind: str
-    reason: SkipReason
+from lean_fx.planning.plan_json import PLAN, plan_from_json, plan_to_json
+from lean_fx.planning.plan_table import plan_table
+from lean_fx.reduction.registry import ReductionFactory
+from lean_fx.skip_reason import LeftAlone
 
 
 @dataclass(frozen=True)
@@ -179,15 +149,7 @@ class Plan:
         Raises:
             PlanError: the reduction is a class without a registered name.
         """
-        name = registered_name(self.reduction)
-        if name is None:
-            raise PlanError(
-                f"plan: the reduction {reduction_name(self.reduction)} has no registered name; "
-                "give it one with lean_fx.register_reduction('my_name', factory)"
-            )
-        content = {"format": PLAN, "version": _VERSION}
-        content |= dataclasses.asdict(dataclasses.replace(self, reduction=name))
-        return json.dumps(content, indent=1)
+        return plan_to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -197,156 +159,8 @@ class Plan:
             PlanError: the text is not a plan, its version is unknown, or its reduction is not
                 registered.
         """
-        try:
-            content: dict[str, Any] = json.loads(text)
-            form, version = content.pop("format"), content.pop("version")
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise PlanError(
-                f"plan: the text is not a plan in JSON ({error}); give Plan.to_json()"
-            ) from error
-        if (form, version) != (PLAN, _VERSION):
-            raise PlanError(
-                f"plan: format {form!r} version {version!r} is not {PLAN!r} version {_VERSION}; "
-                "make the plan anew"
-            )
-        try:
-            sites = [_site_from(entry) for entry in content.pop("sites")]
-            _check_different(sites)
-            left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
-            split, weights = (
-                _names(key, content.pop(key, ())) for key in ("split_layers", "weights")
-            )
-            plan = Plan(
-                sites=tuple(sites),
-                left_alone=tuple(left),
-                split_layers=split,
-                weights=weights,
-                **content,
-            )
-            for part in (plan, *left):
-                _check_types(part)
-        except (TypeError, KeyError, AttributeError, ArgumentError) as error:
-            raise PlanError(
-                f"plan: a part is missing or unknown ({error}); make it anew"
-            ) from error
-        if plan.reduction not in reductions():
-            raise PlanError(
-                f"plan: the reduction {plan.reduction!r} is not registered; call "
-                f"lean_fx.register_reduction({plan.reduction!r}, factory) first"
-            )
-        return plan
+        return plan_from_json(text, Plan)
 
     def __str__(self) -> str:
         """The plan as a table of plain text."""
-        count = sum(len(site.consumers) for site in self.sites)
-        layers = sum(each.reason.code != "within_stack" for each in self.left_alone) + count
-        plural = "" if len(self.sites) == 1 else "s"
-        head = (
-            f"Plan for {self.model}: {len(self.sites)} reduction{plural} "
-            f"({reduction_name(self.reduction)}) before {count} of {layers} "
-            "layers"
-        )
-        lines = [head]
-        if self.sites:
-            before = sum(consumer.weights for site in self.sites for consumer in site.consumers)
-            after = sum(_after(c, site) for site in self.sites for c in site.consumers)
-            lines.append(
-                f"their weights: {before:,} -> {after:,}, of {self.parameters:,} parameters in all"
-            )
-        if self.split_layers:
-            lines.append(f"split into single layers: {', '.join(self.split_layers)}")
-        if self.weights:
-            lines.append(f"parameters made layers: {', '.join(self.weights)}")
-        if self.sites:
-            header = ("value", "sign", "MACs", "layer", "type", "channels", "weights", "note")
-            lines += _aligned([header, *(row for site in self.sites for row in _rows(site))])
-        if self.left_alone:
-            lines.append("left alone")
-            lines += _aligned(
-                [(each.layer, each.kind, each.reason.text) for each in self.left_alone]
-            )
-        return "\n".join(lines)
-
-
-def _rows(site: Site) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for consumer in site.consumers:
-        rows.append(
-            (
-                "" if rows else site.value or "its input",
-                "" if rows else (">= 0" if site.nonnegative else "any"),
-                "" if rows or site.macs is None else f"{site.macs:,}",
-                consumer.layer,
-                consumer.kind,
-                f"{site.in_channels} -> {site.out_channels}"
-                + (f" in {site.groups} groups" if site.groups > 1 else ""),
-                f"{consumer.weights:,} -> {_after(consumer, site):,}",
-                "" if rows else site.note,
-            )
-        )
-    return rows
-
-
-def _after(consumer: Consumer, site: Site) -> int:
-    return consumer.weights * (site.out_channels or 0) // site.in_channels
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def _check_types(part: Any) -> None:
-    """Check the plain fields of a dataclass by their annotations."""
-    kinds = {"str": str, "int": int, "int | None": int | None, "float": float | int, "bool": bool}
-    kinds["str | None"] = str | None
-    for field in dataclasses.fields(part):
-        kind, value = kinds.get(str(field.type)), getattr(part, field.name)
-        if kind is not None and (not isinstance(value, kind) or type(value) is bool is not kind):
-            raise TypeError(f"{field.name}={value!r} is not {field.type}")
-
-
-def _names(key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
-        raise TypeError(f"{key}= is not a list of names of layers")
-    return tuple(value)
-
-
-def _left_alone_from(entry: dict[str, Any]) -> LeftAlone:
-    return LeftAlone(**{**entry, "reason": SkipReason(**entry["reason"])})
-
-
-def _check_different(sites: list[Site]) -> None:
-    seen: set[tuple[str, Consumer]] = set()
-    for site in sites:
-        for consumer in site.consumers:
-            if (site.value, consumer) in seen:
-                raise TypeError(f"layer {consumer.layer!r} reads {site.value!r} at two sites")
-            seen.add((site.value, consumer))
-
-
-def _site_from(entry: dict[str, Any]) -> Site:
-    consumers = [
-        Consumer(**{**each, "path": tuple(each["path"])}) for each in entry.pop("consumers")
-    ]
-    site = Site(consumers=tuple(consumers), **entry)
-    for part in (site, *consumers):
-        _check_types(part)
-    texts = [site.name, *(t for c in consumers for t in (c.layer, *c.path))]
-    if site.value:
-        texts += [consumer.node for consumer in consumers]
-    elif len(consumers) != 1:
-        raise TypeError("a site without a value has one layer")
-    if not consumers or not all(isinstance(text, str) and text for text in texts):
-        raise TypeError(f"site {site.value!r} has no consumers, or a part without a name")
-    check_channels("site", site.in_channels, site.out_channels or 0)
-    if site.groups < 1:
-        raise TypeError(f"site {site.value!r} has groups={site.groups}")
-    if not -_MOST_AXES <= site.dim < _MOST_AXES:
-        raise TypeError(f"site {site.value!r} has dim={site.dim}, which no tensor has")
-    if not 0 <= site.rms < math.inf:
-        raise TypeError(f"site {site.value!r} has rms={site.rms}")
-    return site
+        return plan_table(self)

@@ -14,9 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lean_fx.graph.products import SAME_AS_INPUT, operands, why_computed
 from lean_fx.layers.kinds import kind_of
-from lean_fx.planning.plans import LeftAlone
 from lean_fx.planning.weight_uses import Watch
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
 class ProductUses(Watch):

@@ -15,8 +15,7 @@ from torch.fx import GraphModule, Node
 from lean_fx.graph.facts import ChannelRead, Facts, facts
 from lean_fx.layers.kinds import base_type, input_weights
 from lean_fx.planning.options import Options, named_by_user, unwanted
-from lean_fx.planning.plans import LeftAlone
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from torch.fx import GraphModule
 from lean_fx.capture.tracing import LeanTracer
 from lean_fx.graph.calls import has_hooks
 from lean_fx.layers.kinds import KINDS
-from lean_fx.planning.plans import LeftAlone
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 WEIGHT_READ = SkipReason("weight_read_in_forward", "forward reads its weight itself")
 

@@ -1,0 +1,139 @@
+"""A plan as JSON, and back: what is read is checked, as a file may come from anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from lean_fx.errors import ArgumentError, PlanError
+from lean_fx.graph.sites import Consumer, Site
+from lean_fx.reduction.base import check_channels
+from lean_fx.reduction.registry import reduction_name, reductions, registered_name
+from lean_fx.skip_reason import LeftAlone, SkipReason
+
+if TYPE_CHECKING:
+    from lean_fx.planning.plans import Plan
+
+#: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
+PLAN = "lean_fx.plan"
+_VERSION = 2
+_MOST_AXES = 64  # as most of torch's functions take
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The text of a plan.
+
+    Raises:
+        PlanError: the reduction is a class without a registered name.
+    """
+    name = registered_name(plan.reduction)
+    if name is None:
+        raise PlanError(
+            f"plan: the reduction {reduction_name(plan.reduction)} has no registered name; "
+            "give it one with lean_fx.register_reduction('my_name', factory)"
+        )
+    content = {"format": PLAN, "version": _VERSION}
+    content |= dataclasses.asdict(dataclasses.replace(plan, reduction=name))
+    return json.dumps(content, indent=1)
+
+
+def plan_from_json(text: str, make: type[Plan]) -> Plan:
+    """The plan of a text.
+
+    Args:
+        text: what :func:`plan_to_json` gave.
+        make: the class of plans.
+
+    Raises:
+        PlanError: the text is not a plan, its version is unknown, or its reduction is not
+            registered.
+    """
+    try:
+        content: dict[str, Any] = json.loads(text)
+        form, version = content.pop("format"), content.pop("version")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise PlanError(
+            f"plan: the text is not a plan in JSON ({error}); give Plan.to_json()"
+        ) from error
+    if (form, version) != (PLAN, _VERSION):
+        raise PlanError(
+            f"plan: format {form!r} version {version!r} is not {PLAN!r} version {_VERSION}; "
+            "make the plan anew"
+        )
+    try:
+        sites = [_site_from(entry) for entry in content.pop("sites")]
+        _check_different(sites)
+        left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
+        split, weights = (_names(key, content.pop(key, ())) for key in ("split_layers", "weights"))
+        plan = make(
+            sites=tuple(sites),
+            left_alone=tuple(left),
+            split_layers=split,
+            weights=weights,
+            **content,
+        )
+        for part in (plan, *left):
+            _check_types(part)
+    except (TypeError, KeyError, AttributeError, ArgumentError) as error:
+        raise PlanError(f"plan: a part is missing or unknown ({error}); make it anew") from error
+    if plan.reduction not in reductions():
+        raise PlanError(
+            f"plan: the reduction {plan.reduction!r} is not registered; call "
+            f"lean_fx.register_reduction({plan.reduction!r}, factory) first"
+        )
+    return plan
+
+
+def _check_types(part: Any) -> None:
+    """Check the plain fields of a dataclass by their annotations."""
+    kinds = {"str": str, "int": int, "int | None": int | None, "float": float | int, "bool": bool}
+    kinds["str | None"] = str | None
+    for field in dataclasses.fields(part):
+        kind, value = kinds.get(str(field.type)), getattr(part, field.name)
+        if kind is not None and (not isinstance(value, kind) or type(value) is bool is not kind):
+            raise TypeError(f"{field.name}={value!r} is not {field.type}")
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
+        raise TypeError(f"{key}= is not a list of names of layers")
+    return tuple(value)
+
+
+def _left_alone_from(entry: dict[str, Any]) -> LeftAlone:
+    return LeftAlone(**{**entry, "reason": SkipReason(**entry["reason"])})
+
+
+def _check_different(sites: list[Site]) -> None:
+    seen: set[tuple[str, Consumer]] = set()
+    for site in sites:
+        for consumer in site.consumers:
+            if (site.value, consumer) in seen:
+                raise TypeError(f"layer {consumer.layer!r} reads {site.value!r} at two sites")
+            seen.add((site.value, consumer))
+
+
+def _site_from(entry: dict[str, Any]) -> Site:
+    consumers = [
+        Consumer(**{**each, "path": tuple(each["path"])}) for each in entry.pop("consumers")
+    ]
+    site = Site(consumers=tuple(consumers), **entry)
+    for part in (site, *consumers):
+        _check_types(part)
+    texts = [site.name, *(t for c in consumers for t in (c.layer, *c.path))]
+    if site.value:
+        texts += [consumer.node for consumer in consumers]
+    elif len(consumers) != 1:
+        raise TypeError("a site without a value has one layer")
+    if not consumers or not all(isinstance(text, str) and text for text in texts):
+        raise TypeError(f"site {site.value!r} has no consumers, or a part without a name")
+    check_channels("site", site.in_channels, site.out_channels or 0)
+    if site.groups < 1:
+        raise TypeError(f"site {site.value!r} has groups={site.groups}")
+    if not -_MOST_AXES <= site.dim < _MOST_AXES:
+        raise TypeError(f"site {site.value!r} has dim={site.dim}, which no tensor has")
+    if not 0 <= site.rms < math.inf:
+        raise TypeError(f"site {site.value!r} has rms={site.rms}")
+    return site

@@ -52,7 +52,7 @@ def exported(net, inputs, path):
 
 
 @pytest.mark.parametrize(
-    ("make", "width"), [(lambda: Logistic(40), 4), (lambda: deep_net(40), 16)], ids=["map", "lean"]
+    ("make", "width"), [(lambda: Logistic(40), 4), (lambda: deep_net(20), 16)], ids=["map", "lean"]
 )
 def test_a_net_that_amplifies_rounding_exports_with_a_warning(make, width, tmp_path):
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_a_net_that_amplifies_rounding_exports_with_a_warning(make, width, tmp_p
     assert path.exists()
 
 
-@pytest.mark.parametrize("depth", [1, 40])
+@pytest.mark.parametrize("depth", [1, 20])
 def test_a_wrong_reduction_is_no_rounding(depth, tmp_path, monkeypatch):
     text = LeanFunction.text
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_a_wrong_reduction_is_no_rounding(depth, tmp_path, monkeypatch):
     assert not (tmp_path / "net.onnx").exists()
 
 
-@pytest.mark.parametrize("depth", [1, 40])
+@pytest.mark.parametrize("depth", [1, 20])
 def test_a_slightly_wrong_weight_is_found_by_name(depth, tmp_path):
     torch.manual_seed(0)
     net, inputs = deep_net(depth), torch.randn(2, 16)

@@ -1,5 +1,6 @@
 """torch's Transformer modules: what is inside is captured, split, reduced, and means the same."""
 
+import contextlib
 import copy
 import itertools
 
@@ -22,13 +23,15 @@ EACH_HEAD = torch.where(torch.rand(N * H, L, L) + torch.eye(L) < 0.4, -torch.inf
 PADDING = torch.arange(L) > torch.tensor([[4], [2], [3]])  # True where a sequence has ended
 
 
-@pytest.fixture(params=[True, False], ids=["fast path", "no fast path"])
-def fast_path(request):
+@contextlib.contextmanager
+def fast_path(enabled):
     """Whether torch may take its fused calls in evaluation."""
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(request.param)
-    yield
-    torch.backends.mha.set_fastpath_enabled(before)
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class Calls(nn.Module):
@@ -74,7 +77,8 @@ def versions(model):
 
 
 def check(model, *inputs, real=None):
-    """Captured and split, in both modes, with gradients and without: the numbers are the model's.
+    """Captured and split, in both modes, with gradients and without, and with torch's fast path
+    and without: the numbers are the model's.
 
     Args:
         model: in float64, without dropout.
@@ -84,10 +88,10 @@ def check(model, *inputs, real=None):
     for training in (True, False):
         model.train(training)
         for made in versions(model):
-            for gradients, mode in itertools.product((True, False), (training, not training)):
+            for gradients, mode, fast in itertools.product((True, False), repeat=3):
                 model.train(mode)
                 made.train(mode)
-                with torch.set_grad_enabled(gradients):
+                with torch.set_grad_enabled(gradients), fast_path(fast):
                     found, wanted = made(*inputs), model(*inputs)
                     if real is not None:
                         found, wanted = found[real], wanted[real]
@@ -122,7 +126,7 @@ def settings(kind):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_encoder_layer_is_that_of_torch(kind, mask, fast_path):
+def test_an_encoder_layer_is_that_of_torch(kind, mask):
     if (kind, mask) == ("odd heads", "each head"):
         pytest.skip("the mask is for two heads")
     layer = drawn(nn.TransformerEncoderLayer(**settings(kind)))
@@ -146,7 +150,7 @@ def test_masks_of_any_numbers_are_added():
 @pytest.mark.parametrize("kind", ["post", "pre", "batch first"])
 @pytest.mark.parametrize("norm", [None, nn.LayerNorm(E)])
 @pytest.mark.parametrize("nested", [True, False])
-def test_an_encoder_is_that_of_torch(kind, mask, norm, nested, fast_path):
+def test_an_encoder_is_that_of_torch(kind, mask, norm, nested):
     layer = nn.TransformerEncoderLayer(**settings(kind))
     encoder = drawn(nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=nested))
     batch_first = layer.self_attn.batch_first
@@ -166,7 +170,7 @@ def test_an_encoder_is_that_of_torch(kind, mask, norm, nested, fast_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["post", "pre", "batch first", "no bias"])
-def test_a_decoder_is_that_of_torch(kind, options, fast_path):
+def test_a_decoder_is_that_of_torch(kind, options):
     layer = drawn(nn.TransformerDecoderLayer(**settings(kind)))
     inputs = [sequences(n, layer.self_attn.batch_first) for n in (L, S)]
     real = ~PADDING if layer.self_attn.batch_first else ~PADDING.T
@@ -177,7 +181,7 @@ def test_a_decoder_is_that_of_torch(kind, options, fast_path):
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_a_whole_transformer_is_that_of_torch(batch_first, fast_path):
+def test_a_whole_transformer_is_that_of_torch(batch_first):
     model = drawn(nn.Transformer(E, H, 2, 1, 16, 0.0, batch_first=batch_first))
     src, tgt = sequences(S, batch_first), sequences(L, batch_first)
     check(CallsTwo(model), src, tgt)

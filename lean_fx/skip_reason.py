@@ -33,6 +33,7 @@ SkipCode = Literal[
     "inside_leaf",
     "inside_module",
     "fails_reduced",  # the model's code does not accept the reduced layer
+    "form",  # only a graph can reduce it
     # It is part of a stack of recurrent layers or of attention.
     "parts_not_reduced",
     "within_stack",  # the stack stays whole and stands for it

@@ -29,11 +29,12 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
 )
+from lean_fx.planning.module_form import in_module_form
 from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.observed import layer_names, observed_records, without_failing
 from lean_fx.planning.options import Options
 from lean_fx.planning.planner import check_named_layers, choose_sites, named_sites
-from lean_fx.planning.plans import Plan
+from lean_fx.planning.plans import Form, Plan
 from lean_fx.planning.policy import ChannelsPolicy, Skip
 from lean_fx.planning.records import graph_records, unread_records
 from lean_fx.planning.uncalled import layers_inside_leaves, part_names, uncalled_layers
@@ -54,6 +55,7 @@ def leanify(
     reduce_inputs: bool = False,
     keep: Keep = "all",
     kernel: bool | None = None,
+    form: Form = "graph",
 ) -> nn.Module:
     """Insert LEAN reductions before the layers of a model, and shrink these layers.
 
@@ -90,15 +92,22 @@ def leanify(
         kernel: with ``"measured"``: whether ONNX Runtime computes the reductions by
             :func:`~lean_fx.onnx_kernel`, or by the function in the file. None: by the kernel where
             it is built.
+        form: what to make: ``"graph"``, a GraphModule whose reductions are nodes; or ``"module"``,
+            a copy of the model itself, with its class, methods, containers and hooks, in which
+            each layer reduces its own input. The planner is the same, and so are the numbers in
+            eval mode. Layers that read one tensor share its reduction; if the code gives each a
+            copy, each computes its own. ``"module"`` needs example inputs, and leaves alone what
+            only a graph can take apart: attention, later layers of recurrent stacks, and
+            parameters outside layers.
 
     Returns:
-        A torch.fx.GraphModule, or, if ``model`` cannot be traced, a module of its own class. The
-        plan is in ``meta["lean_fx.plan"]``. If no layer can be reduced, the result equals
-        ``model``, and a LeanWarning says why.
+        A torch.fx.GraphModule, or, with ``form="module"`` or if ``model`` cannot be traced, a
+        module of its own class. The plan is in ``meta["lean_fx.plan"]``. If no layer can be
+        reduced, the result equals ``model``, and a LeanWarning says why.
 
     Raises:
-        ArgumentError: an option is out of range, the model rejects the example inputs, or ``keep``
-            needs a graph and the model cannot be traced.
+        ArgumentError: an option is out of range, the model rejects the example inputs, ``keep``
+            needs a graph and the model cannot be traced, or ``form="module"`` has no inputs.
         CaptureError: the model cannot be traced, and there are no example inputs.
 
     Example:
@@ -121,7 +130,7 @@ def leanify(
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with SHARED_STATE, torch.inference_mode(False):  # the copies will be trained
-        made, captured = _planned(model, example_inputs, options, keep, kernel)
+        made, captured = _planned(model, example_inputs, options, keep, kernel, form)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
@@ -131,7 +140,9 @@ def leanify(
             LeanWarning,
             stacklevel=2,
         )
-    return made.apply_to_graph(captured) if captured is not None else made.apply(model)
+    if made.form == "module" or captured is None:
+        return made.apply_to_copy(model, captured)
+    return made.apply_to_graph(captured)
 
 
 def plan(
@@ -147,6 +158,7 @@ def plan(
     reduce_inputs: bool = False,
     keep: Keep = "all",
     kernel: bool | None = None,
+    form: Form = "graph",
 ) -> Plan:
     """Decide what :func:`leanify` would reduce with the same arguments, and what it would not.
 
@@ -169,14 +181,24 @@ def plan(
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with SHARED_STATE, torch.inference_mode(False):
-        return _planned(model, example_inputs, options, keep, kernel)[0]
+        return _planned(model, example_inputs, options, keep, kernel, form)[0]
 
 
 def _planned(
-    model: nn.Module, example_inputs: Any, options: Options, keep: Keep, kernel: bool | None
+    model: nn.Module,
+    example_inputs: Any,
+    options: Options,
+    keep: Keep,
+    kernel: bool | None,
+    form: Form,
 ) -> tuple[Plan, GraphModule | None]:
     """The plan, and the captured graph to apply it to (None if the model cannot be traced)."""
     check_choice("keep", keep, get_args(Keep))
+    check_choice("form", form, get_args(Form))
+    if form == "module" and example_inputs is None:
+        raise ArgumentError(
+            "form='module' needs example_inputs: one run on them shows which layers are called"
+        )
     inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
     try:
         captured = capture(model, inputs)
@@ -188,18 +210,19 @@ def _planned(
                 f"keep={keep!r} needs a graph, keep='all' does not; {error}"
             ) from error
         made = _plan_observed(model, unfused_clone(model), inputs, options)
-        reason = str(error).partition("; ")[0]
-        warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
+        if form == "graph":
+            reason = str(error).partition("; ")[0]
+            warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
         return made, None
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
     rewritings = Rewritings.of(captured, options)
     normalised = clone_graph(captured)
     rewritings.apply(normalised)
     _analyse(normalised, inputs)
-    made = _plan_graph(model, normalised, rewritings, options, keep, kernel)
+    made = _plan_graph(model, normalised, rewritings, options, keep, kernel, form)
     if inputs and keep == "all":
         made = _with_layers_inside_leaves(made, captured, inputs, options)
-    return made, captured
+    return (made if form == "graph" else in_module_form(made, model, inputs)), captured
 
 
 def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -217,6 +240,7 @@ def _plan_graph(
     options: Options,
     keep: Keep,
     kernel: bool | None,
+    form: Form,
 ) -> Plan:
     """Plan and select on the normalised graph; drop the rewritings that no site uses."""
     called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
@@ -225,6 +249,9 @@ def _plan_graph(
     names = [each.layer for each in records]
     check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])
     chosen, left = choose_sites(records, options)
+    if form == "module":
+        chosen, hidden = rewritings.outside(chosen)
+        left += hidden
     sites, dropped = select_sites(chosen, options.reduction, normalised, keep, kernel)
     used = rewritings.used_by(sites)
     unused = rewritings.without(used)
@@ -258,7 +285,7 @@ def _plan_observed(
         left_alone=tuple(left),
         reduction=options.reduction,
         parameters=_count(model),
-        traced=False,
+        form="module",
     )
     return without_failing(made, runnable, inputs)
 

@@ -1,8 +1,9 @@
 """Transformation: a layer reduces its own input, wherever it is called.
 
-What a graph shows gets its reductions as nodes (:class:`~lean_fx.passes.InsertReductions`). Two
-things it does not show: the calls of a model that cannot be traced, and one layer called several
-times, whose weights fit one width alone. There the layer itself is changed::
+What a graph shows gets its reductions as nodes (:class:`~lean_fx.passes.InsertReductions`). Three
+things it does not show: the calls of a model that cannot be traced, those of one that keeps its
+class, and one layer called several times, whose weights fit one width alone. There the layer itself
+is changed::
 
     cell(x)                                  before
     cell(cell.reduction(x))                  after: a forward pre-hook of the rebuilt layer
@@ -13,13 +14,16 @@ module's forward applies the weight, the hooks are of that module
 
 Rules:
 
-1. It acts on sites without a value. A layer that holds a ``reduction`` is left alone.
+1. In a graph it acts on sites without a value. A layer that holds a ``reduction`` is left alone.
 2. The reduction is promised values of 0 or more where every value that the layer reads is proved.
+3. In a model (:func:`swap_layers`) it acts on all sites. The layers of a site share its reduction,
+   and its result where they read one tensor (:mod:`lean_fx.layers.shared_inputs`). A linear layer
+   behind a flatten brings the channels back to an axis of their own first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.fx import GraphModule
@@ -28,8 +32,9 @@ from lean_fx.errors import PlanError
 from lean_fx.graph.facts import facts
 from lean_fx.graph.site_reductions import check_layer, reduction_for
 from lean_fx.graph.sites import Site
-from lean_fx.layers.input_hooks import reduce_first, reduce_within
+from lean_fx.layers.input_hooks import ReduceFlattened, reduce_first, reduce_within
 from lean_fx.layers.rebuild import rebuild
+from lean_fx.layers.shared_inputs import ReduceOnce
 from lean_fx.passes.base import Pass
 from lean_fx.passes.find_consumers import layer_input
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
@@ -57,52 +62,93 @@ class SwapLayers(Pass):
         """Swap the layers one by one."""
         modules = dict(graph_module.named_modules())
         todo = [site for site in self.sites if f"{site.layers[0]}.reduction" not in modules]
-        for site in todo:
-            nodes = [node for node in graph_module.graph.nodes if node.target in site.layers]
-            reads = [layer_input(node) for node in nodes]
-            proved = all(read is not None and facts(read).nonnegative for read in reads)
-            swap_layer(graph_module, site, self.reduction, nonnegative=site.nonnegative and proved)
+        swap_layers(graph_module, todo, self.reduction, proved=proved_layers(graph_module))
         return bool(todo)
 
 
-def swap_layer(
-    model: nn.Module, site: Site, reduction: str | ReductionFactory, *, nonnegative: bool
+def proved_layers(graph_module: GraphModule) -> frozenset[str]:
+    """The layers that read no element below 0 at any call, as ``InferSign`` has proved."""
+    proved: dict[str, bool] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            read = layer_input(node)
+            known = read is not None and facts(read).nonnegative
+            proved[str(node.target)] = proved.get(str(node.target), True) and known
+    return frozenset(name for name, known in proved.items() if known)
+
+
+def swap_layers(
+    model: nn.Module,
+    sites: Iterable[Site],
+    reduction: str | ReductionFactory,
+    *,
+    proved: Collection[str] = (),
 ) -> None:
-    """Put in the place of a layer one that reduces its input first.
+    """Put in the place of the layers of sites some that reduce their input first.
 
     Args:
         model: changed in place.
-        site: without a value, and with one layer.
-        reduction: a registered name or a factory.
-        nonnegative: whether what the layer reads is proved to have no element below 0.
+        sites: with their ``out_channels``. The same random numbers make the same weights as in a
+            graph.
+        reduction: a registered name or a factory; it makes one module for each site.
+        proved: the names of layers whose input is proved to have no element below 0.
 
     Raises:
-        PlanError: the layer is not there, or not what the plan says.
+        PlanError: a layer is not there, or not what the plan says.
 
     Example:
         >>> import torch
         >>> from lean_fx.passes import Consumer
         >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
-        >>> site = Site("", -1, 64, (Consumer("2", "Linear", ""),), out_channels=8)
-        >>> swap_layer(model, site, "lean", nonnegative=True)
+        >>> site = Site("", -1, 64, (Consumer("2", "Linear", ""),), 8, nonnegative=True)
+        >>> swap_layers(model, [site], "lean", proved=["2"])
         >>> model[2].reduction
         LeanReduction(64, 8, dim=-1, nonnegative)
         >>> model(torch.rand(3, 8)).shape
         torch.Size([3, 2])
     """
-    (consumer,) = site.consumers
-    layer = dict(model.named_modules()).get(consumer.layer)
-    check_layer(layer, consumer, site)
-    assert layer is not None
+    sites = tuple(sites)
+    modules = dict(model.named_modules())
+    names: dict[int, list[str]] = {}  # a layer may have several
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for site in sites:
+        for consumer in site.consumers:
+            check_layer(modules.get(consumer.layer), consumer, site)
+
+    def made(site: Site) -> tuple[nn.Module, float]:
+        nonnegative = site.nonnegative and all(name in proved for name in site.layers)
+        return reduction_for(site, reduction, modules[site.layers[0]], nonnegative)
+
+    for site in sites:
+        if not site.value:
+            _swap(model, names, site, *made(site))
+    shared = [(site, *made(site)) for site in sites if site.value]
+    for each in shared:
+        _swap(model, names, *each)
+
+
+def _swap(
+    model: nn.Module, names: dict[int, list[str]], site: Site, reduction: nn.Module, gain: float
+) -> None:
     assert site.out_channels is not None
-    module, gain = reduction_for(site, reduction, layer, nonnegative)
-    made = rebuild(layer, site.out_channels * site.groups, gain)
-    made.add_module("reduction", module)
-    model.set_submodule(consumer.layer, made)
-    if consumer.applied_by is None:
-        made.register_forward_pre_hook(reduce_first, with_kwargs=True)
-    else:
-        _reduce_within(model, consumer.applied_by, consumer.layer)
+    readers = sum(consumer.features_per_channel == 1 for consumer in site.consumers)
+    once = ReduceOnce(readers) if readers > 1 else reduce_first
+    for consumer in site.consumers:
+        features = consumer.features_per_channel
+        layer = model.get_submodule(consumer.layer)
+        made = rebuild(layer, site.out_channels * features * site.groups, gain)
+        made.add_module("reduction", reduction)
+        for name in names[id(layer)]:
+            model.set_submodule(name, made)
+        if consumer.applied_by is not None:
+            _reduce_within(model, consumer.applied_by, consumer.layer)
+        elif features == 1:
+            made.register_forward_pre_hook(once, with_kwargs=True)
+        else:
+            last = site.dim == -1
+            sizes = (features, site.in_channels) if last else (site.in_channels, features)
+            made.register_forward_pre_hook(ReduceFlattened(sizes), with_kwargs=True)
 
 
 def _reduce_within(model: nn.Module, applied_by: str, layer: str) -> None:

@@ -247,7 +247,7 @@ def test_a_layer_with_a_layer_inside(registering, net):
     )
     plan = lean_fx.plan(net(nn.Linear(4, 32), Around(32)), torch.rand(2, 4))
     assert found(plan) == {"1": ("Around", -1, 32)}
-    assert plan.traced == (net is nn.Sequential)
+    assert plan.form == ("graph" if net is nn.Sequential else "module")
 
 
 class Middle(nn.Module):

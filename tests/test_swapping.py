@@ -132,7 +132,7 @@ def test_the_result_is_an_ordinary_module():
 def test_it_exports(tmp_path):
     x = torch.randn(4, 5, 6)
     lean_fx.export_onnx(untraced(Loop(), x), tmp_path / "net.onnx", x)
-    assert lean_fx.plan_of(tmp_path / "net.onnx").traced is False
+    assert lean_fx.plan_of(tmp_path / "net.onnx").form == "module"
 
 
 def test_the_plan_of_a_model_that_cannot_be_traced():

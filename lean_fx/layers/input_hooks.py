@@ -20,8 +20,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
@@ -30,17 +30,50 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from lean_fx.layers.kinds import LAYER_OF_CALL, channel_axis, groups_of
 from lean_fx.reduction.packed import with_data
 
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
 
-def reduce_first(
-    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The forward pre-hook of a layer that is called: its first argument, reduced."""
+
+def with_first(args: Args, kwargs: Kwargs, change: Callable[[Any], Any]) -> tuple[Args, Kwargs]:
+    """The arguments of a layer's call, the first of them changed."""
     if args:
-        return (_reduced(layer, args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "input": _reduced(layer, kwargs["input"])}
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": change(kwargs["input"])}
 
 
-def _reduced(layer: Any, value: Any) -> Any:
+def reduce_first(layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """The forward pre-hook of a layer that is called: its first argument, reduced."""
+    return with_first(args, kwargs, lambda value: reduced(layer, value))
+
+
+class ReduceFlattened:
+    """The forward pre-hook of a linear layer that reads the flattened channels of a value.
+
+    Args:
+        sizes: of the axes that were flattened: the channels and their positions, or the positions
+            and their channels.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2 * 9, 4)
+        >>> layer.reduction = lambda x: x[:, :2]
+        >>> _ = layer.register_forward_pre_hook(ReduceFlattened((8, 9)), with_kwargs=True)
+        >>> layer(torch.rand(3, 8, 3, 3).flatten(1)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, sizes: tuple[int, int]) -> None:
+        self.sizes = sizes
+
+    def __call__(self, layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The layer's arguments, the first of them reduced."""
+        return with_first(
+            args, kwargs, lambda x: layer.reduction(x.unflatten(-1, self.sizes)).flatten(-2)
+        )
+
+
+def reduced(layer: Any, value: Any) -> Any:
+    """What a layer that holds a ``reduction`` reads in the place of a value."""
     if isinstance(value, PackedSequence):
         return with_data(value, layer.reduction(value.data))
     if groups_of(layer) > 1:

@@ -78,7 +78,10 @@ def _kind_of_torch(layer_type: type[nn.Module], width: str, out: str, **others: 
 
 
 _CONV: dict[str, Any] = {"width": "in_channels", "out": "out_channels"}
-_CONV |= {"groups": attrgetter("groups"), "channel_dim": lambda layer: -1 - len(layer.kernel_size)}
+_CONV |= {
+    "groups": lambda layer: layer.groups,
+    "channel_dim": lambda layer: -1 - len(layer.kernel_size),
+}
 _TRANSPOSED: dict[str, Any] = {**_CONV, "macs": _macs_of_read}
 _RECURRENT: dict[str, Any] = {"width": "input_size", "macs": _macs_of_steps, "recurrent": True}
 _STACK = {**_RECURRENT, "out": "", "weights": ("weight_ih_l0", "weight_ih_l0_reverse")}

@@ -9,6 +9,7 @@ has in the captured graph.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,6 +24,8 @@ from lean_fx.passes.modularize_weights import weights_of_products
 from lean_fx.passes.split_layers import splitter_of
 from lean_fx.planning.options import Options, named_by_user, skip_reason
 from lean_fx.skip_reason import LeftAlone, SkipReason
+
+_HIDDEN = SkipReason("form", "only form='graph' changes the forward that applies it")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,22 @@ class Rewritings:
             name for name in self.split_layers if any(_is_inside(layer, name) for layer in reduced)
         ]
         return Rewritings(tuple(split), tuple(name for name in self.weights if name in reduced))
+
+    def outside(self, sites: Iterable[Site]) -> tuple[list[Site], list[LeftAlone]]:
+        """The sites without the layers that only these rewritings show, and those layers."""
+        kept, hidden = [], []
+        for site in sites:
+            inside = [
+                each
+                for each in site.consumers
+                if each.layer in self.weights
+                or any(_is_inside(each.layer, name) for name in self.split_layers)
+            ]
+            hidden += [LeftAlone(each.layer, each.kind, _HIDDEN) for each in inside]
+            consumers = tuple(each for each in site.consumers if each not in inside)
+            if consumers:
+                kept.append(dataclasses.replace(site, consumers=consumers))
+        return kept, hidden
 
     def without(self, others: Rewritings) -> Rewritings:
         """The rewritings that are not among others."""

@@ -47,7 +47,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What a layer read in one forward pass.
 
     Attributes:
@@ -63,6 +63,11 @@ class _Seen:
     is_input: bool = False
     applied_by: str | None = None
     otherwise: bool = False
+
+    @property
+    def called(self) -> bool:
+        """Whether the layer itself is called."""
+        return self.calls > 0 and self.applied_by is None
 
     def add(self, value: Any, own: set[int]) -> None:
         """Add what a call reads."""
@@ -92,8 +97,7 @@ def observed_records(
         ArgumentError: the model fails on the inputs or has no values.
         CaptureError: it cannot be copied.
     """
-    check_values(model)
-    seen, products = _observe(clone(model), inputs)  # what cannot be copied is told as that
+    seen, products = observe(model, inputs)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     options = dataclasses.replace(options, modules=modules | dict(options.modules))
     owners = owners_of(model)
@@ -121,7 +125,7 @@ def layer_names(model: nn.Module) -> list[str]:
 def _record(
     name: str,
     layer: nn.Module,
-    seen: _Seen,
+    seen: Seen,
     reason: SkipReason | None,
     options: Options,
     model: str,
@@ -150,11 +154,22 @@ def _record(
     )
 
 
-def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
+def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen], list[LeftAlone]]:
     """What every layer reads, for inputs of unit variance, else for the inputs themselves.
 
-    And the parameters of no layer that multiply values.
+    Args:
+        model: it stays as it is.
+        inputs: example inputs.
+
+    Returns:
+        What each layer reads, by its name, and the parameters of no layer that multiply values.
+
+    Raises:
+        ArgumentError: the model fails on the inputs or has no values.
+        CaptureError: it cannot be copied.
     """
+    check_values(model)
+    model = clone(model)  # what cannot be copied is told as that
     with torch.random.fork_rng(), leaving_state(model):
         torch.manual_seed(0)
         try:
@@ -172,12 +187,12 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen
         ) from error
 
 
-def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], list[LeftAlone]]:
+def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen], list[LeftAlone]]:
     copied = clone(model).eval()
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
-    called: dict[str, _Seen] = {}
+    called: dict[str, Seen] = {}
     for name, layer in copied.named_modules():
-        seen = called[name] = _Seen()
+        seen = called[name] = Seen()
         if kind_of(layer):
             layer.register_forward_pre_hook(_recording_hook(seen, own), with_kwargs=True)
     with torch.no_grad(), WeightUses(copied) as watch, ProductUses(copied) as products:
@@ -188,18 +203,18 @@ def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, _Seen], 
     return called, list(products.left_alone.values())
 
 
-def _applied(uses: list[Use], own: set[int]) -> _Seen:
+def _applied(uses: list[Use], own: set[int]) -> Seen:
     """What a layer that is never called read where its weight is used."""
     if any(use.input is None for use in uses):
-        return _Seen(otherwise=True)
+        return Seen(otherwise=True)
     holders = set.intersection(*(set(use.within) for use in uses))
-    seen = _Seen(applied_by=max(holders, key=len))
+    seen = Seen(applied_by=max(holders, key=len))
     for use in uses:
         seen.add(use.input, own)
     return seen
 
 
-def _recording_hook(seen: _Seen, own: set[int]) -> Any:
+def _recording_hook(seen: Seen, own: set[int]) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.add(args[0] if args else kwargs.get("input"), own)
 
@@ -232,10 +247,9 @@ def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pl
     for site in made.sites:
         reason = _failure(dataclasses.replace(made, sites=(*kept, site)), model, inputs)
         if reason:
-            (consumer,) = site.consumers
             text = f"the model fails where it reduces its input: {reason}"
             refused = SkipReason("fails_reduced", text)
-            left.append(LeftAlone(consumer.layer, consumer.kind, refused))
+            left += [LeftAlone(each.layer, each.kind, refused) for each in site.consumers]
         else:
             kept.append(site)
     return dataclasses.replace(made, sites=tuple(kept), left_alone=tuple(left))
@@ -247,7 +261,7 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     tried = dataclasses.replace(made, sites=sites)
     with torch.random.fork_rng(), torch.no_grad(), leaving_state(model):
         try:
-            tried.apply(model).eval()(*inputs)
+            tried.apply_to_copy(model, None).eval()(*inputs)
         except Exception as error:  # the model's own code
             return f"{type(error).__name__}: {one_line(error, 200)}"
     return ""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
 PLAN = "lean_fx.plan"
-_VERSION = 2
+_VERSION = 3
 _MOST_AXES = 64  # as most of torch's functions take
 
 
@@ -76,6 +76,8 @@ def plan_from_json(text: str, make: type[Plan]) -> Plan:
         )
         for part in (plan, *left):
             _check_types(part)
+        if plan.form not in ("graph", "module"):
+            raise TypeError(f"form={plan.form!r} is neither 'graph' nor 'module'")
     except (TypeError, KeyError, AttributeError, ArgumentError) as error:
         raise PlanError(f"plan: a part is missing or unknown ({error}); make it anew") from error
     if plan.reduction not in reductions():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,11 +24,14 @@ from lean_fx.passes import (
     SwapLayers,
     TrackWrites,
 )
-from lean_fx.passes.swap_layers import swap_layer
+from lean_fx.passes.swap_layers import proved_layers, swap_layers
 from lean_fx.planning.plan_json import PLAN, plan_from_json, plan_to_json
 from lean_fx.planning.plan_table import plan_table
 from lean_fx.reduction.registry import ReductionFactory
 from lean_fx.skip_reason import LeftAlone
+
+#: What leanify makes.
+Form = Literal["graph", "module"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Plan:
             ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
         weights: the parameters outside any layer to turn into layers first
             (:class:`~lean_fx.passes.ModularizeWeights`).
-        traced: whether the model can be captured as a graph. If not, each layer reduces its own
-            input, and the model keeps its class.
+        form: of the result: ``"graph"``, a GraphModule whose reductions are nodes; or
+            ``"module"``, the model's own class, in which each layer reduces its own input.
 
     Example:
         >>> import lean_fx
@@ -75,7 +78,7 @@ class Plan:
     parameters: int = 0
     split_layers: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
-    traced: bool = True
+    form: Form = "graph"
 
     def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Make the reduced model.
@@ -86,8 +89,9 @@ class Plan:
                 or has optional inputs needs them.
 
         Returns:
-            An ordinary module (a GraphModule, if the model can be traced) with the plan in its
-            ``meta["lean_fx.plan"]``; deepcopy keeps that, pickle of a GraphModule does not.
+            An ordinary module, a GraphModule or of the model's class as ``form`` says, with the
+            plan in its ``meta["lean_fx.plan"]``; deepcopy keeps that, pickle of a GraphModule does
+            not.
 
         Raises:
             ArgumentError: ``model`` is not a module that can be captured, or the example inputs are
@@ -102,13 +106,33 @@ class Plan:
             SHARED_STATE,
             torch.inference_mode(False),
         ):  # tensors made in inference mode cannot be trained
-            if self.traced:
-                given = example_inputs is not None
-                inputs = as_inputs(example_inputs, model) if given else ()
+            inputs = () if example_inputs is None else as_inputs(example_inputs, model)
+            if self.form == "graph":
                 return self.apply_to_graph(capture(model, inputs))
+            shown = any(site.value or site.nonnegative for site in self.sites)
+            return self.apply_to_copy(model, capture(model, inputs) if shown else None)
+
+    def apply_to_copy(self, model: nn.Module, captured: GraphModule | None) -> nn.Module:
+        """Like :meth:`apply` for ``form="module"``.
+
+        Args:
+            model: it is copied.
+            captured: the model's graph, which shows the signs of values; None without one. It
+                stays as it is.
+        """
+        for name in (*self.split_layers, *self.weights):
+            raise PlanError(
+                f"plan: form='module' keeps forward as it is, so {name!r} cannot be taken apart; "
+                "make the plan anew with form='module'"
+            )
+        with SHARED_STATE, torch.inference_mode(False):
+            proved: frozenset[str] = frozenset()
+            if captured is not None:
+                Pipeline([TrackWrites(), InferSign()])(captured)
+                InsertReductions(self.sites, self.reduction).requires(captured)
+                proved = proved_layers(captured)
             copied = unfused_clone(model)
-            for site in self.sites:
-                swap_layer(copied, site, self.reduction, nonnegative=False)
+            swap_layers(copied, self.sites, self.reduction, proved=proved)
         held = getattr(copied, "meta", None)
         if held is None:
             copied.meta = {PLAN: self}  # type: ignore[assignment]

@@ -1,0 +1,78 @@
+"""The plan of a model that keeps its class: its layers reduce their own input.
+
+The sites come from the model's graph, with what only a graph shows: what is shared, flattened, and
+never below 0. One run of the model on the example inputs then says what becomes of each layer:
+
+1. it is called: it gets its reduction, shared with the other layers of its site;
+2. its weight is applied by a forward that never calls it: it gets a reduction of its own there
+   (:mod:`lean_fx.layers.input_hooks`), unless it reads through a flatten;
+3. neither, or the channels that it reads cannot be told from its input alone, or the model fails
+   once they are reduced: it is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from lean_fx.capture.capturing import unfused_clone
+from lean_fx.graph.sites import Consumer, Site
+from lean_fx.planning.observed import Seen, observe, without_failing
+from lean_fx.planning.planner import named_sites
+from lean_fx.planning.plans import Plan
+from lean_fx.skip_reason import LeftAlone, SkipReason
+
+_NOT_CALLED = SkipReason("not_called", "not called in forward on the example inputs")
+_UNKNOWN = SkipReason(
+    "unknown_channels",
+    "form='module' does not see the channels of what is flattened before it; form='graph' does",
+)
+
+
+def in_module_form(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
+    """A plan of a graph as one for the model itself.
+
+    Args:
+        made: without rewritings.
+        model: it stays as it is.
+        inputs: example inputs.
+
+    Raises:
+        ArgumentError: the model fails on the inputs or has no values.
+    """
+    runnable = unfused_clone(model)
+    seen, _ = observe(runnable, inputs)
+    sites: list[Site] = []
+    left = list(made.left_alone)
+    for site in made.sites:
+        together = []
+        for consumer in site.consumers:
+            reason = _why_not(site, consumer, seen[consumer.layer])
+            if reason:
+                left.append(LeftAlone(consumer.layer, consumer.kind, reason))
+            elif site.value and not seen[consumer.layer].called:
+                sites.append(_alone(site, consumer, seen[consumer.layer].applied_by))
+            else:
+                together.append(consumer)
+        if together:
+            sites.append(dataclasses.replace(site, consumers=tuple(together)))
+    made = dataclasses.replace(made, sites=tuple(sites), left_alone=tuple(left), form="module")
+    made = without_failing(made, runnable, inputs)
+    return dataclasses.replace(made, sites=named_sites(made.sites))
+
+
+def _why_not(site: Site, consumer: Consumer, seen: Seen) -> SkipReason | None:
+    if not seen.calls:
+        return _NOT_CALLED
+    through = consumer.features_per_channel > 1
+    if through and (site.dim not in (1, -1) or not seen.called):
+        return _UNKNOWN
+    return None
+
+
+def _alone(site: Site, consumer: Consumer, applied_by: str | None) -> Site:
+    """The site of a layer that another module applies: no value, no sharing."""
+    consumer = dataclasses.replace(consumer, node="", path=(), applied_by=applied_by)
+    return dataclasses.replace(site, value="", packed=False, consumers=(consumer,))

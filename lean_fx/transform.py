@@ -6,6 +6,7 @@ If torch.fx cannot trace a model, one observed run replaces the graph. The plann
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, get_args
@@ -29,7 +30,6 @@ from lean_fx.passes import (
     TrackChannels,
     TrackWrites,
 )
-from lean_fx.planning.module_form import in_module_form
 from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.observed import layer_names, observed_records, without_failing
 from lean_fx.planning.options import Options
@@ -142,6 +142,15 @@ def leanify(
         )
     if made.form == "module" or captured is None:
         return made.apply_to_copy(model, captured)
+    methods = _own_methods(model)
+    if methods:
+        shown = ", ".join(methods[:3]) + (", ..." if len(methods) > 3 else "")
+        warnings.warn(
+            f"leanify: the graph of {made.model} is without its methods ({shown}); form='module' "
+            "keeps the class",
+            LeanWarning,
+            stacklevel=2,
+        )
     return made.apply_to_graph(captured)
 
 
@@ -222,7 +231,11 @@ def _planned(
     made = _plan_graph(model, normalised, rewritings, options, keep, kernel, form)
     if inputs and keep == "all":
         made = _with_layers_inside_leaves(made, captured, inputs, options)
-    return (made if form == "graph" else in_module_form(made, model, inputs)), captured
+    if form == "module":
+        from lean_fx.planning.module_form import in_module_form  # loaded when it is used
+
+        made = in_module_form(made, model, inputs)
+    return made, captured
 
 
 def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -302,6 +315,23 @@ def _with_layers_inside_leaves(
     return dataclasses.replace(
         made, sites=(*made.sites, *within.sites), left_alone=(*seen, *within.left_alone)
     )
+
+
+def _own_methods(model: nn.Module) -> list[str]:
+    """The public methods that a model's classes add to torch's, but those that forward uses."""
+    methods: dict[str, Any] = {}
+    for kind in type(model).__mro__:
+        if kind.__module__.partition(".")[0] != "torch":
+            found = {name: each for name, each in vars(kind).items() if inspect.isfunction(each)}
+            methods = found | methods
+    used, more = set(), ["forward"]
+    while more:
+        name = more.pop()
+        if name in methods and name not in used:
+            used.add(name)
+            more += inspect.unwrap(methods[name]).__code__.co_names
+    hidden = methods.keys() - used - set(dir(nn.Module))
+    return [name for name in methods if name in hidden and not name.startswith("_")]
 
 
 def _count(model: nn.Module) -> int:

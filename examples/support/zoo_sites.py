@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lean_fx.graph.parts import StandIn
 from lean_fx.reduction.registry import is_reduction
 
 # What gives the same channels again, elsewhere in memory; views share the memory and need no list.
@@ -110,6 +111,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Keep the stack of the modules that run."""
         with ExitStack() as hooks:
             for name, module in model.named_modules():
+                if isinstance(module, StandIn):  # that never runs
+                    continue
                 for handle in (
                     module.register_forward_pre_hook(self._enter(name)),
                     module.register_forward_hook(self._leave),

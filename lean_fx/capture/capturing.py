@@ -25,8 +25,9 @@ from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
 from lean_fx.graph.calls import is_altered
-from lean_fx.graph.captured import ROOT_HOOKS, CapturedModule, guard_containers, keep_unsaved
+from lean_fx.graph.captured import ROOT_HOOKS, CapturedModule, guard_parts, keep_unsaved
 from lean_fx.graph.clones import clone_sharing_state
+from lean_fx.graph.parts import note_parts
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.locks import SHARED_STATE
 from lean_fx.passes.modularize_calls import ModularizeCalls
@@ -118,7 +119,8 @@ def _captured_with(
     ModularizeCalls()(captured)
     name_items(captured)
     keep_unsaved(captured, root)
-    guard_containers(captured)
+    note_parts(captured.graph, root)
+    guard_parts(captured)
     return captured
 
 
@@ -149,7 +151,7 @@ def clone_graph(graph_module: GraphModule) -> GraphModule:
     keep_hooks(named, graph_module)
     keep_layers(named, copied)
     keep_unsaved(named, graph_module)
-    guard_containers(named)
+    guard_parts(named)
     return named
 
 

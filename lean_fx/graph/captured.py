@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from lean_fx.errors import CaptureError
+from lean_fx.graph.parts import StandIn, check_frozen, missing, parts_of, stand_for
 
 #: The hooks of calls of a model, and of gradients that reach it.
 ROOT_HOOKS = (
@@ -27,6 +27,8 @@ class CapturedModule(GraphModule):
     2. Buffers that the model leaves out of its state_dict stay out of it in copies and pickles.
     3. A number or function that forward reads is part of the graph. Assigning another one is an
        error: it would change nothing.
+    4. The modules that the graph has looked into show what they were
+       (:mod:`lean_fx.graph.parts`).
 
     Example:
         >>> import torch
@@ -47,8 +49,16 @@ its graph; set it on the model, and capture that again
     def __setattr__(self, name: str, value: Any) -> None:
         graph = vars(self).get("_graph")
         if graph is not None and name not in self._modules:
-            _check_frozen(frozen_attributes(graph).get("", {}), name, value)
+            check_frozen(frozen_attributes(graph).get("", {}), name, value)
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            graph = vars(self).get("_graph")
+            part = parts_of(graph).get("") if graph is not None else None
+            raise missing(part, name, error) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         copied = super().__deepcopy__(memo)
@@ -56,7 +66,7 @@ its graph; set it on the model, and capture that again
         for hooks in ROOT_HOOKS:
             setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
         keep_unsaved(copied, self)
-        guard_containers(copied)
+        guard_parts(copied)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,33 +126,18 @@ def mode_readers(graph: Graph) -> frozenset[str]:
     return frozenset() if last is None else last.meta.get(_MODE_READERS, frozenset())
 
 
-def guard_containers(graph_module: GraphModule) -> None:
-    """Guard the attributes of the modules that the graph has looked into, and show them there."""
+def guard_parts(graph_module: GraphModule) -> None:
+    """Let the modules that a graph has looked into show what they were, and guard what it reads."""
     modules = dict(graph_module.named_modules())
-    for path, values in frozen_attributes(graph_module.graph).items():
-        if path and type(modules.get(path)) is nn.Module:
-            modules[path].__class__ = _Container
-            modules[path].__dict__["_frozen"] = values
-        if path in modules:  # a schedule may look for them; a function could not be pickled
-            kept = {key: each for key, each in values.items() if not callable(each)}
-            names = kept.keys() - dir(modules[path])
-            modules[path].__dict__.update({name: kept[name] for name in names})
-
-
-class _Container(nn.Module):
-    """What stands in a graph for a module whose forward it has looked into."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in vars(self).get("_modules", {}):
-            _check_frozen(vars(self).get("_frozen", {}), name, value)
-        super().__setattr__(name, value)
-
-
-def _check_frozen(values: dict[str, Any], name: str, value: Any) -> None:
-    before = values.get(name)
-    same = value is before or (type(value) is type(before) and value == before)
-    if name in values and not same:
-        raise CaptureError(
-            f"{name} was {before!r} when the model was captured, and is part of its graph; "
-            "set it on the model, and capture that again"
-        )
+    parts = parts_of(graph_module.graph)
+    frozen = frozen_attributes(graph_module.graph)
+    for path, module in modules.items():
+        if path and type(module) is nn.Module and (path in parts or path in frozen):
+            stand_for(module, parts.get(path), frozen.get(path, {}))
+    for path in {*parts, *frozen} & modules.keys():
+        plain = parts[path].plain if path in parts else {}
+        # A schedule may look for them; a function could not be pickled.
+        read = {key: each for key, each in frozen.get(path, {}).items() if not callable(each)}
+        if path == "" or isinstance(modules[path], StandIn):
+            names = (plain | read).keys() - dir(modules[path])
+            modules[path].__dict__.update({name: (plain | read)[name] for name in names})

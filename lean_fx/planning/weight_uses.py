@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lean_fx.graph.parts import StandIn
 from lean_fx.layers.kinds import LAYER_OF_CALL, channel_axis, groups_of, input_channels
 
 
@@ -36,8 +37,9 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._running: list[str] = []
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(self._enter(name), prepend=True)
-            module.register_forward_hook(self._leave, always_call=True)
+            if not isinstance(module, StandIn):  # that never runs
+                module.register_forward_pre_hook(self._enter(name), prepend=True)
+                module.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any) -> None:

@@ -4,9 +4,11 @@ A rebuilt layer is initialised to the scale of what it will read, so that it sta
 that it replaces started. How large the values are depends on the whole net before them (without
 normalisation they shrink from layer to layer), so it is measured: one forward pass, without
 gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
-Where the model cannot take such inputs (it fails, or gives values that are not finite), the example
-inputs themselves are taken. Nothing is known of what has no numbers, on the meta device, and of
-what the device has no code for.
+It is a pass of training, whatever the mode of the model: the statistics that an untrained batch
+norm would use in evaluation are those of no data. Where the model cannot take such inputs (it
+fails, or gives values that are not finite), the example inputs themselves are taken; where it
+cannot train on them, as batch norm on a single value, it runs in its own mode. Nothing is known of
+what has no numbers, on the meta device, and of what the device has no code for.
 What depends on values, and ``PropagateShapes`` cannot know (some shapes, and which values are
 packed sequences), is written on the way.
 Neither the modules' buffers nor torch's random numbers are changed by it.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ class MeasureScale(Pass):
         self.example_inputs = example_inputs
 
     def run(self, graph_module: GraphModule) -> bool:
-        """Interpret the graph once, unless a tensor has no numbers (meta device)."""
+        """Interpret the graph, unless a tensor has no numbers (meta device)."""
         tensors = [each for each in self.example_inputs if isinstance(each, torch.Tensor)]
         held = (*graph_module.parameters(), *graph_module.buffers())
         if any(tensor.is_meta for tensor in (*tensors, *held)):
@@ -57,12 +59,7 @@ class MeasureScale(Pass):
         cuda = {each.device for each in tensors if each.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(0)
-            found = _Measure(graph_module)
-            with contextlib.suppress(Exception):  # the model's code may refuse such numbers
-                found = _measure(graph_module, unit_variances(self.example_inputs))
-            if not found.rms or not all(map(math.isfinite, found.rms.values())):
-                with contextlib.suppress(NotImplementedError):  # such as half precision on a CPU
-                    found = _measure(graph_module, map(_fresh, self.example_inputs))
+            found = self._found(graph_module)
         for node in graph_module.graph.nodes:
             rms = found.rms.get(node.name, math.nan)
             facts(node).rms = rms if math.isfinite(rms) else None
@@ -71,13 +68,37 @@ class MeasureScale(Pass):
                 facts(node).packed |= node.name in found.packed
         return False
 
+    def _found(self, graph_module: GraphModule) -> _Measure:
+        """What the first run finds that gives finite numbers."""
+        for training in (True, None):
+            with contextlib.suppress(Exception):  # the model's code may refuse such numbers
+                found = _measure(graph_module, unit_variances(self.example_inputs), training)
+                if found.rms and all(map(math.isfinite, found.rms.values())):
+                    return found
+        with contextlib.suppress(NotImplementedError):  # such as half precision on a CPU
+            return _measure(graph_module, map(_fresh, self.example_inputs), None)
+        return _Measure(graph_module)
 
-def _measure(graph_module: GraphModule, inputs: Iterable[Any]) -> _Measure:
-    """What is found of every value."""
+
+def _measure(graph_module: GraphModule, inputs: Iterable[Any], training: bool | None) -> _Measure:
+    """What is found of every value in training or evaluation; None is the model's own mode."""
     measure = _Measure(graph_module)
-    with leaving_state(graph_module):
+    with leaving_state(graph_module), in_mode(graph_module, training):
         measure.run(*inputs)
     return measure
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Within it all modules of a model are in a mode; None leaves each in its own."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, mode in before:
+            module.training = mode if training is None else training
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
 
 
 def unit_variances(inputs: Iterable[Any]) -> list[Any]:

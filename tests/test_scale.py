@@ -137,3 +137,72 @@ def test_an_unknown_scale_is_no_error():
     model = Particular(nn.Linear(8, 32), lambda x: x * float("inf"))
     lean = lean_fx.leanify(model, torch.rand(4, 8), channels=4)
     assert all(parameter.isfinite().all() for parameter in lean.parameters())
+
+
+class LastAxisNorm(nn.LayerNorm):
+    """Layer normalization of the channels of images."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, -1)).transpose(1, -1)
+
+
+class Watched(nn.Sequential):
+    """Looks at values, which no graph can."""
+
+    def forward(self, x):
+        if bool(x.isnan().any()):
+            raise ValueError
+        return super().forward(x)
+
+
+def deep(kind, norm, depth=16, width=32):
+    """Small first weights, as of transformers: without training statistics values die out."""
+    torch.manual_seed(0)
+    layers, before = [], 3
+    for _ in range(depth):
+        layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
+        nn.init.normal_(layers[-3].weight, std=0.02)
+        before = width
+    return kind(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+
+def first_gradient(model):
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))
+    nn.functional.cross_entropy(model.train()(inputs), labels).backward()
+    return float(next(model.parameters()).grad.norm())
+
+
+@pytest.mark.parametrize("reduction", ["slice", "grouped_sum", "projection", "lean_gated"])
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm2d, LastAxisNorm, lambda width: nn.GroupNorm(4, width)],
+    ids=["batch", "layer", "group"],
+)
+def test_the_first_of_16_layers_learns_as_before(norm, reduction):
+    model = deep(nn.Sequential, norm)
+    lean = lean_fx.leanify(model, torch.randn(8, 3, 8, 8), reduction=reduction)
+    assert 0.1 < first_gradient(lean) / first_gradient(model) < 10
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Watched])
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.filterwarnings("ignore:.*each layer reduces its own input")
+def test_the_scale_is_that_of_training_whatever_the_mode(kind, form):
+    inputs, scales = torch.randn(8, 3, 8, 8), []
+    for training in (True, False):
+        model = deep(kind, nn.BatchNorm2d).train(training)
+        before = {name: each.clone() for name, each in model.named_buffers()}
+        plan = lean_fx.plan(model, inputs, form=form)
+        scales.append([site.rms for site in plan.sites])
+        assert all(torch.equal(each, before[name]) for name, each in model.named_buffers())
+        assert all(module.training is training for module in model.modules())
+    assert scales[0] == scales[1]
+    assert 0.3 < min(scales[0]) < max(scales[0]) < 3
+
+
+def test_what_cannot_train_on_the_inputs_is_measured_in_evaluation():
+    layers = [nn.Conv2d(3, 32, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(32), nn.Conv2d(32, 4, 1)]
+    plan = lean_fx.plan(nn.Sequential(*layers).eval(), torch.randn(1, 3, 8, 8))
+    (site,) = plan.sites
+    assert 0 < site.rms < 1

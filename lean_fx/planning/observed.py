@@ -173,9 +173,12 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen],
     with torch.random.fork_rng(), leaving_state(model):
         torch.manual_seed(0)
         try:
-            return _seen(model, tuple(unit_variances(inputs)))
+            seen, products = _seen(model, tuple(unit_variances(inputs)))
         except Exception:  # the model's own code may raise anything on such numbers
             pass
+        else:
+            _scale_as_in_training(seen, model, inputs)
+            return seen, products
     try:
         with leaving_state(model):
             return _seen(model, inputs)
@@ -187,8 +190,22 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen],
         ) from error
 
 
-def _seen(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen], list[LeftAlone]]:
-    copied = clone(model).eval()
+def _scale_as_in_training(seen: dict[str, Seen], model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Take the scale of what layers read from a run in training, as ``MeasureScale`` does."""
+    try:
+        trained, _ = _seen(model, tuple(unit_variances(inputs)), training=True)
+    except Exception:  # as batch norm raises on a single value
+        return
+    for name, each in trained.items():
+        mean = each.squares / each.calls if each.calls else math.nan
+        if math.isfinite(mean):
+            seen[name].squares = mean * seen[name].calls
+
+
+def _seen(
+    model: nn.Module, inputs: tuple[Any, ...], *, training: bool = False
+) -> tuple[dict[str, Seen], list[LeftAlone]]:
+    copied = clone(model).train(training)
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     called: dict[str, Seen] = {}
     for name, layer in copied.named_modules():

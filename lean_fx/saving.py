@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from lean_fx.errors import ArgumentError, DataError, WriteError, require
 from lean_fx.export.stored_plan import plan_of
 from lean_fx.files import replacing
-from lean_fx.planning.plan_json import PLAN
-from lean_fx.planning.plans import Plan
+from lean_fx.planning.plans import PLAN, Plan
 
 #: The metadata's key for tensors that stand under several names: each other name and the first.
 _TIED = "lean_fx.tied"

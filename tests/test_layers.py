@@ -52,7 +52,7 @@ OPTIONAL = {
 }
 
 #: How many modules of lean_fx `import lean_fx` may load; 103 before it left export and measure out.
-MOST_MODULES_LOADED = 98
+MOST_MODULES_LOADED = 100
 
 
 def module_name(path):

@@ -54,7 +54,7 @@ from lean_fx.export.quantization import (
 from lean_fx.export.stored_plan import held_plan
 from lean_fx.files import replacing
 from lean_fx.locks import SHARED_STATE
-from lean_fx.planning.plan_json import PLAN
+from lean_fx.planning.plans import PLAN
 
 Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]

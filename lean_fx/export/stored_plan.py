@@ -7,8 +7,7 @@ import os
 from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError, require
-from lean_fx.planning.plan_json import PLAN
-from lean_fx.planning.plans import Plan
+from lean_fx.planning.plans import PLAN, Plan
 
 
 def held_plan(model: nn.Module) -> Plan | None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.graph.sites import Consumer, Site
+from lean_fx.planning.plans import PLAN, Plan
 from lean_fx.reduction.base import check_channels
 from lean_fx.reduction.registry import reduction_name, reductions, registered_name
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
-if TYPE_CHECKING:
-    from lean_fx.planning.plans import Plan
-
-#: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
-PLAN = "lean_fx.plan"
 _VERSION = 3
 _MOST_AXES = 64  # as most of torch's functions take
 
@@ -39,12 +35,11 @@ def plan_to_json(plan: Plan) -> str:
     return json.dumps(content, indent=1)
 
 
-def plan_from_json(text: str, make: type[Plan]) -> Plan:
+def plan_from_json(text: str) -> Plan:
     """The plan of a text.
 
     Args:
         text: what :func:`plan_to_json` gave.
-        make: the class of plans.
 
     Raises:
         PlanError: the text is not a plan, its version is unknown, or its reduction is not
@@ -67,7 +62,7 @@ def plan_from_json(text: str, make: type[Plan]) -> Plan:
         _check_different(sites)
         left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
         split, weights = (_names(key, content.pop(key, ())) for key in ("split_layers", "weights"))
-        plan = make(
+        plan = Plan(
             sites=tuple(sites),
             left_alone=tuple(left),
             split_layers=split,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lean_fx.graph.sites import Consumer, Site
+from lean_fx.planning.plans import Plan
 from lean_fx.reduction.registry import reduction_name
-
-if TYPE_CHECKING:
-    from lean_fx.planning.plans import Plan
 
 
 def plan_table(plan: Plan) -> str:

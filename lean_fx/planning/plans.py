@@ -25,11 +25,11 @@ from lean_fx.passes import (
     TrackWrites,
 )
 from lean_fx.passes.swap_layers import proved_layers, swap_layers
-from lean_fx.planning.plan_json import PLAN, plan_from_json, plan_to_json
-from lean_fx.planning.plan_table import plan_table
 from lean_fx.reduction.registry import ReductionFactory
 from lean_fx.skip_reason import LeftAlone
 
+#: The key of a plan in the ``meta`` of a reduced model and in the metadata of its ONNX file.
+PLAN = "lean_fx.plan"
 #: What leanify makes.
 Form = Literal["graph", "module"]
 
@@ -173,6 +173,8 @@ class Plan:
         Raises:
             PlanError: the reduction is a class without a registered name.
         """
+        from lean_fx.planning.plan_json import plan_to_json  # loaded when it is used
+
         return plan_to_json(self)
 
     @staticmethod
@@ -183,8 +185,12 @@ class Plan:
             PlanError: the text is not a plan, its version is unknown, or its reduction is not
                 registered.
         """
-        return plan_from_json(text, Plan)
+        from lean_fx.planning.plan_json import plan_from_json  # loaded when it is used
+
+        return plan_from_json(text)
 
     def __str__(self) -> str:
         """The plan as a table of plain text."""
+        from lean_fx.planning.plan_table import plan_table  # loaded when it is used
+
         return plan_table(self)

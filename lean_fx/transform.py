@@ -17,6 +17,8 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
 from lean_fx.capture.example_inputs import as_inputs
+from lean_fx.capture.guards import check_branch
+from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.checks import check_choice, first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
 from lean_fx.locks import SHARED_STATE
@@ -223,6 +225,8 @@ def _planned(
             reason = str(error).partition("; ")[0]
             warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
         return made, None
+    if form == "graph":
+        _warn_of_sizes(model, captured, inputs)
     options = dataclasses.replace(options, modules=dict(model.named_modules()))
     rewritings = Rewritings.of(captured, options)
     normalised = clone_graph(captured)
@@ -236,6 +240,17 @@ def _planned(
 
         made = in_module_form(made, model, inputs)
     return made, captured
+
+
+def _warn_of_sizes(model: nn.Module, captured: GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Tell a user whose graph refuses sizes that the model takes."""
+    checks = any(node.target is check_branch for node in captured.graph.nodes)
+    for reason in refusing_modules(model, captured, inputs).values() if checks and inputs else ():
+        warnings.warn(
+            f"{reason.partition('; ')[0]}; form='module' takes what the model takes",
+            LeanWarning,
+            stacklevel=4,
+        )
 
 
 def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -298,6 +313,7 @@ def _plan_observed(
         left_alone=tuple(left),
         reduction=options.reduction,
         parameters=_count(model),
+        traced=False,
         form="module",
     )
     return without_failing(made, runnable, inputs)

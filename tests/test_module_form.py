@@ -380,6 +380,10 @@ def test_a_plan_survives_json():
     assert type(again.apply(Net(), X)) is Net
     with pytest.raises(PlanError, match=r"form='both' is neither 'graph' nor 'module'"):
         lean_fx.Plan.from_json(plan.to_json().replace('"form": "module"', '"form": "both"'))
+    with pytest.raises(PlanError, match="traced=False has form='module'"):
+        lean_fx.Plan.from_json(
+            lean_fx.plan(Net(), X).to_json().replace('"traced": true', '"traced": false')
+        )
 
 
 def test_a_plan_of_another_model():

@@ -179,7 +179,7 @@ def _without_refusals(
     """The same with modules as leaves whose branches would refuse sizes that the model takes."""
     names = {name for name, _ in root.named_modules() if name}
     while any(node.target is check_branch for node in graph.nodes):
-        refusing = refusing_modules(root, GraphModule(copied, graph), inputs) & names
+        refusing = refusing_modules(root, GraphModule(copied, graph), inputs).keys() & names
         if refusing <= opaque:
             break
         other, parts, opaque = _trace_in_parts(root, inputs, absent, opaque | refusing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,19 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from lean_fx.capture.guards import check_branch
+from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
 from lean_fx.graph.clones import fake_of, run_on
+from lean_fx.graph.reachable import leaving_state
 
 
 def refusing_modules(
     model: nn.Module, captured: GraphModule, inputs: Sequence[Any]
-) -> frozenset[str]:
+) -> dict[str, str]:
     """The modules with a branch that refuses larger inputs in the graph, but not in the model.
 
-    Both run on fake tensors, which have sizes and no numbers: batches, and pictures or sequences,
-    larger by a half than the example inputs.
+    Both run on a larger batch alone, then on larger pictures or sequences too, by a half and by one
+    more: on fake tensors, which have sizes and no numbers, or on real ones if the model asks for
+    numbers.
 
     Args:
         model: what was captured.
@@ -31,33 +36,68 @@ def refusing_modules(
         inputs: the example inputs.
 
     Returns:
-        The names of those that have the first such branch in their code; none where the model does
-        not take such inputs. The name of the model's class stands for the model itself.
+        The names of those that have the first such branch in their code, and what it says; none
+        where the model does not take such inputs. The name of the model's class stands for the
+        model itself.
     """
-    larger = [_larger(value) if isinstance(value, Tensor) else value for value in inputs]
+    refusing: dict[str, str] = {}
+    run = _run if _succeeds(_run, model, inputs) else _run_real
+    for sizes in _larger_inputs(inputs):
+        larger = next((each for each in sizes if _succeeds(run, model, each)), None)
+        try:
+            if larger is not None:
+                run(captured, larger)
+        except BranchError as error:
+            checks = [node for node in captured.graph.nodes if node.target is check_branch]
+            places = [str(node.args[2]).partition(" (") for node in checks]
+            text = str(error)
+            refusing |= {name: text for name, *code in places if "".join(code) in text}
+        except Exception:  # nothing that another leaf would mend
+            pass
+    return refusing
+
+
+def _succeeds(run: Any, module: nn.Module, inputs: Sequence[Any]) -> bool:
     try:
-        _run(model, larger)
+        run(module, inputs)
     except Exception:  # the model's own code may raise anything on other sizes
-        return frozenset()
-    try:
-        _run(captured, larger)
-    except BranchError as error:
-        checks = [node for node in captured.graph.nodes if node.target is check_branch]
-        places = [str(node.args[2]).partition(" (") for node in checks]
-        return frozenset(name for name, *code in places if "".join(code) in str(error))
-    except Exception:  # nothing that another leaf would mend
-        pass
-    return frozenset()
+        return False
+    return True
 
 
-def _larger(value: Tensor) -> Tensor:
-    """A value of half as many more samples, and positions: all axes but 1, or but the last."""
-    last = value.dim() - 1 if value.is_floating_point() else value.dim()
-    channels = 1 if value.dim() > 3 else last
-    sizes = [
-        size if axis == channels else size + size // 2 for axis, size in enumerate(value.shape)
-    ]
-    return value.new_empty(sizes)
+def _larger_inputs(inputs: Sequence[Any]) -> Iterator[Iterator[list[Any]]]:
+    """A larger batch; and larger pictures or sequences, in the ways of which a model takes some.
+
+    Their channels are on axis 1 or on the last. They are larger by a half and one more, since code
+    that pads up to whole frames branches on the rest; or by a half.
+    """
+    yield iter([[_larger(each, [0], 0) for each in inputs]])
+    yield (
+        [_larger(each, _axes_but(each, channels), more) for each in inputs]
+        for more, channels in itertools.product((1, 0), (1, -1))
+    )
+
+
+def _axes_but(value: Any, channels: int) -> list[int]:
+    dim = value.dim() if isinstance(value, Tensor) else 0
+    numbers = dim > 1 and value.is_floating_point()  # tokens and their like have no channels
+    return [axis for axis in range(dim) if not numbers or axis != channels % dim]
+
+
+def _larger(value: Any, axes: Sequence[int], more: int) -> Any:
+    """A tensor with a half and ``more`` of its numbers again along some axes."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    for axis in axes:
+        size = value.shape[axis]
+        added = min(size, size // 2 + (more if axis else 0))
+        value = torch.cat([value, value.narrow(axis, 0, added)], axis)
+    return value
+
+
+def _run_real(module: nn.Module, inputs: Sequence[Any]) -> None:
+    with leaving_state(module), keeping_rng_state(), torch.no_grad():
+        run_on(module, torch.clone, tuple(pytree.tree_map_only(Tensor, torch.clone, list(inputs))))
 
 
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:

@@ -73,6 +73,8 @@ def plan_from_json(text: str) -> Plan:
             _check_types(part)
         if plan.form not in ("graph", "module"):
             raise TypeError(f"form={plan.form!r} is neither 'graph' nor 'module'")
+        if plan.form == "graph" and not plan.traced:
+            raise TypeError("traced=False has form='module'")
     except (TypeError, KeyError, AttributeError, ArgumentError) as error:
         raise PlanError(f"plan: a part is missing or unknown ({error}); make it anew") from error
     if plan.reduction not in reductions():

@@ -53,6 +53,8 @@ class Plan:
             ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
         weights: the parameters outside any layer to turn into layers first
             (:class:`~lean_fx.passes.ModularizeWeights`).
+        traced: whether the model can be captured as a graph, which the sites are of; if not, they
+            are of one observed run, and none has a value.
         form: of the result: ``"graph"``, a GraphModule whose reductions are nodes; or
             ``"module"``, the model's own class, in which each layer reduces its own input.
 
@@ -78,6 +80,7 @@ class Plan:
     parameters: int = 0
     split_layers: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    traced: bool = True
     form: Form = "graph"
 
     def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
@@ -109,8 +112,7 @@ class Plan:
             inputs = () if example_inputs is None else as_inputs(example_inputs, model)
             if self.form == "graph":
                 return self.apply_to_graph(capture(model, inputs))
-            shown = any(site.value or site.nonnegative for site in self.sites)
-            return self.apply_to_copy(model, capture(model, inputs) if shown else None)
+            return self.apply_to_copy(model, capture(model, inputs) if self.traced else None)
 
     def apply_to_copy(self, model: nn.Module, captured: GraphModule | None) -> nn.Module:
         """Like :meth:`apply` for ``form="module"``.

@@ -1,0 +1,155 @@
+"""Sizes that a model takes and its graph refuses: found at leanify, in a part or in the model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lean_fx
+from lean_fx.capture.capturing import capture
+from lean_fx.errors import BranchError, LeanWarning
+
+
+class Frames(nn.Module):
+    """Pads up to whole frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(1, 32, 16, stride=8), nn.Conv1d(32, 32, 3, padding=1)
+
+    def forward(self, x):
+        rest = (x.shape[-1] - 16) % 8
+        if rest:
+            x = F.pad(x, (0, 8 - rest))
+        return self.b(F.relu(self.a(x)))
+
+
+class OfBatches(nn.Module):
+    """Branches on the size of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        if len(x) > 4:
+            x = x * 2
+        return self.b(x)
+
+
+class Times(nn.Module):
+    """Takes a batch of rows, and one number for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x, time):
+        if time.shape[0] % 2:
+            time = torch.cat([time, time])[: len(time)]
+        return self.b(F.relu(self.a(x)) * time[:, None])
+
+
+class AsksForNumbers(OfBatches):
+    """Cannot run on tensors without numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Numbers()
+
+    def forward(self, x):
+        return self.inner(super().forward(x))
+
+
+class Numbers(nn.Module):
+    def forward(self, x):
+        return x if x.sum().item() > 0 else -x
+
+
+CASES = {
+    "frames": (Frames, (torch.randn(2, 1, 800),), (torch.randn(2, 1, 1203),), "if rest:"),
+    "batches": (OfBatches, (torch.randn(4, 8),), (torch.randn(6, 8),), "if len(x) > 4:"),
+    "times": (
+        Times,
+        (torch.randn(2, 8), torch.rand(2)),
+        (torch.randn(3, 8), torch.rand(3)),
+        "if time.shape[0] % 2:",
+    ),
+    "numbers": (AsksForNumbers, (torch.rand(4, 8),), (torch.rand(6, 8),), "if len(x) > 4:"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_whose_graph_refuses_them_is_told_of(name):
+    make, inputs, others, code = CASES[name]
+    model = make()
+    with pytest.warns(LeanWarning, match="form='module' takes what the model takes") as caught:
+        lean = lean_fx.leanify(model, inputs)
+    assert code in str(caught[0].message)
+    assert caught[0].filename == __file__
+    with pytest.raises(BranchError):
+        lean(*others)
+    with pytest.warns(LeanWarning, match="form='module' takes"):
+        lean_fx.plan(model, inputs)
+    module = lean_fx.leanify(model, inputs, form="module")
+    assert module(*others).shape == model(*others).shape
+    assert module(*inputs).shape == model(*inputs).shape
+    assert lean_fx.plan_of(module).sites
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_part_that_would_refuse_them_stays_whole(name):
+    make, inputs, others, _ = CASES[name]
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.part = nn.Identity(), make()
+            self.head = nn.LazyLinear(32)
+            self.last = nn.Linear(32, 2)
+
+        def forward(self, *given):
+            return self.last(F.relu(self.head(self.part(*map(self.stem, given)))))
+
+    class OuterOfTwo(Outer):
+        def forward(self, x, time):
+            return super().forward(x, time)
+
+    class OuterOfOne(Outer):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = (OuterOfOne if len(inputs) == 1 else OuterOfTwo)()
+    model(*inputs)
+    lean = lean_fx.leanify(model, inputs)
+    if name == "frames":
+        inputs, others = inputs[:1], (torch.randn(3, 1, 800),)  # the head fits one length
+    assert lean(*others).shape == (len(others[0]), *model(*others).shape[1:])
+
+
+def test_models_that_take_nothing_else_are_not_told_of():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            if len(x) != 4:
+                raise ValueError("a batch of 4")
+            return self.b(F.relu(self.a(x)))
+
+    assert lean_fx.leanify(Fixed(), torch.rand(4, 8))(torch.rand(4, 8)).shape == (4, 4)
+
+
+def test_asking_leaves_globals_and_random_numbers():
+    class Counts(OfBatches):
+        def forward(self, x):
+            return super().forward(F.dropout(x, 0.5, True))
+
+    model, x = Counts(), torch.rand(4, 8)
+    before = torch.get_rng_state()
+    with pytest.warns(LeanWarning, match="form='module' takes"):
+        lean_fx.plan(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert capture(model, (x,))(x).shape == (4, 4)

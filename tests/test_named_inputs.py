@@ -1,5 +1,7 @@
 """Example inputs given by name, as models are called with keyword arguments."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +95,29 @@ def test_a_mapping_that_is_an_input():
         lean_fx.leanify(OfBatches(), {"ids": IDS})
     lean = lean_fx.leanify(OfBatches(), ({"ids": IDS},))
     assert lean({"ids": IDS})["logits"].shape == (2, 7, 4)
+
+
+@pytest.mark.parametrize("given", FORMS)
+def test_a_pickle_takes_the_same_inputs(given):
+    lean = lean_fx.leanify(Encoder().eval(), given)
+    again = pickle.loads(pickle.dumps(lean))
+    wanted, found = lean(**given), again(**given)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert len(again.graph.nodes) == len(lean.graph.nodes)
+
+
+def test_a_pickle_of_a_model_that_branches_and_takes_more_than_is_needed():
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+        def forward(self, x, time=None):
+            if x.shape[-1] != 8:
+                raise ValueError
+            return self.b(torch.relu(self.a(x)) * time.to(x.device)[:, None])
+
+    inputs = torch.randn(2, 8), torch.rand(2)
+    lean = lean_fx.leanify(Timed(), inputs)
+    again = pickle.loads(pickle.dumps(lean))
+    torch.testing.assert_close(again(*inputs), lean(*inputs), rtol=0, atol=0)

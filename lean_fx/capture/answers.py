@@ -128,7 +128,8 @@ class AnsweringTracer(LeanTracer):
 
     def check_presence(self, node: Node) -> None:
         """Check that an item or attribute of an input is None, or is not, as it is now."""
-        if node.target in (operator.getitem, getattr) and self.is_of_input(node):
+        known = value_of(node) is not UNKNOWN
+        if known and node.target in (operator.getitem, getattr) and self.is_of_input(node):
             check = check_absent if value_of(node) is None else check_given
             self.create_node("call_function", check, (node, _path_of(node)), {})
 

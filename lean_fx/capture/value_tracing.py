@@ -214,6 +214,8 @@ class ValueTracer(AnsweringTracer):
         return functools.reduce(getattr, path.split("."), self.root)
 
     def _input(self, name: str, default: tuple[Any, ...]) -> Any:
+        if not self._inputs:  # torch.fx unpickles with this: what is given then is not known
+            return UNKNOWN
         place = sum(node.op == "placeholder" for node in self.graph.nodes) - 1
         if name.startswith("**"):
             return {}

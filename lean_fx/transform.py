@@ -212,7 +212,7 @@ def _planned(
         )
     inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
     try:
-        captured = capture(model, inputs)
+        captured = capture(model, inputs, purpose="graph" if form == "graph" else "facts")
     except CaptureError as error:
         if not inputs:
             raise

@@ -45,7 +45,7 @@ def layer_macs(layer: nn.Module, read: int, written: int) -> int:
 
 def nodes_that_differ(costs: Costs, model: nn.Module, inputs: Tensor) -> list[NodeCost]:
     """The nodes whose count is not what the formula says, where there is one."""
-    run = _Run(capture(nn.Sequential(model), (inputs,), evaluation=True))
+    run = _Run(capture(nn.Sequential(model), (inputs,), purpose="evaluation"))
     with torch.no_grad():
         run.run(inputs)
     nodes = [node for node in costs.nodes if node.kind != "check_absent"]  # inputs of the root only

@@ -416,3 +416,31 @@ def test_the_users_model_is_never_touched():
         assert each.grad is None
     assert not hasattr(model, "meta")
     assert all(not layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_methods_that_a_graph_has_not_are_no_reason_to_forget_signs():
+    class Frozen(Net):
+        """Keeps its stem in evaluation; its checkpoints are of an older form."""
+
+        kept = True
+
+        def train(self, mode=True):
+            super().train(mode)
+            if self.kept:
+                self.stem.eval()
+            return self
+
+        def state_dict(self, *args, **kwargs):
+            return {"net": super().state_dict(*args, **kwargs)}
+
+    model = Frozen().train()
+    with pytest.warns(lean_fx.LeanWarning, match="has a train of its own"):
+        assert not lean_fx.plan(model, X).traced
+    plan = lean_fx.plan(model, X, form="module")
+    assert plan.traced
+    lean = plan.apply(model, X)
+    assert lean.conv.reduction.nonnegative
+    assert lean.blocks[0].q.reduction is lean.blocks[0].k.reduction
+    lean.train()
+    assert (lean.training, lean.stem.training) == (True, False)
+    assert [*lean.state_dict()] == ["net"]

@@ -270,7 +270,7 @@ def test_a_train_of_its_own_is_kept(nested):
     assert lean.train().get_submodule(f"{frozen}a").training
     assert not lean.get_submodule(f"{frozen}norm").training
     assert lean.get_submodule(f"{frozen}b").in_features == 4
-    assert type(capture(Frozen(), (X,), evaluation=True)(X)) is torch.Tensor
+    assert type(capture(Frozen(), (X,), purpose="evaluation")(X)) is torch.Tensor
 
 
 def test_a_train_of_its_own_needs_inputs():

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.finishing import keep_hooks, keep_layers, name_items
 from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
-from lean_fx.capture.own_code import own_loading
+from lean_fx.capture.own_code import Purpose, own_loading
 from lean_fx.capture.retries import trace_copy, whole_modules
 from lean_fx.capture.side_effects import SideEffect
 from lean_fx.checks import check_plain, check_shapes, first_without_values
@@ -34,7 +34,7 @@ from lean_fx.passes.modularize_calls import ModularizeCalls
 
 
 def capture(
-    model: nn.Module, inputs: Sequence[Any] = (), *, evaluation: bool = False
+    model: nn.Module, inputs: Sequence[Any] = (), *, purpose: Purpose = "graph"
 ) -> GraphModule:
     """Capture a model as a torch.fx graph.
 
@@ -44,7 +44,8 @@ def capture(
             and a call whose sizes lead elsewhere raises a BranchError. A parameter of forward that
             is None by default and that they do not give is None in the graph, which refuses
             another value by a BranchError too.
-        evaluation: whether to capture what the model does in eval mode, and only that.
+        purpose: ``"evaluation"`` captures what the model does in eval mode, and only that;
+            ``"facts"`` forgives what a graph cannot keep beside forward.
 
     Returns:
         A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
@@ -72,10 +73,10 @@ def capture(
         )
     with SHARED_STATE:
         root = unfused_clone(model)
-        if evaluation:
+        if purpose == "evaluation":
             root.eval()
-        captured = _captured_with(root, inputs, frozenset(), evaluation)
-        if own := own_loading(root):
+        captured = _captured_with(root, inputs, frozenset(), purpose)
+        if purpose == "graph" and (own := own_loading(root)):
             warnings.warn(
                 f"{type(root).__name__}: its graph is without its {own}; give it state_dicts of "
                 "the model's present version",
@@ -87,7 +88,7 @@ def capture(
         reason = disagreement(root, captured, inputs)
         for whole in _parts_by_class(captured, root) if reason else ():
             try:
-                other = _captured_with(root, inputs, whole, evaluation)
+                other = _captured_with(root, inputs, whole, purpose)
             except CaptureError:  # there is no layer elsewhere
                 continue
             if not disagreement(root, other, inputs):
@@ -110,12 +111,12 @@ def _parts_by_class(captured: GraphModule, root: nn.Module) -> list[frozenset[st
 
 
 def _captured_with(
-    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], evaluation: bool
+    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], purpose: Purpose
 ) -> GraphModule:
     """A captured model in which some modules are whole, and those that its other mode adds."""
     captured = None
     while captured is None:
-        captured, whole = _captured(root, inputs, whole, evaluation)
+        captured, whole = _captured(root, inputs, whole, purpose)
     ModularizeCalls()(captured)
     name_items(captured)
     keep_unsaved(captured, root)
@@ -125,12 +126,12 @@ def _captured_with(
 
 
 def _captured(
-    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], evaluation: bool
+    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], purpose: Purpose
 ) -> tuple[GraphModule | None, frozenset[str]]:
     """A captured model; or none, and the modules to keep whole, as its other mode does."""
     name = type(root).__name__
     try:
-        traced, graph = trace_copy(root, inputs, whole, evaluation=evaluation)
+        traced, graph = trace_copy(root, inputs, whole, purpose=purpose)
         captured = CapturedModule(traced, graph, name)
     except Exception as error:
         raise _untraced(name, error, inputs) from error
@@ -139,7 +140,9 @@ def _captured(
             node.type = None
     keep_hooks(captured, root)
     keep_layers(captured, root)
-    more = frozenset[str]() if evaluation else _follow_mode(captured, traced, root, inputs, whole)
+    if purpose == "evaluation":
+        return captured, whole
+    more = _follow_mode(captured, traced, root, inputs, whole, purpose)
     return (None, whole | more) if more else (captured, whole)
 
 
@@ -193,6 +196,7 @@ def _follow_mode(
     root: nn.Module,
     inputs: Sequence[Any],
     whole: frozenset[str],
+    purpose: Purpose,
 ) -> frozenset[str]:
     """Make a captured model do in the opposite mode what the model does there.
 
@@ -203,7 +207,7 @@ def _follow_mode(
     for module in modules:
         module.training = not module.training
     try:
-        other, opposite = trace_copy(root, inputs, whole)
+        other, opposite = trace_copy(root, inputs, whole, purpose=purpose)
     except SideEffect as error:
         raise _untraced(type(root).__name__, error, inputs) from error
     except Exception as error:

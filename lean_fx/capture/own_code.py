@@ -11,12 +11,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from lean_fx.graph.model_code import code_of_forward
 from lean_fx.graph.reachable import NUMBERS, settings_of
+
+#: What a graph is made for: to take the model's place, to do so in evaluation alone, where no mode
+#: is set, or to know about a model that keeps its class, and with it all methods.
+Purpose = Literal["graph", "evaluation", "facts"]
 
 _MODES = ("train", "eval")
 _STATE = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
@@ -28,7 +32,7 @@ _INTERNALS = frozenset(vars(nn.Module()))
 _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
 
-def lost_in_a_graph(module: nn.Module, evaluation: bool = False, *, is_part: bool = True) -> str:
+def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: bool = True) -> str:
     """What the code of a module does that its graph would not; empty if there is nothing.
 
     - A ``train``, ``eval`` or ``_apply`` of its own, unless it only calls torch's and drops
@@ -40,7 +44,7 @@ def lost_in_a_graph(module: nn.Module, evaluation: bool = False, *, is_part: boo
 
     Args:
         module: the module. Those of torch's own classes are whole anyway.
-        evaluation: whether the graph is for evaluation alone, and no mode is set.
+        purpose: of the graph.
         is_part: whether the module is a part of a model; a model may lose what reads state_dicts,
             see :func:`own_loading`.
 
@@ -50,7 +54,7 @@ def lost_in_a_graph(module: nn.Module, evaluation: bool = False, *, is_part: boo
         >>> lost_in_a_graph(frozen), lost_in_a_graph(nn.BatchNorm2d(4))
         ('has a train of its own, which a graph has not', '')
     """
-    if own := _own_method(module, evaluation, is_part):
+    if own := _own_method(module, purpose, is_part):
         return f"has a {own} of its own, which a graph has not"
     code = code_of_forward(module)
     if any(map(_asks_for_classes, code)):
@@ -89,9 +93,11 @@ def own_call(module: nn.Module) -> str:
     return "has a __call__ of its own" if _own(module, "__call__") else ""
 
 
-def _own_method(module: nn.Module, evaluation: bool, is_part: bool) -> str:
+def _own_method(module: nn.Module, purpose: Purpose, is_part: bool) -> str:
     """A method that makes or reads a state_dict, or does more than call torch's of that name."""
-    for name in (_MOVING,) if evaluation else (*_MODES, _MOVING):
+    if purpose == "facts":
+        return ""
+    for name in (_MOVING,) if purpose == "evaluation" else (*_MODES, _MOVING):
         method = _own(module, name)
         if method and (name in vars(module) or not _only_calls_torch(method, name, module)):
             return name

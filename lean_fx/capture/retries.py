@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
-from lean_fx.capture.own_code import lost_in_a_graph, own_call
+from lean_fx.capture.own_code import Purpose, lost_in_a_graph, own_call
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
@@ -41,7 +41,7 @@ def trace_copy(
     inputs: Sequence[Any],
     whole: frozenset[str] = frozenset(),
     *,
-    evaluation: bool = False,
+    purpose: Purpose = "graph",
 ) -> tuple[nn.Module, Graph]:
     """Trace copies of a module until it goes; the copy that went, and its graph.
 
@@ -49,20 +49,20 @@ def trace_copy(
         root: the module.
         inputs: example inputs, as far as they are known.
         whole: names of modules that are leaves in any case.
-        evaluation: whether the graph is for evaluation alone.
+        purpose: of the graph.
 
     Raises:
         TraceError: the module cannot be traced; or what its own code raises.
     """
     fed = fed_by_hooks(root)
-    reason = own_call(root) or lost_in_a_graph(root, evaluation, is_part=False)
+    reason = own_call(root) or lost_in_a_graph(root, purpose, is_part=False)
     if "" in fed:
         reason = reason or "reads what hooks of other modules store"
     if reason:
         raise TraceError(f"{type(root).__name__} {reason}")
     opaque = whole | fed
     for name, each in root.named_modules():
-        kept = lost_in_a_graph(each, evaluation) or reduces_within(each) or has_hooks(each)
+        kept = lost_in_a_graph(each, purpose) or reduces_within(each) or has_hooks(each)
         if name and kept:
             opaque |= {name}
     copied, graph = _trace_seeing(root, inputs, opaque)

@@ -127,7 +127,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
         known = isinstance(model, nn.Module) and type(model) not in UNFUSED
         leaf = known and LeanTracer().is_leaf_module(model, "")
         root = _calling(model, len(inputs)) if leaf else model
-        captured = capture(root, inputs, evaluation=True)
+        captured = capture(root, inputs, purpose="evaluation")
         return _count(captured, inputs, type(model).__name__)
 
 

@@ -112,7 +112,8 @@ class Plan:
             inputs = () if example_inputs is None else as_inputs(example_inputs, model)
             if self.form == "graph":
                 return self.apply_to_graph(capture(model, inputs))
-            return self.apply_to_copy(model, capture(model, inputs) if self.traced else None)
+            shown = capture(model, inputs, purpose="facts") if self.traced else None
+            return self.apply_to_copy(model, shown)
 
     def apply_to_copy(self, model: nn.Module, captured: GraphModule | None) -> nn.Module:
         """Like :meth:`apply` for ``form="module"``.

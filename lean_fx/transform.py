@@ -1,47 +1,26 @@
-"""leanify() and plan(): capture, normalise, analyse, plan, select, apply.
+"""leanify() and plan(): capture, normalise, analyse, plan, select, and apply.
 
-If torch.fx cannot trace a model, one observed run replaces the graph. The planner is the same.
+All but the last is in :mod:`lean_fx.planned`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
-from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.capture.guards import check_branch
-from lean_fx.capture.size_guards import refusing_modules
-from lean_fx.checks import check_choice, first_without_values
-from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.errors import LeanWarning
 from lean_fx.locks import SHARED_STATE
-from lean_fx.passes import (
-    FindConsumers,
-    InferSign,
-    MeasureScale,
-    Pass,
-    Pipeline,
-    PropagateShapes,
-    TrackChannels,
-    TrackWrites,
-)
-from lean_fx.planning.normalising import Rewritings
-from lean_fx.planning.observed import layer_names, observed_records, without_failing
+from lean_fx.planned import planned
 from lean_fx.planning.options import Options
-from lean_fx.planning.planner import check_named_layers, choose_sites, named_sites
 from lean_fx.planning.plans import Form, Plan
 from lean_fx.planning.policy import ChannelsPolicy, Skip
-from lean_fx.planning.records import graph_records, unread_records
-from lean_fx.planning.uncalled import layers_inside_leaves, part_names, uncalled_layers
 from lean_fx.reduction.registry import ReductionFactory
-from lean_fx.selection import Keep, select_sites
+from lean_fx.selection import Keep
 
 
 def leanify(
@@ -132,7 +111,7 @@ def leanify(
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with SHARED_STATE, torch.inference_mode(False):  # the copies will be trained
-        made, captured = _planned(model, example_inputs, options, keep, kernel, form)
+        made, captured = planned(model, example_inputs, options, keep, kernel, form)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
@@ -192,145 +171,7 @@ def plan(
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with SHARED_STATE, torch.inference_mode(False):
-        return _planned(model, example_inputs, options, keep, kernel, form)[0]
-
-
-def _planned(
-    model: nn.Module,
-    example_inputs: Any,
-    options: Options,
-    keep: Keep,
-    kernel: bool | None,
-    form: Form,
-) -> tuple[Plan, GraphModule | None]:
-    """The plan, and the captured graph to apply it to (None if the model cannot be traced)."""
-    check_choice("keep", keep, get_args(Keep))
-    check_choice("form", form, get_args(Form))
-    if form == "module" and example_inputs is None:
-        raise ArgumentError(
-            "form='module' needs example_inputs: one run on them shows which layers are called"
-        )
-    inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
-    try:
-        captured = capture(model, inputs, purpose="graph" if form == "graph" else "facts")
-    except CaptureError as error:
-        if not inputs:
-            raise
-        if keep != "all":
-            raise ArgumentError(
-                f"keep={keep!r} needs a graph, keep='all' does not; {error}"
-            ) from error
-        made = _plan_observed(model, unfused_clone(model), inputs, options)
-        if form == "graph":
-            reason = str(error).partition("; ")[0]
-            warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
-        return made, None
-    if form == "graph":
-        _warn_of_sizes(model, captured, inputs)
-    options = dataclasses.replace(options, modules=dict(model.named_modules()))
-    rewritings = Rewritings.of(captured, options)
-    normalised = clone_graph(captured)
-    rewritings.apply(normalised)
-    _analyse(normalised, inputs)
-    made = _plan_graph(model, normalised, rewritings, options, keep, kernel, form)
-    if inputs and keep == "all":
-        made = _with_layers_inside_leaves(made, captured, inputs, options)
-    if form == "module":
-        from lean_fx.planning.module_form import in_module_form  # loaded when it is used
-
-        made = in_module_form(made, model, inputs)
-    return made, captured
-
-
-def _warn_of_sizes(model: nn.Module, captured: GraphModule, inputs: tuple[Any, ...]) -> None:
-    """Tell a user whose graph refuses sizes that the model takes."""
-    checks = any(node.target is check_branch for node in captured.graph.nodes)
-    for reason in refusing_modules(model, captured, inputs).values() if checks and inputs else ():
-        warnings.warn(
-            f"{reason.partition('; ')[0]}; form='module' takes what the model takes",
-            LeanWarning,
-            stacklevel=4,
-        )
-
-
-def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
-    """Write the facts that the planner reads."""
-    passes: list[Pass] = [TrackChannels(), TrackWrites(), InferSign(), FindConsumers()]
-    if inputs:
-        passes = [PropagateShapes(inputs), MeasureScale(inputs), *passes]
-    Pipeline(passes)(graph_module)
-
-
-def _plan_graph(
-    model: nn.Module,
-    normalised: GraphModule,
-    rewritings: Rewritings,
-    options: Options,
-    keep: Keep,
-    kernel: bool | None,
-    form: Form,
-) -> Plan:
-    """Plan and select on the normalised graph; drop the rewritings that no site uses."""
-    called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
-    uncalled = uncalled_layers(model, normalised, called | set(rewritings.split_layers))
-    records = graph_records(normalised, options) + unread_records(uncalled)
-    names = [each.layer for each in records]
-    check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])
-    chosen, left = choose_sites(records, options)
-    if form == "module":
-        chosen, hidden = rewritings.outside(chosen)
-        left += hidden
-    sites, dropped = select_sites(chosen, options.reduction, normalised, keep, kernel)
-    used = rewritings.used_by(sites)
-    unused = rewritings.without(used)
-    sites, left = unused.undo(normalised, sites, [*left, *dropped], options)
-    return Plan(
-        model=type(model).__name__,
-        sites=named_sites(sites),
-        left_alone=tuple(dict.fromkeys(left)),
-        reduction=options.reduction,
-        parameters=_count(model),
-        split_layers=used.split_layers,
-        weights=used.weights,
-    )
-
-
-def _plan_observed(
-    model: nn.Module,
-    runnable: nn.Module,
-    inputs: tuple[Any, ...],
-    options: Options,
-    only: frozenset[str] | None = None,
-) -> Plan:
-    """Plan from one observed run: each layer reduces its own input."""
-    records = observed_records(runnable, inputs, options, only)
-    if only is None:
-        check_named_layers(options, layer_names(runnable))
-    sites, left = choose_sites(records, options)
-    made = Plan(
-        model=type(model).__name__,
-        sites=named_sites(sites),
-        left_alone=tuple(left),
-        reduction=options.reduction,
-        parameters=_count(model),
-        traced=False,
-        form="module",
-    )
-    return without_failing(made, runnable, inputs)
-
-
-def _with_layers_inside_leaves(
-    made: Plan, captured: GraphModule, inputs: tuple[Any, ...], options: Options
-) -> Plan:
-    """Add the layers inside modules that are not traced; these layers reduce their own input."""
-    inside = layers_inside_leaves(captured)
-    if not inside or first_without_values(captured):  # planning them needs a run with real values
-        return made
-    within = _plan_observed(captured, captured, inputs, options, inside)
-    seen = [each for each in made.left_alone if each.layer not in inside]
-    return dataclasses.replace(
-        made, sites=(*made.sites, *within.sites), left_alone=(*seen, *within.left_alone)
-    )
+        return planned(model, example_inputs, options, keep, kernel, form)[0]
 
 
 def _own_methods(model: nn.Module) -> list[str]:
@@ -348,7 +189,3 @@ def _own_methods(model: nn.Module) -> list[str]:
             more += inspect.unwrap(methods[name]).__code__.co_names
     hidden = methods.keys() - used - set(dir(nn.Module))
     return [name for name in methods if name in hidden and not name.startswith("_")]
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

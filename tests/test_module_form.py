@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import pickle
 import threading
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lean_fx
 from graphs import CHANGED, UNCHANGED
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import ArgumentError, PlanError
 from lean_fx.layers.shared_inputs import ReduceOnce
 
@@ -435,12 +437,36 @@ def test_methods_that_a_graph_has_not_are_no_reason_to_forget_signs():
 
     model = Frozen().train()
     with pytest.warns(lean_fx.LeanWarning, match="has a train of its own"):
-        assert not lean_fx.plan(model, X).traced
+        given = lean_fx.plan(model, X)
     plan = lean_fx.plan(model, X, form="module")
     assert plan.traced
+    assert plan == given
     lean = plan.apply(model, X)
     assert lean.conv.reduction.nonnegative
     assert lean.blocks[0].q.reduction is lean.blocks[0].k.reduction
     lean.train()
     assert (lean.training, lean.stem.training) == (True, False)
     assert [*lean.state_dict()] == ["net"]
+
+
+def test_a_decorated_forward_is_traced():
+    def checked(forward):
+        @functools.wraps(forward)
+        def wrapper(self, *args, **kwargs):
+            flag = kwargs.pop("flag", None)
+            return forward(self, *args, **kwargs) * (1 if flag is None else 2)
+
+        return wrapper
+
+    class Decorated(Net):
+        @checked
+        def forward(self, x, scale=None, *, bias=0.0, **kwargs):
+            return super().forward(x) + bias
+
+    model = Decorated()
+    for form in ("graph", "module"):
+        plan = lean_fx.plan(model, X, form=form)
+        assert (plan.traced, plan.form) == (True, form)
+        lean = plan.apply(model, X)
+        assert lean(X).shape == (2, 7)
+    torch.testing.assert_close(capture(model, (X,))(X), model(X))

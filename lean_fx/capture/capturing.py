@@ -81,7 +81,7 @@ def capture(
                 f"{type(root).__name__}: its graph is without its {own}; give it state_dicts of "
                 "the model's present version",
                 LeanWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         if not inputs or first_without_values(root):
             return captured
@@ -234,7 +234,7 @@ def _follow_mode(
         f"since its graph in the other mode cannot be joined to it ({reason}); capture it in the "
         "mode that you need",
         LeanWarning,
-        stacklevel=6,
+        stacklevel=7,
     )
     return frozenset()
 

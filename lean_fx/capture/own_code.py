@@ -108,9 +108,12 @@ def _own_method(module: nn.Module, purpose: Purpose, is_part: bool) -> str:
 
 @lru_cache(maxsize=4096)
 def _asks_for_classes(code: CodeType) -> bool:
-    """Whether code matches classes, or reads ``__class__``: Python itself answers that."""
-    return "__class__" in code.co_names or any(
-        each.opname in _MATCHING for each in dis.get_instructions(code)
+    """Whether code matches classes, or reads ``__class__`` of what is not ``self``."""
+    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    return any(
+        each.opname in _MATCHING
+        or (each.argval == "__class__" and each.opname == "LOAD_ATTR" and before.argval != "self")
+        for before, each in pairwise(steps)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections.abc import Callable
@@ -156,7 +157,10 @@ class LeanTracer(Tracer):
 
         torch.fx's own has other names for the latter, by which no caller could give them.
         """
-        function, args = super().create_args_for_root(root_fn, is_module)
+        bare = inspect.unwrap(root_fn)
+        function, args = super().create_args_for_root(bare, is_module)
+        if bare is not root_fn:  # torch.fx would give a decorator's wrapper the decorated code
+            function = _called_by_position(root_fn, bare)
         absent = concrete_args if isinstance(concrete_args, dict) else None
         for place, each in enumerate(args):
             if not isinstance(each, Proxy) or absent is None:  # torch.fx unpickles with this, too
@@ -312,3 +316,25 @@ class _Weight(KeepsData, ParameterProxy):
 
     def size(self, dim: int | None = None) -> Any:
         return self.param.size() if dim is None else self.param.size(dim)
+
+
+def _called_by_position(wrapper: Callable[..., Any], bare: Callable[..., Any]) -> Any:
+    """A decorated forward that takes all of its parameters by position, as torch.fx calls it."""
+    kinds = [each.kind for each in inspect.signature(bare).parameters.values()]
+    names = list(inspect.signature(bare).parameters)
+
+    def called(*args: Any) -> Any:
+        given: list[Any] = []
+        named: dict[str, Any] = {}
+        for name, kind, value in zip(names, kinds, args, strict=False):
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                given += value
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                named |= value
+            elif kind is inspect.Parameter.KEYWORD_ONLY:
+                named[name] = value
+            else:
+                given.append(value)
+        return wrapper(*given, **named)
+
+    return called

@@ -470,3 +470,18 @@ def test_a_decorated_forward_is_traced():
         lean = plan.apply(model, X)
         assert lean(X).shape == (2, 7)
     torch.testing.assert_close(capture(model, (X,))(X), model(X))
+
+
+def test_a_train_that_changes_forward_is_no_source_of_facts():
+    class Changes(Net):
+        def train(self, mode=True):
+            self.act = torch.relu if mode else torch.tanh
+            return super().train(mode)
+
+        def features(self, x):
+            return self.conv(self.act(self.stem(x)).transpose(1, 2))
+
+    model = Changes().train()
+    plan = lean_fx.plan(model, X, form="module")
+    assert not plan.traced
+    assert not any(site.nonnegative for site in plan.sites)

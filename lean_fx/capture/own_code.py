@@ -94,9 +94,13 @@ def own_call(module: nn.Module) -> str:
 
 
 def _own_method(module: nn.Module, purpose: Purpose, is_part: bool) -> str:
-    """A method that makes or reads a state_dict, or does more than call torch's of that name."""
+    """A method that makes or reads a state_dict, or does more than call torch's of that name.
+
+    For facts: one that changes what forward does with the mode.
+    """
     if purpose == "facts":
-        return ""
+        own = ((name, _own(module, name)) for name in _MODES)
+        return next((name for name, method in own if method and _changes_attributes(method)), "")
     for name in (_MOVING,) if purpose == "evaluation" else (*_MODES, _MOVING):
         method = _own(module, name)
         if method and (name in vars(module) or not _only_calls_torch(method, name, module)):
@@ -155,6 +159,15 @@ def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
             ours = base.__module__.partition(".")[0] in ("torch", "lean_fx")
             return None if ours else vars(base)[name]
     return None
+
+
+def _changes_attributes(method: Callable[..., Any]) -> bool:
+    """Whether a method sets more than modes and whether parameters learn."""
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    if code is None or "setattr" in code.co_names:
+        return True
+    stored = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR"}
+    return not stored <= {"training", "requires_grad"}
 
 
 def _only_calls_torch(method: Callable[..., Any], name: str, module: nn.Module) -> bool:

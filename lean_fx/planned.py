@@ -34,7 +34,12 @@ from lean_fx.planning.options import Options
 from lean_fx.planning.planner import check_named_layers, choose_sites, named_sites
 from lean_fx.planning.plans import Form, Plan
 from lean_fx.planning.records import graph_records, unread_records
-from lean_fx.planning.uncalled import layers_inside_leaves, part_names, uncalled_layers
+from lean_fx.planning.uncalled import (
+    has_weights_inside_leaves,
+    layers_inside_leaves,
+    part_names,
+    uncalled_layers,
+)
 from lean_fx.selection import Keep, select_sites
 
 
@@ -210,10 +215,10 @@ def _plan_observed(
 def _with_layers_inside_leaves(
     made: Plan, captured: GraphModule, inputs: tuple[Any, ...], options: Options
 ) -> Plan:
-    """Add the layers inside modules that are not traced; these layers reduce their own input."""
+    """Add what is inside modules that are not traced: layers there reduce their own input."""
     inside = layers_inside_leaves(captured)
-    if not inside or first_without_values(captured):  # planning them needs a run with real values
-        return made
+    if first_without_values(captured) or not (inside or has_weights_inside_leaves(captured)):
+        return made  # planning them needs a run with real values
     within = _plan_observed(captured, captured, inputs, options, inside)
     seen = [each for each in made.left_alone if each.layer not in inside]
     return dataclasses.replace(

@@ -234,3 +234,29 @@ def test_products_where_nothing_is_traced(case):
     assert found.pop("stem")[0] == "Linear"
     found.pop("conv")
     assert found == ({expected[0]: expected[1:]} if expected else {})
+
+
+def test_a_product_inside_of_what_is_not_traced_is_named():
+    class OwnLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(32, 32))
+
+        def forward(self, x):
+            return F.linear(x, self.weight)
+
+    class Asks(nn.Module):
+        """Holds no layer of torch's, and cannot be traced."""
+
+        def __init__(self):
+            super().__init__()
+            self.own = OwnLinear()
+
+        def forward(self, x):
+            return self.own(x if float(x.sum()) > 0 else -x)
+
+    model = nn.Sequential(nn.Linear(8, 32), Asks(), nn.Linear(32, 4))
+    for form in ("graph", "module"):
+        plan = lean_fx.plan(model, torch.rand(3, 8), form=form)
+        assert plan.traced
+        assert "1.own.weight" in {each.layer for each in plan.left_alone}

@@ -62,6 +62,17 @@ def layers_inside_leaves(graph_module: GraphModule) -> frozenset[str]:
     )
 
 
+def has_weights_inside_leaves(graph_module: GraphModule) -> bool:
+    """Whether a module that is not traced holds parameters that may multiply values."""
+    modules = dict(graph_module.named_modules())
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    return any(
+        not LeanTracer().is_leaf_module(modules[name], name)
+        and any(parameter.dim() > 1 for parameter in modules[name].parameters())
+        for name in called
+    )
+
+
 def _holder(name: str, called: set[str]) -> str:
     """The module that is called and has the layer inside, or an empty string."""
     return next((each for each in holders_of(name) if each in called), "")

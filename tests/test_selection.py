@@ -12,13 +12,13 @@ from lean_fx.capture.capturing import capture, clone_graph
 from lean_fx.errors import ArgumentError
 from lean_fx.measure.costs import count_macs
 from lean_fx.passes import facts
+from lean_fx.planned import _analyse
 from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.options import Options
 from lean_fx.planning.planner import choose_sites
 from lean_fx.planning.records import graph_records
 from lean_fx.selection import _alone
 from lean_fx.skip_reason import LeftAlone, SkipReason
-from lean_fx.transform import _analyse
 
 
 class TwoSites(nn.Module):

@@ -422,3 +422,48 @@ def test_registered_twice_and_taken_back(registering):
     lean_fx.unregister_layer(nn.Linear)
     assert kind_of(Turned(2, 2)) is None
     assert kind_of(nn.Linear(2, 2)).layer_type is nn.Linear
+
+
+def test_layers_of_other_libraries_are_known_by_name():
+    class Conv1D(nn.Module):
+        """As that of transformers."""
+
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf, self.nx = nf, nx
+            self.weight = nn.Parameter(torch.empty(nx, nf))
+            self.bias = nn.Parameter(torch.zeros(nf))
+            nn.init.normal_(self.weight, std=0.02)
+
+        def forward(self, x):
+            size_out = (*x.size()[:-1], self.nf)
+            return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
+    class Linear(nn.Module):
+        """As that of torch_geometric, in which ``weight`` is torch's own way round."""
+
+        def __init__(self, n_in, n_out, bias=True, weight_initializer=None, bias_initializer=None):
+            super().__init__()
+            self.in_channels, self.out_channels = n_in, n_out
+            self.weight_initializer, self.bias_initializer = weight_initializer, bias_initializer
+            self.weight = nn.Parameter(torch.rand(n_out, n_in))
+            self.bias = nn.Parameter(torch.rand(n_out)) if bias else None
+
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+    Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+    Linear.__module__, Linear.__qualname__ = "torch_geometric.nn.dense.linear", "Linear"
+    model = nn.Sequential(nn.Linear(4, 32), Conv1D(64, 32), nn.ReLU(), Linear(64, 3, bias=False))
+    x = torch.rand(2, 5, 4)
+    try:
+        for form in ("graph", "module"):
+            lean = lean_fx.leanify(model, x, channels=8, form=form)
+            assert lean(x).shape == (2, 5, 3)
+            one, other = lean.get_submodule("1"), lean.get_submodule("3")
+            assert (type(one), one.weight.shape) == (Conv1D, (8, 64))
+            assert (type(other), other.weight.shape, other.bias) == (Linear, (3, 8), None)
+            assert len(lean_fx.plan_of(lean).sites) == 2
+    finally:
+        lean_fx.layers.kinds.unregister_layer(Conv1D)
+        lean_fx.layers.kinds.unregister_layer(Linear)

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from lean_fx.checks import check_int, one_of
 from lean_fx.errors import ArgumentError, one_line
+from lean_fx.layers.known_layers import KNOWN
 
 
 @dataclass(frozen=True)
@@ -243,12 +244,17 @@ def _macs_of_positions(layer: Any, read: int, written: int) -> int:
 def kind_of(layer: nn.Module | None) -> LayerKind | None:
     """The kind of a layer's type, or of the nearest base that has one; None if none has.
 
+    A type of :mod:`lean_fx.layers.known_layers` is registered on the way.
+
     Example:
         >>> class Mine(nn.Linear):
         ...     pass
         >>> kind_of(Mine(4, 2)).layer_type.__name__, kind_of(nn.ReLU())
         ('Linear', None)
     """
+    known = KNOWN.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
+    if known and type(layer) not in KINDS:
+        register_layer(type(layer), **known)
     return next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), None)
 
 

@@ -1,0 +1,30 @@
+"""Layers of other libraries that are linear in their input, by the names of their classes.
+
+So nothing of these libraries is imported: :func:`~lean_fx.layers.kinds.kind_of` registers such a
+class when it meets a layer of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: What :func:`~lean_fx.layers.kinds.register_layer` is told of each.
+KNOWN: dict[str, dict[str, Any]] = {
+    # A linear layer with its weight transposed, of GPT-2.
+    "transformers.pytorch_utils.Conv1D": {
+        "in_channels": lambda layer: layer.weight.shape[0],
+        "out_channels": lambda layer: layer.weight.shape[1],
+        "rebuild": lambda layer, channels: type(layer)(layer.weight.shape[1], channels),
+    },
+    "torch_geometric.nn.dense.linear.Linear": {
+        "in_channels": lambda layer: layer.in_channels,
+        "out_channels": lambda layer: layer.out_channels,
+        "rebuild": lambda layer, channels: type(layer)(
+            channels,
+            layer.out_channels,
+            layer.bias is not None,
+            layer.weight_initializer,
+            layer.bias_initializer,
+        ),
+    },
+}

@@ -84,7 +84,7 @@ def report(rows: list[LibraryRow]) -> str:
         for row in rows
     ]
     return "\n\n".join(
-        [*lines, markdown_table((*header, "exports", "seconds", "not reduced"), table)]
+        [*lines, markdown_table([(*header, "exports", "seconds", "not reduced"), *table])]
     )
 
 

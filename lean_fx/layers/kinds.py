@@ -253,7 +253,7 @@ def kind_of(layer: nn.Module | None) -> LayerKind | None:
         ('Linear', None)
     """
     known = KNOWN.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
-    if known and type(layer) not in KINDS:
+    if known and layer is not None and type(layer) not in KINDS:
         register_layer(type(layer), **known)
     return next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), None)
 

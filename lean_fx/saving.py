@@ -1,15 +1,19 @@
-"""A reduced model in one file: its weights as tensors, its plan beside them, and no pickle."""
+"""A reduced model in one file: its weights as tensors, its plan beside them, and no pickle.
+
+Checkpoints of Lightning are read too, by torch's unpickler of plain values and tensors.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lean_fx.errors import ArgumentError, DataError, WriteError, require
+from lean_fx.errors import ArgumentError, DataError, WriteError, one_line, require
 from lean_fx.export.stored_plan import plan_of
 from lean_fx.files import replacing
 from lean_fx.planning.plans import PLAN, Plan
@@ -67,6 +71,11 @@ def save(lean: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """Make the reduced model that a file of :func:`save` holds.
 
+    A checkpoint of Lightning is such a file too, if the module that was trained put its plan in::
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["lean_fx.plan"] = lean_fx.plan_of(self.model).to_json()
+
     Args:
         path: the file.
         model: the model that was reduced, or another instance of it; it is copied. Its weights do
@@ -87,8 +96,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any = N
 
     Example: see :func:`save`.
     """
-    plan, state = _read(path)
+    plan, state = _read_checkpoint(path) if zipfile.is_zipfile(path) else _read(path)
     lean = plan.apply(model, example_inputs)
+    state = _without_prefix(state, lean.state_dict())
     _check_fits(path, state, lean.state_dict())
     lean.load_state_dict(state)
     return lean
@@ -139,6 +149,37 @@ def _read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
             f"{path}: its {_TIED} is damaged; give a file that lean_fx.save wrote"
         ) from error
     return plan, state
+
+
+def _read_checkpoint(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        state = held["state_dict"]
+        named = {str(name): each for name, each in state.items() if isinstance(each, Tensor)}
+    except Exception as error:  # of the unpickler, or of what it has read
+        reason = one_line(error, 200)
+        raise DataError(
+            f"{path}: is no checkpoint of Lightning that holds plain values and tensors alone "
+            f"({reason}); give one, or a file that lean_fx.save wrote"
+        ) from error
+    if PLAN not in held:
+        raise DataError(
+            f"{path}: holds no plan; put plan_of(model).to_json() into the checkpoint's {PLAN!r} "
+            "in on_save_checkpoint"
+        )
+    return Plan.from_json(held[PLAN]), named
+
+
+def _without_prefix(state: dict[str, Tensor], wanted: dict[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the names within the model, which a module held as an attribute."""
+    first = next(iter(wanted), "")
+    ends = (name.removesuffix(first) for name in state if name.endswith(f".{first}"))
+    for prefix in ("", *ends):
+        ours = [name for name in state if name.startswith(prefix)]
+        inside = {name.removeprefix(prefix): state[name] for name in ours}
+        if inside.keys() == wanted.keys():
+            return inside
+    return state
 
 
 def _check_fits(

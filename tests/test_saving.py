@@ -180,3 +180,41 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(lean_fx.ArgumentError, match="no dense tensor with data"):
         lean_fx.save(lean_fx.leanify(Conv(), X).to("meta"), tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
+
+
+def checkpoint(net, prefix="net.", **more):
+    state = {f"{prefix}{name}": each for name, each in net.state_dict().items()}
+    state |= {"loss.weight": torch.ones(3)} if prefix else {}
+    return {"epoch": 3, "pytorch-lightning_version": "2.5", "state_dict": state, **more}
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.parametrize("prefix", ["net.", "task.model.", ""])
+def test_a_checkpoint_of_lightning(prefix, form, tmp_path):
+    net, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.rand(3, 4)
+    lean = lean_fx.leanify(net, x, form=form)
+    held = checkpoint(lean, prefix, **{"lean_fx.plan": lean_fx.plan_of(lean).to_json()})
+    torch.save(held, tmp_path / "last.ckpt")
+    again = lean_fx.load(tmp_path / "last.ckpt", net, x)
+    assert type(again).__name__ == "Sequential"
+    torch.testing.assert_close(again(x), lean(x), rtol=0, atol=0)
+
+
+def test_checkpoints_that_are_refused(tmp_path):
+    net, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.rand(3, 4)
+    lean, file = lean_fx.leanify(net, x), tmp_path / "last.ckpt"
+    plan = {"lean_fx.plan": lean_fx.plan_of(lean).to_json()}
+    cases = {
+        r"holds no plan; put plan_of\(model\).to_json\(\) into the checkpoint's 'lean_fx.plan'": checkpoint(
+            lean
+        ),
+        r"is no checkpoint of Lightning that holds plain values and tensors alone": {"epoch": 3},
+        r"holds no '0.weight', which the model has": {**checkpoint(lean), "state_dict": {}, **plan},
+    }
+    for text, held in cases.items():
+        torch.save(held, file)
+        with pytest.raises(lean_fx.DataError, match=text):
+            lean_fx.load(file, net, x)
+    torch.save(checkpoint(lean, model=lean), file)  # a pickle of a class
+    with pytest.raises(lean_fx.DataError, match="is no checkpoint of Lightning"):
+        lean_fx.load(file, net, x)

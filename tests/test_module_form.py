@@ -483,3 +483,22 @@ def test_a_train_that_changes_forward_is_no_source_of_facts():
     plan = lean_fx.plan(model, X, form="module")
     assert not plan.traced
     assert not any(site.nonnegative for site in plan.sites)
+
+
+def test_a_method_that_breaks_a_promise_of_forward_is_found():
+    class Decodes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode_layer = nn.Linear(5, 32), nn.Linear(32, 5)
+
+        def forward(self, x):
+            return self.decode(self.encode(x).relu())
+
+        def decode(self, code):
+            return self.decode_layer(code)
+
+    lean = lean_fx.leanify(Decodes(), X, form="module")
+    with lean_fx.checking_signs():
+        lean(X)
+        with pytest.raises(lean_fx.LeanError, match="the least value is -"):
+            lean.decode(torch.randn(2, 32))

@@ -46,12 +46,18 @@ def main() -> None:
     make_folder(folder / "models")
     todo = [name for name in names if not _is_finished(folder, name, args.again)]
     progress = require("rich.progress", extra="examples", purpose="the progress bar")
-    with progress.Progress() as bar, ThreadPoolExecutor(args.jobs) as pool:
-        task = bar.add_task("models", total=len(todo))
-        for _ in as_completed(pool.submit(_ask, folder, each, args.timeout) for each in todo):
-            bar.advance(task)
-    rows = [read_library_row(_file(folder, name)) for name in names]
-    write_text(folder / "libraries.md", report(rows))
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        with progress.Progress() as bar:
+            task = bar.add_task("models", total=len(todo))
+            asked = [pool.submit(_ask, folder, each, args.timeout) for each in todo]
+            for _ in as_completed(asked):
+                bar.advance(task)
+    finally:  # what is known when it is stopped is worth a table, too
+        pool.shutdown(wait=True, cancel_futures=True)
+        files = (_file(folder, name) for name in names)
+        rows = [read_library_row(file) for file in files if file.exists()]
+        write_text(folder / "libraries.md", report(rows))
     print((folder / "libraries.md").read_text())
     print(f"written to {folder / 'libraries.md'}")
 

@@ -59,7 +59,7 @@ def test_all_that_takes_inputs_takes_them_by_name(given, tmp_path):
     torch.testing.assert_close(
         lean_fx.costs_of(model, given).macs, lean_fx.costs_of(model, as_inputs(given, model)).macs
     )
-    if given.get("return_dict", True):
+    if given.keys() == {"ids", "mask"}:  # the others differ in what forward does, not in the file
         assert lean_fx.export_onnx(lean, tmp_path / "net.onnx", given).path.exists()
 
 

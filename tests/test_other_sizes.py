@@ -153,3 +153,33 @@ def test_asking_leaves_globals_and_random_numbers():
         lean_fx.plan(model, x)
     assert torch.equal(torch.get_rng_state(), before)
     assert capture(model, (x,))(x).shape == (4, 4)
+
+
+def test_code_that_several_parts_share_refuses_for_one():
+    def checked(x):
+        return x * 2 if len(x) > 4 else x
+
+    class Part(nn.Module):
+        """Refuses."""
+
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 32)
+
+        def forward(self, x):
+            return F.relu(self.a(checked(x)))
+
+    class Other(nn.Module):
+        """Asks the same of what has always one size, and holds the layers."""
+
+        def __init__(self):
+            super().__init__()
+            self.b, self.c = nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.c(F.relu(checked(self.b(x).T).T))
+
+    lean = lean_fx.leanify(nn.Sequential(Part(), Other()), torch.rand(4, 8))
+    assert lean(torch.rand(6, 8)).shape == (6, 4)
+    assert isinstance(lean, torch.fx.GraphModule)
+    assert {site.layers for site in lean_fx.plan_of(lean).sites} == {("1.b",), ("1.c",)}

@@ -209,6 +209,7 @@ def _trains(model: nn.Module, lean: nn.Module, inputs: Inputs) -> str:
 
 def _missed(model: nn.Module, inputs: Inputs) -> set[str]:
     """The parameters that a step of training leaves without a gradient, or with no finite one."""
+    torch.manual_seed(0)  # of layers that are dropped
     values = [each for each in _call(model.train(), inputs) if each.requires_grad]
     torch.stack([each.float().square().mean() for each in values]).sum().backward()  # type: ignore[no-untyped-call]
     parameters = dict(model.named_parameters())

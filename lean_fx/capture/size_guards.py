@@ -48,13 +48,25 @@ def refusing_modules(
             if larger is not None:
                 run(captured, larger)
         except BranchError as error:
-            checks = [node for node in captured.graph.nodes if node.target is check_branch]
-            places = [str(node.args[2]).partition(" (") for node in checks]
-            text = str(error)
-            refusing |= {name: text for name, *code in places if "".join(code) in text}
+            refusing |= _with_their_like(str(error), model, captured)
         except Exception:  # nothing that another leaf would mend
             pass
     return refusing
+
+
+def _with_their_like(text: str, model: nn.Module, captured: GraphModule) -> dict[str, str]:
+    """The module whose branch an error tells of, and those of its class that have it too."""
+    checks = [node for node in captured.graph.nodes if node.target is check_branch]
+    places = [str(node.args[2]) for node in checks]
+    modules = dict(model.named_modules())
+    names = {name: code for name, _, code in (place.partition(" (") for place in places)}
+    first = next((place.partition(" (")[0] for place in places if text.startswith(place)), "")
+    return {
+        name: text
+        for name, code in names.items()
+        if name == first
+        or (code in text and first in modules and type(modules.get(name)) is type(modules[first]))
+    }
 
 
 def _succeeds(run: Any, module: nn.Module, inputs: Sequence[Any]) -> bool:

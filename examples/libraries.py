@@ -12,9 +12,6 @@ Writes libraries.md, the table.
 
 import argparse
 import fnmatch
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from lean_fx.measure.tables import markdown_table
 from support.library_models import MODELS, PACKAGES
 from support.library_rows import LibraryRow, read_library_row, write_library_row
 from support.script import command_line, run_script
+from support.zoo_runs import run_module
 
 
 def main() -> None:
@@ -105,22 +103,8 @@ def _is_finished(folder: Path, name: str, again: bool) -> bool:
 
 def _ask(folder: Path, name: str, timeout_s: float) -> None:
     """Ask one model in a process of its own, whatever becomes of that."""
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     file = _file(folder, name)
-    end = ""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "support.library_rows", name, str(file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=timeout_s,
-        )
-        if done.returncode:
-            end = f"its process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
-    except subprocess.TimeoutExpired:
-        end = f"stopped after {timeout_s:g} s"
+    end = run_module("support.library_rows", [name, str(file)], timeout_s)
     if end:
         write_library_row(LibraryRow(name, ended=end), file)
 

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import json
 import logging
-import sys
 import tempfile
 import time
 import warnings
@@ -258,8 +257,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    if args.name.partition("/")[0] not in sys.modules:
-        torchvision_models()  # many import it, and it must be before them
+    torchvision_models()  # many import it, and it must be before them
     write_library_row(ask_library(args.name), args.file)
 
 

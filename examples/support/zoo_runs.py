@@ -130,9 +130,26 @@ def ask(name: str, file: Path, upto: str, timeout_s: float) -> Row:
     Returns:
         The row, which is in the file too.
     """
-    module = "support.zoo_rings"
-    command = [sys.executable, "-W", "ignore", "-m", module, name, str(file), "--upto", upto]
     write_row(Row(name), file)
+    end = run_module("support.zoo_rings", [name, str(file), "--upto", upto], timeout_s)
+    row = read_row(file)
+    interrupted = end == "killed by SIGINT"  # Ctrl-C goes to all processes of a terminal
+    if not row.ended and not interrupted:
+        row.ended = end or "ended without a word"
+        for ring in row.rings.values():
+            if ring.status == "running":
+                ring.status, ring.reason = "crash", row.ended
+        write_row(row, file)
+    return row
+
+
+def run_module(module: str, arguments: Sequence[str], timeout_s: float) -> str:
+    """Run a module of the examples in a process of its own, on one thread.
+
+    Returns:
+        How it ended; empty if it went well.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     try:
         done = subprocess.run(
             command,
@@ -143,18 +160,9 @@ def ask(name: str, file: Path, upto: str, timeout_s: float) -> Row:
             errors="replace",
             timeout=timeout_s,
         )
-        end = "" if done.returncode == 0 else _death(done.returncode, done.stderr)
     except subprocess.TimeoutExpired:
-        end = f"stopped after {timeout_s:g} s"
-    row = read_row(file)
-    interrupted = end == "killed by SIGINT"  # Ctrl-C goes to all processes of a terminal
-    if not row.ended and not interrupted:
-        row.ended = end or "ended without a word"
-        for ring in row.rings.values():
-            if ring.status == "running":
-                ring.status, ring.reason = "crash", row.ended
-        write_row(row, file)
-    return row
+        return f"stopped after {timeout_s:g} s"
+    return "" if done.returncode == 0 else _death(done.returncode, done.stderr)
 
 
 def _path() -> str:

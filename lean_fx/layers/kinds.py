@@ -252,9 +252,10 @@ def kind_of(layer: nn.Module | None) -> LayerKind | None:
         >>> kind_of(Mine(4, 2)).layer_type.__name__, kind_of(nn.ReLU())
         ('Linear', None)
     """
-    known = KNOWN.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
-    if known and layer is not None and type(layer) not in KINDS:
-        register_layer(type(layer), **known)
+    if layer is not None and type(layer) not in KINDS:
+        known = KNOWN.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
+        if known:
+            register_layer(type(layer), **known)
     return next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), None)
 
 

@@ -34,7 +34,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.graph.calls import argument, called
+from lean_fx.graph.calls import argument, called, modules_by_name
 from lean_fx.graph.facts import facts
 from lean_fx.graph.ops import (
     ADAPTIVE_POOL_CALLS,
@@ -86,7 +86,7 @@ class InferSign(Pass):
 
     def run(self, graph_module: GraphModule) -> bool:
         """Prove forwards; while an in-place operation undoes a proof, prove again without it."""
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         spoiled: set[str] = set()
         while True:
             for node in graph_module.graph.nodes:

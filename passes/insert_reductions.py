@@ -54,6 +54,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import facts, forget_facts
 from lean_fx.graph.flattens import view_sizes
 from lean_fx.graph.rewriting import add_module
@@ -89,7 +90,7 @@ class InsertReductions(Pass):
     def requires(self, graph_module: GraphModule) -> None:
         """Every site that is not there yet must fit the graph."""
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         for site in self._open(graph_module):
             for consumer in site.consumers:
                 _check(consumer, site, nodes, modules)
@@ -118,7 +119,7 @@ class InsertReductions(Pass):
 
     def _open(self, graph_module: GraphModule) -> list[Site]:
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         return [
             site
             for site in self.sites

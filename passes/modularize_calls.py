@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from lean_fx.graph.calls import argument, is_altered
+from lean_fx.graph.calls import argument, is_altered, modules_by_name
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import add_module, numbered, replace_node
 from lean_fx.graph.written_attention import write_out
@@ -77,7 +77,7 @@ class ModularizeCalls(Pass):
             node.replace_all_uses_with(call)
             graph_module.graph.erase_node(node)
         split = write_out(graph_module)
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         called = {id(modules[str(n.target)]) for n in graph_module.graph.nodes if _calls_module(n)}
         written_out = [
             (node, layer)

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from lean_fx.errors import PlanError
 from lean_fx.graph import split_attention, split_recurrent
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import forget_facts
 from lean_fx.passes.base import Pass
 
@@ -43,7 +44,7 @@ class SplitLayers(Pass):
     def requires(self, graph_module: GraphModule) -> None:
         """Every layer is split already, or can be and is called once."""
         calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         for name in self._unsplit(modules):
             if calls.count(name) != 1 or splitter_of(modules.get(name)) is None:
                 raise PlanError(
@@ -54,7 +55,7 @@ class SplitLayers(Pass):
 
     def run(self, graph_module: GraphModule) -> bool:
         """Split them one by one."""
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         unsplit = self._unsplit(modules)
         for node in list(graph_module.graph.nodes):
             if node.op == "call_module" and node.target in unsplit:

@@ -29,6 +29,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.errors import PlanError
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import facts
 from lean_fx.graph.site_reductions import check_layer, reduction_for
 from lean_fx.graph.sites import Site
@@ -60,7 +61,7 @@ class SwapLayers(Pass):
 
     def run(self, graph_module: GraphModule) -> bool:
         """Swap the layers one by one."""
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         todo = [site for site in self.sites if f"{site.layers[0]}.reduction" not in modules]
         swap_layers(graph_module, todo, self.reduction, proved=proved_layers(graph_module))
         return bool(todo)
@@ -108,7 +109,7 @@ def swap_layers(
         torch.Size([3, 2])
     """
     sites = tuple(sites)
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     names: dict[int, list[str]] = {}  # a layer may have several
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -152,7 +153,7 @@ def _swap(
 
 
 def _reduce_within(model: nn.Module, applied_by: str, layer: str) -> None:
-    owner = dict(model.named_modules()).get(applied_by)
+    owner = modules_by_name(model).get(applied_by)
     if owner is None or not f".{layer}".startswith(f".{applied_by}".rstrip(".") + "."):
         raise PlanError(
             f"plan: layer {layer!r} is not inside {applied_by!r}, which the plan says applies its "

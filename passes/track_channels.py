@@ -43,7 +43,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.graph.calls import argument
+from lean_fx.graph.calls import argument, modules_by_name
 from lean_fx.graph.facts import Channels, facts
 from lean_fx.graph.flattens import is_flatten, source_of
 from lean_fx.graph.ops import (
@@ -109,7 +109,7 @@ class TrackChannels(Pass):
 
     def run(self, graph_module: GraphModule) -> bool:
         """Go through the graph once, from the inputs on."""
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         for node in graph_module.graph.nodes:
             found = _channels_of(node, modules)
             facts(node).channels = found if _agrees(found, facts(node).shape) else None

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from lean_fx.graph.calls import argument, called
+from lean_fx.graph.calls import argument, called, modules_by_name
 from lean_fx.graph.facts import facts
 from lean_fx.graph.ops import (
     ALPHA_DROPOUT_CALLS,
@@ -69,7 +69,7 @@ class TrackWrites(Pass):
 
     def run(self, graph_module: GraphModule) -> bool:
         """Go through the graph once, from the inputs on, and join what shares storage."""
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         homes = shared_storage(graph_module.graph, modules)
         for node in graph_module.graph.nodes:
             facts(node).writes = any(True for _ in written_by(node, modules))

@@ -131,3 +131,22 @@ def test_a_graph_shows_what_it_was():
     text = str(lean_fx.leanify(Net(), X))
     assert "(blocks): ModuleList(" in text
     assert "): 2 x Block(" in text
+
+
+def test_a_module_that_forward_does_not_call_is_missing_by_name():
+    """A schedule of ``model.drop.p`` finds out; the Dropout that the graph calls follows it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.drop, self.b = nn.Linear(8, 32), nn.Dropout(0.5), nn.Linear(32, 2)
+
+        def forward(self, x):
+            return self.b(nn.functional.dropout(self.a(x), self.drop.p, self.training))
+
+    made = lean_fx.leanify(Net(), torch.rand(4, 8))
+    with pytest.raises(AttributeError, match="^Net.drop is not in the graph, .* keeps the class"):
+        made.drop.p = 0.0
+    (dropout,) = (each for each in made.modules() if isinstance(each, nn.Dropout))
+    x, dropout.p = torch.rand(64, 8), 0.0
+    assert torch.equal(made.train()(x), made(x))

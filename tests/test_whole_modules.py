@@ -136,3 +136,34 @@ def test_modules_without_parameters_that_forward_makes_are_traced(given):
 def test_layers_that_forward_makes_are_not_traced():
     with pytest.raises(CaptureError, match="module is not installed as a submodule"):
         capture(Net(lambda self, x: nn.Linear(4, 4)(self.a(x)), a=nn.Linear(4, 4)))
+
+
+class Activated(nn.Module):
+    """Branches on numbers, with an activation that its parent calls too, by another name."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.linear, self.act = nn.Linear(32, 32), act
+
+    def forward(self, x):
+        return self.act(self.linear(x)) if x.isfinite().all() else x
+
+
+class SharedActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.act = nn.Linear(8, 32), nn.ReLU()
+        self.part = Activated(self.act)
+        self.last = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.last(self.act(self.part(self.first(x))))
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_a_module_called_by_one_name_may_be_in_a_leaf_by_another(form):
+    model, x = SharedActivation(), X(2, 8)
+    torch.testing.assert_close(capture(model, (x,))(x), model(x))
+    plan = lean_fx.plan(model, x, channels=4, form=form)
+    assert {name for site in plan.sites for name in site.layers} == {"part.linear", "last"}
+    assert plan.apply(model, x)(x).shape == (2, 32)

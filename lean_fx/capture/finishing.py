@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.captured import ROOT_HOOKS
 from lean_fx.layers.kinds import KINDS
 
@@ -47,7 +48,7 @@ def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
     """
     for hooks in ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
-    modules = dict(captured.named_modules())
+    modules = modules_by_name(captured)
     for name, module in root.named_modules():
         there = modules.get(name, module)
         for hooks in _STATE_HOOKS if there is not module else ():
@@ -59,7 +60,7 @@ def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
 
 def keep_layers(captured: GraphModule, root: nn.Module) -> None:
     """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
-    modules = dict(root.named_modules())
+    modules = modules_by_name(root)
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
         if node.op == "get_attr" and owner and type(modules.get(owner)) in KINDS:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.clones import fake_of, run_on
 from lean_fx.graph.reachable import leaving_state
 
@@ -58,7 +59,7 @@ def _with_their_like(text: str, model: nn.Module, captured: GraphModule) -> dict
     """The module whose branch an error tells of, and those of its class that have it too."""
     checks = [node for node in captured.graph.nodes if node.target is check_branch]
     places = [str(node.args[2]) for node in checks]
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     names = {name: code for name, _, code in (place.partition(" (") for place in places)}
     first = next((place.partition(" (")[0] for place in places if text.startswith(place)), "")
     return {

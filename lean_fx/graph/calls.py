@@ -12,6 +12,20 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by every name that they have, as calls in a graph name them.
+
+    ``dict(model.named_modules())`` has one name of a module that sits in two places.
+
+    Example:
+        >>> from lean_fx.graph.calls import modules_by_name
+        >>> act = nn.ReLU()
+        >>> sorted(modules_by_name(nn.ModuleDict({"act": act, "norm_act": act})))
+        ['', 'act', 'norm_act']
+    """
+    return dict(model.named_modules(remove_duplicate=False))
+
+
 def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:
     """What a node calls: a function, the name of a method, or the type of a module.
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.cloning import memory_of
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import ChannelRead, facts
 from lean_fx.graph.ops import is_dropout
 from lean_fx.graph.products import source_parameters_of
@@ -47,7 +48,7 @@ class GraphContext:
     @classmethod
     def of(cls, graph_module: GraphModule) -> GraphContext:
         """That of a graph whose in-place operations are known (``TrackWrites``)."""
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         calls: Counter[int] = Counter()
         owners = owners_of(graph_module)
         after_weights: set[Node] = set()

@@ -35,7 +35,7 @@ class Part:
     Attributes:
         kind: the name of its class.
         container: the class of torch's containers that it is, if any.
-        names: of the methods and attributes that it had beyond a plain module's.
+        names: of the methods, attributes and modules that it had beyond a plain module's.
         plain: its attributes that are numbers, strings, None, or tuples of these.
         children: the names of its own modules, in order.
     """
@@ -69,7 +69,7 @@ def _part(module: nn.Module) -> Part:
     return Part(
         type(module).__name__,
         type(module) if type(module) in _STAND_INS else None,
-        frozenset((*dir(type(module)), *own)) - _OF_ANY,
+        frozenset((*dir(type(module)), *own, *module._modules)) - _OF_ANY,
         {name: each for name, each in own.items() if _is_plain(each)},
         tuple(module._modules),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lean_fx.errors import LeanError, PlanError, one_line
-from lean_fx.graph.calls import is_altered
+from lean_fx.graph.calls import is_altered, modules_by_name
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.layers.kinds import (
     KINDS,
@@ -64,7 +64,7 @@ def check_registered(model: nn.Module, sites: Iterable[Site]) -> None:
     Raises:
         PlanError: one is not.
     """
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     for consumer in (consumer for site in sites for consumer in site.consumers):
         layer, kind = modules.get(consumer.layer), consumer.kind
         if layer is None or base_type(layer) in KINDS or type(layer).__name__ != kind:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from lean_fx.capture.capturing import capture, unfused_clone
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.errors import PlanError
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.site_reductions import check_registered
 from lean_fx.locks import SHARED_STATE
 from lean_fx.passes import (
@@ -158,7 +159,7 @@ class Plan:
 
     def _check_depths(self, graph_module: GraphModule) -> None:
         """Check that every stack to split has as many layers as the plan names."""
-        modules = dict(graph_module.named_modules())
+        modules = modules_by_name(graph_module)
         names = {layer for site in self.sites for layer in site.layers}
         names |= {each.layer for each in self.left_alone}
         for stack in self.split_layers:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.products import SAME_AS_INPUT, operands, why_computed
 from lean_fx.layers.kinds import kind_of
 from lean_fx.planning.weight_uses import Watch
@@ -47,7 +48,7 @@ class ProductUses(Watch):
         super().__init__(model)
         self.left_alone: dict[str, LeftAlone] = {}
         self._source_parameters: Any = WeakTensorKeyDictionary()
-        self._modules = dict(model.named_modules())
+        self._modules = modules_by_name(model)
         for buffer in model.buffers():
             self._source_parameters[buffer] = ()
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import ChannelRead, Facts, facts
 from lean_fx.layers.kinds import base_type, input_weights
 from lean_fx.planning.options import Options, named_by_user, unwanted
@@ -49,7 +50,7 @@ class Record:
 
 def graph_records(graph_module: GraphModule, options: Options) -> list[Record]:
     """The records of an analysed graph, in the order of its calls."""
-    modules = dict(graph_module.named_modules())
+    modules = modules_by_name(graph_module)
     nodes = {node.name: node for node in graph_module.graph.nodes}
     records = []
     for node in nodes.values():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture.tracing import LeanTracer
-from lean_fx.graph.calls import has_hooks
+from lean_fx.graph.calls import has_hooks, modules_by_name
 from lean_fx.layers.kinds import KINDS
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
@@ -64,7 +64,7 @@ def layers_inside_leaves(graph_module: GraphModule) -> frozenset[str]:
 
 def has_weights_inside_leaves(graph_module: GraphModule) -> bool:
     """Whether a module that is not traced holds parameters that may multiply values."""
-    modules = dict(graph_module.named_modules())
+    modules = modules_by_name(graph_module)
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     return any(
         not LeanTracer().is_leaf_module(modules[name], name)

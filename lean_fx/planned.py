@@ -41,6 +41,7 @@ from lean_fx.planning.uncalled import (
     uncalled_layers,
 )
 from lean_fx.selection import Keep, select_sites
+from lean_fx.skip_reason import SkipReason
 
 
 def planned(
@@ -133,6 +134,12 @@ def _plan_captured(
 ) -> Plan:
     """Normalise, analyse, plan, select; the captured graph stays as it is."""
     rewritings = Rewritings.of(captured, options)
+    failing: dict[str, SkipReason] = {}
+    if form == "module":
+        from lean_fx.planning.module_form import failing_splits, in_module_form  # when it is used
+
+        failing = failing_splits(rewritings.split_layers, model, inputs)
+        rewritings = rewritings.without(Rewritings(tuple(failing)))
     normalised = clone_graph(captured)
     rewritings.apply(normalised)
     _analyse(normalised, inputs)
@@ -140,10 +147,12 @@ def _plan_captured(
     if inputs and keep == "all":
         made = _with_layers_inside_leaves(made, captured, inputs, options)
     if form == "module":
-        from lean_fx.planning.module_form import in_module_form  # loaded when it is used
-
         made = in_module_form(made, model, inputs)
-    return made
+    left = (
+        dataclasses.replace(each, reason=failing.get(each.layer, each.reason))
+        for each in made.left_alone
+    )
+    return dataclasses.replace(made, left_alone=tuple(left))
 
 
 def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -171,7 +180,7 @@ def _plan_graph(
     check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])
     chosen, left = choose_sites(records, options)
     if form == "module":
-        chosen, hidden = rewritings.outside(chosen)
+        chosen, hidden = rewritings.without_weights(chosen)
         left += hidden
     sites, dropped = select_sites(chosen, options.reduction, normalised, keep, kernel)
     used = rewritings.used_by(sites)

@@ -13,7 +13,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
 
 from torch import nn
@@ -47,11 +47,7 @@ class SplitLayers(Pass):
         modules = modules_by_name(graph_module)
         for name in self._unsplit(modules):
             if calls.count(name) != 1 or splitter_of(modules.get(name)) is None:
-                raise PlanError(
-                    f"plan: layer {name!r} is neither a stack of recurrent layers nor a "
-                    "MultiheadAttention that is called once in this model; make the plan anew "
-                    "from this model"
-                )
+                raise _not_split(name)
 
     def run(self, graph_module: GraphModule) -> bool:
         """Split them one by one."""
@@ -76,3 +72,41 @@ class SplitLayers(Pass):
 def splitter_of(layer: nn.Module | None) -> ModuleType | None:
     """The module that can split a layer, or None."""
     return next((each for each in _SPLITTERS if each.can_split(layer)), None)
+
+
+def split_modules(model: nn.Module, layers: Iterable[str], planned: Collection[str]) -> None:
+    """Put modules that call their parts in the places of layers, as :class:`SplitLayers` does.
+
+    Args:
+        model: changed in place.
+        layers: the names of the layers to split.
+        planned: the names of the layers that a plan speaks of, those inside of them too.
+
+    Raises:
+        PlanError: a name is neither that of a stack nor of attention.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LSTM(8, 8, num_layers=2))
+        >>> split_modules(model, ["1"], ["1.0", "1.1"])
+        >>> model[1]
+        SplitStack(
+          (0): LSTM(8, 8)
+          (1): LSTM(8, 8)
+        )
+    """
+    modules = modules_by_name(model)
+    for name in layers:
+        layer = modules.get(name)
+        splitter = splitter_of(layer)
+        if splitter is None:
+            raise _not_split(name)
+        made = splitter.split_module(layer, name, planned)
+        for each in [each for each, there in modules.items() if there is layer]:
+            model.set_submodule(each, made)
+
+
+def _not_split(name: str) -> PlanError:
+    return PlanError(
+        f"plan: layer {name!r} is neither a stack of recurrent layers nor a MultiheadAttention "
+        "that is called once in this model; make the plan anew from this model"
+    )

@@ -18,6 +18,7 @@ import lean_fx
 from graphs import CHANGED, UNCHANGED
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import ArgumentError, PlanError
+from lean_fx.layers.attention import SplitAttention
 from lean_fx.layers.shared_inputs import ReduceOnce
 
 X = torch.rand(2, 6, 5)
@@ -89,22 +90,14 @@ def test_both_forms_give_equal_numbers(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_it_reduces_what_a_graph_does_but_for_what_must_be_taken_apart(name):
+def test_it_reduces_what_a_graph_does_but_for_parameters_of_no_layer(name):
     make, shape = MODELS[name]
     model, inputs = make(), torch.rand(shape)
     graph, module = (lean_fx.plan(model, inputs, form=form) for form in ("graph", "module"))
-    taken = (*graph.split_layers, *graph.weights)
-    inside = {
-        layer
-        for site in graph.sites
-        for layer in site.layers
-        if any(f"{layer}.".startswith(f"{name}.") for name in taken)
-    }
     layers = [{layer for site in plan.sites for layer in site.layers} for plan in (graph, module)]
-    assert layers[0] - inside <= layers[1]
-    assert layers[1] - layers[0] <= {*taken}  # a stack whose first layer reads
-    named = {each.layer for each in module.left_alone} | layers[1]
-    assert inside <= named | {f"{name}.0" for name in taken}
+    assert layers[0] - layers[1] == {*graph.weights}
+    assert layers[1] <= layers[0]
+    assert module.split_layers == graph.split_layers
 
 
 def test_the_class_its_methods_and_containers_stay():
@@ -280,33 +273,107 @@ def test_it_is_saved_and_loaded(tmp_path):
     assert loaded.blocks[0].q.reduction is loaded.blocks[0].k.reduction
 
 
-def test_what_only_a_graph_takes_apart_is_left_alone():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.table = nn.Linear(5, 32), nn.Parameter(torch.randn(32, 32))
-            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
-            self.rnn, self.head = nn.GRU(32, 32, 2, batch_first=True), nn.Linear(32, 2)
+class Mixed(nn.Module):
+    """A parameter of no layer, attention of both kinds, and a stack."""
 
-        def forward(self, x):
-            x = self.stem(x) @ self.table
-            x = self.attention(x, x, x)[0]
-            return self.head(self.rnn(x)[0])
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.stem, self.table = nn.Linear(5, 32), nn.Parameter(torch.randn(32, 32))
+        self.itself = nn.MultiheadAttention(32, 4, dropout, batch_first=True)
+        self.cross = nn.MultiheadAttention(32, 4, batch_first=True, kdim=24, vdim=24)
+        self.narrow = nn.Linear(32, 24)
+        self.rnn, self.head = nn.LSTM(32, 32, 3, True, True, dropout, True), nn.Linear(64, 2)
 
+    def forward(self, x):
+        x = self.stem(x) @ self.table
+        x, weights = self.itself(x, x, x, average_attn_weights=False)
+        y = self.narrow(x)
+        x = self.cross(x, y, y, need_weights=False)[0]
+        self.rnn.flatten_parameters()
+        x, (h, c) = self.rnn(x)
+        return self.head(x), h, c, weights
+
+
+def test_attention_and_stacks_get_modules_that_call_their_layers():
     plan = lean_fx.plan(Mixed(), X, form="module")
-    assert [site.layers for site in plan.sites] == [("rnn",), ("head",)]
+    assert plan.split_layers == ("itself", "cross", "rnn")
+    assert [site.layers for site in plan.sites] == [
+        ("itself.in_proj",),
+        ("itself.out_proj",),
+        ("narrow", "cross.q_proj"),
+        ("cross.k_proj", "cross.v_proj"),
+        ("cross.out_proj",),
+        ("rnn.0",),
+        ("rnn.1",),
+        ("rnn.2",),
+        ("head",),
+    ]
     reasons = {each.layer: str(each.reason) for each in plan.left_alone}
-    text = "only form='graph' changes the forward that applies it"
     assert reasons == {
         "stem": "in_channels=5 is below min_channels=16",
-        "table": text,
-        "attention": "none of its layers is reduced",
-        "attention.in_proj": f"stays within attention: {text}",
-        "attention.out_proj": f"stays within attention: {text}",
-        "rnn.1": f"stays within rnn: {text}",
+        "table": "only form='graph' changes the forward that applies it",
     }
-    one, other = both_forms(plan, Mixed(), X)
-    assert type(one.rnn) is type(other.rnn) is nn.GRU
+    model = Mixed().double()
+    one, other = both_forms(plan, model, X.double())
+    for found, wanted in zip(one(X.double()), other(X.double()), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert (one.rnn.hidden_size, one.rnn.batch_first, one.itself.embed_dim) == (32, True, 32)
+    assert one.cross.k_proj.reduction is one.cross.v_proj.reduction
+
+
+def test_modules_of_split_layers_are_copied_saved_exported_and_trained(tmp_path):
+    lean = lean_fx.leanify(Mixed(dropout=0.1), X, form="module")
+    sum(each.sum() for each in lean(X)).backward()
+    assert all(each.grad is not None for each in lean.parameters())
+    lean.eval()
+    lean_fx.save(lean, tmp_path / "lean.safetensors")
+    lean_fx.export_onnx(lean, tmp_path / "lean.onnx", X)
+    for made in (
+        copy.deepcopy(lean),
+        pickle.loads(pickle.dumps(lean)),
+        lean_fx.load(tmp_path / "lean.safetensors", Mixed(dropout=0.1), X).eval(),
+    ):
+        for found, wanted in zip(made(X), lean(X), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_split_attention_takes_other_values_than_it_was_planned_for():
+    layer, (q, k, v) = nn.MultiheadAttention(8, 2).double(), torch.rand(3, 5, 2, 8).double()
+    split = SplitAttention(layer, itself=True)
+    torch.testing.assert_close(split(q, k, v), layer(q, k, v), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "left"),
+    [
+        ("rnn", ["rnn", "attention.in_proj", "attention.out_proj", "last"], ["stem"]),
+        ("attention", ["rnn.0", "rnn.1", "last"], ["stem", "attention"]),
+    ],
+)
+def test_what_code_looks_into_stays_whole(name, layers, left):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.rnn = nn.Linear(5, 32), nn.GRU(32, 32, 2, batch_first=True)
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.last = nn.Linear(32, 2)
+
+        def forward(self, x):
+            x = self.rnn(self.stem(x))[0]
+            x = self.attention(x, x, x)[0]
+            return self.last(x), len(
+                getattr(self, name)._parameters[
+                    "in_proj_bias" if name == "attention" else "bias_hh_l1"
+                ]
+            )
+
+    plan = lean_fx.plan(Looks(), X, form="module")
+    assert [layer for site in plan.sites for layer in site.layers] == layers
+    assert [each.layer for each in plan.left_alone] == left
+    if name in left:
+        text = "the model fails where it is split: TypeError: object of type 'NoneType' has no len"
+        assert str(plan.left_alone[-1].reason).startswith(text)
+    assert plan.apply(Looks(), X)(X)[0].shape == (2, 6, 2)
 
 
 def test_a_layer_that_forward_writes_out():
@@ -399,11 +466,14 @@ def test_refusals():
         lean_fx.plan(Net(), X, form="both")
     with pytest.raises(ArgumentError, match="form='module' needs example_inputs"):
         lean_fx.leanify(Net(), form="module")
-    model = nn.Sequential(nn.Linear(5, 32), nn.GRU(32, 32, 2))
-    plan = lean_fx.plan(model, X)
-    assert plan.split_layers
-    with pytest.raises(PlanError, match=r"form='module' keeps forward as it is, so '1' cannot be"):
-        dataclasses.replace(plan, form="module").apply(model, X)
+    plan = lean_fx.plan(Mixed(), X)
+    assert plan.weights == ("table",)
+    text = r"form='module' keeps forward as it is, so 'table' cannot become a layer"
+    with pytest.raises(PlanError, match=text):
+        dataclasses.replace(plan, form="module").apply(Mixed(), X)
+    plan = dataclasses.replace(lean_fx.plan(Mixed(), X, form="module"), split_layers=("stem",))
+    with pytest.raises(PlanError, match="'stem' is neither a stack of recurrent layers nor a Mul"):
+        plan.apply(Mixed(), X)
 
 
 def test_the_users_model_is_never_touched():

@@ -20,11 +20,13 @@ Rules:
 2. Weights are those of the layer, so outputs and weights equal its own; dropout in training draws
    other values from the same distribution.
 3. What is read of the result is handed over; where it is read whole, as the pair that it was.
+4. In a model that keeps its class there is no graph to change: a ``SplitAttention`` takes the
+   layer's place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -33,7 +35,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lean_fx.graph.calls import argument, is_altered
 from lean_fx.graph.rewriting import item, replace_node
-from lean_fx.layers.attention import AttentionHeads
+from lean_fx.layers.attention import AttentionHeads, SplitAttention, attention_parts
 
 
 def can_split(layer: Any) -> bool:
@@ -57,11 +59,8 @@ def split(graph_module: GraphModule, node: Node) -> None:
     inputs = [argument(node, i, key) for i, key in enumerate(("query", "key", "value"))]
     itself = layer.in_proj_weight is not None and len(set(inputs)) == 1
     home = nn.Module().train(layer.training)
-    for part, weight, bias in _projections(layer, itself):
-        home.add_module(part, _linear(weight, bias, layer.training))
-    home.add_module("heads", AttentionHeads(layer))
-    out_proj = _linear(layer.out_proj.weight, layer.out_proj.bias, layer.training)
-    home.add_module("out_proj", out_proj)
+    for part, module in attention_parts(layer, itself=itself):
+        home.add_module(part, module)
     graph_module.set_submodule(name, home)
 
     with graph.inserting_before(node):
@@ -88,28 +87,13 @@ def split(graph_module: GraphModule, node: Node) -> None:
             graph.erase_node(each)
 
 
-def _projections(layer: Any, itself: bool) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
-    """The names, weights and biases of what comes before the heads."""
-    bias = layer.in_proj_bias
-    if itself:
-        yield "in_proj", layer.in_proj_weight, bias
-        return
-    biases = (None,) * 3 if bias is None else _thirds(bias)
-    names = ("q_proj", "k_proj", "v_proj")
-    if layer.in_proj_weight is not None:
-        weights = _thirds(layer.in_proj_weight)
-    else:
-        weights = tuple(layer.get_parameter(f"{name}_weight") for name in names)
-    yield from zip(names, weights, biases, strict=True)
+def split_module(layer: Any, name: str, planned: Collection[str]) -> nn.Module:
+    """The module that takes the place of a layer where there is no graph.
 
-
-def _thirds(parameter: nn.Parameter) -> tuple[nn.Parameter, ...]:
-    learns = parameter.requires_grad
-    return tuple(nn.Parameter(x.clone(), learns) for x in parameter.detach().chunk(3))
-
-
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
-    """A linear layer of these very parameters."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    made.weight, made.bias = weight, bias  # type: ignore[assignment]
-    return made.train(training)
+    Args:
+        layer: of attention.
+        name: of the layer.
+        planned: the names of the layers that a plan speaks of.
+    """
+    separate = any(f"{name}.{part}_proj" in planned for part in "qkv")
+    return SplitAttention(layer, itself=not separate and layer.in_proj_weight is not None)

@@ -19,12 +19,14 @@ Rules:
    draws other values from the same distribution. ``SequenceDropout`` stands between the layers if
    the stack has dropout, and takes packed sequences too.
 3. Hidden states that are given are cut along their first axis; those that are read are joined.
+4. In a model that keeps its class there is no graph to change: a :class:`SplitStack` takes the
+   stack's place.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,10 +55,8 @@ def split(graph_module: GraphModule, node: Node) -> None:
     name, graph = str(node.target), node.graph
     stack: Any = graph_module.get_submodule(name)
     home = nn.Module().train(stack.training)
-    for index in range(stack.num_layers):
-        home.add_module(str(index), _layer(stack, index))
-    if stack.dropout:
-        home.add_module("dropout", SequenceDropout(stack.dropout).train(stack.training))
+    for part, module in stack_parts(stack):
+        home.add_module(part, module)
     graph_module.set_submodule(name, home)
 
     directions = 2 if stack.bidirectional else 1
@@ -78,30 +78,6 @@ def split(graph_module: GraphModule, node: Node) -> None:
             ends.append(call)
     take_place(ends[0], node, name)
     _hand_over(node, value, ends, pair=isinstance(stack, nn.LSTM))
-
-
-def _layer(stack: Any, index: int) -> nn.Module:
-    """One layer of a stack, with its weights."""
-    directions = 2 if stack.bidirectional else 1
-    width = directions * (stack.proj_size or stack.hidden_size)
-    names = ["bias", "batch_first", "bidirectional"]
-    names += ["nonlinearity"] * isinstance(stack, nn.RNN)
-    names += ["proj_size"] * isinstance(stack, nn.LSTM)
-    weight = stack.weight_ih_l0
-    layer: nn.Module = type(stack)(
-        width if index else stack.input_size,
-        stack.hidden_size,
-        device="meta",  # drawing values would move torch's random numbers
-        dtype=weight.dtype,
-        **{name: getattr(stack, name) for name in names},
-    )
-    layer.to_empty(device=weight.device)
-    for name, parameter in layer.named_parameters():
-        old = stack.get_parameter(name.replace("_l0", f"_l{index}"))
-        if not old.is_meta:
-            parameter.data.copy_(old)
-        parameter.requires_grad_(old.requires_grad)
-    return layer.train(stack.training)
 
 
 def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> None:
@@ -135,3 +111,101 @@ def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> Non
             else:
                 rewire(user, node, (output, states()))
     graph.erase_node(node)
+
+
+def split_module(layer: Any, name: str, planned: Collection[str]) -> nn.Module:
+    """The module that takes the place of a stack where there is no graph.
+
+    Args:
+        layer: the stack.
+        name: of the stack.
+        planned: the names of the layers that a plan speaks of.
+    """
+    return SplitStack(layer)
+
+
+class SplitStack(nn.Module):
+    """An RNN, LSTM or GRU of several layers whose layers are modules, called one after the other.
+
+    They are called ``0``, ``1``, ...; ``dropout`` lies between them if the stack has any. Weights
+    are those of the stack, and so are the settings that can be read.
+
+    Args:
+        stack: the RNN, LSTM or GRU.
+
+    Shape:
+        As the stack's; packed sequences too.
+
+    Example:
+        >>> stack, x = nn.GRU(4, 3, num_layers=2), torch.rand(5, 2, 4)
+        >>> split = SplitStack(stack)
+        >>> torch.allclose(split(x)[0], stack(x)[0])
+        True
+    """
+
+    bidirectional: bool
+    num_layers: int
+
+    def __init__(self, stack: nn.RNNBase) -> None:
+        super().__init__()
+        for name, value in vars(stack).items():  # such as hidden_size and bidirectional
+            if name not in vars(self) and not name.startswith("_"):
+                self.__dict__[name] = value
+        self.__dict__.pop("dropout")
+        for name, part in stack_parts(stack):
+            self.add_module(name, part)
+        self.train(stack.training)
+        self._pair = isinstance(stack, nn.LSTM)
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """Run the layers in turn; the arguments are those of the stack."""
+        directions = 2 if self.bidirectional else 1
+        ends = []
+        for index in range(self.num_layers):
+            if index and "dropout" in self._modules:
+                input = self._modules["dropout"](input)  # type: ignore[misc]
+            last = index == self.num_layers - 1  # which refuses whatever is too many
+            stop = None if last else (index + 1) * directions
+            states = layer_states(hx, index * directions, stop)
+            input, end = self._modules[str(index)](input, states)  # type: ignore[misc]
+            ends.append(end)
+        if self._pair:
+            return input, tuple(torch.cat(each) for each in zip(*ends, strict=True))
+        return input, torch.cat(ends)
+
+    def flatten_parameters(self) -> None:
+        """Call that of each layer, as forward methods do for the stack."""
+        for index in range(self.num_layers):
+            self._modules[str(index)].flatten_parameters()  # type: ignore[union-attr, operator]
+
+
+def stack_parts(stack: Any) -> Iterable[tuple[str, nn.Module]]:
+    """The parts of an RNN, LSTM or GRU by name, in order, with its weights."""
+    for index in range(stack.num_layers):
+        yield str(index), _layer(stack, index)
+    if stack.dropout:
+        yield "dropout", SequenceDropout(stack.dropout).train(stack.training)
+
+
+def _layer(stack: Any, index: int) -> nn.Module:
+    """One layer of a stack, with its weights."""
+    directions = 2 if stack.bidirectional else 1
+    width = directions * (stack.proj_size or stack.hidden_size)
+    names = ["bias", "batch_first", "bidirectional"]
+    names += ["nonlinearity"] * isinstance(stack, nn.RNN)
+    names += ["proj_size"] * isinstance(stack, nn.LSTM)
+    weight = stack.weight_ih_l0
+    layer: nn.Module = type(stack)(
+        width if index else stack.input_size,
+        stack.hidden_size,
+        device="meta",  # drawing values would move torch's random numbers
+        dtype=weight.dtype,
+        **{name: getattr(stack, name) for name in names},
+    )
+    layer.to_empty(device=weight.device)
+    for name, parameter in layer.named_parameters():
+        old = stack.get_parameter(name.replace("_l0", f"_l{index}"))
+        if not old.is_meta:
+            parameter.data.copy_(old)
+        parameter.requires_grad_(old.requires_grad)
+    return layer.train(stack.training)

@@ -1,6 +1,9 @@
-"""What lies between the linear layers of :class:`torch.nn.MultiheadAttention`."""
+"""The linear layers of :class:`torch.nn.MultiheadAttention`, and what lies between them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +125,100 @@ class AttentionHeads(nn.Module):
         options["add_zero_attn"] = (self.add_zero_attn, False)
         changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]
         return f"num_heads={self.num_heads}{''.join(changed)}"
+
+
+class SplitAttention(nn.Module):
+    """A MultiheadAttention whose linear layers are modules: its parts, called one after the other.
+
+    With one value for queries, keys and values the layers are ``in_proj`` and ``out_proj``, else
+    ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``; ``heads`` lies between them. Weights are
+    those of the layer, and so are the settings that can be read.
+
+    Args:
+        attention: the layer.
+        itself: whether one value is the queries, keys and values. Other calls are right too: then
+            each value is projected, and its third taken.
+
+    Shape:
+        As the layer's.
+
+    Example:
+        >>> layer = nn.MultiheadAttention(8, 2)
+        >>> x = torch.rand(5, 3, 8)
+        >>> split = SplitAttention(layer, itself=True)
+        >>> torch.allclose(split(x, x, x)[0], layer(x, x, x)[0], atol=1e-6)
+        True
+    """
+
+    in_proj: nn.Module
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    heads: nn.Module
+    out_proj: nn.Module
+
+    def __init__(self, attention: nn.MultiheadAttention, *, itself: bool) -> None:
+        super().__init__()
+        for name, value in vars(attention).items():  # such as embed_dim and batch_first
+            if name not in vars(self):
+                self.__dict__[name] = value
+        for name in ("in_proj_weight", "in_proj_bias"):  # torch's encoder layers ask for them
+            self.register_parameter(name, None)
+        for name, part in attention_parts(attention, itself=itself):
+            self.add_module(name, part)
+        self.train(attention.training)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; the arguments are those of :class:`torch.nn.MultiheadAttention`."""
+        out, weights = self.heads(*self._projected(query, key, value), *args, **kwargs)
+        return self.out_proj(out), weights
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if "q_proj" in self._modules:
+            return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if query is key is value:
+            return self.in_proj(query).chunk(3, -1)  # type: ignore[no-any-return]
+        given = (query, key, value)
+        return tuple(self.in_proj(each).chunk(3, -1)[third] for third, each in enumerate(given))
+
+
+def attention_parts(layer: Any, *, itself: bool) -> Iterable[tuple[str, nn.Module]]:
+    """The parts of a MultiheadAttention by name, in order, with its own weights.
+
+    Args:
+        layer: the MultiheadAttention.
+        itself: whether one value is its queries, keys and values.
+    """
+    for name, weight, bias in _projections(layer, itself):
+        yield name, _linear(weight, bias, layer.training)
+    yield "heads", AttentionHeads(layer)
+    yield "out_proj", _linear(layer.out_proj.weight, layer.out_proj.bias, layer.training)
+
+
+def _projections(layer: Any, itself: bool) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
+    """The names, weights and biases of what comes before the heads."""
+    bias = layer.in_proj_bias
+    if itself:
+        yield "in_proj", layer.in_proj_weight, bias
+        return
+    biases = (None,) * 3 if bias is None else _thirds(bias)
+    names = ("q_proj", "k_proj", "v_proj")
+    if layer.in_proj_weight is not None:
+        weights = _thirds(layer.in_proj_weight)
+    else:
+        weights = tuple(layer.get_parameter(f"{name}_weight") for name in names)
+    yield from zip(names, weights, biases, strict=True)
+
+
+def _thirds(parameter: nn.Parameter) -> tuple[nn.Parameter, ...]:
+    learns = parameter.requires_grad
+    return tuple(nn.Parameter(x.clone(), learns) for x in parameter.detach().chunk(3))
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
+    """A linear layer of these very parameters."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    made.weight, made.bias = weight, bias  # type: ignore[assignment]
+    return made.train(training)

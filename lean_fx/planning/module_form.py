@@ -8,6 +8,9 @@ never below 0. One run of the model on the example inputs then says what becomes
    (:mod:`lean_fx.layers.input_hooks`), unless it reads through a flatten;
 3. neither, or the channels that it reads cannot be told from its input alone, or the model fails
    once they are reduced: it is left alone.
+
+Stacks of recurrent layers and attention get modules in their places that call their layers; where
+the model's code asks more of them than to be called, they stay whole.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from torch import nn
 
 from lean_fx.capture.capturing import unfused_clone
 from lean_fx.graph.sites import Consumer, Site
-from lean_fx.planning.observed import Seen, observe, without_failing
+from lean_fx.passes.split_layers import split_modules
+from lean_fx.planning.observed import Seen, observe, why_failing, without_failing
 from lean_fx.planning.planner import named_sites
 from lean_fx.planning.plans import Plan
 from lean_fx.skip_reason import LeftAlone, SkipReason
@@ -31,11 +35,36 @@ _UNKNOWN = SkipReason(
 )
 
 
+def failing_splits(
+    names: tuple[str, ...], model: nn.Module, inputs: tuple[Any, ...]
+) -> dict[str, SkipReason]:
+    """The layers that the model's code does not take as modules of their parts, and why.
+
+    Args:
+        names: of stacks of recurrent layers and of attention.
+        model: it stays as it is.
+        inputs: example inputs.
+    """
+    runnable = unfused_clone(model)
+
+    def failure(split: tuple[str, ...]) -> str:
+        return why_failing(Plan("", (), split_layers=split, form="module"), runnable, inputs)
+
+    if not names or not failure(names):
+        return {}
+    reasons = {name: failure((name,)) for name in names}
+    return {
+        name: SkipReason("fails_reduced", f"the model fails where it is split: {reason}")
+        for name, reason in reasons.items()
+        if reason
+    }
+
+
 def in_module_form(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
     """A plan of a graph as one for the model itself.
 
     Args:
-        made: without rewritings.
+        made: without parameters to turn into layers.
         model: it stays as it is.
         inputs: example inputs.
 
@@ -43,7 +72,9 @@ def in_module_form(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pla
         ArgumentError: the model fails on the inputs or has no values.
     """
     runnable = unfused_clone(model)
-    seen, _ = observe(runnable, inputs)
+    split = unfused_clone(model)
+    split_modules(split, made.split_layers, made.named())
+    seen, _ = observe(split, inputs)
     sites: list[Site] = []
     left = list(made.left_alone)
     for site in made.sites:

@@ -68,16 +68,11 @@ class Rewritings:
         ]
         return Rewritings(tuple(split), tuple(name for name in self.weights if name in reduced))
 
-    def outside(self, sites: Iterable[Site]) -> tuple[list[Site], list[LeftAlone]]:
-        """The sites without the layers that only these rewritings show, and those layers."""
+    def without_weights(self, sites: Iterable[Site]) -> tuple[list[Site], list[LeftAlone]]:
+        """The sites without the layers that are made of parameters, and those layers."""
         kept, hidden = [], []
         for site in sites:
-            inside = [
-                each
-                for each in site.consumers
-                if each.layer in self.weights
-                or any(_is_inside(each.layer, name) for name in self.split_layers)
-            ]
+            inside = [each for each in site.consumers if each.layer in self.weights]
             hidden += [LeftAlone(each.layer, each.kind, _HIDDEN) for each in inside]
             consumers = tuple(each for each in site.consumers if each not in inside)
             if consumers:

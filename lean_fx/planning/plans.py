@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture.capturing import capture, unfused_clone
+from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.errors import PlanError
 from lean_fx.graph.calls import modules_by_name
@@ -25,6 +25,7 @@ from lean_fx.passes import (
     SwapLayers,
     TrackWrites,
 )
+from lean_fx.passes.split_layers import split_modules
 from lean_fx.passes.swap_layers import proved_layers, swap_layers
 from lean_fx.reduction.registry import ReductionFactory
 from lean_fx.skip_reason import LeftAlone
@@ -124,18 +125,20 @@ class Plan:
             captured: the model's graph, which shows the signs of values; None without one. It
                 stays as it is.
         """
-        for name in (*self.split_layers, *self.weights):
+        for name in self.weights:
             raise PlanError(
-                f"plan: form='module' keeps forward as it is, so {name!r} cannot be taken apart; "
+                f"plan: form='module' keeps forward as it is, so {name!r} cannot become a layer; "
                 "make the plan anew with form='module'"
             )
         with SHARED_STATE, torch.inference_mode(False):
             proved: frozenset[str] = frozenset()
             if captured is not None:
-                Pipeline([TrackWrites(), InferSign()])(captured)
-                InsertReductions(self.sites, self.reduction).requires(captured)
-                proved = proved_layers(captured)
+                shown = clone_graph(captured)
+                Pipeline([SplitLayers(self.split_layers), TrackWrites(), InferSign()])(shown)
+                InsertReductions(self.sites, self.reduction).requires(shown)
+                proved = proved_layers(shown)
             copied = unfused_clone(model)
+            split_modules(copied, self.split_layers, self.named())
             swap_layers(copied, self.sites, self.reduction, proved=proved)
         held = getattr(copied, "meta", None)
         if held is None:
@@ -159,9 +162,7 @@ class Plan:
 
     def _check_depths(self, graph_module: GraphModule) -> None:
         """Check that every stack to split has as many layers as the plan names."""
-        modules = modules_by_name(graph_module)
-        names = {layer for site in self.sites for layer in site.layers}
-        names |= {each.layer for each in self.left_alone}
+        modules, names = modules_by_name(graph_module), self.named()
         for stack in self.split_layers:
             found = getattr(modules.get(stack), "num_layers", 1)
             planned = sum(name.rpartition(".")[0] == stack for name in names)
@@ -170,6 +171,11 @@ class Plan:
                     f"plan: layer {stack!r} has {found} layers, but the plan names {planned}; "
                     "make the plan anew from this model"
                 )
+
+    def named(self) -> set[str]:
+        """The names of the layers that the plan speaks of."""
+        reduced = {layer for site in self.sites for layer in site.layers}
+        return reduced | {each.layer for each in self.left_alone}
 
     def to_json(self) -> str:
         """The plan as JSON.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from torch import nn
@@ -80,7 +81,7 @@ def planned(
     if captured is None and keep != "all":
         raise ArgumentError(f"keep={keep!r} needs a graph, keep='all' does not; {error}") from error
     if captured is None:
-        made = _plan_observed(model, unfused_clone(model), inputs, options)
+        made = _plan_without_graph(model, inputs, options)
     else:
         options = dataclasses.replace(options, modules=dict(model.named_modules()))
         made_form = "module" if error else form
@@ -148,11 +149,7 @@ def _plan_captured(
         made = _with_layers_inside_leaves(made, captured, inputs, options)
     if form == "module":
         made = in_module_form(made, model, inputs)
-    left = (
-        dataclasses.replace(each, reason=failing.get(each.layer, each.reason))
-        for each in made.left_alone
-    )
-    return dataclasses.replace(made, left_alone=tuple(left))
+    return _with_reasons(made, failing)
 
 
 def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -197,6 +194,32 @@ def _plan_graph(
     )
 
 
+def _plan_without_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> Plan:
+    """Plan from observed runs; stacks and attention are split where a site is inside."""
+    from lean_fx.planning.module_form import failing_splits, split_clone  # when it is used
+
+    whole = unfused_clone(model)
+    check_named_layers(options, [*layer_names(whole), *part_names(whole)])
+    found = Rewritings.of_module(whole, options)
+    failing = failing_splits(found.split_layers, model, inputs)
+    found = found.without(Rewritings(tuple(failing)))
+    made = _plan_observed(model, split_clone(model, found, inputs), inputs, options)
+    used = found.used_by(made.sites)
+    if used != found:
+        made = _plan_observed(model, split_clone(model, used, inputs), inputs, options)
+    made = dataclasses.replace(made, split_layers=used.split_layers)
+    return _with_reasons(without_failing(made, whole, inputs), failing)
+
+
+def _with_reasons(made: Plan, reasons: Mapping[str, SkipReason]) -> Plan:
+    """The plan with better reasons for some of the layers that it leaves alone."""
+    left = (
+        dataclasses.replace(each, reason=reasons.get(each.layer, each.reason))
+        for each in made.left_alone
+    )
+    return dataclasses.replace(made, left_alone=tuple(left))
+
+
 def _plan_observed(
     model: nn.Module,
     runnable: nn.Module,
@@ -206,10 +229,8 @@ def _plan_observed(
 ) -> Plan:
     """Plan from one observed run: each layer reduces its own input."""
     records = observed_records(runnable, inputs, options, only)
-    if only is None:
-        check_named_layers(options, layer_names(runnable))
     sites, left = choose_sites(records, options)
-    made = Plan(
+    return Plan(
         model=type(model).__name__,
         sites=named_sites(sites),
         left_alone=tuple(left),
@@ -218,7 +239,6 @@ def _plan_observed(
         traced=False,
         form="module",
     )
-    return without_failing(made, runnable, inputs)
 
 
 def _with_layers_inside_leaves(
@@ -229,6 +249,7 @@ def _with_layers_inside_leaves(
     if first_without_values(captured) or not (inside or has_weights_inside_leaves(captured)):
         return made  # planning them needs a run with real values
     within = _plan_observed(captured, captured, inputs, options, inside)
+    within = without_failing(within, captured, inputs)
     seen = [each for each in made.left_alone if each.layer not in inside]
     return dataclasses.replace(
         made, sites=(*made.sites, *within.sites), left_alone=(*seen, *within.left_alone)

@@ -174,6 +174,8 @@ class Odd(nn.Module):
         self.both = nn.Linear(32, 32)
         self.unused = nn.Linear(32, 32)
         self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.hooked = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.hooked.register_forward_hook(lambda *_: None)
         self.conv = nn.Conv1d(32, 8, 1)
 
     def forward(self, x):
@@ -182,7 +184,7 @@ class Odd(nn.Module):
         x = self.plain(self.inputs(x[:, :3]))
         x = F.linear(x, self.read.weight)
         x = self.both(x) + F.linear(x, self.both.weight)
-        x = self.attention(x, x, x)[0]
+        x = self.hooked(*[self.attention(x, x, x)[0]] * 3)[0]
         return self.conv(x.transpose(1, 2)) + self.conv(x[0].T)  # with and without a batch
 
 
@@ -192,6 +194,8 @@ def test_what_is_left_alone_and_why():
     assert [(site.layers, site.dim) for site in plan.sites] == [
         (("plain",), -1),
         (("read",), -1),
+        (("attention.in_proj",), -1),
+        (("attention.out_proj",), -1),
         (("conv",), -2),
     ]
     reasons = {each.layer: each.reason.text for each in plan.left_alone}
@@ -200,8 +204,38 @@ def test_what_is_left_alone_and_why():
         "inputs": "reads the model's input, no intermediate value; reduce_inputs=True reduces it "
         "too",
         "unused": "not called in forward on the example inputs",
-        "attention.out_proj": "inside MultiheadAttention, which reads its weights itself",
+        "hooked": "it has hooks, which a rebuilt layer would lose",
+        "hooked.out_proj": "inside MultiheadAttention, which reads its weights itself",
     }
+
+
+class Sequences(nn.Module):
+    """A stack and attention of two values that branch on numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 32)
+        self.rnn, self.first = (nn.GRU(32, 32, depth, batch_first=True) for depth in (3, 2))
+        self.cross = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x):
+        if not x.isfinite().all():
+            return x
+        x = self.stem(x)
+        x = self.rnn(x)[0] + self.first(x)[0]
+        return self.cross(x, x[:, :2], x[:, :2])[0]
+
+
+def test_stacks_and_attention_are_split():
+    x = torch.rand(2, 5, 4)
+    with pytest.warns(lean_fx.LeanWarning):
+        plan = lean_fx.plan(Sequences(), x, channels=8, skip=["first.1", "cross.out_proj"])
+    layers = [layer for site in plan.sites for layer in site.layers]
+    assert layers == ["rnn.0", "rnn.1", "rnn.2", "first", *(f"cross.{n}_proj" for n in "qkv")]
+    assert plan.split_layers == ("rnn", "cross")
+    lean = lean_fx.Plan.from_json(plan.to_json()).apply(Sequences(), x)
+    assert lean(x).shape == (2, 5, 32)
+    assert lean.rnn.get_submodule("2").input_size == lean.cross.k_proj.in_features == 8
 
 
 def test_a_layer_that_is_called_again():

@@ -23,6 +23,7 @@ from torch import nn
 from lean_fx.capture.capturing import unfused_clone
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes.split_layers import split_modules
+from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.observed import Seen, observe, why_failing, without_failing
 from lean_fx.planning.planner import named_sites
 from lean_fx.planning.plans import Plan
@@ -58,6 +59,36 @@ def failing_splits(
         for name, reason in reasons.items()
         if reason
     }
+
+
+def split_clone(model: nn.Module, rewritings: Rewritings, inputs: tuple[Any, ...]) -> nn.Module:
+    """A copy of a model without a graph in which layers are modules of their parts.
+
+    Args:
+        model: it stays as it is.
+        rewritings: the layers to split.
+        inputs: example inputs; a run on them shows which attention has several values.
+    """
+    copied = unfused_clone(model)
+    if rewritings.split_layers:
+        several: set[str] = set()
+        for name in rewritings.split_layers:
+            layer = copied.get_submodule(name)
+            if isinstance(layer, nn.MultiheadAttention):
+                layer.register_forward_pre_hook(_note_several(name, several), with_kwargs=True)
+        observe(copied, inputs)
+        copied = unfused_clone(model)
+        split_modules(copied, rewritings.split_layers, [f"{name}.q_proj" for name in several])
+    return copied
+
+
+def _note_several(name: str, several: set[str]) -> Any:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        if not given["query"] is given["key"] is given["value"]:
+            several.add(name)
+
+    return hook
 
 
 def in_module_form(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:

@@ -9,13 +9,13 @@ has in the captured graph.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.graph.context import GraphContext
+from lean_fx.graph.context import GraphContext, owners_of
 from lean_fx.graph.rewriting import replaced_names
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes import ModularizeWeights, Pipeline, SplitLayers
@@ -44,12 +44,20 @@ class Rewritings:
             name
             for name in dict.fromkeys(calls)
             if graph.calls[id(graph.modules[name])] == 1
-            and splitter_of(graph.modules[name]) is not None
-            and not skip_reason_of(graph.modules[name], graph.owners)
-            and not skip_reason(name, graph.modules[name], options)
-            and _passes_inside(name, graph.modules[name], options)
+            and _may_be_split(name, graph.modules[name], graph.owners, options)
         )
         return cls(split, tuple(weights_of_products(captured)))
+
+    @classmethod
+    def of_module(cls, model: nn.Module, options: Options) -> Rewritings:
+        """The layers of a model without a graph that can be split, likewise."""
+        owners = owners_of(model)
+        split = (
+            name
+            for name, layer in model.named_modules()
+            if name and _may_be_split(name, layer, owners, options)
+        )
+        return cls(tuple(split))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -129,6 +137,17 @@ class Rewritings:
                 reason = wishes[name] or NO_PART_REDUCED
                 refused.append(LeftAlone(name, type(layer).__name__, reason))
         return tuple(kept), [*_outside(left, self), *refused, *_inside(left, self)]
+
+
+def _may_be_split(
+    name: str, layer: nn.Module, owners: Mapping[int, list[str]], options: Options
+) -> bool:
+    return (
+        splitter_of(layer) is not None
+        and not skip_reason_of(layer, owners)
+        and not skip_reason(name, layer, options)
+        and _passes_inside(name, layer, options)
+    )
 
 
 def _outside(left: list[LeftAlone], unused: Rewritings) -> list[LeftAlone]:

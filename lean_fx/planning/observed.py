@@ -6,7 +6,7 @@ seen in one forward pass on the example inputs. A layer is left alone by the rul
 
 1. the pass neither calls it nor applies its weight as the layer would (a function that gets
    ``self.qkv.weight`` and calls F.linear), or it reads the model's input itself (or a view of it);
-2. it belongs to a module of torch.nn that reads its weights (attention);
+2. it belongs to a module of torch.nn that reads its weights (attention that cannot be split);
 3. the model fails once it reduces its input: its code asks more of it than to be called.
 
 Parameters of no layer that multiply values are named, and stay
@@ -33,7 +33,7 @@ from lean_fx.graph.facts import ChannelRead
 from lean_fx.graph.reachable import leaving_state
 from lean_fx.graph.sites import Site
 from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
-from lean_fx.passes.find_consumers import skip_reason_of
+from lean_fx.passes.find_consumers import NO_PART_REDUCED, skip_reason_of
 from lean_fx.passes.measure_scale import unit_variances
 from lean_fx.planning.options import Options, unwanted
 from lean_fx.planning.plans import Plan
@@ -104,7 +104,12 @@ def observed_records(
     records = []
     for name, layer in modules.items():
         kind = kind_of(layer)
-        if not name or kind is None or (only is not None and name not in only):
+        if only is not None and name not in only:
+            continue
+        if type(layer) is nn.MultiheadAttention:
+            why = skip_reason_of(layer, owners) or NO_PART_REDUCED
+            records.append(Record(name, type(layer).__name__, reason=why))
+        if not name or kind is None:
             continue
         reason = _inside(name, modules) or skip_reason_of(layer, owners)
         applied_by = seen[name].applied_by

@@ -84,10 +84,10 @@ def holders_of(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def part_names(graph_module: GraphModule) -> list[str]:
+def part_names(model: nn.Module) -> list[str]:
     """What the layers of stacks and of attention that are not split would be called."""
     names: list[str] = []
-    for name, module in graph_module.named_modules():
+    for name, module in model.named_modules():
         parts: Iterable[object] = ()
         if isinstance(module, nn.RNNBase) and module.num_layers > 1:
             parts = range(module.num_layers)

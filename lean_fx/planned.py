@@ -42,7 +42,7 @@ from lean_fx.planning.uncalled import (
     uncalled_layers,
 )
 from lean_fx.selection import Keep, select_sites
-from lean_fx.skip_reason import SkipReason
+from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
 def planned(
@@ -149,7 +149,7 @@ def _plan_captured(
         made = _with_layers_inside_leaves(made, captured, inputs, options)
     if form == "module":
         made = in_module_form(made, model, inputs)
-    return _with_reasons(made, failing)
+    return _with_whole_layers(made, failing, model)
 
 
 def _analyse(graph_module: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -208,15 +208,19 @@ def _plan_without_graph(model: nn.Module, inputs: tuple[Any, ...], options: Opti
     if used != found:
         made = _plan_observed(model, split_clone(model, used, inputs), inputs, options)
     made = dataclasses.replace(made, split_layers=used.split_layers)
-    return _with_reasons(without_failing(made, whole, inputs), failing)
+    return _with_whole_layers(without_failing(made, whole, inputs), failing, whole)
 
 
-def _with_reasons(made: Plan, reasons: Mapping[str, SkipReason]) -> Plan:
-    """The plan with better reasons for some of the layers that it leaves alone."""
-    left = (
-        dataclasses.replace(each, reason=reasons.get(each.layer, each.reason))
+def _with_whole_layers(made: Plan, whole: Mapping[str, SkipReason], model: nn.Module) -> Plan:
+    """The plan with the reasons for stacks and attention that stay whole, where it could split."""
+    left = [
+        dataclasses.replace(each, reason=whole.get(each.layer, each.reason))
         for each in made.left_alone
-    )
+    ]
+    for name, reason in whole.items():
+        stack = model.get_submodule(name)
+        later = range(1, int(getattr(stack, "num_layers", 1)))
+        left += [LeftAlone(f"{name}.{index}", type(stack).__name__, reason) for index in later]
     return dataclasses.replace(made, left_alone=tuple(left))
 
 

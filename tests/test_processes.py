@@ -224,7 +224,7 @@ def test_more_processes_than_devices_are_refused(tmp_path, monkeypatch):
         (("digits.py", "--epochs", 1), ["curves.png", "figure3.png", "report.json", "report.md"]),
         (
             ("ablate.py", "--epochs", 1, "--channels", 8, "--control", "slice"),
-            ["ablation.csv", "ablation.png"],
+            ["ablation.csv", "ablation.lock", "ablation.png"],
         ),
     ],
 )

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.fed_by_hooks import CALL_HOOKS, is_users
@@ -27,14 +26,14 @@ _TOLERANCE = 1e-3
 _SEED = 0
 
 
-def disagreement(model: nn.Module, captured: GraphModule, inputs: Sequence[Any]) -> str:
+def disagreement(model: nn.Module, captured: nn.Module, inputs: Sequence[Any]) -> str:
     """What a graph does otherwise than its model; empty if there is nothing.
 
     Both stay as they are, and so do globals and generators of random numbers; hooks do not run.
 
     Args:
         model: what was captured.
-        captured: its graph.
+        captured: its graph, or a copy that should do the same.
         inputs: the example inputs. A model that fails on them is not asked.
 
     Example:

@@ -10,7 +10,7 @@ never below 0. One run of the model on the example inputs then says what becomes
    once they are reduced: it is left alone.
 
 Stacks of recurrent layers and attention get modules in their places that call their layers; where
-the model's code asks more of them than to be called, they stay whole.
+the model then does something else, since its code asks more of them than to be called, they stay.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any
 
 from torch import nn
 
+from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.capturing import unfused_clone
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes.split_layers import split_modules
 from lean_fx.planning.normalising import Rewritings
-from lean_fx.planning.observed import Seen, observe, why_failing, without_failing
+from lean_fx.planning.observed import Seen, observe, without_failing
 from lean_fx.planning.planner import named_sites
 from lean_fx.planning.plans import Plan
 from lean_fx.skip_reason import LeftAlone, SkipReason
@@ -39,23 +40,27 @@ _UNKNOWN = SkipReason(
 def failing_splits(
     names: tuple[str, ...], model: nn.Module, inputs: tuple[Any, ...]
 ) -> dict[str, SkipReason]:
-    """The layers that the model's code does not take as modules of their parts, and why.
+    """The layers without which a model does something else, or fails; and why.
+
+    Its code may ask for their class or read their weights. Each is tried if all do not do.
 
     Args:
-        names: of stacks of recurrent layers and of attention.
+        names: of stacks of recurrent layers and of attention, to be split.
         model: it stays as it is.
         inputs: example inputs.
     """
-    runnable = unfused_clone(model)
+    whole = unfused_clone(model).eval()
 
-    def failure(split: tuple[str, ...]) -> str:
-        return why_failing(Plan("", (), split_layers=split, form="module"), runnable, inputs)
+    def difference(split: tuple[str, ...]) -> str:
+        copied = unfused_clone(model).eval()
+        split_modules(copied, split, ())
+        return disagreement(whole, copied, inputs)
 
-    if not names or not failure(names):
+    if not names or not difference(names):
         return {}
-    reasons = {name: failure((name,)) for name in names}
+    reasons = {name: difference((name,)) for name in names}
     return {
-        name: SkipReason("fails_reduced", f"the model fails where it is split: {reason}")
+        name: SkipReason("fails_reduced", f"the model is not the same with it split: {reason}")
         for name, reason in reasons.items()
         if reason
     }

@@ -262,12 +262,12 @@ def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pl
         model: it stays as it is.
         inputs: example inputs.
     """
-    if not why_failing(made, model, inputs):
+    if not _failure(made, model, inputs):
         return made
     kept: list[Site] = []
     left = list(made.left_alone)
     for site in made.sites:
-        reason = why_failing(dataclasses.replace(made, sites=(*kept, site)), model, inputs)
+        reason = _failure(dataclasses.replace(made, sites=(*kept, site)), model, inputs)
         if reason:
             text = f"the model fails where it reduces its input: {reason}"
             refused = SkipReason("fails_reduced", text)
@@ -277,7 +277,7 @@ def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pl
     return dataclasses.replace(made, sites=tuple(kept), left_alone=tuple(left))
 
 
-def why_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
+def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """Why a model fails with its layers swapped, in one line; empty if it does not."""
     sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # at no scale: faster
     tried = dataclasses.replace(made, sites=sites)

@@ -1,6 +1,7 @@
-"""ruff and mypy, as the tests' own machine runs them."""
+"""ruff and mypy, as the tests' own machine runs them; and that CONTRIBUTING names what is there."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,14 @@ def test_style(command):
         env={**os.environ, "MYPYPATH": "examples"},
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_contributing_names_files_and_targets_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:lean_fx|passes|tests|examples)(?:[/.][\w/.]*)?)`", text)
+    assert len(paths) > 15
+    modules = [path for path in paths if "." in path and not path.endswith(".py")]
+    assert {*modules} == {"lean_fx.passes", "lean_fx.register_layer", "lean_fx.register_reduction"}
+    assert [path for path in paths if path not in modules and not (ROOT / path).exists()] == []
+    targets = re.findall(r"^(\S+): \$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {*re.findall(r"`make ([\w-]+)`", text)} <= {*targets}

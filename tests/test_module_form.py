@@ -337,6 +337,19 @@ def test_modules_of_split_layers_are_copied_saved_exported_and_trained(tmp_path)
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+def test_a_model_with_attention_and_without_values_is_refused():
+    with pytest.raises(ArgumentError, match="has no values"):
+        lean_fx.plan(Mixed().to("meta"), X, form="module")
+
+
+def test_a_model_whose_attention_is_split_is_not_reduced_again():
+    lean = lean_fx.leanify(Mixed(), X, form="module")
+    with pytest.warns(lean_fx.LeanWarning):
+        again = lean_fx.leanify(lean, X, form="module").eval()
+    for found, wanted in zip(again(X), lean.eval()(X), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_split_attention_takes_other_values_than_it_was_planned_for():
     layer, (q, k, v) = nn.MultiheadAttention(8, 2).double(), torch.rand(3, 5, 2, 8).double()
     split = SplitAttention(layer, itself=True)

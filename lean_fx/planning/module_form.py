@@ -22,6 +22,7 @@ from torch import nn
 
 from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.capturing import unfused_clone
+from lean_fx.checks import check_values
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.passes.split_layers import split_modules
 from lean_fx.planning.normalising import Rewritings
@@ -40,15 +41,19 @@ _UNKNOWN = SkipReason(
 def failing_splits(
     names: tuple[str, ...], model: nn.Module, inputs: tuple[Any, ...]
 ) -> dict[str, SkipReason]:
-    """The layers without which a model does something else, or fails; and why.
+    """The layers that change what a model does once they are split, and how.
 
-    Its code may ask for their class or read their weights. Each is tried if all do not do.
+    Its code may ask for their class, or read their weights.
 
     Args:
-        names: of stacks of recurrent layers and of attention, to be split.
+        names: of stacks of recurrent layers and of attention.
         model: it stays as it is.
         inputs: example inputs.
+
+    Raises:
+        ArgumentError: the model has no values.
     """
+    check_values(model)
     whole = unfused_clone(model).eval()
 
     def difference(split: tuple[str, ...]) -> str:

@@ -28,7 +28,7 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, options: eager.Options) ->
 
     Example:
         >>> from lean_fx.reduction.reference import reference_walk
-        >>> x, seed = torch.rand(2, 6, 3), torch.randn(2)
+        >>> x, seed = torch.rand(2, 6, 3), torch.tensor([1.0, 2.0])
         >>> wanted = reference_walk(x, seed, 1, True, "column", "contiguous", 1, None, 0.0, 0.0)
         >>> options = eager.Options(True, False, 0.0, 0.0)
         >>> not eager.takes(x) or torch.allclose(compiled_walk(x, seed, 1, options), wanted)

@@ -111,7 +111,7 @@ def swap_layers(
     sites = tuple(sites)
     modules = modules_by_name(model)
     names: dict[int, list[str]] = {}  # a layer may have several
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules.items():
         names.setdefault(id(module), []).append(name)
     for site in sites:
         for consumer in site.consumers:

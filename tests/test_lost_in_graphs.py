@@ -499,3 +499,52 @@ def test_state_of_a_class_of_a_property_and_of_a_default(kind):
     OfItsClass.scale = 3.0  # is not hidden by what a trace has set
     assert all(each.scale == 3.0 for each in lean.modules() if isinstance(each, OfItsClass))
     OfItsClass.scale = 1.0
+
+
+# -- values made strings -------------------------------------------------------------------------
+
+
+class Texts(Net):
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if self.text(x) else y
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda x: str(x.dtype) == "torch.float32",
+        lambda x: "cpu" in str(x.device),
+        lambda x: "%s" % x.shape[1] == "32",
+        lambda x: str(x.shape[1]) in ("32", "64"),
+        lambda x: str(x.size(1)) == "32",
+    ],
+)
+def test_a_value_that_is_made_a_string_is_no_constant(text):
+    model = Texts(text)
+    with pytest.raises(CaptureError, match="is made a string, which example_inputs would allow"):
+        lean_fx.leanify(model)
+    lean, _ = told(model, X)
+    assert isinstance(lean, torch.fx.GraphModule)
+    assert torch.equal(lean(X), model(X))
+
+
+def test_another_string_is_refused():
+    lean, _ = told(Texts(lambda x: str(x.shape[0]) == "2"), X)
+    with pytest.raises(BranchError, match=r"gives 3 for these inputs, .* where it gives 2"):
+        lean(torch.rand(3, 32))
+
+
+def test_what_is_printed_or_said_of_a_value_is_no_question(capsys):
+    def speak(x):
+        print(x.shape)
+        torch._assert(x.shape[0] > 0, f"an empty batch: {x.shape}")
+
+    for given in ((), (X,)):
+        lean, _ = told(model := Texts(speak), *given)
+        assert torch.equal(lean(torch.cat([X, X])), model(torch.cat([X, X])))
+    assert capsys.readouterr().out

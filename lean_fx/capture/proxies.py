@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 
 from lean_fx.capture.guards import round_number
-from lean_fx.capture.side_effects import LEARNING, KeepsData, KeyedAttribute, SideEffect
+from lean_fx.capture.side_effects import (
+    LEARNING,
+    KeepsData,
+    KeyedAttribute,
+    SideEffect,
+    asked_by_model,
+)
 
 if TYPE_CHECKING:
     from lean_fx.capture.answers import AnsweringTracer
@@ -92,6 +98,10 @@ class ValueProxy(KeepsData):
 
     def __round__(self, digits: int | None = None) -> Any:
         return round_number(self, digits)
+
+    def __str__(self) -> str:
+        known = value_of(self.node) is not UNKNOWN
+        return str(self.tracer.decide(self, str)) if known and asked_by_model(1) else repr(self)
 
     def __hash__(self) -> int:
         value = value_of(self.node)

@@ -8,7 +8,6 @@ To let a proxy say that it is a tensor would do for Python, but torch's C++ woul
 from __future__ import annotations
 
 import builtins
-import sys
 from collections.abc import Iterable
 from types import UnionType
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 
+from lean_fx.capture.side_effects import asked_by_model
+
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
     from lean_fx.graph.patching import Patch
 
 _isinstance, _is_tensor = isinstance, torch.is_tensor
-_LIBRARIES = ("torch", "lean_fx")
 
 
 def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:
@@ -36,7 +36,7 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
     def is_instance(value: Any, kinds: Any) -> bool:
         answer = None
         if issubclass(type(value), Proxy) and not _names_proxies(kinds):
-            answer = tracer.is_instance(value, with_type(kinds), _by_model())
+            answer = tracer.is_instance(value, with_type(kinds), asked_by_model(1))
         return _isinstance(value, with_type(kinds)) if answer is None else answer
 
     def has_attribute(value: Any, name: str) -> bool:
@@ -52,12 +52,15 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
     def is_tensor(value: Any) -> bool:
         answer = None
         if issubclass(type(value), Proxy):
-            answer = tracer.is_instance(value, Tensor, _by_model())
+            answer = tracer.is_instance(value, Tensor, asked_by_model(1))
         return _is_tensor(value) if answer is None else answer
 
     def type_of(*args: Any) -> Any:
         asks = len(args) == 1 and issubclass(type(args[0]), Proxy)
         return tracer.type_of(args[0]) if asks else type(*args)
+
+    def tell(*values: Any, **options: Any) -> None:
+        print(*values, **options)  # from here, the text of a proxy is no question about its value
 
     def with_type(kinds: Any) -> Any:
         if _isinstance(kinds, tuple):
@@ -71,14 +74,9 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
     for home in homes:
         for name, answer in (("type", type_of), ("hasattr", has_attribute), ("getattr", read)):
             asking += [(home, name, answer)] if name not in home else []
+        asking += [(home, "print", tell)] if "print" not in home else []
         asking += [(home, name, is_tensor) for name, each in home.items() if each is _is_tensor]
     return asking
-
-
-def _by_model() -> bool:
-    """Whether code of a model asks, and not torch's or this package's."""
-    home = str(sys._getframe(2).f_globals.get("__name__", ""))
-    return home.partition(".")[0] not in _LIBRARIES
 
 
 def _names_proxies(kinds: Any) -> bool:

@@ -86,19 +86,41 @@ class KeepsData(AugmentedAssignments):
     def __hash__(self) -> int:
         return _hash(self)
 
+    def __str__(self) -> str:
+        return _text(self)
+
+    def __format__(self, spec: str) -> str:  # messages, of torch._assert for one, are made in vain
+        return super().__format__(spec) if spec else repr(self)
+
 
 class KeyedAttribute(Attribute):
     """An attribute of a proxy that no one looks up."""
 
-    def __hash__(self) -> int:
-        return _hash(self)
+    __hash__ = KeepsData.__hash__
+    __str__ = KeepsData.__str__
+    __format__ = KeepsData.__format__
+
+
+def asked_by_model(depth: int) -> bool:
+    """Whether code of a model's calls a function, and not torch's or this package's.
+
+    Args:
+        depth: how many frames the call is above the one that asks this.
+    """
+    caller = sys._getframe(depth + 1).f_globals.get("__name__", "")
+    return str(caller).partition(".")[0] not in ("torch", "lean_fx")
 
 
 def _hash(proxy: Proxy) -> int:
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    if caller.partition(".")[0] in ("torch", "lean_fx"):
+    if not asked_by_model(2):
         return object.__hash__(proxy)
     raise UnknownKeyError(f"{proxy.node.name} is looked up, which example_inputs would allow")
+
+
+def _text(proxy: Proxy) -> str:
+    if not asked_by_model(2):
+        return repr(proxy)
+    raise TraceError(f"{proxy.node.name} is made a string, which example_inputs would allow")
 
 
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

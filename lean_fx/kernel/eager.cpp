@@ -68,6 +68,7 @@ void gradient_blocks(const Shape& shape, const Options& options, const T* x, con
   const lean::GradientRows<T> own(shape, rows);
   Options plain = options;
   plain.scale = lean::Scale::sum;
+  plain.for_gradient = true;
   for (int64_t index = first; index < last; ++index) {
     const lean::Block block(shape, index);
     block.read(x, shape.channels(), rows);
@@ -99,7 +100,7 @@ template <typename T>
 int gradient(const Call& call, const T* x, const T* seed, const T* grad, T* grad_x, T* grad_seed) {
   const Shape shape = call.shape();
   const Options options = call.options();
-  const int64_t parts = call.parts(), rows = shape.gradient_rows() * lean::LANES;
+  const int64_t parts = call.parts(), rows = shape.gradient_rows(options.nonnegative) * lean::LANES;
   const int64_t I = shape.preserved;
   const std::unique_ptr<T[]> scratch = zeros<T>(rows * parts);
   const std::unique_ptr<double[]> sums = zeros<double>(I * parts);

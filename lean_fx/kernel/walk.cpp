@@ -5,19 +5,21 @@
 namespace lean {
 namespace {
 
-// d[i] = sum_j |sum_k X[i,k] X[j,k]|. Each sum is made once, for d[i] and d[j], in `sums`.
+// d[i] = sum_j |sum_k X[i,k] X[j,k]|. Each affinity is made once, for d[i] and d[j]: those of i to
+// the j from i on, one row of the triangle behind the other if they are kept.
 template <typename T>
-LEAN_INLINE void affinity_sums(const Matrix<T>& X, Rows<T> d, Rows<T> sums) {
+LEAN_INLINE void affinity_sums(const Matrix<T>& X, Rows<T> d, Rows<T> affinities, bool kept) {
   for (int64_t i = 0; i < X.height; ++i) d[i] = Vector<T>{};
   for (int64_t i = 0; i < X.height; ++i) {
-    multiply(X.below(i), X.row(i), sums);
-    Vector<T> own = d[i] + sums[0];
+    multiply(X.below(i), X.row(i), affinities);
+    Vector<T> own = d[i] + affinities[0];
     for (int64_t j = i + 1; j < X.height; ++j) {
-      const Vector<T> affinity = absolute<T>(sums[j - i]);
+      const Vector<T> affinity = absolute<T>(affinities[j - i]);
       d[j] += affinity;
       own += affinity;
     }
     d[i] = own;
+    if (kept) affinities = affinities + (X.height - i);
   }
 }
 
@@ -58,7 +60,8 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T
       multiply(X.transposed(), {inverse.start, 0}, t);
       multiply(X, t, d);
     } else {
-      affinity_sums(X, d, y);
+      const bool kept = options.for_gradient;
+      affinity_sums(X, d, kept ? GradientRows<T>(shape, start).affinities : y, kept);
     }
     damp(d, I, options.damping);
     for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<T>(d[i]);
@@ -94,13 +97,19 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T
   for (int64_t i = 0; i < I; ++i) y[i] *= factor;
 }
 
-// grad_X[i] += sum_j sign(<X_i, X_j>) (gd[i] + gd[j]) X[j]
+// grad_X[i] += sum_j w[i,j] X[j], w[i,j] = sign(<X_i, X_j>) (gd[i] + gd[j]) = w[j,i], which takes
+// the place of the affinity.
 template <typename T>
-LEAN_INLINE void add_through_affinities(const Matrix<T>& X, Rows<T> gd, Rows<T> weights,
-                                        Rows<T> sums, const Matrix<T>& grad_X) {
+LEAN_INLINE void add_through_affinities(const Matrix<T>& X, Rows<T> gd, Rows<T> affinities,
+                                        Rows<T> weights, Rows<T> sums, const Matrix<T>& grad_X) {
   for (int64_t i = 0; i < X.height; ++i) {
-    multiply(X, X.row(i), weights);
-    for (int64_t j = 0; j < X.height; ++j) weights[j] = signed_as<T>(weights[j], gd[i] + gd[j]);
+    Rows<T> triangle = affinities;
+    for (int64_t j = 0; j < i; ++j) {
+      weights[j] = triangle[i - j];
+      triangle = triangle + (X.height - j);
+    }
+    for (int64_t j = i; j < X.height; ++j)
+      triangle[j - i] = weights[j] = signed_as<T>(triangle[j - i], gd[i] + gd[j]);
     multiply(X.transposed(), weights, sums);
     for (int64_t k = 0; k < X.width; ++k) grad_X.row(i)[k] += sums[k];
   }
@@ -110,7 +119,7 @@ template <typename T>
 LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, const T* seed,
                                  T* start) {
   const auto [x, y, d, t, u, inverse] = WalkRows<T>(shape, start);
-  const auto [g, gy, gv, gd, gu, gt, grad_x] = GradientRows<T>(shape, start);
+  const auto [g, gy, gv, gd, gu, gt, grad_x, affinities] = GradientRows<T>(shape, start);
   const int64_t I = shape.preserved, K = shape.reducible, C = shape.channels();
   const Matrix<T> X = as_matrix(shape, options, x), grad_X = as_matrix(shape, options, grad_x);
 
@@ -144,7 +153,7 @@ LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, con
                     signed_as<T>(row[k], to_magnitude);
     }
   }
-  if (!options.nonnegative) add_through_affinities(X, gd, gy, gt, grad_X);
+  if (!options.nonnegative) add_through_affinities(X, gd, affinities, gy, gt, grad_X);
 }
 
 template <typename T>

@@ -25,6 +25,7 @@ struct Options {
   int64_t iterations = 1;
   double damping = 0;
   double norm_floor = 0;
+  bool for_gradient = false;  // whether the walk leaves the affinities to the gradient
 };
 
 struct Shape {
@@ -37,8 +38,9 @@ struct Shape {
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
   // The rows of a block that a walk works in, and that its gradient does.
   int64_t walk_rows() const { return channels() + 2 * preserved + 2 * reducible + 1; }
-  int64_t gradient_rows() const {
-    return walk_rows() + 4 * preserved + 2 * reducible + channels();
+  int64_t gradient_rows(bool nonnegative) const {
+    const int64_t affinities = nonnegative ? 0 : preserved * (preserved + 1) / 2;
+    return walk_rows() + 4 * preserved + 2 * reducible + channels() + affinities;
   }
 };
 
@@ -58,7 +60,7 @@ struct WalkRows {
 // Those that the gradient works in besides: g arrives, grad_x and gv leave.
 template <typename T>
 struct GradientRows {
-  Rows<T> g, gy, gv, gd, gu, gt, grad_x;
+  Rows<T> g, gy, gv, gd, gu, gt, grad_x, affinities;
   GradientRows(const Shape& shape, T* start)
       : g{start + shape.walk_rows() * LANES},
         gy{g + shape.preserved},
@@ -66,7 +68,8 @@ struct GradientRows {
         gd{gv + shape.preserved},
         gu{gd + shape.preserved},
         gt{gu + shape.reducible},
-        grad_x{gt + shape.reducible} {}
+        grad_x{gt + shape.reducible},
+        affinities{grad_x + shape.channels()} {}
 };
 
 // Walks over the first count positions of a block whose x is in its rows.
@@ -92,11 +95,6 @@ struct Block {
     const int64_t position = start + lane;
     return position / behind * channels * behind + position % behind;
   }
-  // How many positions from this one on lie in the same image.
-  LEAN_INLINE int64_t run_from(int64_t lane) const {
-    const int64_t in_image = behind - (start + lane) % behind, left = count - lane;
-    return left < in_image ? left : in_image;
-  }
   template <typename T, typename W>
   LEAN_INLINE void read(const T* __restrict x, int64_t channels, W* __restrict rows) const {
     if (in_a_row && count == LANES) {
@@ -107,13 +105,11 @@ struct Block {
           rows[c * LANES + lane] = static_cast<W>(from[lane]);
       }
     } else {
-      for (int64_t lane = 0, run; lane < count; lane += run) {
-        run = run_from(lane);
-        const T* from = x + at(lane, channels);
-        for (int64_t c = 0; c < channels; ++c, from += behind)
-          for (int64_t next = 0; next < run; ++next)
-            rows[c * LANES + lane + next] = static_cast<W>(from[next]);
-      }
+      int64_t from[LANES];
+      for (int64_t lane = 0; lane < count; ++lane) from[lane] = at(lane, channels);
+      for (int64_t c = 0; c < channels; ++c, x += behind)
+        for (int64_t lane = 0; lane < count; ++lane)
+          rows[c * LANES + lane] = static_cast<W>(x[from[lane]]);
     }
   }
   template <typename T, typename W>
@@ -124,12 +120,10 @@ struct Block {
         for (int lane = 0; lane < LANES; ++lane)
           to[lane] = static_cast<T>(rows[c * LANES + lane]);
     } else {
-      for (int64_t lane = 0, run; lane < count; lane += run) {
-        run = run_from(lane);
-        T* to = out + at(lane, channels);
-        for (int64_t c = 0; c < channels; ++c, to += behind)
-          for (int64_t next = 0; next < run; ++next)
-            to[next] = static_cast<T>(rows[c * LANES + lane + next]);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        T* const to = out + at(lane, channels);
+        for (int64_t c = 0; c < channels; ++c)
+          to[c * behind] = static_cast<T>(rows[c * LANES + lane]);
       }
     }
   }

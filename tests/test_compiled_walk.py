@@ -189,3 +189,70 @@ def test_counters_see_the_operations():
         out = lean_reduction(x, seed)
     assert any("mul" in name for name in seen.names)
     torch.testing.assert_close(out, lean_reduction(x, seed))
+
+
+# -- as an operator of torch ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_the_operators_are_sound(nonnegative):
+    options = (nonnegative, False, 0.1, 0.2)
+    x, seed = torch.rand(2, 12, 5), torch.rand(4)
+    torch.library.opcheck(torch.ops.lean_fx.walk_gradient.default, (x, seed, x[:, :4], *options))
+    inputs = (x.requires_grad_(), seed.requires_grad_(), *options)
+    torch.library.opcheck(torch.ops.lean_fx.walk.default, inputs)
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        (torch.rand(2, 12, 5, 7), {"nonnegative": True, "layout": "interleaved"}),
+        (torch.randn(2, 12, 5, 7).contiguous(memory_format=torch.channels_last), {}),
+        (torch.randn(2, 5, 12), {"dim": -1, "damping": 0.5, "scale": "magnitude"}),
+    ],
+)
+def test_compiled_code_calls_the_operator(x, options):
+    def run(call, x):
+        inputs = [x.clone().requires_grad_(), seed.clone().requires_grad_()]
+        out = call(*inputs)
+        weights = torch.linspace(0, 1, out.numel()).reshape(out.shape)
+        return out.stride(), (out, *torch.autograd.grad((out.square() * weights).sum(), inputs))
+
+    def reduce(x, seed):
+        return lean_reduction(x, seed, **options)
+
+    def backend(graph, inputs):
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    seed, called = torch.randn(4), []
+    torch.compiler.reset()
+    torch.compile(reduce, backend=backend, fullgraph=True)(x, seed)
+    assert torch.ops.lean_fx.walk.default in called
+    compiled = torch.compile(reduce, backend="aot_eager", fullgraph=True)
+    for given in (x, torch.cat([x, x])):
+        found, wanted = run(compiled, given), run(reduce, given)
+        assert found[0] == wanted[0]
+        torch.testing.assert_close(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_needs_no_library(strict):
+    class Reduces(torch.nn.Module):
+        def forward(self, x, seed):
+            return lean_reduction(x, seed)
+
+    program = torch.export.export(Reduces(), (torch.rand(2, 12), torch.rand(4)), strict=strict)
+    assert "lean_fx" not in str(program.graph)
+
+
+def test_a_call_of_the_operator_is_exported():
+    class Calls(torch.nn.Module):
+        def forward(self, x, seed):
+            return torch.ops.lean_fx.walk(x, seed, True, False, 0.0, 0.0)
+
+    x, seed = torch.rand(2, 12, 5), torch.rand(4)
+    shapes = {"x": {0: torch.export.Dim("n")}, "seed": None}
+    program = torch.export.export(Calls(), (x, seed), dynamic_shapes=shapes)
+    more = torch.rand(7, 12, 5)
+    torch.testing.assert_close(program.module()(more, seed), lean_reduction(more, seed))

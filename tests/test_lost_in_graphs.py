@@ -519,7 +519,7 @@ class Texts(Net):
     [
         lambda x: str(x.dtype) == "torch.float32",
         lambda x: "cpu" in str(x.device),
-        lambda x: "%s" % x.shape[1] == "32",
+        lambda x: "-".join(map(str, x.shape)) == "2-32",
         lambda x: str(x.shape[1]) in ("32", "64"),
         lambda x: str(x.size(1)) == "32",
     ],

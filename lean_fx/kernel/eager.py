@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +12,21 @@ from torch import Tensor
 from lean_fx.errors import LeanError
 from lean_fx.kernel import library_path
 
+
+def _load() -> Any:
+    """The library; None if it was not built, or is of a version without these functions."""
+    path = library_path()
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        return library if library.lean_gradient_float64 else None
+    except (OSError, AttributeError):
+        return None
+
+
+_LIBRARY = _load()
+_IS_BUILT = _LIBRARY is not None  # a constant to torch.compile
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -34,7 +48,7 @@ def takes(x: Tensor) -> bool:
         False
     """
     plain = x.is_cpu and x.layout is torch.strided and x.dtype in _DTYPES
-    return plain and _library() is not None
+    return plain and _IS_BUILT
 
 
 @dataclass(frozen=True)
@@ -95,21 +109,6 @@ def _call(x: Tensor, seed: Tensor, options: Options) -> _Call:
 
 
 def _run(name: str, call: _Call, *tensors: Tensor) -> None:
-    library = _library()
-    assert library is not None
-    function = getattr(library, f"lean_{name}_{_DTYPES[tensors[0].dtype]}")
+    function = getattr(_LIBRARY, f"lean_{name}_{_DTYPES[tensors[0].dtype]}")
     if function(ctypes.byref(call), *(ctypes.c_void_p(each.data_ptr()) for each in tensors)):
         raise LeanError(f"lean_reduction: no memory for the {name}; give smaller batches")
-
-
-@lru_cache(maxsize=1)
-def _library() -> Any:
-    """The library; None if it was not built, or is of a version without these functions."""
-    path = library_path()
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-        return library if library.lean_gradient_float64 else None
-    except (OSError, AttributeError):
-        return None

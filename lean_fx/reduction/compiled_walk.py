@@ -1,10 +1,13 @@
 """The default walk by the compiled library, for tensors on the CPU: one pass over x, and back.
 
-``x`` and the seed are all that is kept for the backward pass, which walks again.
+``x`` and the seed are all that is kept for the backward pass, which walks again. A compiler calls
+the library by the operators ``lean_fx::walk`` and ``lean_fx::walk_gradient``; eager code takes a
+torch.autograd.Function, whose calls cost a third as much.
 """
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -39,9 +42,65 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, options: eager.Options) ->
     moved, place = (last, x.dim() - 1) if aside else (x.contiguous(), axis)
     before, behind = moved.shape[:place], moved.shape[place + 1 :]
     flat = moved.reshape(before.numel(), moved.shape[place], behind.numel())
-    out: Tensor = _CompiledWalk.apply(flat, seed, options)  # type: ignore[no-untyped-call]
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = walk_operator(flat, seed, *astuple(options))
+    else:
+        out = _CompiledWalk.apply(flat, seed, options)  # type: ignore[no-untyped-call]
     out = out.reshape(*before, len(seed), *behind)
     return out.movedim(-1, axis) if aside else out
+
+
+@torch.library.custom_op("lean_fx::walk", mutates_args=())
+def walk_operator(
+    x: Tensor,
+    seed: Tensor,
+    nonnegative: bool,
+    interleaved: bool,
+    damping: float,
+    norm_floor: float,
+) -> Tensor:
+    """:func:`lean_fx.kernel.eager.walk` as an operator of torch, with a gradient."""
+    options = eager.Options(nonnegative, interleaved, damping, norm_floor)
+    return eager.walk(x.contiguous(), seed, options)
+
+
+@torch.library.custom_op("lean_fx::walk_gradient", mutates_args=())
+def gradient_operator(
+    x: Tensor,
+    seed: Tensor,
+    grad: Tensor,
+    nonnegative: bool,
+    interleaved: bool,
+    damping: float,
+    norm_floor: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`lean_fx.kernel.eager.gradient` as an operator of torch, without a gradient."""
+    options = eager.Options(nonnegative, interleaved, damping, norm_floor)
+    return eager.gradient(x.contiguous(), seed, grad, options)
+
+
+@walk_operator.register_fake
+def _(x: Tensor, seed: Tensor, *options: Any) -> Tensor:
+    return x.new_empty(x.shape[0], seed.shape[0], x.shape[2])
+
+
+@gradient_operator.register_fake
+def _(x: Tensor, seed: Tensor, grad: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), seed.new_empty(seed.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, seed, *ctx.options = inputs
+    ctx.save_for_backward(x, seed)
+
+
+def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, seed = ctx.saved_tensors
+    return *gradient_operator(x, seed, grad, *ctx.options), None, None, None, None
+
+
+walk_operator.register_autograd(_back, setup_context=_keep)
 
 
 class _CompiledWalk(torch.autograd.Function):

@@ -213,11 +213,13 @@ def lean_reduction(
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seed = seed.to(wide.dtype)
     closed = normalize == "column" and iterations == 1 and seed.dim() == 1
-    eager = _runs_eagerly(x)
-    if closed and eager and not _is_watched() and takes(wide):
+    eager, compiled = _runs_eagerly(x), torch.compiler.is_dynamo_compiling()
+    # An exported program is to run where there is no lean_fx.
+    called = not torch.compiler.is_exporting() if compiled else eager and not _is_watched()
+    if closed and called and takes(wide):
         options = Options(nonnegative, layout == "interleaved", damping, norm_floor)
         out = compiled_walk(wide, seed, axis, options)
-    elif closed and (eager or torch.compiler.is_dynamo_compiling()):
+    elif closed and (eager or compiled):
         out = _fused(wide, seed, axis, nonnegative, layout, damping, norm_floor)
     else:
         steps = (iterations, tol if eager else None)

@@ -1,11 +1,12 @@
 """What the kernel of LEAN nodes is worth in ONNX Runtime, beside their function and a slice.
 
     python examples/bench_kernel.py [--threads 1] [--rounds 40] [--steps 20]
+        [--nets torchvision/mobilenet_v2@96,timm/vit_tiny_patch16_224@224]
 
 First a single reduction between two 1 x 1 convolutions, then the paper's net with two sets of
-widths. All are trained for some steps on noise; every round times the three in turn. The slice of
-the first channels is a free reduction: no kernel is faster. Writes the table to
-runs/bench_kernel/bench_kernel.md.
+widths, then models of torchvision and timm at batch 1, if --nets names some. All are trained for
+some steps on noise; every round times the three in turn. The slice of the first channels is a free
+reduction: no kernel is faster. Writes the table to runs/bench_kernel/bench_kernel.md.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from lean_fx.measure.timing import Latency, time_in_turn
 from lean_fx.reduction.controls import SliceReduction
 from support.models import PaperNet
 from support.script import command_line, run_script
+from support.zoo_models import models_at_sizes
 
 #: Channels in, size of the map, channels out, whether values are never negative.
 NODES = (
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=20, help="training steps before the export")
+    parser.add_argument("--nets", default="", help="names of the zoo, each with @ and a size")
     parser.add_argument("--out", default="runs/bench_kernel")
     args = parser.parse_args()
     folder = make_folder(args.out)
@@ -114,6 +117,9 @@ def main() -> None:
                 for name in ("lean", "slice")
             }
             jobs.append((f"net {widths}, {channels} channels, batch {batch}", arms, x))
+    for title, model, x in models_at_sizes(args.nets):
+        arms = {name: lean_fx.leanify(model, x, reduction=name) for name in ("lean", "slice")}
+        jobs.append((title, arms, x))
     with tempfile.TemporaryDirectory() as temporary:
         for title, arms, x in track(jobs, description="models"):
             models = {name: trained(model, x, args.steps) for name, model in arms.items()}

@@ -1,11 +1,13 @@
 """How fast one reduction is: forward and backward, against the literal Algorithm 2.
 
     python examples/bench_reduction.py [--threads 1] [--rounds 15] [--compile]
+        [--nets torchvision/mobilenet_v2@96,timm/vit_tiny_patch16_224@224]
 
 The literal form permutes, forms X X^T for every position, normalises its columns and multiplies.
 Every round runs all forms in turn; a speed is a ratio of medians. Also measured: the bytes kept
 for the gradient, and a training step of the paper's net against the same net with a free reduction
-(a slice of the first channels). --compile adds compile_reductions.
+(a slice of the first channels), and one of models of torchvision and timm, if --nets names some.
+--compile adds compile_reductions.
 Writes the table to runs/bench_reduction/bench_reduction.md.
 """
 
@@ -25,6 +27,7 @@ from lean_fx.measure.machines import machine
 from lean_fx.reduction.compiling import compile_reductions
 from support.models import PaperNet
 from support.script import command_line, run_script
+from support.zoo_models import models_at_sizes
 
 SHAPES = (
     ((16, 96, 48, 48), 8),
@@ -103,13 +106,14 @@ def kept_bytes(shape: tuple[int, ...], channels: int) -> float:
 
 
 def step_forms(
-    widths: tuple[int, ...], channels: int, compiled: bool
+    model: nn.Module, images: Tensor, channels: int | str, compiled: bool
 ) -> dict[str, Callable[[], None]]:
-    """A training step of the paper's net with each reduction."""
-    images, labels = torch.randn(16, 3, 96, 96), torch.randint(10, (16,))
+    """A training step of a net with each reduction."""
+    with torch.no_grad():
+        labels = torch.randint(model.eval()(images).shape[1], (len(images),))
 
     def step(model: nn.Module) -> Callable[[], None]:
-        optimizer = torch.optim.Adam(model.parameters())
+        optimizer = torch.optim.Adam(model.train().parameters())
 
         def run() -> None:
             optimizer.zero_grad()
@@ -118,10 +122,11 @@ def step_forms(
 
         return run
 
-    model = PaperNet(widths)
-    forms = {"baseline": step(model)}
-    for name in ("slice", "lean"):
-        forms[name] = step(lean_fx.leanify(model, images, channels=channels, reduction=name))
+    arms = {
+        name: lean_fx.leanify(model, images, channels=channels, reduction=name)
+        for name in ("slice", "lean")
+    }
+    forms = {"baseline": step(model)} | {name: step(arm) for name, arm in arms.items()}
     if compiled:
         lean = lean_fx.leanify(model, images, channels=channels)
         forms["lean, compiled"] = step(compile_reductions(lean))
@@ -169,19 +174,25 @@ def main() -> None:
         mean = math.prod(values) ** (1 / len(values))
         lines.append(f"- {name}, {'any sign' if signed else '>= 0'}: {mean:.1f}x")
 
-    lines.append("\n# A training step of the paper's net, batch 16\n")
+    lines.append("\n# A training step, batch 16\n")
     lines.append("In brackets the speed, that with a slice being 1.\n")
+    images = torch.randn(16, 3, 96, 96)
+    nets: list[tuple[str, nn.Module, Tensor, int | str]] = [
+        (f"the paper's, {widths} to {channels}", PaperNet(widths), images, channels)
+        for widths, channels in (((50, 100, 150), 10), ((48, 96, 144), 8))
+    ]
+    nets += [(*each, "sqrt") for each in models_at_sizes(args.nets, 16)]
     rows = []
-    for widths, channels in track((((50, 100, 150), 10), ((48, 96, 144), 8)), description="steps"):
-        taken = seconds(step_forms(widths, channels, args.compile), args.rounds)
+    for title, model, images, channels in track(nets, description="steps"):
+        taken = seconds(step_forms(model, images, channels, args.compile), args.rounds)
         free = statistics.median(taken["slice"])
         cells = " | ".join(
             f"{spread(values)} ({free / statistics.median(values):.2f})"
             for values in taken.values()
         )
-        rows.append(f"| {widths} | {channels} | {cells} |")
-    lines.append(f"| widths | channels | {' | '.join(taken)} |")
-    lines.append("|---" * (len(taken) + 2) + "|")
+        rows.append(f"| {title} | {cells} |")
+    lines.append(f"| net | {' | '.join(taken)} |")
+    lines.append("|---" * (len(taken) + 1) + "|")
     lines += rows
     text = "\n".join(lines) + "\n"
     print(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -119,6 +119,23 @@ def build(name: str) -> nn.Module:
         )
     made: nn.Module = model.eval()
     return made
+
+
+def models_at_sizes(text: str, batch: int = 1) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Models with random images, of names with the pixels a side behind an @ that commas separate.
+
+    Raises:
+        ArgumentError: as :func:`build`, or a size is missing.
+
+    Example:
+        >>> [(name, len(x)) for name, _, x in models_at_sizes("support.models:PaperNet@96", 2)]
+        [('support.models:PaperNet@96', 2)]
+    """
+    for each in filter(None, map(str.strip, text.split(","))):
+        name, _, size = each.partition("@")
+        if not size.isdecimal():
+            raise ArgumentError(f"model {each!r} has no size; use torchvision/resnet18@96")
+        yield each, build(name), torch.rand(batch, 3, int(size), int(size))
 
 
 def fitting_images(model: nn.Module, batch: int = 2) -> Tensor:

@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="measure compiled reductions too")
+    parser.add_argument("--nets", default="", help="names of the zoo, each with @ and a size")
     parser.add_argument("--out", default="runs/bench_reduction")
     args = parser.parse_args()
     folder = make_folder(args.out)

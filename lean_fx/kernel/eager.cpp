@@ -70,15 +70,15 @@ void gradient_blocks(const Shape& shape, const Options& options, const T* x, con
   plain.scale = lean::Scale::sum;
   plain.for_gradient = true;
   for (int64_t index = first; index < last; ++index) {
-    const lean::Block block(shape, index);
+    const lean::Block block(shape, index, shape.gradient_rows(options.nonnegative));
     block.read(x, shape.channels(), rows);
     block.read(grad, shape.preserved, own.g.start);
-    lean::walk(shape, plain, seed, rows, block.count);
-    lean::gradient(shape, options, seed, rows, block.count);
+    lean::walk(shape, plain, seed, block, rows);
+    lean::gradient(shape, options, seed, block, rows);
     block.write(own.grad_x.start, shape.channels(), grad_x);
     for (int64_t i = 0; i < shape.preserved; ++i) {
       const T* const lanes = (own.gv + i).start;
-      for (int64_t lane = 0; lane < block.count; ++lane) grad_seed[i] += lanes[lane];
+      for (int64_t lane = 0; lane < block.count; ++lane) grad_seed[i] += lanes[block.lane_at(lane)];
     }
   }
 }

@@ -1,4 +1,4 @@
-// Positions side by side: rows of LANES numbers, computed with WIDTH at a time.
+// Positions side by side, WIDTH of them in a vector.
 
 #pragma once
 
@@ -18,8 +18,7 @@
 
 namespace lean {
 
-constexpr int LANES = 16;  // positions of a block: a cache line of each channel
-constexpr int WIDTH = 8;   // positions of a vector
+constexpr int WIDTH = 8;  // positions of a vector
 
 template <typename T>
 struct Lanes {
@@ -56,9 +55,9 @@ struct Rows {
   T* start;
   int64_t apart = 1;
   LEAN_INLINE Vector<T>& operator[](int64_t index) const {
-    return *reinterpret_cast<Vector<T>*>(start + index * apart * LANES);
+    return *reinterpret_cast<Vector<T>*>(start + index * apart * WIDTH);
   }
-  LEAN_INLINE Rows operator+(int64_t rows) const { return {start + rows * LANES, apart}; }
+  LEAN_INLINE Rows operator+(int64_t rows) const { return {start + rows * WIDTH, apart}; }
 };
 
 // A matrix of vectors: (i, k) lies in row i * down + k * right.
@@ -66,7 +65,7 @@ template <typename T>
 struct Matrix {
   T* start;
   int64_t height, width, down, right;
-  LEAN_INLINE Rows<T> row(int64_t i) const { return {start + i * down * LANES, right}; }
+  LEAN_INLINE Rows<T> row(int64_t i) const { return {start + i * down * WIDTH, right}; }
   LEAN_INLINE Matrix below(int64_t i) const {
     return {row(i).start, height - i, width, down, right};
   }
@@ -76,10 +75,10 @@ struct Matrix {
 // The products of HEIGHT rows of A with v. Their sums stay in registers.
 template <int HEIGHT, typename T>
 LEAN_INLINE void multiply_tile(const Matrix<T>& A, Rows<T> v, Rows<T> out) {
-  const int64_t down = A.down * LANES;
+  const int64_t down = A.down * WIDTH;
   Vector<T> sums[HEIGHT] = {};
   for (int64_t k = 0; k < A.width; ++k) {
-    const T* const column = A.start + k * A.right * LANES;
+    const T* const column = A.start + k * A.right * WIDTH;
     const Vector<T> weight = v[k];
     for (int i = 0; i < HEIGHT; ++i)
       sums[i] += *reinterpret_cast<const Vector<T>*>(column + i * down) * weight;

@@ -157,34 +157,35 @@ LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, con
 }
 
 template <typename T>
-LEAN_CLONES void walk_vectors(const Shape& shape, const Options& options, const T* seed, T* rows,
-                              int64_t count) {
-  for (int64_t lane = 0; lane < count; lane += WIDTH)
-    walk_vector(shape, options, seed, rows + lane);
+LEAN_CLONES void walk_vectors(const Shape& shape, const Options& options, const T* seed,
+                              const Block& block, T* rows) {
+  for (int64_t lane = 0; lane < block.count; lane += WIDTH)
+    walk_vector(shape, options, seed, rows + block.lane_at(lane));
 }
 
 template <typename T>
 LEAN_CLONES void gradient_vectors(const Shape& shape, const Options& options, const T* seed,
-                                  T* rows, int64_t count) {
-  for (int64_t lane = 0; lane < count; lane += WIDTH)
-    gradient_vector(shape, options, seed, rows + lane);
+                                  const Block& block, T* rows) {
+  for (int64_t lane = 0; lane < block.count; lane += WIDTH)
+    gradient_vector(shape, options, seed, rows + block.lane_at(lane));
 }
 
 }  // namespace
 
 template <typename T>
-void walk(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count) {
-  walk_vectors(shape, options, seed, rows, count);
+void walk(const Shape& shape, const Options& options, const T* seed, const Block& block, T* rows) {
+  walk_vectors(shape, options, seed, block, rows);
 }
 
 template <typename T>
-void gradient(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count) {
-  gradient_vectors(shape, options, seed, rows, count);
+void gradient(const Shape& shape, const Options& options, const T* seed, const Block& block,
+              T* rows) {
+  gradient_vectors(shape, options, seed, block, rows);
 }
 
-template void walk(const Shape&, const Options&, const float*, float*, int64_t);
-template void walk(const Shape&, const Options&, const double*, double*, int64_t);
-template void gradient(const Shape&, const Options&, const float*, float*, int64_t);
-template void gradient(const Shape&, const Options&, const double*, double*, int64_t);
+template void walk(const Shape&, const Options&, const float*, const Block&, float*);
+template void walk(const Shape&, const Options&, const double*, const Block&, double*);
+template void gradient(const Shape&, const Options&, const float*, const Block&, float*);
+template void gradient(const Shape&, const Options&, const double*, const Block&, double*);
 
 }  // namespace lean

@@ -28,6 +28,9 @@ struct Options {
   bool for_gradient = false;  // whether the walk leaves the affinities to the gradient
 };
 
+// Positions of a block, which is read and written at once: a cache line of each channel.
+constexpr int LANES = 2 * WIDTH;
+
 struct Shape {
   int64_t before;     // positions in front of the channels: x is [before, preserved * reducible,
   int64_t behind;     // behind]
@@ -36,7 +39,7 @@ struct Shape {
   bool matrix;        // whether the seed has a value for each channel
   int64_t channels() const { return preserved * reducible; }
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
-  // The rows of a block that a walk works in, and that its gradient does.
+  // The rows of a vector that a walk works in, and that its gradient does.
   int64_t walk_rows() const { return channels() + 2 * preserved + 2 * reducible + 1; }
   int64_t gradient_rows(bool nonnegative) const {
     const int64_t affinities = nonnegative ? 0 : preserved * (preserved + 1) / 2;
@@ -44,7 +47,7 @@ struct Shape {
   }
 };
 
-// The rows of a block that a walk works in; y lies behind x.
+// The rows of a vector that a walk works in; y lies behind x.
 template <typename T>
 struct WalkRows {
   Rows<T> x, y, d, t, u, inverse;
@@ -62,7 +65,7 @@ template <typename T>
 struct GradientRows {
   Rows<T> g, gy, gv, gd, gu, gt, grad_x, affinities;
   GradientRows(const Shape& shape, T* start)
-      : g{start + shape.walk_rows() * LANES},
+      : g{start + shape.walk_rows() * WIDTH},
         gy{g + shape.preserved},
         gv{gy + shape.preserved},
         gd{gv + shape.preserved},
@@ -72,20 +75,14 @@ struct GradientRows {
         affinities{grad_x + shape.channels()} {}
 };
 
-// Walks over the first count positions of a block whose x is in its rows.
-template <typename T>
-void walk(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count);
-
-// The gradient, once they have been walked with the scale of a sum.
-template <typename T>
-void gradient(const Shape& shape, const Options& options, const T* seed, T* rows, int64_t count);
-
-// The positions of a block, and how their channels are copied to rows of LANES and back.
+// The positions of a block, and how their channels are copied to the rows of its vectors and back.
 struct Block {
   int64_t start, count, behind;
+  int64_t apart;  // numbers from the rows of a vector to those of the next
   bool in_a_row;  // no position lies in another image than the first
 
-  Block(const Shape& shape, int64_t index) : start(index * LANES), behind(shape.behind) {
+  Block(const Shape& shape, int64_t index, int64_t rows)
+      : start(index * LANES), behind(shape.behind), apart(rows * WIDTH) {
     const int64_t left = shape.before * behind - start;
     count = left < LANES ? left : LANES;
     in_a_row = start % behind + count <= behind;
@@ -95,6 +92,8 @@ struct Block {
     const int64_t position = start + lane;
     return position / behind * channels * behind + position % behind;
   }
+  // Where a position lies in the rows.
+  LEAN_INLINE int64_t lane_at(int64_t lane) const { return lane / WIDTH * apart + lane % WIDTH; }
   template <typename T, typename W>
   LEAN_INLINE void read(const T* __restrict x, int64_t channels, W* __restrict rows) const {
     if (in_a_row && count == LANES) {
@@ -102,14 +101,14 @@ struct Block {
       for (int64_t c = 0; c < channels; ++c, from += behind) {
         __builtin_prefetch(from + 2 * LANES);  // the hardware follows fewer streams
         for (int lane = 0; lane < LANES; ++lane)
-          rows[c * LANES + lane] = static_cast<W>(from[lane]);
+          rows[c * WIDTH + lane_at(lane)] = static_cast<W>(from[lane]);
       }
     } else {
       int64_t from[LANES];
       for (int64_t lane = 0; lane < count; ++lane) from[lane] = at(lane, channels);
       for (int64_t c = 0; c < channels; ++c, x += behind)
         for (int64_t lane = 0; lane < count; ++lane)
-          rows[c * LANES + lane] = static_cast<W>(x[from[lane]]);
+          rows[c * WIDTH + lane_at(lane)] = static_cast<W>(x[from[lane]]);
     }
   }
   template <typename T, typename W>
@@ -118,25 +117,34 @@ struct Block {
       T* to = out + at(0, channels);
       for (int64_t c = 0; c < channels; ++c, to += behind)
         for (int lane = 0; lane < LANES; ++lane)
-          to[lane] = static_cast<T>(rows[c * LANES + lane]);
+          to[lane] = static_cast<T>(rows[c * WIDTH + lane_at(lane)]);
     } else {
       for (int64_t lane = 0; lane < count; ++lane) {
         T* const to = out + at(lane, channels);
         for (int64_t c = 0; c < channels; ++c)
-          to[c * behind] = static_cast<T>(rows[c * LANES + lane]);
+          to[c * behind] = static_cast<T>(rows[c * WIDTH + lane_at(lane)]);
       }
     }
   }
 };
+
+// Walks over the positions of a block whose x is in its rows.
+template <typename T>
+void walk(const Shape& shape, const Options& options, const T* seed, const Block& block, T* rows);
+
+// The gradient, once they have been walked with the scale of a sum.
+template <typename T>
+void gradient(const Shape& shape, const Options& options, const T* seed, const Block& block,
+              T* rows);
 
 // Walks over the blocks first to last of x; T is what is stored, W what it is computed in.
 template <typename T, typename W>
 void walk_blocks(const Shape& shape, const Options& options, const T* x, const W* seed, T* out,
                  W* rows, int64_t first, int64_t last) {
   for (int64_t index = first; index < last; ++index) {
-    const Block block(shape, index);
+    const Block block(shape, index, shape.walk_rows());
     block.read(x, shape.channels(), rows);
-    walk(shape, options, seed, rows, block.count);
+    walk(shape, options, seed, block, rows);
     block.write(WalkRows<W>(shape, rows).y.start, shape.preserved, out);
   }
 }

@@ -30,11 +30,11 @@ def by_text(h):
 
 
 def by_text_of_a_dtype(h):
-    return h * 3 if "float32" in str(h.dtype) else h
+    return h * 3 if "float32" in f"{h.dtype}" else h
 
 
 def by_identity(h):
-    return h * 3 if h.device == torch.device("cpu") and str(h.device) == "cpu" else h
+    return h * 3 if h.device == torch.device("cpu") and f"{h.device}" == "cpu" else h
 
 
 UNSEEN = [by_text, by_text_of_a_dtype, by_identity]

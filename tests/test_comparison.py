@@ -1,4 +1,5 @@
 import functools
+import re
 import runpy
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def test_a_comparison_end_to_end(tmp_path, capfd, monkeypatch):
 
     def again():
         arms = {seed: paper_arms(data, seed=seed) for seed in (0, 4)}
-        return run(arms, data, Settings(epochs=2), tmp_path, title="digits", command="python x.py")
+        given = {"title": "digits", "command": "python x.py", "rates": (1e-2, 1e-6)}
+        return run(arms, data, Settings(epochs=2), tmp_path, **given)
 
     report = again()
     assert [arm.name for arm in report.arms] == ["baseline", "lean", "narrow 18/35/53"]
@@ -47,6 +49,11 @@ def test_a_comparison_end_to_end(tmp_path, capfd, monkeypatch):
     assert all(len(set(arm.runs)) == 2 for arm in report.arms)
     assert Report.from_json((tmp_path / "report.json").read_text()) == report
     assert "conv2" in report.arms[1].plan
+    (note,) = report.notes
+    tried = "Learning rates, chosen of 1e-06, 0.01 on a fifth of the train split: "
+    assert re.fullmatch(
+        rf"{tried}baseline (1e-06|0.01), lean (1e-06|0.01), narrow 18/35/53 (1e-06|0.01)\.", note
+    )
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".onnx", ".json", ".md", ".png"}
     capfd.readouterr()
     script.show(report, tmp_path)
@@ -56,7 +63,7 @@ def test_a_comparison_end_to_end(tmp_path, capfd, monkeypatch):
 
     # A second run trains nothing anew.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("last.ckpt")}
-    assert len(before) == 6
+    assert len(before) == 6 + 3 * 2
     report_again = again()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("last.ckpt")} == before
     assert [arm.runs for arm in report_again.arms] == [arm.runs for arm in report.arms]

@@ -88,8 +88,9 @@ def test_training_learns(tmp_path, data):
     assert not model.training
 
 
-def test_the_first_epoch_is_adam_on_shuffled_normalised_batches(tmp_path, data):
-    settings = Settings(epochs=1, seed=3, **CPU)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_first_epoch_is_adam_on_shuffled_normalised_batches(tmp_path, data, schedule):
+    settings = Settings(epochs=1, seed=3, schedule=schedule, **CPU)
     paper, twin = net()[1], net()[1]
     history = train(paper, data, settings, tmp_path)
     order = torch.cat(list(ShuffledBatches(100, 32, settings.seed)))
@@ -97,13 +98,17 @@ def test_the_first_epoch_is_adam_on_shuffled_normalised_batches(tmp_path, data):
     assert order.tolist() != list(range(100))
     optimizer = torch.optim.Adam(twin.parameters(), lr=1e-3)
     losses = []
-    for part in order.split(32):
+    for step, part in enumerate(order.split(32)):
+        if schedule == "cosine":  # over 4 steps
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 4)) / 2
         loss = F.cross_entropy(twin(data.normalised(data.train_x[part])), data.train_y[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item() * len(part))
-    assert same_weights(paper, twin)
+    if schedule == "constant":
+        assert same_weights(paper, twin)
+    torch.testing.assert_close(paper.state_dict(), twin.state_dict())
     assert history[0].train_loss == pytest.approx(sum(losses) / 100, rel=1e-6)
 
 
@@ -127,7 +132,7 @@ EPOCH = TRAIN_STEPS + TEST_STEPS
     [(2, 0), (EPOCH, 0), (EPOCH + 1, 1), (EPOCH + 3, 1), (2 * EPOCH, 1), (2 * EPOCH + 1, 2)],
 )
 def test_an_interrupted_run_ends_as_if_it_had_never_stopped(tmp_path, data, step, kept):
-    settings = Settings(epochs=3, **CPU)
+    settings = Settings(epochs=3, schedule="cosine", **CPU)
     whole = net()
     expected = train(whole, data, settings, tmp_path / "whole")
 

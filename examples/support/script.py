@@ -39,7 +39,14 @@ def command_line() -> str:
 
 
 def experiment_parser(
-    description: str, epochs: int, out: str, *, channels: int = 10, seeds: str = "0"
+    description: str,
+    epochs: int,
+    out: str,
+    *,
+    channels: int = 10,
+    seeds: str = "0",
+    rates: tuple[float, ...] = (),
+    schedule: str = "constant",
 ) -> argparse.ArgumentParser:
     """A parser with the options of the main job: baseline, LEAN and control on some data.
 
@@ -49,12 +56,18 @@ def experiment_parser(
         out: folder for the nets and the report.
         channels: C' of every reduction.
         seeds: numbers, separated by commas.
+        rates: of which each net chooses one; without any, all train at Adam's usual one.
+        schedule: of the rate.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--channels", type=int, default=channels, help="C' of every reduction")
     parser.add_argument("--reduction", default="lean", help="lean, or another registered name")
     parser.add_argument("--seeds", default=seeds, help="seeds, separated by commas")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=rates, help="learning rates for each to choose of"
+    )
+    parser.add_argument("--schedule", default=schedule, help="of the rate: constant or cosine")
     parser.add_argument("--out", default=out, help="folder for the nets and the report")
     return parser
 
@@ -78,7 +91,7 @@ def run_experiment(
     def papers(seed: int) -> Mapping[str, nn.Module]:
         return paper_arms(data, args.channels, args.reduction, seed)
 
-    settings = Settings(epochs=args.epochs)
+    settings = Settings(epochs=args.epochs, schedule=args.schedule)
     report = comparison.run(
         {seed: (make_arms or papers)(seed) for seed in whole_numbers("seeds", args.seeds, 0)},
         data,
@@ -86,6 +99,7 @@ def run_experiment(
         args.out,
         title=title,
         command=command_line(),
+        rates=args.rates,
     )
     show(report, args.out)
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,7 @@ def run(
     *,
     title: str,
     command: str,
+    rates: Sequence[float] = (),
     country: str = "USA",
     batch: int = 1,
     threads: int = 1,
@@ -59,6 +60,9 @@ def run(
         folder: for the checkpoints, the ONNX files and the report; made if it is missing.
         title: of the report.
         command: that a reader can run to make it again.
+        rates: learning rates, of which each model gets its own by
+            :func:`~lean_fx.experiment.rates.choose_rate`, with the first seed; without any, all
+            train at that of the settings.
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
         batch: of the timed calls, 1 or more.
         threads: of ONNX Runtime, 1 or more.
@@ -73,6 +77,7 @@ def run(
             :func:`~lean_fx.export_onnx` and :func:`~lean_fx.measure.timing.time_onnx`.
         SystemExit: of status 0, after the training, in all processes but the first.
     """
+    from lean_fx.experiment.rates import choose_rate
     from lean_fx.experiment.training import measure_test_energy, train
 
     require_all()
@@ -80,6 +85,12 @@ def run(
         raise ArgumentError("run: arms is empty, or its seeds have models of different names")
     settings_of = {seed: dataclasses.replace(settings, seed=seed) for seed in arms}
     target = make_folder(folder)
+    first_seed, first = next(iter(arms.items()))
+    chosen: dict[str, float] = {}
+    for name, model in first.items() if rates else ():
+        _say(f"choosing the learning rate of {name}")
+        place = target / f"{_slug(name)}-rates"
+        chosen[name] = choose_rate(model, data, settings_of[first_seed], rates, place, name)
     runs: dict[str, list[tuple[Epoch, ...]]] = {}
     every = [(seed, name, model) for seed, models in arms.items() for name, model in models.items()]
     for number, (seed, name, model) in enumerate(every, start=1):
@@ -88,7 +99,9 @@ def run(
             history = train(
                 model,
                 data,
-                settings_of[seed],
+                dataclasses.replace(
+                    settings_of[seed], learning_rate=chosen.get(name, settings.learning_rate)
+                ),
                 target / f"{_slug(name)}-seed{seed}",
                 meter=meter,
                 name=name,
@@ -96,7 +109,6 @@ def run(
         runs.setdefault(name, []).append(history)
     leave_to_first_process()
     _say("metering the test, exporting to ONNX, timing in ONNX Runtime")
-    first = next(iter(arms.values()))
     energies = {
         name: measure_test_energy(model, data, country=country) for name, model in first.items()
     }
@@ -119,7 +131,7 @@ def run(
         ),
         machine=machine(),
         seeds=tuple(arms),
-        notes=_notes(processes()),
+        notes=(*_notes(processes()), *_rates_note(chosen, rates)),
     )
     report.save(target)
     return report
@@ -169,6 +181,14 @@ def _notes(here: Processes) -> tuple[str, ...]:
         return ()
     where = "" if here.machines == 1 else f" on {here.machines} machines; energy: of the first one"
     return (f"Training: {here.count} processes{where}.",)
+
+
+def _rates_note(chosen: Mapping[str, float], rates: Sequence[float]) -> tuple[str, ...]:
+    if not chosen:
+        return ()
+    tried = ", ".join(f"{rate:g}" for rate in sorted(rates))
+    each = ", ".join(f"{name} {rate:g}" for name, rate in chosen.items())
+    return (f"Learning rates, chosen of {tried} on a fifth of the train split: {each}.",)
 
 
 def _slug(name: str) -> str:

@@ -73,6 +73,33 @@ class Dataset:
         mean, std = channel_statistics(train[0])
         return cls(name, *train, *test, classes, mean, std)
 
+    def held_out(self, fraction: float = 0.2, seed: int = 0) -> Dataset:
+        """Hold a part of the train split out, to choose settings on; the test split is not seen.
+
+        Args:
+            fraction: of the train split that becomes the test split of the result, in ]0, 1[.
+            seed: of the choice.
+
+        Raises:
+            ArgumentError: ``fraction`` lies out of its range, or leaves a part empty.
+
+        Example:
+            >>> data = digits()
+            >>> len(data.train_y), len(data.held_out().train_y), len(data.held_out().test_y)
+            (1437, 1150, 287)
+        """
+        count = int(len(self.train_y) * fraction) if 0 < fraction < 1 else 0
+        if not 0 < count < len(self.train_y):
+            raise ArgumentError(
+                f"{self.name}: fraction={fraction} holds out {count} of {len(self.train_y)} "
+                "samples; give a fraction in ]0, 1[ that leaves some in either part"
+            )
+        order = torch.randperm(len(self.train_y), generator=torch.Generator().manual_seed(seed))
+        held, kept = order[:count], order[count:]
+        train, test = ((self.train_x[part], self.train_y[part]) for part in (kept, held))
+        name = f"{self.name}, {fraction:g} of it held out by seed {seed}"
+        return Dataset.of(name, train, test, self.classes)
+
     def normalised(self, images: Tensor) -> Tensor:
         """Return pictures as float32 of mean 0 and standard deviation 1 over the train split.
 

@@ -44,11 +44,14 @@ _NOISE = (
 class Task(lightning.LightningModule):  # type: ignore[misc]
     """Adam on the cross-entropy; what it logs are means over the epoch's batches."""
 
-    def __init__(self, model: nn.Module, data: Dataset, learning_rate: float) -> None:
+    def __init__(
+        self, model: nn.Module, data: Dataset, learning_rate: float, schedule: str
+    ) -> None:
         super().__init__()
         self.model = model
         self._data = data
         self._learning_rate = learning_rate
+        self._schedule = schedule
 
     def training_step(self, batch: Share, _: int) -> Tensor:
         """Return the loss of this process's share, weighted so that the processes' mean is right.
@@ -68,9 +71,17 @@ class Task(lightning.LightningModule):  # type: ignore[misc]
         )
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer, as Lightning asks for it."""
-        return torch.optim.Adam(self.model.parameters(), lr=self._learning_rate)
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and the schedule of its rate, as Lightning asks for them."""
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self._learning_rate)
+        if self._schedule == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": falling, "interval": "step"},
+        }
 
 
 class History(Callback):  # type: ignore[misc]

@@ -55,6 +55,7 @@ class Settings:
         batch_size: pictures a step, at least 1, over all processes; the last step of an epoch
             takes what is left.
         learning_rate: Adam's, in ]0, 1].
+        schedule: of the rate: ``"constant"``, or ``"cosine"``, which falls to 0 over all steps.
         seed: of the order of the pictures and of dropout, 0 to 2**32 - 1. The first weights are
             those of the model given: seed torch before you make it.
         accelerator: ``"auto"`` (the best there is), ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"mps"``.
@@ -74,6 +75,7 @@ class Settings:
     learning_rate: float = 1e-3
     seed: int = 0
     accelerator: str = "auto"
+    schedule: str = "constant"
 
     def __post_init__(self) -> None:
         ranges = {"epochs": (1, None), "batch_size": (1, None), "seed": (0, 2**32 - 1)}
@@ -85,6 +87,7 @@ class Settings:
                 f"Settings: learning_rate={self.learning_rate} lies outside ]0, 1]; use 1e-3"
             )
         check_choice("Settings: accelerator", self.accelerator, _ACCELERATORS)
+        check_choice("Settings: schedule", self.schedule, ("constant", "cosine"))
 
 
 def train(
@@ -151,7 +154,7 @@ def train(
             model.load_state_dict({key.removeprefix("model."): state[key] for key in state})
             model.eval()
             return tuple(epochs)
-    task = Task(model.train(), data, settings.learning_rate)
+    task = Task(model.train(), data, settings.learning_rate, settings.schedule)
     loader = batches(data, settings.batch_size, settings.seed, here)
     with quiet():
         _fit(_trainer(settings, here, last, history, name), task, loader, last)

@@ -182,7 +182,7 @@ class Bar(TQDMProgressBar):  # type: ignore[misc]
         """Return a bar on stderr: Lightning's own goes to stdout, where results belong."""
         return Tqdm(
             desc=self._name,
-            disable=self.is_disabled,
+            disable=self.is_disabled or None,  # None: where stderr is no terminal
             dynamic_ncols=True,
             file=sys.stderr,
             smoothing=0,

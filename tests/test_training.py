@@ -1,13 +1,18 @@
 """Training: the same each time, going on after any stop, metered apart from testing."""
 
 import contextlib
+import fcntl
 import importlib
 import math
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import warnings
 from pathlib import Path
 
@@ -377,16 +382,35 @@ print(len(train(*arguments, name="baseline")))
 """
 
 
-def test_the_terminal_shows_the_bar_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_bar_and_nothing_else(tmp_path, terminal):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "examples")}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+    with open(ours, errors="replace") as stream:
+        reading = threading.Thread(target=lambda: shown.extend(_until_closed(stream)))
+        shown: list[str] = []
+        reading.start()
+        done = subprocess.run(command, stdout=-1, stderr=theirs, text=True, check=True, env=env)
+        os.close(theirs)
+        reading.join()
     assert done.stdout.splitlines() == [
         "",
         f"stopped; run the same again to go on from {tmp_path / 'last.ckpt'}",
         "2",
     ]
-    lines = [line.strip() for line in re.split(r"[\r\n]+", done.stderr)]
+    lines = [line.strip() for line in re.split(r"[\r\n]+", "".join(shown))]
+    lines = [re.sub(r"\x1b\[\w", "", line) for line in lines]
     assert [line for line in lines if not re.match(r"$|baseline\b|Epoch \d: ", line)] == []
     for epoch in (1, 2):
-        assert any(line.startswith(f"baseline epoch {epoch}/2: 100%") for line in lines)
+        shows = any(line.startswith(f"baseline epoch {epoch}/2: 100%") for line in lines)
+        assert shows == terminal
+
+
+def _until_closed(stream):
+    """The text of a stream; a terminal whose other end is closed is an OSError."""
+    with contextlib.suppress(OSError):
+        while text := stream.read(1):
+            yield text

@@ -35,7 +35,8 @@ LAYERS = (
     {"lean_fx.planned"},
     {"lean_fx.transform", "lean_fx.saving"},
     {"lean_fx"},
-    {"lean_fx.experiment"},
+    {"lean_fx.experiment", "lean_fx.command_line"},
+    {"lean_fx.__main__"},
 )
 OPTIONAL = {
     "onnx": {"lean_fx.onnx_files", "lean_fx.export", "lean_fx.measure"},

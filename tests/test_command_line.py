@@ -1,0 +1,147 @@
+"""The command line: what it prints, writes and returns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lean_fx
+from lean_fx.command_line import main
+
+
+def net():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16 * 8 * 8, 4)),
+    )
+
+
+NET = "test_command_line:net"
+INPUT = ("--input", "2,3,8,8")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    paths = [str(folder / name) for name in ("net.safetensors", "net.onnx")]
+    assert (
+        main(["leanify", NET, *INPUT, "--channels", "4", "-o", paths[0], "--onnx", paths[1]]) == 0
+    )
+    return paths
+
+
+def test_plan_prints_the_plan(capsys):
+    assert main(["plan", NET, *INPUT, "--channels", "8", "--skip", "2"]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"{lean_fx.plan(net(), torch.rand(2, 3, 8, 8), channels=8, skip=['2'])}\n"
+    )
+    assert main(["plan", NET, "--json", "--channels", "0.5"]) == 0
+    plan = lean_fx.Plan.from_json(capsys.readouterr().out)
+    assert plan == lean_fx.plan(net(), channels=0.5)
+
+
+def test_leanify_writes_what_load_reads(files):
+    inputs = torch.rand(2, 3, 8, 8)
+    lean = lean_fx.load(files[0], net(), inputs)
+    torch.manual_seed(0)
+    made_again = lean_fx.leanify(net(), torch.rand(2, 3, 8, 8), channels=4)
+    assert lean_fx.plan_of(files[1]) == lean_fx.plan_of(lean) == lean_fx.plan_of(made_again)
+    assert [each.shape for each in lean.parameters()] == [
+        each.shape for each in made_again.parameters()
+    ]
+
+
+def test_leanify_says_what_it_wrote(tmp_path, capsys):
+    out = str(tmp_path / "net.safetensors")
+    assert main(["leanify", NET, *INPUT, "-o", out, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["files"] == [out]
+    assert said["parameters"] == sum(each.numel() for each in net().parameters())
+    assert main(["leanify", NET, *INPUT, "-o", out]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"{said['parameters']:,} -> {said['parameters_reduced']:,} parameters, written to {out}\n"
+    )
+
+
+def test_compare_times_files(files, tmp_path, capsys):
+    base = str(tmp_path / "base.onnx")
+    lean_fx.export_onnx(net(), base, torch.rand(2, 3, 8, 8))
+    assert main(["compare", base, files[1], "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:3]] == ["file", base, files[1]]
+    assert "[1, 3, 8, 8]; threads 1, 2 rounds in turn" in out
+    assert main(["compare", base, files[1], "--rounds", "2", "--json", "--input", "5,3,8,8"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["file"] for row in rows] == [base, files[1]]
+    assert rows[0]["ratio"] == 1
+    assert rows[1]["bytes"] == Path(files[1]).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "nowhere:net"], "nowhere:net: cannot be made (ModuleNotFoundError: No module na"),
+        (["plan", "torch.nn:Linear"], "torch.nn:Linear: cannot be made (TypeError: "),
+        (["plan", "builtins:dict"], "builtins:dict: makes a dict, which is no nn.Module"),
+        (
+            ["plan", "torch.nn"],
+            "'torch.nn' is no MODULE:FACTORY such as torchvision.models:resnet18",
+        ),
+        (["plan", NET, "--input", "2,a"], "--input '2,a' is no shape; give 1,3,224,224, or 8,16:"),
+        (["plan", NET, "--input", "2:half_a_dtype"], "--input '2:half_a_dtype' is no shape; give"),
+        (["plan", NET, "--channels", "-1"], "channels=-1"),
+        (["plan", NET, "--reduction", "mush"], "reduction='mush'"),
+        (["compare", "nowhere.onnx"], "nowhere.onnx: nowhere.onnx is not a file; export the model"),
+        (
+            ["leanify", NET, *INPUT, "-o", "/nowhere/net.safetensors"],
+            "/nowhere/net.safetensors: ca",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(arguments, message, capsys):
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["mush"], ["plan"], ["leanify", NET], ["compare"]])
+def test_a_wrong_command_line_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: lean_fx" in capsys.readouterr().err
+
+
+def test_other_inputs_than_the_file_takes(files, capsys):
+    assert main(["compare", files[1], "--input", "1,3,8,8", "--input", "2"]) == 1
+    assert "--input is given 2 times; " in capsys.readouterr().err
+
+
+def test_warnings_are_lines_of_their_own(capsys):
+    assert main(["plan", "test_command_line:Branching", "--input", "2,32"]) == 0
+    assert capsys.readouterr().err.startswith("warning: Branching: ")
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.a(x) if float(x.sum()) > 0 else x
+
+
+def test_it_runs_as_a_module_and_finds_files_beside_it(tmp_path):
+    (tmp_path / "own.py").write_text("from torch import nn\nnet = nn.Linear(32, 2)\n")
+    command = [sys.executable, "-m", "lean_fx", "plan", "own:net"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Plan for Linear: 0 reductions")

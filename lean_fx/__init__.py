@@ -42,6 +42,7 @@ from lean_fx.transform import leanify, plan
 
 # The exporter and what measures are loaded when they are first used.
 if TYPE_CHECKING:
+    from lean_fx.drawing import draw
     from lean_fx.export.exporting import export_onnx
     from lean_fx.export.stored_plan import plan_of
     from lean_fx.kernel import onnx_kernel
@@ -52,6 +53,7 @@ else:
     _LOADED_WHEN_USED = {
         "compare": "lean_fx.measure.comparison",
         "costs_of": "lean_fx.measure.costs",
+        "draw": "lean_fx.drawing",
         "export_onnx": "lean_fx.export.exporting",
         "load": "lean_fx.saving",
         "onnx_kernel": "lean_fx.kernel",
@@ -90,6 +92,7 @@ __all__ = [
     "checking_signs",
     "compare",
     "costs_of",
+    "draw",
     "export_onnx",
     "lean_reduction",
     "leanify",

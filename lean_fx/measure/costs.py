@@ -128,7 +128,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
         leaf = known and LeanTracer().is_leaf_module(model, "")
         root = _calling(model, len(inputs)) if leaf else model
         captured = capture(root, inputs, purpose="evaluation")
-        return _count(captured, inputs, type(model).__name__)
+        return costs_of_graph(captured, inputs, type(model).__name__)
 
 
 def _calling(layer: nn.Module, inputs: int) -> GraphModule:
@@ -166,7 +166,14 @@ def _failure(task: str, name: str, inputs: tuple[Any, ...], error: Exception) ->
     )
 
 
-def _count(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
+def costs_of_graph(captured: GraphModule, inputs: tuple[Any, ...], name: str) -> Costs:
+    """The costs of a captured model, one entry for each of its calls; see :func:`costs_of`.
+
+    Args:
+        captured: it is copied.
+        inputs: its positional inputs.
+        name: of the model, for the table and for errors.
+    """
     check_count(captured, inputs)
     captured, inputs = _to_count(captured, inputs)
     try:

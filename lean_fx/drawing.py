@@ -1,0 +1,279 @@
+"""Pictures of models: what a graph computes, its shapes, parameters and MACs, and its reductions.
+
+A picture is a column of boxes in the order in which they run. A box is a node or, in a large model,
+a module with all that it does; arcs lead to values that are read further below.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lean_fx.capture.capturing import capture, clone_graph
+from lean_fx.capture.example_inputs import as_inputs
+from lean_fx.checks import check_int
+from lean_fx.errors import ArgumentError, require
+from lean_fx.files import replacing
+from lean_fx.graph.calls import modules_by_name
+from lean_fx.graph.facts import facts
+from lean_fx.measure.costs import costs_of_graph
+from lean_fx.measure.costs_table import NodeCost
+from lean_fx.measure.pictures import colour, new_figure, short
+from lean_fx.passes import PropagateShapes
+from lean_fx.reduction.registry import is_reduction
+
+_SUFFIXES = (".svg", ".png", ".pdf")
+_WIDTH, _HEIGHT, _STEP = 4.4, 0.5, 0.68  # inches of a box, and from one to the next
+_MARGIN = 1.1  # inches beside the boxes, for the arcs
+
+
+def draw(
+    models: nn.Module | Mapping[str, nn.Module],
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    max_boxes: int = 32,
+) -> None:
+    """Draw a model, or several side by side, into an SVG, PNG or PDF file.
+
+    Reductions, and modules that hold some, are coloured. Modules are folded into one box each, the
+    innermost first, until a column has no more than ``max_boxes``.
+
+    Args:
+        models: a model, or models by title, such as the original and the reduced one.
+        path: the file to make, named ``*.svg``, ``*.png`` or ``*.pdf``.
+        example_inputs: as for :func:`~lean_fx.leanify`; MACs are those of the whole batch.
+        max_boxes: of a column, 1 or more; what is outside any module is not folded.
+
+    Raises:
+        ArgumentError: there is no model, the file's name ends otherwise, or the inputs do not fit.
+        CaptureError: a model cannot be traced.
+        MissingDependencyError: matplotlib is not installed.
+        WriteError: the file cannot be written.
+
+    Example::
+
+        lean = lean_fx.leanify(model, inputs, channels=10)
+        lean_fx.draw({"before": model, "after": lean}, "net.svg", inputs)
+    """
+    file = Path(path)
+    if file.suffix not in _SUFFIXES:
+        raise ArgumentError(f"draw: path={str(path)!r} does not end in {', '.join(_SUFFIXES)}")
+    most = check_int("draw: max_boxes", max_boxes, 1)
+    named = dict(models) if isinstance(models, Mapping) else {"": models}
+    if not named:
+        raise ArgumentError("draw: models is empty; give a model, or models by title")
+    columns = {title: _boxes(model, example_inputs, most) for title, model in named.items()}
+    figure = _picture(columns)
+    with replacing(file) as part:
+        figure.savefig(part, format=file.suffix[1:], dpi=110)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a graph that runs without a pause: one node, or all that a module does.
+
+    Attributes:
+        name: of the module or the node.
+        kind: of the module or the function.
+        shape: of its result, where that is one tensor of known shape.
+        parameters: elements that are first read here.
+        macs: multiply-adds.
+        parts: how many nodes it stands for.
+        reductions: how many of these are reductions.
+        sources: the places of the boxes whose values it reads.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    macs: int
+    parts: int
+    reductions: int
+    sources: tuple[int, ...]
+
+
+def _boxes(model: nn.Module, example_inputs: Any, most: int) -> list[Box]:
+    inputs = as_inputs(example_inputs, model)
+    if isinstance(model, GraphModule):
+        captured = clone_graph(model)
+    else:
+        captured = capture(model, inputs, purpose="evaluation")
+    PropagateShapes(inputs)(captured)
+    modules = modules_by_name(captured)
+    calls = [node for node in captured.graph.nodes if node.op.startswith("call_")]
+    counted = costs_of_graph(captured, inputs, type(model).__name__).nodes
+    costs = dict(zip(calls, counted, strict=True))
+    calls = [node for node in calls if _is_shown(node, costs[node])]
+    paths = _paths([node for node in calls if not _is_reduction(node, modules)])
+    deepest = max((len(path.split(".")) for path in paths.values()), default=1)
+    for depth in range(deepest + 1, -1, -1):
+        groups = _groups(calls, depth, paths, fold=depth <= deepest)
+        if len(groups) <= most:
+            break
+    place = {node: number for number, (_, nodes) in enumerate(groups) for node in nodes}
+    return [_box(name, nodes, place, modules, costs) for name, nodes in groups]
+
+
+def _is_shown(node: Node, cost: NodeCost) -> bool:
+    """Whether a call is more than arithmetic on sizes, or the unpacking of several values."""
+    known = facts(node).shape is not None or node.op == "call_module"
+    return known or cost.parameters > 0 or cost.macs > 0
+
+
+def _sources(node: Node, shown: Mapping[Node, int]) -> set[int]:
+    """The places of the values that a node reads, through calls that are not shown."""
+    found: set[int] = set()
+    for source in node.all_input_nodes:
+        if source in shown:
+            found.add(shown[source])
+        elif source.target not in (getattr, "size", "dim"):
+            found |= _sources(source, shown)
+    return found
+
+
+def _groups(
+    nodes: list[Node], depth: int, paths: dict[Node, str], fold: bool
+) -> list[tuple[str, list[Node]]]:
+    """Neighbours of one module, which is that many names deep; a reduction is with its reader."""
+
+    def key(node: Node) -> str:
+        if not fold:
+            return node.name
+        if node not in paths:
+            return key(next(iter(node.users))) if node.users else node.name
+        return ".".join(paths[node].split(".")[:depth]) or node.name
+
+    return [(name, list(group)) for name, group in itertools.groupby(nodes, key)]
+
+
+def _paths(calls: list[Node]) -> dict[Node, str]:
+    """The module that each node is a call of, or is a part of; empty outside any.
+
+    A node that notes none, such as one that a pass has made, is part of what its neighbours are.
+    """
+    noted = {node: _noted_path(node) for node in calls}
+    ahead = dict(zip(calls, _last_paths(noted, calls), strict=True))
+    behind = dict(zip(reversed(calls), _last_paths(noted, reversed(calls)), strict=True))
+    return {node: noted[node] or _shared(ahead[node], behind[node]) for node in calls}
+
+
+def _noted_path(node: Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1] if stack else ""
+
+
+def _last_paths(noted: dict[Node, str], calls: Iterable[Node]) -> Iterator[str]:
+    """The path of the last node up to each that notes one."""
+    return itertools.accumulate((noted[node] for node in calls), lambda last, own: own or last)
+
+
+def _shared(one: str, other: str) -> str:
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return ".".join(name for name, _ in same)
+
+
+def _is_reduction(node: Node, modules: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and is_reduction(modules[str(node.target)])
+
+
+def _box(
+    name: str,
+    nodes: list[Node],
+    place: dict[Node, int],
+    modules: dict[str, nn.Module],
+    costs: dict[Node, NodeCost],
+) -> Box:
+    only = nodes[0] if len(nodes) == 1 else None
+    if only is not None and only.op == "call_module":
+        name = str(only.target)
+    shape = facts(nodes[-1]).shape
+    sources = set().union(*(_sources(each, place) for each in nodes)) - {place[nodes[0]]}
+    return Box(
+        name,
+        _kind(modules[name]) if name in modules else costs[nodes[-1]].kind,
+        None if shape is None else tuple(shape),
+        sum(costs[each].parameters for each in nodes),
+        sum(costs[each].macs for each in nodes),
+        len(nodes),
+        sum(_is_reduction(each, modules) for each in nodes),
+        tuple(sorted(sources)),
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    return str(module._get_name())  # type: ignore[no-untyped-call]
+
+
+def _picture(columns: Mapping[str, list[Box]]) -> Any:
+    longest = max(len(boxes) for boxes in columns.values())
+    width, height = len(columns) * (_WIDTH + _MARGIN) + 0.3, _STEP * longest + 0.9
+    figure, axes = new_figure(width, height, 1, len(columns))
+    for ax, (title, boxes) in zip(axes, columns.items(), strict=True):
+        ax.set_axis_off()
+        ax.set_xlim(-0.1, _WIDTH + _MARGIN)
+        ax.set_ylim(-_STEP * longest, 0.35)
+        total = f"{sum(box.parameters for box in boxes):,} parameters, "
+        total += f"{short(sum(box.macs for box in boxes) / 1e6)} million MACs"
+        ax.set_title(f"{title}: {total}" if title else total, loc="left", fontsize=10)
+        for number, box in enumerate(boxes):
+            _draw_box(ax, number, box)
+            for source in box.sources:
+                _draw_arrow(ax, source, number)
+    return figure
+
+
+def _draw_box(ax: Any, number: int, box: Box) -> None:
+    patches = require("matplotlib.patches", extra="examples", purpose="drawing")
+    top = -_STEP * number
+    reduced = box.reductions > 0
+    ax.add_patch(
+        patches.FancyBboxPatch(
+            (0, top - _HEIGHT),
+            _WIDTH,
+            _HEIGHT,
+            boxstyle="round,pad=0,rounding_size=0.06",
+            edgecolor=colour(1) if reduced else "0.55",
+            facecolor="#FBE6D6" if reduced else "0.97",
+            linewidth=1.4 if reduced else 0.8,
+        )
+    )
+    count = ""
+    if reduced and box.parts > 1:
+        count = f", {box.reductions} reduction{'s' if box.reductions > 1 else ''}"
+    shape = "" if box.shape is None else " x ".join(map(str, box.shape))
+    figures = [f"{box.parameters:,} parameters"] if box.parameters else []
+    figures += [f"{short(box.macs / 1e6)} M MACs"] if box.macs else []
+    lines = ((box.name, f"{box.kind}{count}"), (shape, ", ".join(figures)))
+    for (left, right), below, grey in zip(lines, (0.15, 0.36), ("0", "0.35"), strict=True):
+        style = {"fontsize": 8, "va": "center", "color": grey}
+        ax.text(0.08, top - below, left, **style)
+        ax.text(_WIDTH - 0.08, top - below, right, ha="right", **style)
+
+
+def _draw_arrow(ax: Any, source: int, target: int) -> None:
+    """To the next box a short arrow, further down an arc beside the boxes."""
+    if target == source + 1:
+        start, end, curve = (
+            (_WIDTH / 2, -_STEP * source - _HEIGHT),
+            (_WIDTH / 2, -_STEP * target),
+            0.0,
+        )
+    else:
+        start = (_WIDTH, -_STEP * source - _HEIGHT / 2)
+        end = (_WIDTH, -_STEP * target - _HEIGHT / 2)
+        curve = -min(0.5, 1.6 / (target - source))
+    style = {"arrowstyle": "-|>", "color": "0.45", "lw": 0.9, "shrinkA": 0, "shrinkB": 0}
+    style["connectionstyle"] = f"arc3,rad={curve:.3f}"
+    ax.annotate("", end, start, arrowprops=style)

@@ -87,7 +87,8 @@ class Box:
         parameters: elements that are first read here.
         macs: multiply-adds.
         parts: how many nodes it stands for.
-        reductions: how many of these are reductions.
+        reductions: how many reductions there are among these, and inside of modules that are called
+            whole.
         sources: the places of the boxes whose values it reads.
     """
 
@@ -207,7 +208,12 @@ def _box(
         sum(costs[each].parameters for each in nodes),
         sum(costs[each].macs for each in nodes),
         len(nodes),
-        sum(_is_reduction(each, modules) for each in nodes),
+        sum(
+            is_reduction(held)
+            for each in nodes
+            if each.op == "call_module"
+            for held in modules[str(each.target)].modules()
+        ),
         tuple(sorted(sources)),
     )
 

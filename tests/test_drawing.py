@@ -95,3 +95,13 @@ def test_what_is_refused(tmp_path):
         lean_fx.draw(Net(), "net.svg", X, max_boxes=0)
     with pytest.raises(WriteError, match="nowhere"):
         lean_fx.draw(Net(), tmp_path / "nowhere" / "net.svg", X)
+
+
+def test_reductions_inside_of_whole_modules_count():
+    class Whole(Net):
+        def forward(self, x):
+            return super().forward(x) if float(x.sum()) > 0 else x
+
+    with pytest.warns(lean_fx.LeanWarning):
+        lean = lean_fx.leanify(nn.Sequential(Whole(), nn.Linear(4, 4)), X)
+    assert [(box.name, box.reductions) for box in boxes(lean, 99)] == [("0", 5), ("1", 0)]

@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "leanify" and not (args.out or args.onnx):
         parser.error("leanify: give -o FILE.safetensors, --onnx FILE.onnx, or both")
+    if args.command == "leanify" and args.onnx and not args.input:
+        parser.error(
+            "leanify: --onnx needs the shape of an example input; give --input 1,3,224,224"
+        )
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", LeanWarning)

@@ -112,7 +112,10 @@ def test_an_error_is_one_line_and_status_1(arguments, message, capsys):
     assert said.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["mush"], ["plan"], ["leanify", NET], ["compare"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["mush"], ["plan"], ["leanify", NET], ["leanify", NET, "--onnx", "a.onnx"], ["compare"]],
+)
 def test_a_wrong_command_line_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -69,6 +69,8 @@ def plan(args: argparse.Namespace) -> str:
 
 def leanify(args: argparse.Namespace) -> str:
     """Reduce a model and write it; the plan, or a summary of what was written."""
+    from lean_fx.measure.costs import count_parameters
+
     model, inputs = _model_and_inputs(args)
     lean = lean_fx.leanify(model, inputs, **_options(args))
     if args.out:
@@ -76,7 +78,7 @@ def leanify(args: argparse.Namespace) -> str:
     if args.onnx:
         lean_fx.export_onnx(lean, args.onnx, inputs)
     plan = lean_fx.plan_of(lean)
-    counts = [sum(each.numel() for each in net.parameters()) for net in (model, lean)]
+    counts = count_parameters(model), count_parameters(lean)
     files = [file for file in (args.out, args.onnx) if file]
     if args.json:
         return json.dumps(

@@ -23,6 +23,7 @@ from lean_fx.errors import ArgumentError, require
 from lean_fx.files import replacing
 from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import facts
+from lean_fx.graph.rewriting import home_of
 from lean_fx.measure.costs import costs_of_graph
 from lean_fx.measure.costs_table import NodeCost
 from lean_fx.measure.pictures import colour, new_figure, short
@@ -168,10 +169,7 @@ def _paths(calls: list[Node]) -> dict[Node, str]:
 
 
 def _noted_path(node: Node) -> str:
-    if node.op == "call_module":
-        return str(node.target)
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return stack[-1] if stack else ""
+    return str(node.target) if node.op == "call_module" else home_of(node)
 
 
 def _last_paths(noted: dict[Node, str], calls: Iterable[Node]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType
@@ -12,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from lean_fx.capture.side_effects import LEARNING, SideEffect
+from lean_fx.capture.side_effects import LEARNING, SideEffect, asked_by_model
 
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
@@ -102,10 +101,9 @@ class ParameterReads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         getter = getattr(getattr(func, "__self__", None), "__name__", "")
         asking = name in _ASKING or (name in ("__get__", "__set__") and getter in _ASKED | LEARNING)
-        if name == "__get__" and getter in LEARNING and not self._tracer.computing:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.partition(".")[0] not in ("torch", "lean_fx"):
-                raise SideEffect(f"forward asks for {getter} of a parameter")
+        learning = name == "__get__" and getter in LEARNING
+        if learning and not self._tracer.computing and asked_by_model(1):
+            raise SideEffect(f"forward asks for {getter} of a parameter")
         if asking or self._tracer.computing or not self._known((args, kwargs)):
             return func(*args, **kwargs)
         args, kwargs = self._proxies(args), self._proxies(kwargs)

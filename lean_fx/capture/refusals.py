@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch._functorch import utils
 from torch.fx import Proxy
 from torch.utils import checkpoint
 
-from lean_fx.capture.side_effects import SideEffect
+from lean_fx.capture.side_effects import SideEffect, asked_by_model
 from lean_fx.graph.patching import Patch, patching
 
 _QUESTIONS = (
@@ -64,8 +63,7 @@ def refusing_functions(
     def refused(function: Callable[..., Any], effect: str) -> Callable[..., Any]:
         @functools.wraps(function)
         def asked(*args: Any, **kwargs: Any) -> Any:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if traces() and caller.partition(".")[0] not in ("torch", "lean_fx"):
+            if traces() and asked_by_model(1):
                 raise SideEffect(effect)
             return function(*args, **kwargs)
 

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ class History(Callback):  # type: ignore[misc]
         made_with: what the training is made with; its ``seed`` is that of dropout.
         meter: a running one, or None.
         test: gives the loss and the accuracy of a model on the test split.
+        stop: called with the history after every epoch; where it returns True, training ends.
 
     Attributes:
         epochs: the history.
@@ -103,11 +104,13 @@ class History(Callback):  # type: ignore[misc]
         made_with: dict[str, Any],
         meter: EnergyMeter | None,
         test: Callable[[nn.Module], tuple[float, float]],
+        stop: Callable[[Sequence[Epoch]], bool] = lambda _: False,
     ) -> None:
         self.epochs: list[Epoch] = []
         self._made_with = made_with
         self._meter = meter
         self._test = test
+        self._stop = stop
         self._start = 0.0
 
     def on_train_start(self, trainer: Any, _: Any) -> None:
@@ -141,6 +144,7 @@ class History(Callback):  # type: ignore[misc]
         epoch = trainer.strategy.broadcast(Epoch(loss, accuracy, *tested, energy))
         task.log("test_accuracy", epoch.test_accuracy, prog_bar=True, rank_zero_only=True)
         self.epochs.append(epoch)
+        trainer.should_stop = self._stop(self.epochs)
 
     def on_save_checkpoint(self, _: Any, __: Any, checkpoint: dict[str, Any]) -> None:
         """Put the history into the checkpoint."""

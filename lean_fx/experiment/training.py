@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def train(
     *,
     meter: EnergyMeter | None = None,
     name: str = "",
+    stop: Callable[[Sequence[Epoch]], bool] = lambda _: False,
 ) -> tuple[Epoch, ...]:
     """Train ``model`` in place, and test it after every epoch.
 
@@ -120,6 +122,8 @@ def train(
             own machine alone. Without it the history's joules and grams are NaN, its meter is
             ``"none"``, and only the seconds are measured.
         name: shown beside the progress bar.
+        stop: called with the history after every epoch, in every process; training ends early
+            where it returns True.
 
     Returns:
         One entry an epoch, the same in every process. Training loss and accuracy are means over
@@ -145,7 +149,7 @@ def train(
         **asdict(settings),
     }
     here = processes()
-    history = History(made_with, meter, lambda net: evaluate(net, data, settings.batch_size))
+    history = History(made_with, meter, lambda net: evaluate(net, data, settings.batch_size), stop)
     if last.exists():
         saved = read_checkpoint(last, made_with, model)
         epochs = unpack_history(saved)

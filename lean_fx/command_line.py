@@ -1,4 +1,4 @@
-"""The command line: ``lean_fx plan``, ``lean_fx leanify`` and ``lean_fx compare``.
+"""The command line: ``lean_fx plan``, ``leanify``, ``compare`` and ``ablate``.
 
 Each command is a call of the function of its name; it adds no meaning of its own. Results go to
 stdout, warnings and progress to stderr. Status 0: done; 1: an error of lean_fx, in one line; 2: the
@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
   lean_fx plan torchvision.models:resnet18 --input 1,3,224,224
   lean_fx leanify my_nets:make --input 1,3,96,96 --channels 10 -o net.safetensors --onnx net.onnx
   lean_fx compare baseline.onnx net.onnx
+  lean_fx ablate study.toml
 """
 
 
@@ -138,6 +139,20 @@ def compare(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def ablate(args: argparse.Namespace) -> str:
+    """Run what is missing of a study, and write its report."""
+    from lean_fx.experiment.study_file import read_study_file
+    from lean_fx.experiment.study_report import as_json, as_markdown, write_report
+
+    study, options = read_study_file(args.file)
+    rows = study.run(**options)
+    command = f"lean_fx ablate {args.file}"
+    report = write_report(study, command)
+    if args.json:
+        return as_json(rows)
+    return f"{as_markdown(study, rows, command)}\nwritten to {report.parent}/"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lean_fx",
@@ -166,7 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--threads", type=int, default=1)
     timed.add_argument("--rounds", type=int, default=30)
     timed.add_argument("--no-kernel", action="store_true", help="run LEAN nodes by their function")
-    for command in (shown, reduced, timed):
+    ablated = commands.add_parser("ablate", help="run an ablation that a TOML file describes")
+    ablated.set_defaults(run=ablate)
+    ablated.add_argument("file", metavar="STUDY.toml", help="see lean_fx.experiment.study_file")
+    for command in (shown, reduced, timed, ablated):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -50,6 +50,8 @@ OPTIONAL = {
     "sklearn": {"lean_fx.experiment"},
     "lightning": {"lean_fx.experiment"},
     "filelock": {"lean_fx.experiment"},
+    "optuna": {"lean_fx.experiment"},
+    "sqlalchemy": {"lean_fx.experiment"},
     "safetensors": {"lean_fx.saving"},
 }
 

@@ -1,0 +1,408 @@
+"""Architecture ablations on Optuna: a grid or a search over configurations, by many workers.
+
+Each trial trains a model from scratch in a process of its own. The database keeps every finished
+trial; what a killed worker was at, another takes up from the last epoch, and equal configurations
+run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import pickle
+import random
+import shutil
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lean_fx.checks import check_choice, check_int
+from lean_fx.errors import ArgumentError, one_line, require
+from lean_fx.experiment.budget import MakeWidth
+from lean_fx.experiment.configurations import Configuration, Space
+from lean_fx.experiment.study_database import (
+    KEY,
+    Known,
+    free_stale_trials,
+    open_database,
+    twin_of,
+)
+from lean_fx.experiment.training import Settings
+from lean_fx.experiment.trials import Data, Job, Outcome, TrialError, run_apart
+from lean_fx.files import make_folder, write_text
+from lean_fx.measure.costs import count_parameters
+
+require("optuna", extra="examples", purpose="a study")
+import optuna  # noqa: E402
+
+#: What can be sought, and which way.
+OBJECTIVES = {
+    "accuracy": "maximize",
+    "parameters": "minimize",
+    "macs": "minimize",
+    "latency": "minimize",
+    "energy": "minimize",
+}
+_FIELDS = {"latency": "latency_ratio", "energy": "energy_j"}
+SAMPLERS = ("grid", "random", "tpe")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial and what came of it.
+
+    Attributes:
+        trial: its number in the study.
+        state: ``"complete"``, ``"pruned"`` or ``"failed"``.
+        configuration: of the model.
+        outcome: what was measured; None of a trial that failed.
+        error: of a trial that failed, in one line.
+    """
+
+    trial: int
+    state: str
+    configuration: Configuration
+    outcome: Outcome | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """An ablation: one model, one data set, and the configurations to compare.
+
+    Args:
+        make: gives the model of a width in ]0, 1], with fresh weights: a function at the top
+            level of a module, so that other processes can import it.
+        data: the data set, or such a function that makes it.
+        space: what is chosen for a trial.
+        folder: of checkpoints and reports, and of the database ``study.db``.
+        objectives: what to seek: of ``"accuracy"``, ``"parameters"``, ``"macs"``, ``"latency"``
+            and ``"energy"``. Only what is sought is timed and metered.
+        settings: of the training; rate and seed are the space's.
+        held_out: whether accuracy is that on a fifth of the train split, held out; if not, it is
+            that on the test split. Choose nothing by the test split.
+        storage: URL of a database that workers share, such as
+            ``postgresql://user:password@host/name``. None: SQLite in the folder.
+        name: of the study in the database.
+        heartbeat: seconds between the signs of life of a worker, 1 or more. After three without
+            one, another worker takes up its trial.
+
+    Raises:
+        ArgumentError: an option is out of its range, or ``make`` or ``data`` cannot be sent to
+            another process.
+
+    Example::
+
+        study = Study(make, digits, Space(channels=(4, 8)), "runs/study")
+        for row in study.run():
+            print(row.configuration.name, row.outcome)
+
+    References:
+        Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework", KDD 2019.
+    """
+
+    make: MakeWidth
+    data: Data
+    space: Space
+    folder: str | Path
+    objectives: tuple[str, ...] = ("accuracy",)
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    held_out: bool = True
+    storage: str | None = None
+    name: str = "study"
+    heartbeat: int = 60
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", tuple(dict.fromkeys(self.objectives)))
+        if not self.objectives:
+            raise ArgumentError("Study: objectives is empty; give one or more, such as accuracy")
+        for objective in self.objectives:
+            check_choice("Study: objective", objective, OBJECTIVES)
+        check_int("Study: heartbeat", self.heartbeat, 1)
+        for subject, value in (("make", self.make), ("data", self.data)):
+            try:
+                pickle.dumps(value)
+            except Exception as error:  # what pickle raises is open
+                raise ArgumentError(
+                    f"Study: {subject} cannot be sent to another process ({one_line(error)}); "
+                    "give a function at the top level of a module"
+                ) from error
+
+    def run(
+        self, trials: int | None = None, *, sampler: str = "grid", prune: bool = False
+    ) -> list[Row]:
+        """Run what is missing; several workers may call it at once, on one machine or many.
+
+        Args:
+            trials: how many the study is to have in all, 1 or more, at most the grid; none for a
+                grid, which ends when every configuration has run.
+            sampler: ``"grid"``, ``"random"``, or ``"tpe"``, the tree-structured Parzen estimator,
+                of one objective or several.
+            prune: whether a trial ends early whose accuracy after an epoch, from the third on,
+                lies below the median of at least five others after that epoch.
+
+        Returns:
+            All rows of the study.
+
+        Raises:
+            ArgumentError: the study there is of another configuration, or an option is out of its
+                range.
+            DataError: the database cannot be reached.
+            SystemExit: Ctrl-C was pressed.
+        """
+        check_choice("Study.run: sampler", sampler, SAMPLERS)
+        if (trials is None) != (sampler == "grid"):
+            raise ArgumentError(
+                f"Study.run: trials={trials} with sampler={sampler!r}; give a number of trials, "
+                "but none for a grid"
+            )
+        if trials is not None:
+            check_int("Study.run: trials", trials, 1)
+        self._check_width()
+        database = self._open(sampler)
+        grid = self.space.grid()
+        total = min(trials or len(grid), len(grid))
+        objective = self._objective(database, prune)
+        before = -1
+        try:
+            with _Bar(self.name, total) as show:
+                while True:
+                    free_stale_trials(database)
+                    known = Known.of(database, self.space)
+                    show(len(known.done))
+                    missing = [each for key, each in grid.items() if key not in known.keys]
+                    if known.waiting or (missing and len(known.keys) < total):
+                        # A sampler that has found nothing new is given something that is.
+                        if not known.waiting and (sampler == "grid" or len(known.keys) == before):
+                            database.enqueue_trial(random.choice(missing))
+                        before = len(known.keys)
+                        database.optimize(objective, n_trials=1, catch=(TrialError,))
+                    elif known.running:
+                        time.sleep(1)  # others are at the last ones, or have died
+                    else:
+                        return self.rows()
+        except KeyboardInterrupt:
+            raise SystemExit("\nstopped; run the same again to go on") from None
+
+    def database(self) -> optuna.Study:
+        """The study as Optuna has it, for its own tools.
+
+        Raises:
+            ArgumentError: the study there is of another configuration.
+            DataError: the database cannot be reached.
+        """
+        return self._open("random")
+
+    def rows(self) -> list[Row]:
+        """The finished trials, in their order; a configuration that came again is there once."""
+        rows = []
+        for trial in self.database().get_trials(deepcopy=False):
+            if trial.user_attrs.get("copy_of") is not None or not trial.state.is_finished():
+                continue
+            if "outcome" not in trial.user_attrs and "error" not in trial.user_attrs:
+                continue  # its worker died; the trial was taken up under another number
+            error = trial.user_attrs.get("error", "")
+            outcome = trial.user_attrs.get("outcome")
+            rows.append(
+                Row(
+                    trial.number,
+                    "failed" if error else trial.state.name.lower(),
+                    self.space.configuration(trial.params),
+                    Outcome(**outcome) if outcome else None,
+                    error,
+                )
+            )
+        return rows
+
+    def retrain(self, top: int = 3, epochs: int = 50, seeds: Sequence[int] = (0,)) -> list[Row]:
+        """Train the most accurate configurations anew, on the whole train split, and test them.
+
+        What is in ``folder/retrained`` already is not run again; the weights stay there too.
+
+        Args:
+            top: how many configurations, seeds aside, 1 or more.
+            epochs: of training, 1 or more.
+            seeds: one run each.
+
+        Raises:
+            ArgumentError: no trial is complete, or a number is out of its range.
+            TrialError: a training failed.
+        """
+        check_int("Study.retrain: top", top, 1)
+        chosen = self._most_accurate(top)
+        rows: list[Row] = []
+        total = len(chosen) * len(seeds)
+        with _Bar(f"{self.name}, retrained", total) as show:
+            for best in chosen:
+                for seed in seeds:
+                    configuration = dataclasses.replace(best, seed=seed)
+                    job = self._job(configuration, "retrained", epochs, held_out=False)
+                    file = make_folder(job.folder) / "outcome.json"
+                    if file.exists():
+                        outcome = Outcome(**json.loads(file.read_text(encoding="utf-8")))
+                    else:
+                        outcome = run_apart(job, lambda _: False)
+                        write_text(file, json.dumps(dataclasses.asdict(outcome)))
+                    rows.append(Row(len(rows), "complete", configuration, outcome))
+                    show(len(rows))
+        return rows
+
+    def _most_accurate(self, top: int) -> list[Configuration]:
+        accuracies: dict[str, list[float]] = {}
+        found = {}
+        for row in self.rows():
+            if row.state == "complete" and row.outcome is not None:
+                key = dataclasses.replace(row.configuration, seed=0).key
+                accuracies.setdefault(key, []).append(row.outcome.accuracy)
+                found[key] = row.configuration
+        if not found:
+            raise ArgumentError(f"{self.name}: no trial is complete yet; run some first")
+        ranked = sorted(found, key=lambda key: -statistics.mean(accuracies[key]))
+        return [found[key] for key in ranked[:top]]
+
+    def _check_width(self) -> None:
+        """Refuse, before anything is trained, a factory that cannot give a narrower model."""
+        narrow = [arm for arm in self.space.arms if arm.startswith("narrow")]
+        if narrow and count_parameters(self.make(1.0)) == count_parameters(self.make(0.5)):
+            raise ArgumentError(
+                f"Study: make(1.0) and make(0.5) have as many parameters; {narrow[0]!r} needs a "
+                "factory whose width scales the channels"
+            )
+
+    def _open(self, sampler: str) -> optuna.Study:
+        made_with = {
+            "choices": {name: list(each) for name, each in self.space.choices.items()},
+            "like": self.space.like,
+            "objectives": list(self.objectives),
+            "held_out": self.held_out,
+            "settings": {
+                name: value
+                for name, value in dataclasses.asdict(self.settings).items()
+                if name not in ("learning_rate", "seed")
+            },
+            "make": f"{self.make.__module__}.{self.make.__qualname__}"
+            if hasattr(self.make, "__qualname__")
+            else type(self.make).__qualname__,
+        }
+        folder = make_folder(self.folder)
+        return open_database(
+            self.storage or f"sqlite:///{folder.resolve() / 'study.db'}",
+            self.name,
+            made_with,
+            [OBJECTIVES[objective] for objective in self.objectives],
+            optuna.samplers.TPESampler(constant_liar=True)
+            if sampler == "tpe"
+            else optuna.samplers.RandomSampler(),
+            self.heartbeat,
+        )
+
+    def _job(self, configuration: Configuration, part: str, epochs: int, held_out: bool) -> Job:
+        name = hashlib.sha256(f"{configuration.key} {epochs}".encode()).hexdigest()[:16]
+        folder = make_folder(self.folder)
+        return Job(
+            configuration=configuration,
+            make=self.make,
+            data=self.data,
+            held_out=held_out,
+            like=self.space.like,
+            settings=dataclasses.replace(self.settings, epochs=epochs),
+            folder=folder / part / name,
+            lock=folder / f".timing-{socket.gethostname()}.lock",
+            timed="latency" in self.objectives,
+            metered="energy" in self.objectives,
+        )
+
+    def _objective(self, database: optuna.Study, prune: bool) -> Any:
+        choices = self.space.choices
+
+        def run_trial(trial: optuna.Trial) -> tuple[float, ...]:
+            chosen = {name: trial.suggest_categorical(name, each) for name, each in choices.items()}
+            configuration = self.space.configuration(chosen)
+            trial.set_user_attr(KEY, configuration.key)
+
+            def twin() -> optuna.trial.FrozenTrial | None:
+                found = twin_of(database, self.space, trial.number, configuration.key)
+                if found is not None:
+                    trial.set_user_attr("copy_of", found.number)
+                return found
+
+            def stop(accuracies: Sequence[float]) -> bool:
+                trial.set_user_attr("accuracies", list(accuracies))
+                return twin() is not None or (prune and _is_behind(database, accuracies))
+
+            earlier = twin()
+            if earlier is not None:
+                if earlier.values is None:
+                    raise optuna.TrialPruned
+                return tuple(earlier.values)
+            job = self._job(configuration, "trials", self.settings.epochs, self.held_out)
+            try:
+                outcome = run_apart(job, stop)
+            except TrialError as error:
+                trial.set_user_attr("error", str(error))
+                raise
+            trial.set_user_attr("outcome", _plain(outcome))
+            shutil.rmtree(job.folder, ignore_errors=True)
+            if outcome.epochs < self.settings.epochs:
+                raise optuna.TrialPruned
+            return tuple(
+                getattr(outcome, _FIELDS.get(objective, objective)) for objective in self.objectives
+            )
+
+        return run_trial
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    """What a database's JSON takes: without NaN."""
+    values = dataclasses.asdict(outcome).items()
+    return {
+        name: value
+        for name, value in values
+        if not (isinstance(value, float) and math.isnan(value))
+    }
+
+
+def _is_behind(database: optuna.Study, accuracies: Sequence[float]) -> bool:
+    """Whether a trial is below the median of the others after as many epochs.
+
+    Optuna's own pruners take one objective alone.
+    """
+    epoch = len(accuracies)
+    others = [
+        trial.user_attrs["accuracies"][epoch - 1]
+        for trial in database.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        if len(trial.user_attrs.get("accuracies", ())) >= epoch
+    ]
+    return epoch >= 3 and len(others) >= 5 and accuracies[-1] < statistics.median(others)
+
+
+class _Bar:
+    """A progress bar on stderr with the time that is left; silent where it is no terminal."""
+
+    def __init__(self, name: str, total: int) -> None:
+        progress = require("rich.progress", extra="examples", purpose="the progress bar")
+        console = require("rich.console", extra="examples", purpose="the progress bar")
+        terminal = console.Console(stderr=True)
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=terminal,
+            disable=not terminal.is_terminal,
+        )
+        self._task = self._progress.add_task(name, total=total)
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        return lambda done: self._progress.update(self._task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,114 @@
+"""A study described by a TOML file, for ``lean_fx ablate``.
+
+.. code-block:: toml
+
+    make = "my_nets:make"        # called with a width in ]0, 1], gives the model
+    data = "my_nets:data"        # gives the lean_fx.experiment.datasets.Dataset
+    folder = "runs/study"        # where the database and the report are
+    objectives = ["accuracy", "latency"]
+    sampler = "tpe"              # or random, or grid, which takes no trials
+    trials = 40
+
+    [space]
+    arms = ["baseline", "narrow", "slice", "lean_damped"]
+    channels = [4, 8]
+    learning_rates = [1e-3, 3e-3]
+
+    [space.options]
+    damping = [0.5, 1.0]
+
+    [settings]
+    epochs = 15
+
+The keys are the arguments of :class:`~lean_fx.experiment.study.Study`,
+:meth:`~lean_fx.experiment.study.Study.run`, :class:`~lean_fx.experiment.configurations.Space` and
+:class:`~lean_fx.experiment.training.Settings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lean_fx.errors import ArgumentError, DataError, one_line, require
+from lean_fx.experiment.configurations import Space
+from lean_fx.experiment.study import Study
+from lean_fx.experiment.training import Settings
+
+_RUN = ("trials", "sampler", "prune")
+
+
+def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any]]:
+    """Read a study, and what its ``run`` is called with.
+
+    Raises:
+        DataError: the file cannot be read, or is no TOML.
+        ArgumentError: a key is missing or not known, a value is out of its range, or a name
+            cannot be imported.
+    """
+    library = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    toml = require(library, extra="examples", purpose="a study in TOML")
+    try:
+        given = toml.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({one_line(error)}); give a TOML file") from error
+    space = _made(Space, f"{file}: space", given.pop("space", {}))
+    settings = _made(Settings, f"{file}: settings", given.pop("settings", {}))
+    options = {name: given.pop(name) for name in _RUN if name in given}
+    for name in ("make", "data"):
+        if name in given:
+            given[name] = imported(f"{file}: {name}", given[name])
+    fields = {**given, "space": space, "settings": settings}
+    return _made(Study, str(file), fields, also=_RUN), options
+
+
+def imported(subject: str, place: Any) -> Any:
+    """What stands at ``package.module:name``, the folder at hand included.
+
+    Raises:
+        ArgumentError: nothing does.
+    """
+    home, _, name = str(place).partition(":")
+    if not (home and name):
+        raise ArgumentError(f"{subject}: {place!r} is no MODULE:NAME such as my_nets:make")
+    if os.getcwd() not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(home)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # a user's own module may raise anything
+        raise ArgumentError(
+            f"{subject}: {place} cannot be imported ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    return found
+
+
+def _made(kind: Any, subject: str, given: Any, also: Iterable[str] = ()) -> Any:
+    if not isinstance(given, dict):
+        raise ArgumentError(f"{subject} is no table; write [{subject.rpartition(' ')[2]}]")
+    fields = dataclasses.fields(kind)
+    known = [field.name for field in fields]
+    for name in given:
+        if name not in known:
+            raise ArgumentError(
+                f"{subject}: {name!r} is not known; use {', '.join([*known, *also])}"
+            )
+    missing = dataclasses.MISSING
+    for field in fields:
+        if (
+            field.name not in given
+            and field.default is missing
+            and (field.default_factory is missing)
+        ):
+            raise ArgumentError(f"{subject}: {field.name!r} is missing")
+    return kind(**{name: _tuples(value) for name, value in given.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,73 @@
+"""``lean_fx ablate study.toml``."""
+
+import json
+
+import pytest
+
+from lean_fx import command_line
+from lean_fx.experiment import study as study_module
+from lean_fx.experiment.trials import Outcome
+
+TEXT = """
+make = "{home}:small_net"
+data = "{home}:small_digits"
+folder = "run"
+[space]
+arms = ["baseline", "slice"]
+channels = [4]
+[settings]
+epochs = 1
+"""
+
+
+def write(folder, text, home="test_study"):
+    (folder / "study.toml").write_text(text.replace("{home}", home))
+    return str(folder / "study.toml")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        study_module, "run_apart", lambda job, stop: Outcome(0.5, 1, 100, 200, 1.0, host="here")
+    )
+
+
+def test_a_study_is_run_and_reported(tmp_path, capsys):
+    file = write(tmp_path, TEXT)
+    assert command_line.main(["ablate", file]) == 0
+    out = capsys.readouterr().out
+    assert "| slice 4, rate 0.001 | 1 | 50.0 | 100 | 200 |" in out
+    assert out.rstrip().endswith("written to run/")
+    assert (tmp_path / "run/study.md").read_text().startswith("# study\n\n```\nlean_fx ablate ")
+    assert command_line.main(["ablate", file, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["configuration"]["arm"] for row in rows].count("slice") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("make =", "[make", "study.toml: cannot be read"),
+        ("folder =", "folders =", "study.toml: 'folders' is not known; use make, data, space,"),
+        ("epochs =", "epoch =", "study.toml: settings: 'epoch' is not known; use epochs,"),
+        ('folder = "run"', "", "study.toml: 'folder' is missing"),
+        (":small_net", ":none", "make: test_study:none cannot be imported (AttributeError:"),
+        (":small_net", "", "make: 'test_study' is no MODULE:NAME such as my_nets:make"),
+        ("[4]", "[]", "Space: channels is empty; give one choice or more"),
+        ("epochs = 1", "epochs = 0", "Settings: epochs=0 is not an int of 1 or more"),
+        ("[space]", "[space", "study.toml: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(tmp_path, capsys, old, new, message):
+    file = write(tmp_path, TEXT.replace(old, new))
+    assert command_line.main(["ablate", file]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_not_there(capsys):
+    assert command_line.main(["ablate", "none.toml"]) == 1
+    assert "none.toml: cannot be read" in capsys.readouterr().err

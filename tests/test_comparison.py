@@ -134,8 +134,8 @@ def test_scripts_end_with_one_line(capsys):
         ("examples/metering.py --rounds 1", "error: metering: rounds=1 is not an int of 2 or"),
         ("examples/bench_onnx.py --out /dev/null", "error: /dev/null: cannot be made (File exists"),
         (
-            "examples/ablate.py --control slize",
-            "error: control='slize' is not known; use lean, lean_row, ",
+            "examples/ablate.py --arms slize",
+            "error: Space: arm='slize' is not known; use baseline, narrow, ",
         ),
     ],
 )

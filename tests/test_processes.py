@@ -215,23 +215,13 @@ def test_more_processes_than_devices_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "files"),
-    [
-        (("digits.py", "--epochs", 1), ["curves.png", "figure3.png", "report.json", "report.md"]),
-        (
-            ("ablate.py", "--epochs", 1, "--channels", 8, "--control", "slice"),
-            ["ablation.csv", "ablation.lock", "ablation.png"],
-        ),
-    ],
-)
-def test_the_examples_just_work(tmp_path, command, files):
-    script, *arguments = command
-    run = launch(tmp_path, ROOT / "examples" / script, *map(str, arguments), "--out", "runs")
+def test_an_example_just_works(tmp_path):
+    run = launch(tmp_path, ROOT / "examples/digits.py", "--epochs", "1", "--out", "runs")
     assert run.status == 0, run.error
     assert run.out[0].count("are in runs/") == 1
     assert (run.out[1], run.error[1]) == ("", "")
     there = [path.name for path in (tmp_path / "runs").iterdir() if not path.is_dir()]
-    assert sorted(name for name in there if not name.endswith(".onnx")) == files
-    if script == "digits.py":
-        assert "- Training: 2 processes." in (tmp_path / "runs" / "report.md").read_text()
+    assert sorted(name for name in there if not name.endswith(".onnx")) == [
+        *("curves.png", "figure3.png", "report.json", "report.md")
+    ]
+    assert "- Training: 2 processes." in (tmp_path / "runs" / "report.md").read_text()

@@ -18,7 +18,7 @@ from lean_fx.errors import ArgumentError
 from lean_fx.experiment.configurations import Space
 from lean_fx.experiment.datasets import digits
 from lean_fx.experiment.study import Study
-from lean_fx.experiment.study_report import as_markdown, write_report
+from lean_fx.experiment.study_report import write_report
 from lean_fx.experiment.training import Settings
 from support.models import PAPER_WIDTHS, PaperNet
 from support.script import command_line, run_script
@@ -34,12 +34,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def numbers(text: str) -> tuple[float, ...]:
+def numbers(subject: str, text: str) -> tuple[float, ...]:
     """Numbers that commas separate."""
     try:
         return tuple(map(float, words(text)))
     except ValueError:
-        raise ArgumentError(f"rates: {text!r} is no list of numbers such as 1e-3,1e-2") from None
+        raise ArgumentError(
+            f"{subject}: {text!r} is no list of numbers such as 1e-3,1e-2"
+        ) from None
 
 
 def main() -> None:
@@ -66,9 +68,9 @@ def main() -> None:
         arms=words(args.arms),
         channels=tuple(whole_numbers("channels", args.channels, 1)),
         sites=words(args.sites),
-        learning_rates=numbers(args.rates),
+        learning_rates=numbers("rates", args.rates),
         seeds=tuple(whole_numbers("seeds", args.seeds, 0)),
-        options={"damping": numbers(args.damping)} if args.damping else {},
+        options={"damping": numbers("damping", args.damping)} if args.damping else {},
     )
     study = Study(
         make,
@@ -81,14 +83,12 @@ def main() -> None:
         name="ablation",
     )
     rows = study.run(args.trials, sampler=args.sampler, prune=args.prune)
-    write_report(study, command_line())
-    print(as_markdown(study, rows, command_line()))
+    print(write_report(study, rows, command_line()).read_text(encoding="utf-8"))
     if args.top:
         for row in study.retrain(args.top, args.top_epochs, space.seeds):
             accuracy = f"{100 * row.outcome.accuracy:.1f} %" if row.outcome else ""
-            print(
-                f"{row.configuration.name}, seed {row.configuration.seed}: {accuracy} on the test"
-            )
+            name, seed = row.configuration.name, row.configuration.seed
+            print(f"{name}, seed {seed}: {accuracy} on the test split")
     print(f"written to {args.out}/")
 
 

@@ -8,9 +8,7 @@ command line itself is wrong.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 import lean_fx
 from lean_fx.errors import ArgumentError, LeanError, LeanWarning, one_line
+from lean_fx.importing import import_object, split_place
 
 _EXAMPLES = """examples:
   lean_fx plan torchvision.models:resnet18 --input 1,3,224,224
@@ -142,15 +141,14 @@ def compare(args: argparse.Namespace) -> str:
 def ablate(args: argparse.Namespace) -> str:
     """Run what is missing of a study, and write its report."""
     from lean_fx.experiment.study_file import read_study_file
-    from lean_fx.experiment.study_report import as_json, as_markdown, write_report
+    from lean_fx.experiment.study_report import as_json, write_report
 
     study, options = read_study_file(args.file)
     rows = study.run(**options)
-    command = f"lean_fx ablate {args.file}"
-    report = write_report(study, command)
+    report = write_report(study, rows, f"lean_fx ablate {args.file}")
     if args.json:
         return as_json(rows)
-    return f"{as_markdown(study, rows, command)}\nwritten to {report.parent}/"
+    return f"{report.read_text(encoding='utf-8')}\nwritten to {report.parent}/"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -238,15 +236,11 @@ def _model_and_inputs(args: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor
 
 def _model(place: str) -> nn.Module:
     """The module at ``package.module:name``, or what the factory there makes."""
-    home, _, name = place.partition(":")
-    if not (home and name):
+    parts = split_place(place)
+    if parts is None:
         raise ArgumentError(f"{place!r} is no MODULE:FACTORY such as torchvision.models:resnet18")
-    if os.getcwd() not in sys.path:  # as `python -m` has it
-        sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(home)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found = import_object(*parts)
         model = found if isinstance(found, nn.Module) else found()
     except Exception as error:  # a user's own code may raise anything
         raise ArgumentError(

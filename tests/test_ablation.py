@@ -17,7 +17,23 @@ from lean_fx.experiment.ablation import (
 )
 from lean_fx.experiment.datasets import digits
 from lean_fx.measure.costs import count_parameters
-from support.arms import ablated_net
+from lean_fx.transform import leanify
+from support.models import PAPER_WIDTHS, PaperNet, narrow_widths
+
+
+def ablated_net(setting, data):
+    """The paper's net as a setting says."""
+    _, channels, size, _ = data.train_x.shape
+    shape = {"in_channels": channels, "image_size": size, "classes": data.classes}
+    net = PaperNet(PAPER_WIDTHS, **shape)
+    if setting.reduction == "baseline":
+        return net
+    reduction = "lean" if setting.reduction == "narrow" else setting.reduction
+    example = data.train_x[:2].float()
+    lean = leanify(net, example, channels=setting.channels, reduction=reduction)
+    if setting.reduction != "narrow":
+        return lean
+    return PaperNet(narrow_widths(count_parameters(lean), widths=PAPER_WIDTHS, **shape), **shape)
 
 
 def run(settings, data, folder):

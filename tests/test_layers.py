@@ -19,6 +19,7 @@ LAYERS = (
         "lean_fx.files",
         "lean_fx.onnx_files",
         "lean_fx.locks",
+        "lean_fx.importing",
         "lean_fx.skip_reason",
         "lean_fx.kernel",
     },

@@ -112,7 +112,7 @@ def test_a_failed_trial_is_a_row_with_its_error(monkeypatch, tmp_path):
         "baseline": ("complete", ""),
         "slice": ("failed", "ValueError: no slices today"),
     }
-    text = write_report(study_in(tmp_path, space)).read_text()
+    text = write_report(study_in(tmp_path, space), rows).read_text()
     assert "1 trials complete, 0 pruned, 1 failed" in text
     assert "- slice sqrt, rate 0.001: ValueError: no slices today" in text
 
@@ -164,7 +164,7 @@ def test_retraining_takes_the_best_and_runs_nothing_twice(quick, tmp_path):
 def test_the_report_is_whole(quick, tmp_path):
     study = study_in(tmp_path)
     rows = study.run()
-    text = write_report(study, "python ablate.py").read_text()
+    text = write_report(study, rows, "python ablate.py").read_text()
     assert "```\npython ablate.py\n```" in text
     assert text.count("\n| lean_damped 4, damping 0.5") == 1
     lines = (tmp_path / "study.csv").read_text().splitlines()

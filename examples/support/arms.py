@@ -8,46 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lean_fx.checks import check_choice
-from lean_fx.experiment.ablation import Setting
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.measure.costs import count_parameters
 from lean_fx.planning.policy import ChannelsPolicy, Skip
-from lean_fx.reduction.registry import ReductionFactory, reduction_name
+from lean_fx.reduction.registry import reduction_name
 from lean_fx.transform import leanify
-from support.models import PAPER_WIDTHS, PaperNet, narrow_widths, nearest_widths
+from support.models import PAPER_WIDTHS, PaperNet, nearest_widths
 from support.sequence_nets import SEQUENCE_WIDTHS, sequence_net
-
-
-def baseline_net(data: Dataset) -> PaperNet:
-    """The paper's net for the pictures of a data set, its weights drawn anew."""
-    _, channels, size, _ = data.train_x.shape
-    return PaperNet(PAPER_WIDTHS, channels, size, data.classes)
-
-
-def lean_net(
-    data: Dataset, channels: ChannelsPolicy, reduction: str | ReductionFactory = "lean"
-) -> nn.Module:
-    """The paper's net, leanified."""
-    return leanify(
-        baseline_net(data), data.train_x[:2].float(), channels=channels, reduction=reduction
-    )
-
-
-def narrow_net(data: Dataset, parameters: int) -> PaperNet:
-    """The control of equal budget: the paper's net made narrower, with as many parameters."""
-    _, channels, size, _ = data.train_x.shape
-    shape = {"in_channels": channels, "image_size": size, "classes": data.classes}
-    widths = narrow_widths(parameters, widths=PAPER_WIDTHS, **shape)
-    return PaperNet(widths, channels, size, data.classes)
-
-
-def ablated_net(setting: Setting, data: Dataset) -> nn.Module:
-    """The paper's net as a setting of an ablation says."""
-    if setting.reduction == "baseline":
-        return baseline_net(data)
-    if setting.reduction == "narrow":
-        return narrow_net(data, count_parameters(lean_net(data, setting.channels)))
-    return lean_net(data, setting.channels, setting.reduction)
 
 
 def paper_arms(

@@ -44,20 +44,16 @@ def model_of(
         Linear(in_features=4, out_features=10, bias=True)
     """
     torch.manual_seed(configuration.seed)
-    if configuration.arm == "baseline":
-        return make(1.0)
     model = make(1.0)
+    if configuration.arm == "baseline":
+        return model
     if configuration.arm not in CONTROLS:
         return _reduced(configuration, configuration.arm, model, inputs)
     if configuration.arm in _BUDGETS:
         of = _reduced(configuration, like, model, inputs)
         torch.manual_seed(configuration.seed)
         return equal_budget(make, inputs, of=of, by=_BUDGETS[configuration.arm])
-    ranks = {
-        consumer.layer: site.out_channels or site.in_channels
-        for site in _chosen_sites(configuration, model, inputs)
-        for consumer in site.consumers
-    }
+    ranks = _chosen_layers(configuration, model, inputs)
     if configuration.arm == "low_rank":
         return low_rank(model, ranks)
     return depthwise_separable(model, ranks)
@@ -93,12 +89,19 @@ def _filter(
 ) -> Callable[[nn.Module, str], bool] | None:
     if configuration.sites == "all":
         return None
-    chosen = {
-        consumer.layer
+    chosen = _chosen_layers(configuration, model, inputs)
+    return lambda _, name: name in chosen
+
+
+def _chosen_layers(
+    configuration: Configuration, model: nn.Module, inputs: Tensor
+) -> dict[str, int]:
+    """The layers of the chosen sites, and C' of each."""
+    return {
+        consumer.layer: site.out_channels or site.in_channels
         for site in _chosen_sites(configuration, model, inputs)
         for consumer in site.consumers
     }
-    return lambda _, name: name in chosen
 
 
 def _chosen_sites(

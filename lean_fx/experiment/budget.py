@@ -29,8 +29,8 @@ def equal_budget(
         make: gives the model of a width in ]0, 1]; a greater width must not give a smaller model.
         inputs: a batch for both; latency is that of its first sample, on one thread.
         of: the model whose budget it is.
-        by: ``"parameters"``, ``"macs"`` or ``"latency"``. Each step of the last exports both
-            models and times them in turn; let nothing else run meanwhile.
+        by: ``"parameters"``, ``"macs"`` or ``"latency"``. Each step of the last exports a model
+            and times it in turn with the other; let nothing else run meanwhile.
         steps: of the bisection, 1 or more; each halves what is left of the widths.
 
     Returns:

@@ -126,7 +126,7 @@ class Space:
 
     def __post_init__(self) -> None:
         for name in ("arms", "channels", "sites", "learning_rates", "seeds"):
-            self._take(name, getattr(self, name))
+            object.__setattr__(self, name, _choices(name, getattr(self, name)))
         options = {name: _choices(f"options[{name!r}]", each) for name, each in self._options()}
         object.__setattr__(self, "options", options)
         for arm in self.arms:
@@ -137,9 +137,6 @@ class Space:
                 raise ArgumentError(f"Space: learning rate {rate} lies outside ]0, 1]; use 1e-3")
         for seed in self.seeds:
             check_int("Space: seed", seed, 0, 2**32 - 1)
-
-    def _take(self, name: str, given: Any) -> None:
-        object.__setattr__(self, name, _choices(name, given))
 
     def _options(self) -> Iterator[tuple[str, Any]]:
         if not isinstance(self.options, Mapping):

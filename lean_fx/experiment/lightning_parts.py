@@ -104,7 +104,7 @@ class History(Callback):  # type: ignore[misc]
         made_with: dict[str, Any],
         meter: EnergyMeter | None,
         test: Callable[[nn.Module], tuple[float, float]],
-        stop: Callable[[Sequence[Epoch]], bool] = lambda _: False,
+        stop: Callable[[Sequence[Epoch]], bool],
     ) -> None:
         self.epochs: list[Epoch] = []
         self._made_with = made_with

@@ -26,10 +26,12 @@ from lean_fx.checks import check_choice, check_int
 from lean_fx.errors import ArgumentError, one_line, require
 from lean_fx.experiment.budget import MakeWidth
 from lean_fx.experiment.configurations import Configuration, Space
+from lean_fx.experiment.progress import CountedBar
 from lean_fx.experiment.study_database import (
     KEY,
     Known,
     free_stale_trials,
+    is_behind,
     open_database,
     twin_of,
 )
@@ -171,7 +173,7 @@ class Study:
         objective = self._objective(database, prune)
         before = -1
         try:
-            with _Bar(self.name, total) as show:
+            with CountedBar(self.name, total) as show:
                 while True:
                     free_stale_trials(database)
                     known = Known.of(database, self.space)
@@ -186,7 +188,7 @@ class Study:
                     elif known.running:
                         time.sleep(1)  # others are at the last ones, or have died
                     else:
-                        return self.rows()
+                        return self._rows(database)
         except KeyboardInterrupt:
             raise SystemExit("\nstopped; run the same again to go on") from None
 
@@ -201,8 +203,11 @@ class Study:
 
     def rows(self) -> list[Row]:
         """The finished trials, in their order; a configuration that came again is there once."""
+        return self._rows(self.database())
+
+    def _rows(self, database: optuna.Study) -> list[Row]:
         rows = []
-        for trial in self.database().get_trials(deepcopy=False):
+        for trial in database.get_trials(deepcopy=False):
             if trial.user_attrs.get("copy_of") is not None or not trial.state.is_finished():
                 continue
             if "outcome" not in trial.user_attrs and "error" not in trial.user_attrs:
@@ -238,7 +243,7 @@ class Study:
         chosen = self._most_accurate(top)
         rows: list[Row] = []
         total = len(chosen) * len(seeds)
-        with _Bar(f"{self.name}, retrained", total) as show:
+        with CountedBar(f"{self.name}, retrained", total) as show:
             for best in chosen:
                 for seed in seeds:
                     configuration = dataclasses.replace(best, seed=seed)
@@ -334,7 +339,7 @@ class Study:
 
             def stop(accuracies: Sequence[float]) -> bool:
                 trial.set_user_attr("accuracies", list(accuracies))
-                return twin() is not None or (prune and _is_behind(database, accuracies))
+                return twin() is not None or (prune and is_behind(database, accuracies))
 
             earlier = twin()
             if earlier is not None:
@@ -366,43 +371,3 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
         for name, value in values
         if not (isinstance(value, float) and math.isnan(value))
     }
-
-
-def _is_behind(database: optuna.Study, accuracies: Sequence[float]) -> bool:
-    """Whether a trial is below the median of the others after as many epochs.
-
-    Optuna's own pruners take one objective alone.
-    """
-    epoch = len(accuracies)
-    others = [
-        trial.user_attrs["accuracies"][epoch - 1]
-        for trial in database.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        if len(trial.user_attrs.get("accuracies", ())) >= epoch
-    ]
-    return epoch >= 3 and len(others) >= 5 and accuracies[-1] < statistics.median(others)
-
-
-class _Bar:
-    """A progress bar on stderr with the time that is left; silent where it is no terminal."""
-
-    def __init__(self, name: str, total: int) -> None:
-        progress = require("rich.progress", extra="examples", purpose="the progress bar")
-        console = require("rich.console", extra="examples", purpose="the progress bar")
-        terminal = console.Console(stderr=True)
-        self._progress = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            console=terminal,
-            disable=not terminal.is_terminal,
-        )
-        self._task = self._progress.add_task(name, total=total)
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        return lambda done: self._progress.update(self._task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,3 +184,17 @@ class Known:
             elif is_done(trial):
                 done.add(key)
         return cls(frozenset(done), frozenset(running), queued, frozenset(done | running | waiting))
+
+
+def is_behind(database: optuna.Study, accuracies: Sequence[float]) -> bool:
+    """Whether a trial is below the median of the others after as many epochs.
+
+    Optuna's own pruners take one objective alone.
+    """
+    epoch = len(accuracies)
+    others = [
+        trial.user_attrs["accuracies"][epoch - 1]
+        for trial in database.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(trial.user_attrs.get("accuracies", ())) >= epoch
+    ]
+    return epoch >= 3 and len(others) >= 5 and accuracies[-1] < statistics.median(others)

@@ -28,8 +28,6 @@ The keys are the arguments of :class:`~lean_fx.experiment.study.Study`,
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,6 +37,7 @@ from lean_fx.errors import ArgumentError, DataError, one_line, require
 from lean_fx.experiment.configurations import Space
 from lean_fx.experiment.study import Study
 from lean_fx.experiment.training import Settings
+from lean_fx.importing import import_object, split_place
 
 _RUN = ("trials", "sampler", "prune")
 
@@ -73,20 +72,15 @@ def imported(subject: str, place: Any) -> Any:
     Raises:
         ArgumentError: nothing does.
     """
-    home, _, name = str(place).partition(":")
-    if not (home and name):
+    parts = split_place(str(place))
+    if parts is None:
         raise ArgumentError(f"{subject}: {place!r} is no MODULE:NAME such as my_nets:make")
-    if os.getcwd() not in sys.path:  # as `python -m` has it
-        sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(home)
-        for part in name.split("."):
-            found = getattr(found, part)
+        return import_object(*parts)
     except Exception as error:  # a user's own module may raise anything
         raise ArgumentError(
             f"{subject}: {place} cannot be imported ({type(error).__name__}: {one_line(error)})"
         ) from error
-    return found
 
 
 def _made(kind: Any, subject: str, given: Any, also: Iterable[str] = ()) -> Any:

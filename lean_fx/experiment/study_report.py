@@ -81,11 +81,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def write_report(study: Study, command: str = "") -> Path:
+def write_report(study: Study, rows: Sequence[Row], command: str = "") -> Path:
     """Write ``study.csv``, ``study.md``, ``fronts.png`` and ``parallel.png`` to a study's folder.
 
     Args:
-        study: whose finished trials are shown.
+        study: to report on.
+        rows: its finished trials.
         command: that a reader can run to make it again.
 
     Returns:
@@ -96,7 +97,6 @@ def write_report(study: Study, command: str = "") -> Path:
         DataError: the database cannot be reached.
     """
     folder = make_folder(study.folder)
-    rows = study.rows()
     write_text(folder / "study.csv", as_csv(rows))
     found = groups(rows)
     if found:

@@ -6,6 +6,7 @@ while another of the same folder trains.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -134,12 +135,9 @@ def run_here(job: Job, stop: Stop) -> Outcome:
     def stopped(history: Sequence[Epoch]) -> bool:
         return stop([epoch.test_accuracy for epoch in history])
 
-    with lock.read_lock():
-        if job.metered:
-            with EnergyMeter() as meter:
-                history = train(model, data, settings, job.folder, meter=meter, stop=stopped)
-        else:
-            history = train(model, data, settings, job.folder, stop=stopped)
+    metering = EnergyMeter() if job.metered else contextlib.nullcontext()
+    with lock.read_lock(), metering as meter:
+        history = train(model, data, settings, job.folder, meter=meter, stop=stopped)
     outcome = Outcome(
         accuracy=history[-1].test_accuracy,
         epochs=len(history),

@@ -312,3 +312,13 @@ def test_what_was_not_measured_is_null_in_json(quick, tmp_path):
     text = json.loads(as_json(rows))
     assert [each["trial"] for each in text] == [row.trial for row in rows]
     assert text[0]["outcome"]["latency_ms"] is None
+
+
+def test_workers_that_start_at_once_run_nothing_twice(tmp_path):
+    workers = [FORK.Process(target=work_slowly, args=(tmp_path, None, 0.05)) for _ in range(4)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join(60)
+        assert each.exitcode == 0
+    assert what_ran(tmp_path) == sorted(SPACE.grid())

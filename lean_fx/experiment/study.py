@@ -170,25 +170,30 @@ class Study:
         database = self._open(sampler)
         grid = self.space.grid()
         total = min(trials or len(grid), len(grid))
-        objective = self._objective(database, prune)
+        filelock = require("filelock", extra="examples", purpose="a study")
+        # SQLite gives one queued trial to two workers that ask at once.
+        claim = filelock.FileLock(make_folder(self.folder) / ".claim.lock")
+        objective = self._objective(database, prune, claim)
         before = -1
         try:
             with CountedBar(self.name, total) as show:
                 while True:
-                    free_stale_trials(database)
-                    known = Known.of(database, self.space)
-                    show(len(known.done))
-                    missing = [each for key, each in grid.items() if key not in known.keys]
-                    if known.waiting or (missing and len(known.keys) < total):
-                        # A sampler that has found nothing new is given something that is.
-                        if not known.waiting and (sampler == "grid" or len(known.keys) == before):
-                            database.enqueue_trial(random.choice(missing))
-                        before = len(known.keys)
-                        database.optimize(objective, n_trials=1, catch=(TrialError,))
-                    elif known.running:
-                        time.sleep(1)  # others are at the last ones, or have died
-                    else:
+                    with claim:  # until the trial is taken
+                        free_stale_trials(database)
+                        known = Known.of(database, self.space)
+                        show(len(known.done))
+                        missing = [each for key, each in grid.items() if key not in known.keys]
+                        if known.waiting or (missing and len(known.keys) < total):
+                            # A sampler that has found nothing new is given something that is.
+                            stuck = sampler == "grid" or len(known.keys) == before
+                            if stuck and not known.waiting:
+                                database.enqueue_trial(random.choice(missing))
+                            before = len(known.keys)
+                            database.optimize(objective, n_trials=1, catch=(TrialError,))
+                            continue
+                    if not known.running:
                         return self._rows(database)
+                    time.sleep(1)  # others are at the last ones, or have died
         except KeyboardInterrupt:
             raise SystemExit("\nstopped; run the same again to go on") from None
 
@@ -323,7 +328,7 @@ class Study:
             metered="energy" in self.objectives,
         )
 
-    def _objective(self, database: optuna.Study, prune: bool) -> Any:
+    def _objective(self, database: optuna.Study, prune: bool, claim: Any) -> Any:
         choices = self.space.choices
 
         def run_trial(trial: optuna.Trial) -> tuple[float, ...]:
@@ -342,6 +347,7 @@ class Study:
                 return twin() is not None or (prune and is_behind(database, accuracies))
 
             earlier = twin()
+            claim.release()
             if earlier is not None:
                 if earlier.values is None:
                     raise optuna.TrialPruned

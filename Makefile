@@ -1,16 +1,17 @@
 # make demo: leanify, train, export and time a small CNN.    make test: run the tests.
-# make house: how large and how straight the code is.    make sanitize: the kernel's tests, checked.
+# make docs: write the site to build/docs.    make house: how large and how straight the code is.
+# make sanitize: the kernel's tests, checked.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint house sanitize clean
+.PHONY: demo test test-slow lint docs house sanitize clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
@@ -19,6 +20,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check lean_fx passes tests examples
 	$(BIN)/ruff check lean_fx passes tests examples
 	MYPYPATH=examples $(BIN)/mypy lean_fx examples/support
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m sphinx -q -W --keep-going -c examples/docs examples build/docs
+	@echo "open build/docs/index.html"
 
 house: $(VENV)/.installed-test
 	$(BIN)/python tests/house.py

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lean_fx.kernel import onnx_kernel
     from lean_fx.measure.comparison import compare
     from lean_fx.measure.costs import costs_of
+    from lean_fx.measure.sensitivity import sensitivity
     from lean_fx.saving import load, save
 else:
     _LOADED_WHEN_USED = {
@@ -59,6 +60,7 @@ else:
         "onnx_kernel": "lean_fx.kernel",
         "plan_of": "lean_fx.export.stored_plan",
         "save": "lean_fx.saving",
+        "sensitivity": "lean_fx.measure.sensitivity",
     }
 
     def __getattr__(name):
@@ -105,5 +107,6 @@ __all__ = [
     "register_layer",
     "register_reduction",
     "save",
+    "sensitivity",
     "unregister_layer",
 ]

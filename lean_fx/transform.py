@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
+from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import LeanWarning
 from lean_fx.locks import SHARED_STATE
 from lean_fx.planned import planned
@@ -122,9 +124,7 @@ def leanify(
             LeanWarning,
             stacklevel=2,
         )
-    if made.form == "module" or captured is None:
-        return made.apply_to_copy(model, captured)
-    methods = _own_methods(model)
+    methods = _own_methods(model) if captured is not None and made.form == "graph" else []
     if methods:
         shown = ", ".join(methods[:3]) + (", ..." if len(methods) > 3 else "")
         warnings.warn(
@@ -133,7 +133,11 @@ def leanify(
             LeanWarning,
             stacklevel=2,
         )
-    return made.apply_to_graph(captured)
+    lean = _applied(made, model, captured)
+    from lean_fx.measure.sensitivity import with_sensitivity  # loaded when it is used
+
+    with_sensitivity(made, model, lean, example_inputs).hold_by(lean)
+    return lean
 
 
 def plan(
@@ -172,7 +176,21 @@ def plan(
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
     with SHARED_STATE, torch.inference_mode(False):
-        return planned(model, example_inputs, options, keep, kernel, form)[0]
+        made, captured = planned(model, example_inputs, options, keep, kernel, form)
+    if not made.sites or example_inputs is None:  # nothing to measure
+        return made
+    from lean_fx.measure.sensitivity import with_sensitivity  # loaded when it is used
+
+    with keeping_rng_state():  # leanify draws the same weights
+        lean = _applied(made, model, captured)
+    return with_sensitivity(made, model, lean, example_inputs)
+
+
+def _applied(made: Plan, model: nn.Module, captured: GraphModule | None) -> nn.Module:
+    """The result of a plan, made of the captured graph itself where it is a graph."""
+    if captured is not None and made.form == "graph":
+        return made.apply_to_graph(captured)
+    return made.apply_to_copy(model, captured)
 
 
 def _own_methods(model: nn.Module) -> list[str]:

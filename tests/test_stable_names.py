@@ -78,11 +78,11 @@ print(made.apply(Net(), X)(X).shape)
 
 
 def test_a_plan_of_an_older_version_is_refused_by_name():
-    text = lean_fx.plan(Net(), X).to_json().replace('"version": 3', '"version": 1')
+    text = lean_fx.plan(Net(), X).to_json().replace('"version": 4', '"version": 1')
     with pytest.raises(PlanError) as caught:
         lean_fx.Plan.from_json(text)
     assert str(caught.value) == (
-        "plan: format 'lean_fx.plan' version 1 is not 'lean_fx.plan' version 3; make the plan anew"
+        "plan: format 'lean_fx.plan' version 1 is not 'lean_fx.plan' version 4; make the plan anew"
     )
 
 

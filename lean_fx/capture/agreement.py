@@ -6,7 +6,6 @@ others that are scaled. What the trace has frozen differs then, and so does what
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.fed_by_hooks import CALL_HOOKS, is_users
 from lean_fx.capture.side_effects import keeping_rng_state
+from lean_fx.cloning import clone
 from lean_fx.errors import BranchError
 from lean_fx.graph.reachable import leaving_state
 
@@ -44,7 +44,7 @@ def disagreement(model: nn.Module, captured: nn.Module, inputs: Sequence[Any]) -
         >>> disagreement(nn.Sequential(nn.Linear(2, 2)), graph, [torch.ones(1, 2)])
         'its outputs differ'
     """
-    wanted, found = (_results(each, inputs) for each in (model, captured))
+    wanted, found = (results(each, _variations(inputs)) for each in (model, captured))
     for number, (one, other) in enumerate(zip(wanted, found, strict=True)):
         if isinstance(one, Exception):
             return ""
@@ -64,20 +64,36 @@ def _variations(inputs: Sequence[Any]) -> Sequence[Any]:
     return (inputs, pytree.tree_map_only(Tensor, scaled, list(inputs)))
 
 
-def _results(module: nn.Module, inputs: Sequence[Any]) -> list[Any]:
-    """What two calls of a copy of a module return or raise."""
-    results: list[Any] = []
+def results(
+    module: nn.Module, variations: Sequence[Any], *, training: bool | None = None
+) -> list[Any]:
+    """What calls of a copy of a module return or raise, each with the same random numbers.
+
+    The module stays as it is, and so do globals and generators of random numbers; hooks of its
+    user do not run.
+
+    Args:
+        module: what to run.
+        variations: the inputs of each call.
+        training: the mode of all its modules; None leaves each in its own.
+
+    Raises:
+        CaptureError: the module cannot be copied.
+    """
+    found: list[Any] = []
     with leaving_state(module), keeping_rng_state(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        copied = _without_hooks(copy.deepcopy(module))
-        for given in _variations(inputs):
+        copied = _without_hooks(clone(module))
+        if training is not None:
+            copied.train(training)
+        for given in variations:
             torch.manual_seed(_SEED)
             own = pytree.tree_map_only(Tensor, torch.clone, list(given))  # a forward may write
             try:
-                results.append(copied(*own))
+                found.append(copied(*own))
             except Exception as error:  # the model's own code
-                results.append(error)
-    return results
+                found.append(error)
+    return found
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

@@ -65,7 +65,7 @@ class Site:
 
     @property
     def reduced_dim(self) -> int:
-        """The axis that the reduction itself is given: several groups get an axis before it."""
+        """The axis that the reduction itself is given; several groups get an axis before it."""
         return self.dim + 1 if self.groups > 1 and self.dim >= 0 else self.dim
 
     @property

@@ -14,7 +14,7 @@ from lean_fx.reduction.base import check_channels
 from lean_fx.reduction.registry import reduction_name, reductions, registered_name
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
-_VERSION = 3
+_VERSION = 4
 _MOST_AXES = 64  # as most of torch's functions take
 
 
@@ -62,11 +62,13 @@ def plan_from_json(text: str) -> Plan:
         _check_different(sites)
         left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
         split, weights = (_names(key, content.pop(key, ())) for key in ("split_layers", "weights"))
+        sensitivity = _sensitivity(content.pop("sensitivity"))
         plan = Plan(
             sites=tuple(sites),
             left_alone=tuple(left),
             split_layers=split,
             weights=weights,
+            sensitivity=sensitivity,
             **content,
         )
         for part in (plan, *left):
@@ -99,6 +101,16 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
         raise TypeError(f"{key}= is not a list of names of layers")
     return tuple(value)
+
+
+def _sensitivity(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    numbers = [each for each in value if type(each) is float] if isinstance(value, list) else []
+    if not len(numbers) == 2 == len(value) or not all(0 <= each < math.inf for each in numbers):
+        raise TypeError(f"sensitivity={value!r} is not two numbers of 0 or more")
+    before, after = numbers
+    return before, after
 
 
 def _left_alone_from(entry: dict[str, Any]) -> LeftAlone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -59,6 +59,9 @@ class Plan:
             are of one observed run, and none has a value.
         form: of the result: ``"graph"``, a GraphModule whose reductions are nodes; or
             ``"module"``, the model's own class, in which each layer reduces its own input.
+        sensitivity: how far noise on the inputs moves the outputs (:func:`lean_fx.sensitivity`) of
+            the model, and of the result with the weights that it was made with; None where it was
+            not measured.
 
     Example:
         >>> import lean_fx
@@ -84,6 +87,7 @@ class Plan:
     weights: tuple[str, ...] = ()
     traced: bool = True
     form: Form = "graph"
+    sensitivity: tuple[float, float] | None = field(default=None, compare=False)
 
     def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Make the reduced model.
@@ -140,13 +144,7 @@ class Plan:
             copied = unfused_clone(model)
             split_modules(copied, self.split_layers, self.named())
             swap_layers(copied, self.sites, self.reduction, proved=proved)
-        held = getattr(copied, "meta", None)
-        if held is None:
-            copied.meta = {PLAN: self}  # type: ignore[assignment]
-        elif isinstance(held, dict):
-            held[PLAN] = self
-        else:  # the model has a meta of its own
-            copied.__dict__[PLAN] = self
+        self.hold_by(copied)
         return copied
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
@@ -157,8 +155,18 @@ class Plan:
         rewrite = ModularizeWeights(self.weights), SplitLayers(self.split_layers)
         with SHARED_STATE, torch.inference_mode(False):
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
-        graph_module.meta[PLAN] = self
+        self.hold_by(graph_module)
         return graph_module
+
+    def hold_by(self, lean: nn.Module) -> None:
+        """Make a reduced model hold its plan, where :func:`lean_fx.plan_of` finds it."""
+        held = getattr(lean, "meta", None)
+        if held is None:
+            lean.meta = {PLAN: self}  # type: ignore[assignment]
+        elif isinstance(held, dict):
+            held[PLAN] = self
+        else:  # the model has a meta of its own
+            lean.__dict__[PLAN] = self
 
     def _check_depths(self, graph_module: GraphModule) -> None:
         """Check that every stack to split has as many layers as the plan names."""

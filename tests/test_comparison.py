@@ -41,7 +41,7 @@ def test_a_comparison_end_to_end(tmp_path, capfd, monkeypatch):
     def again():
         arms = {seed: paper_arms(data, seed=seed) for seed in (0, 4)}
         given = {"title": "digits", "command": "python x.py", "rates": (1e-2, 1e-6)}
-        return run(arms, data, Settings(epochs=2), tmp_path, **given)
+        return run(arms, data, Settings(epochs=1), tmp_path, **given)
 
     report = again()
     assert [arm.name for arm in report.arms] == ["baseline", "lean", "narrow 18/35/53"]

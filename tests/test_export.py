@@ -1,5 +1,6 @@
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import expecttest
@@ -19,6 +20,7 @@ from lean_fx.export.nodes import define_functions
 from lean_fx.export.parity import first_difference, greatest_difference
 from lean_fx.export.program import exported_program
 from lean_fx.reduction.registry import reductions
+from side_by_side import export_side_by_side, run_side_by_side
 from support.models import PaperNet
 
 
@@ -46,11 +48,15 @@ def test_same_numbers_in_onnxruntime(model, tmp_path):
     check(lean, tmp_path / "lean.onnx", shape)
 
 
-@pytest.mark.parametrize("reduction", reductions())
-def test_every_reduction_exports(reduction, tmp_path):
-    lean = lean_fx.leanify(Residual(), reduction=reduction)
-    lean_fx.export_onnx(lean, tmp_path / "lean.onnx", torch.rand(1, 3, 8, 8))
-    check(lean, tmp_path / "lean.onnx", (1, 3, 8, 8))
+def test_every_reduction_exports(tmp_path):
+    nets = [lean_fx.leanify(Residual(), reduction=each).eval() for each in reductions()]
+    given, path = [torch.rand(1, 3, 8, 8)] * len(nets), tmp_path / "lean.onnx"
+    export_side_by_side(nets, given, path, tolerance=1e-3)
+    for batch in (1, 2, 5):
+        inputs = [torch.randn(batch, 3, 8, 8)] * len(nets)
+        found = run_side_by_side(onnxruntime.InferenceSession(path), inputs)
+        for name, net, y in zip(reductions(), nets, found, strict=True):
+            np.testing.assert_allclose(y, net(inputs[0]).detach(), 1e-4, 1e-5, err_msg=name)
 
 
 # Options, the shape of the input, the axis of the channels.
@@ -67,15 +73,17 @@ FORMS = [
 
 
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
-@pytest.mark.parametrize(("options", "shape", "dim"), FORMS)
-def test_every_form_of_the_function(options, shape, dim, nonnegative, tmp_path):
-    module = lean_fx.LeanReduction(12, 4, dim, **options, nonnegative=nonnegative)
-    inputs = torch.rand(shape) if nonnegative else torch.randn(shape)
-    inputs[1] = 0
-    lean_fx.export_onnx(module, tmp_path / "lean.onnx", inputs, tolerance=1e-5)
-    found = run(tmp_path / "lean.onnx", inputs)
-    np.testing.assert_allclose(found, module(inputs).detach().numpy(), 1e-4, 1e-5)
-    assert (found[1] == 0).all()
+def test_every_form_of_the_function(nonnegative, tmp_path):
+    make = partial(lean_fx.LeanReduction, 12, 4, nonnegative=nonnegative)
+    modules = [make(dim, **options) for options, _, dim in FORMS]
+    inputs = [torch.rand(each) if nonnegative else torch.randn(each) for _, each, _ in FORMS]
+    for x in inputs:
+        x[1] = 0
+    export_side_by_side(modules, inputs, tmp_path / "lean.onnx", tolerance=1e-5)
+    session = onnxruntime.InferenceSession(tmp_path / "lean.onnx")
+    for module, x, y in zip(modules, inputs, run_side_by_side(session, inputs), strict=True):
+        np.testing.assert_allclose(y, module(x).detach(), 1e-4, 1e-5, err_msg=str(module))
+        assert (y[1] == 0).all()
 
 
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])

@@ -1,5 +1,6 @@
 """The kernel for ONNX Runtime gives what the reduction gives, and is taken for the function."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 import lean_fx
 from lean_fx.errors import MissingDependencyError
 from lean_fx.reduction.functional import lean_reduction
+from side_by_side import export_side_by_side, run_side_by_side
 
 try:
     KERNEL = lean_fx.onnx_kernel()
@@ -71,21 +73,31 @@ OPTIONS = [
 ]
 
 
+def check_all(modules, inputs, path, rtol=1e-5):
+    export_side_by_side(modules, inputs, path, tolerance=None)
+    for threads in (1, 2):
+        found = run_side_by_side(session(path, threads=threads), inputs)
+        for module, x, y in zip(modules, inputs, found, strict=True):
+            exact = wanted(module, x)
+            apart = (y.double() - exact).abs().max() / exact.abs().max()
+            assert apart < rtol, f"{module}: {apart:.1e}"
+
+
 @pytest.mark.parametrize("nonnegative", [True, False])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option(options, nonnegative, tmp_path):
+def test_every_option(nonnegative, tmp_path):
     x = torch.rand(3, 24, 7, 5) - (0 if nonnegative else 0.5)
-    module = lean_fx.LeanReduction(24, 4, nonnegative=nonnegative, **options)
-    check(module, x, tmp_path / "net.onnx")
+    make = partial(lean_fx.LeanReduction, 24, 4, nonnegative=nonnegative)
+    check_all([make(**each) for each in OPTIONS], [x] * len(OPTIONS), tmp_path / "net.onnx")
 
 
-@pytest.mark.parametrize(
-    "channels", [(16, 16), (16, 8), (14, 2), (34, 2), (15, 1), (30, 10), (80, 5)]
-)
+CHANNELS = [(16, 16), (16, 8), (14, 2), (34, 2), (15, 1), (30, 10), (80, 5)]
+
+
 @pytest.mark.parametrize("nonnegative", [True, False])
-def test_every_number_of_channels(channels, nonnegative, tmp_path):
-    x = torch.rand(2, channels[0], 33) - (0 if nonnegative else 0.5)
-    check(lean_fx.LeanReduction(*channels, nonnegative=nonnegative), x, tmp_path / "net.onnx")
+def test_every_number_of_channels(nonnegative, tmp_path):
+    inputs = [torch.rand(2, each, 33) - (0 if nonnegative else 0.5) for each, _ in CHANNELS]
+    modules = [lean_fx.LeanReduction(*each, nonnegative=nonnegative) for each in CHANNELS]
+    check_all(modules, inputs, tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize(

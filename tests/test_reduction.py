@@ -93,7 +93,7 @@ def test_gradients_are_finite_at_extreme_scales(scale):
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 12, 4), (5, 12), (2, 12, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 12, 2), (3, 12), (1, 12, 2, 2)])
 @pytest.mark.parametrize("nonnegative", [True, False])
 @pytest.mark.parametrize("preserved", [2, 6])
 def test_gradient(shape, nonnegative, preserved):

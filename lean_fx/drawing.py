@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from lean_fx.capture.capturing import capture, clone_graph
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.checks import check_int
+from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, require
 from lean_fx.files import replacing
 from lean_fx.graph.calls import modules_by_name
@@ -106,7 +107,9 @@ class Box:
 def _boxes(model: nn.Module, example_inputs: Any, most: int) -> list[Box]:
     inputs = as_inputs(example_inputs, model)
     if isinstance(model, GraphModule):
-        captured = clone_graph(model)
+        copied = clone(model)  # counting changes it
+        assert isinstance(copied, GraphModule)
+        captured = clone_graph(copied)
     else:
         captured = capture(model, inputs, purpose="evaluation")
     PropagateShapes(inputs)(captured)

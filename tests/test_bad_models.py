@@ -150,3 +150,24 @@ def test_the_model_is_never_touched(name, tmp_path):
     given = inputs.clone()
     try_all(model, inputs, tmp_path)
     torch.testing.assert_close(inputs, given, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", ["graph", "module"])
+def test_a_reduced_model_is_never_touched_either(shape, tmp_path):
+    lean = lean_fx.leanify(Net(), X, form=shape)
+    before, held = form(lean), values(lean)
+    learns = [(each.requires_grad, each.data_ptr()) for each in lean.parameters()]
+    for call in (
+        lambda: lean_fx.draw(lean, tmp_path / "net.svg", X),
+        lambda: lean_fx.costs_of(lean, X),
+        lambda: lean_fx.sensitivity(lean, X),
+        lambda: lean_fx.compare({"lean": lean}, X, batches=(1,), rounds=2),
+        lambda: lean_fx.export_onnx(lean, tmp_path / "net.onnx", X),
+        lambda: lean_fx.save(lean, tmp_path / "net.safetensors"),
+        lambda: lean_fx.plan(lean, X),
+    ):
+        call()
+        assert form(lean) == before
+        assert [(each.requires_grad, each.data_ptr()) for each in lean.parameters()] == learns
+    for now, then in zip(values(lean), held, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)

@@ -1,5 +1,6 @@
 """The pages of the site: their code runs, and they are built without a warning."""
 
+import json
 import re
 import subprocess
 import sys
@@ -43,3 +44,18 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert made.count("<math") > 20
     for page in PAGES:
         assert (tmp_path / "docs" / f"{page.stem}.html").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*off ONNX Runtime's fast path")  # of the narrower net
+def test_the_notebook_runs_and_shows_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "examples/first_steps.ipynb").read_text())["cells"]
+    program = types.ModuleType("notebook")
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            capsys.readouterr()
+            exec("".join(cell["source"]), vars(program))
+            shown = "".join(line for each in cell["outputs"] for line in each.get("text", []))
+            if "accuracy" not in shown and "ms" not in shown:  # what is measured differs each time
+                assert capsys.readouterr().out == shown

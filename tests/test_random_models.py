@@ -19,7 +19,7 @@ from lean_fx.errors import LeanWarning
 from lean_fx.planning.plans import Plan
 from random_models import Branching, random_model
 
-FEW, MANY = range(40), range(40, 2040)
+FEW, MANY = range(16), range(16, 2016)
 
 
 def channels_of(site):
@@ -161,7 +161,7 @@ def test_the_signs_of_a_random_model(seed):
     check_signs(seed)
 
 
-@pytest.mark.parametrize("seed", FEW[:8])
+@pytest.mark.parametrize("seed", FEW[:5])
 def test_the_export_of_a_random_model(seed, tmp_path):
     check_export(seed, tmp_path)
 

@@ -170,7 +170,7 @@ def costs_of_graph(captured: GraphModule, inputs: tuple[Any, ...], name: str) ->
     """The costs of a captured model, one entry for each of its calls; see :func:`costs_of`.
 
     Args:
-        captured: it is copied.
+        captured: a copy that is used for nothing else: no parameter of it asks for a gradient then.
         inputs: its positional inputs.
         name: of the model, for the table and for errors.
     """

@@ -17,7 +17,6 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -69,13 +68,13 @@ def select_sites(
     nodes = {node.name: node for node in graph_module.graph.nodes}
     if any(facts(value).shape is None for site in sites for value, _ in _calls(site, nodes)):
         raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
-    evaluate = _saving if keep == "saving" else partial(_measured, kernel=kernel)
+    if keep == "saving":
+        judged = [_saving(site, graph_module, nodes) for site in sites]
+    else:
+        judged = _all_measured(sites, reduction, graph_module, nodes, kernel)
     kept: list[Site] = []
     dropped: list[LeftAlone] = []
-    for number, site in enumerate(sites, start=1):
-        with torch.random.fork_rng(devices=[]):
-            pays, figures = evaluate(site, reduction, graph_module, nodes)
-        _LOGGER.info("site %d of %d: %s: %s", number, len(sites), site.value, figures)
+    for site, (pays, figures) in zip(sites, judged, strict=True):
         if pays:
             note = "; ".join(filter(None, (site.note, figures)))
             kept.append(dataclasses.replace(site, note=note))
@@ -94,12 +93,7 @@ def _calls(site: Site, nodes: dict[str, Node]) -> list[tuple[Node, list[tuple[Co
     return [(node.all_input_nodes[0], [(consumer, node)]) for node in calls]
 
 
-def _saving(
-    site: Site,
-    reduction: str | ReductionFactory,
-    graph_module: GraphModule,
-    nodes: dict[str, Node],
-) -> tuple[bool, str]:
+def _saving(site: Site, graph_module: GraphModule, nodes: dict[str, Node]) -> tuple[bool, str]:
     """Whether a site saves MACs and bytes, and the figures."""
     assert site.out_channels is not None
     values = _calls(site, nodes)
@@ -138,6 +132,26 @@ def _numel(node: Node) -> int:
     shape = facts(node).shape
     assert shape is not None
     return torch.Size(shape).numel()
+
+
+def _all_measured(
+    sites: Sequence[Site],
+    reduction: str | ReductionFactory,
+    graph_module: GraphModule,
+    nodes: dict[str, Node],
+    kernel: bool | None,
+) -> list[tuple[bool, str]]:
+    """What :func:`_measured` says of each site; it takes seconds a site."""
+    from lean_fx.measure.progress import counted_bar  # loaded when it is used
+
+    judged = []
+    with counted_bar("timing sites", len(sites)) as show:
+        for number, site in enumerate(sites, start=1):
+            with torch.random.fork_rng(devices=[]):
+                judged.append(_measured(site, reduction, graph_module, nodes, kernel))
+            _LOGGER.info("site %d of %d: %s: %s", number, len(sites), site.value, judged[-1][1])
+            show(number)
+    return judged
 
 
 def _measured(

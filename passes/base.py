@@ -17,12 +17,16 @@ Four laws hold for every pass, and one test checks them all:
 from __future__ import annotations
 
 import abc
+import logging
+import time
 from collections.abc import Iterable
 
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from lean_fx.errors import LeanError, PassError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Pass(abc.ABC):
@@ -62,7 +66,7 @@ class Pass(abc.ABC):
 
 
 class Pipeline(Pass):
-    """Passes in a row, as one pass.
+    """Passes in a row, as one pass; at DEBUG ``lean_fx.passes.base`` logs what each did.
 
     Args:
         passes: at least one.
@@ -79,8 +83,10 @@ class Pipeline(Pass):
         """Run all; modified if any of them modified."""
         modified = False
         for index, each in enumerate(self.passes):
+            start = time.perf_counter()
             try:
-                modified |= each(graph_module).modified
+                changed = each(graph_module).modified
+                modified |= changed
             except LeanError:
                 raise
             except Exception as error:
@@ -89,4 +95,11 @@ class Pipeline(Pass):
                     f"{each.name} failed ({type(error).__name__}: {error}); passes before it: "
                     f"{before}"
                 ) from error
+            _LOGGER.debug(
+                "%s: %s, %d nodes, %.1f ms",
+                each.name,
+                "changed the graph" if changed else "left the graph as it was",
+                len(graph_module.graph.nodes),
+                1e3 * (time.perf_counter() - start),
+            )
         return modified

@@ -26,7 +26,6 @@ from lean_fx.checks import check_choice, check_int
 from lean_fx.errors import ArgumentError, one_line, require
 from lean_fx.experiment.budget import MakeWidth
 from lean_fx.experiment.configurations import Configuration, Space
-from lean_fx.experiment.progress import CountedBar
 from lean_fx.experiment.study_database import (
     KEY,
     Known,
@@ -39,6 +38,7 @@ from lean_fx.experiment.training import Settings
 from lean_fx.experiment.trials import Data, Job, Outcome, TrialError, run_apart
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.costs import count_parameters
+from lean_fx.measure.progress import counted_bar
 
 require("optuna", extra="examples", purpose="a study")
 import optuna  # noqa: E402
@@ -176,7 +176,7 @@ class Study:
         objective = self._objective(database, prune, claim)
         before = -1
         try:
-            with CountedBar(self.name, total) as show:
+            with counted_bar(self.name, total) as show:
                 while True:
                     with claim:  # until the trial is taken
                         free_stale_trials(database)
@@ -248,7 +248,7 @@ class Study:
         chosen = self._most_accurate(top)
         rows: list[Row] = []
         total = len(chosen) * len(seeds)
-        with CountedBar(f"{self.name}, retrained", total) as show:
+        with counted_bar(f"{self.name}, retrained", total) as show:
             for best in chosen:
                 for seed in seeds:
                     configuration = dataclasses.replace(best, seed=seed)

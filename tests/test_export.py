@@ -14,7 +14,7 @@ from torch import nn
 
 import lean_fx
 import lean_fx.reduction.functional
-from graphs import CHANGED, Residual
+from graphs import CHANGED, SPELLINGS, Residual
 from lean_fx.errors import ArgumentError, DataError, ExportError, MissingDependencyError, WriteError
 from lean_fx.export.nodes import define_functions
 from lean_fx.export.parity import first_difference, greatest_difference
@@ -40,7 +40,7 @@ def check(model, path, shape):
         np.testing.assert_allclose(run(path, inputs), expected.detach().numpy(), 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("model", CHANGED)
+@pytest.mark.parametrize("model", [each for each in CHANGED if each not in SPELLINGS[2:]])
 def test_same_numbers_in_onnxruntime(model, tmp_path):
     make, shape = CHANGED[model]
     lean = lean_fx.leanify(make())

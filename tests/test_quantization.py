@@ -55,7 +55,7 @@ def test_the_twin_is_int8_and_close(mode, tmp_path):
     assert 0 < np.abs(outputs[0] - outputs[1]).mean() < 0.1 * np.abs(outputs[0]).mean()
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("mode", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_reductions_of_standard_operators_stay_in_floating_point_too(mode, tmp_path):
     model = lean()
     data = [images for images, _ in batches(model)]

@@ -124,8 +124,15 @@ def settings(kind):
     return {"d_model": E, "nhead": H, "dim_feedforward": 16, "dropout": 0.0} | KINDS[kind]
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [
+        (kind, mask)
+        for kind in KINDS
+        for mask in MASKS
+        if kind in ("post", "pre, batch first") or mask in ("padding", "both")
+    ],
+)
 def test_an_encoder_layer_is_that_of_torch(kind, mask):
     if (kind, mask) == ("odd heads", "each head"):
         pytest.skip("the mask is for two heads")

@@ -81,13 +81,13 @@ def leanify(
             eval mode. Layers that read one tensor share its reduction; if the code gives each a
             copy, each computes its own. Signs are proved of forward alone: try other methods
             within :func:`~lean_fx.checking_signs`. ``"module"`` needs example inputs, and leaves
-            alone what only a graph can take apart: attention, later layers of recurrent stacks,
-            and parameters outside layers.
+            alone parameters outside layers.
 
     Returns:
         A torch.fx.GraphModule, or, with ``form="module"`` or if ``model`` cannot be traced, a
         module of its own class. The plan is in ``meta["lean_fx.plan"]``. If no layer can be
-        reduced, the result equals ``model``, and a LeanWarning says why.
+        reduced, the result equals ``model``, and a LeanWarning says why. With example inputs
+        another says so if the result amplifies noise far more (:func:`~lean_fx.sensitivity`).
 
     Raises:
         ArgumentError: an option is out of range, the model rejects the example inputs, ``keep``

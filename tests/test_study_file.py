@@ -1,6 +1,7 @@
 """``lean_fx ablate study.toml``."""
 
 import json
+import sys
 
 import pytest
 
@@ -71,3 +72,13 @@ def test_what_is_wrong_is_told_in_a_line(tmp_path, capsys, old, new, message):
 def test_a_file_that_is_not_there(capsys):
     assert command_line.main(["ablate", "none.toml"]) == 1
     assert "none.toml: cannot be read" in capsys.readouterr().err
+
+
+def test_a_module_beside_the_file_is_found(tmp_path, monkeypatch, capsys):
+    home = tmp_path / "there"
+    home.mkdir()
+    (home / "nets_beside_a_study.py").write_text("from test_study import small_digits, small_net\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = write(home, TEXT, home="nets_beside_a_study")
+    assert command_line.main(["ablate", file]) == 0
+    assert (tmp_path / "run/study.md").exists()

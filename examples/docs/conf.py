@@ -14,6 +14,7 @@ root_doc = "docs/index"
 include_patterns = ["docs/**", "results/**"]
 
 html_title = "lean_fx"
+html_show_copyright = False
 html_theme = "furo"
 html_copy_source = False
 html_extra_path = ["redirect"]

@@ -20,7 +20,7 @@
     [settings]
     epochs = 15
 
-The keys are the arguments of :class:`~lean_fx.experiment.study.Study`,
+A module is looked for beside the file too. The keys are the arguments of :class:`~lean_fx.experiment.study.Study`,
 :meth:`~lean_fx.experiment.study.Study.run`, :class:`~lean_fx.experiment.configurations.Space` and
 :class:`~lean_fx.experiment.training.Settings`.
 """
@@ -59,6 +59,9 @@ def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any]]:
     space = _made(Space, f"{file}: space", given.pop("space", {}))
     settings = _made(Settings, f"{file}: settings", given.pop("settings", {}))
     options = {name: given.pop(name) for name in _RUN if name in given}
+    beside = str(Path(file).resolve().parent)
+    if beside not in sys.path:
+        sys.path.insert(0, beside)
     for name in ("make", "data"):
         if name in given:
             given[name] = imported(f"{file}: {name}", given[name])
@@ -67,7 +70,7 @@ def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any]]:
 
 
 def imported(subject: str, place: Any) -> Any:
-    """What stands at ``package.module:name``, the folder at hand included.
+    """What stands at ``package.module:name``, beside the file or in the folder at hand included.
 
     Raises:
         ArgumentError: nothing does.

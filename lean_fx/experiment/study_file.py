@@ -20,8 +20,9 @@
     [settings]
     epochs = 15
 
-A module is looked for beside the file too. The keys are the arguments of :class:`~lean_fx.experiment.study.Study`,
-:meth:`~lean_fx.experiment.study.Study.run`, :class:`~lean_fx.experiment.configurations.Space` and
+A module is looked for beside the file too. The keys are the arguments of
+:class:`~lean_fx.experiment.study.Study`, :meth:`~lean_fx.experiment.study.Study.run`,
+:class:`~lean_fx.experiment.configurations.Space` and
 :class:`~lean_fx.experiment.training.Settings`.
 """
 

@@ -181,7 +181,8 @@ def plan(
         return made
     from lean_fx.measure.sensitivity import with_sensitivity  # loaded when it is used
 
-    with keeping_rng_state():  # leanify draws the same weights
+    with SHARED_STATE, keeping_rng_state():
+        torch.default_generator.manual_seed(0)  # a plan is the same each time
         lean = _applied(made, model, captured)
     return with_sensitivity(made, model, lean, example_inputs)
 

@@ -1,5 +1,6 @@
 """Small models that the tests share, one for each thing that a graph can hold."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -408,3 +409,12 @@ UNCHANGED = {
     ),
     "inputs": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), (2, 1, 8, 8)),
 }
+
+
+def both_forms(plan, model, inputs):
+    """What a plan makes in the form of a module and of a graph, with the same weights."""
+    made = []
+    for form in ("module", "graph"):
+        torch.manual_seed(0)
+        made.append(dataclasses.replace(plan, form=form).apply(model, inputs).eval())
+    return made

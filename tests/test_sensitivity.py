@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -135,13 +136,23 @@ def test_the_conditioned_forms_do_not_amplify_noise(reduction):
     assert after < 5 * before
 
 
-def test_a_plan_draws_no_random_numbers_that_leanify_would_draw():
+def test_a_plan_is_the_same_each_time_and_draws_no_random_numbers():
     model, x = deep_net(2), torch.randn(64, 64)
     state = torch.get_rng_state()
-    plan = lean_fx.plan(model, x, reduction="lean_damped")
+    first = lean_fx.plan(model, x, reduction="lean_damped")
     assert torch.equal(torch.get_rng_state(), state)
-    lean = lean_fx.leanify(model, x, reduction="lean_damped")
-    assert lean_fx.plan_of(lean).sensitivity == plan.sensitivity
+    torch.randn(3)
+    assert lean_fx.plan(model, x, reduction="lean_damped").to_json() == first.to_json()
+
+
+def test_several_threads_make_the_same_plan():
+    model, x = deep_net(2), torch.randn(64, 64)
+    wanted = lean_fx.plan(model, x, reduction="lean_damped").to_json()
+    with ThreadPoolExecutor(8) as pool:
+        texts = pool.map(
+            lambda _: lean_fx.plan(model, x, reduction="lean_damped").to_json(), range(24)
+        )
+    assert {*texts} == {wanted}
 
 
 def test_without_numbers_the_plan_has_none():

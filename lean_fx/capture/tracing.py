@@ -15,6 +15,7 @@ from torch.fx.proxy import ParameterProxy, TraceError
 from torch.nn.utils import rnn
 
 from lean_fx.capture.containers import arguments_of, is_own_container
+from lean_fx.capture.decorated import called_by_position
 from lean_fx.capture.guards import check_absent, check_given, count_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import own_call
@@ -160,7 +161,7 @@ class LeanTracer(Tracer):
         bare = inspect.unwrap(root_fn)
         function, args = super().create_args_for_root(bare, is_module)
         if bare is not root_fn:  # torch.fx would give a decorator's wrapper the decorated code
-            function = _called_by_position(root_fn, bare)
+            function = called_by_position(root_fn, bare)
         absent = concrete_args if isinstance(concrete_args, dict) else None
         for place, each in enumerate(args):
             if not isinstance(each, Proxy) or absent is None:  # torch.fx unpickles with this, too
@@ -316,25 +317,3 @@ class _Weight(KeepsData, ParameterProxy):
 
     def size(self, dim: int | None = None) -> Any:
         return self.param.size() if dim is None else self.param.size(dim)
-
-
-def _called_by_position(wrapper: Callable[..., Any], bare: Callable[..., Any]) -> Any:
-    """A decorated forward that takes all of its parameters by position, as torch.fx calls it."""
-    kinds = [each.kind for each in inspect.signature(bare).parameters.values()]
-    names = list(inspect.signature(bare).parameters)
-
-    def called(*args: Any) -> Any:
-        given: list[Any] = []
-        named: dict[str, Any] = {}
-        for name, kind, value in zip(names, kinds, args, strict=False):
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                given += value
-            elif kind is inspect.Parameter.VAR_KEYWORD:
-                named |= value
-            elif kind is inspect.Parameter.KEYWORD_ONLY:
-                named[name] = value
-            else:
-                given.append(value)
-        return wrapper(*given, **named)
-
-    return called

@@ -21,6 +21,7 @@ from lean_fx.capture.agreement import results
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.checks import first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
+from lean_fx.locks import SHARED_STATE
 from lean_fx.planning.plans import Plan
 
 _NOISE = 1e-3
@@ -67,7 +68,8 @@ def sensitivity(model: nn.Module, example_inputs: Any, *, noise: float = _NOISE)
         )
     if first_without_values(model):
         raise ArgumentError("sensitivity: the model is on the meta device; give it numbers")
-    found = results(model, [inputs, _noisy(inputs, noise)], training=True)
+    with SHARED_STATE:
+        found = results(model, [inputs, _noisy(inputs, noise)], training=True)
     for each in found:
         if isinstance(each, Exception):
             text = f"{type(each).__name__}: {one_line(each, 200)}"

@@ -24,7 +24,10 @@ SeedInit = Literal["normal", "uniform", "ones", "near_one"]
 class LeanReduction(Reduction):
     """Reduce C_in channels to C' by one step of a random walk over them, with a learned seed.
 
-    The seed values, drawn from a standard normal, are all its parameters.
+    The seed values are all its parameters. They are drawn from a standard normal, from which the
+    literal form trains best: on scanned digits, the paper's net, three seeds each, it reaches
+    88.9 ± 3.2 % there, 64.8 ± 5.4 from the uniform, 58.1 ± 0.7 from ones and 56.3 ± 12.1 near one,
+    each at its best of three rates (``examples/results/seeds``).
 
     The literal form amplifies small changes of its input, and a deep net of such reductions does so
     many times over. The registered ``"lean_damped"`` does not: it sets ``scale="magnitude"``,

@@ -57,6 +57,19 @@ def test_inputs_and_outputs_may_be_of_any_form():
     assert 0.1 < value < 10
 
 
+def test_inputs_of_eight_bits_are_no_place_for_noise():
+    x = torch.randn(2, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(ArgumentError, match="no example input is floating-point"):
+        lean_fx.sensitivity(nn.Identity(), x)
+    net = nn.Sequential(Widened(), nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    assert lean_fx.plan(net, x).sensitivity is None
+
+
+class Widened(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
 def test_a_constant_model_moves_nothing():
     layer = nn.Linear(4, 2)
     nn.init.zeros_(layer.weight)

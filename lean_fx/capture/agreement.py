@@ -24,6 +24,8 @@ from lean_fx.graph.reachable import leaving_state
 _SCALE = 0.7  # of the second inputs: they stay positive, or probabilities, if the first ones are
 _TOLERANCE = 1e-3
 _SEED = 0
+#: The floating-point types that torch computes in; it only stores those of eight bits.
+COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def disagreement(model: nn.Module, captured: nn.Module, inputs: Sequence[Any]) -> str:
@@ -59,7 +61,7 @@ def disagreement(model: nn.Module, captured: nn.Module, inputs: Sequence[Any]) -
 
 def _variations(inputs: Sequence[Any]) -> Sequence[Any]:
     def scaled(value: Tensor) -> Tensor:
-        return value * _SCALE if value.is_floating_point() else value
+        return value * _SCALE if value.dtype in COMPUTED else value
 
     return (inputs, pytree.tree_map_only(Tensor, scaled, list(inputs)))
 
@@ -132,6 +134,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return True
     if not one.is_floating_point():
         return torch.equal(one, other)
+    if one.dtype not in COMPUTED:
+        one, other = one.float(), other.float()
     finite = one[one.isfinite()]
     size = float(finite.abs().max()) if finite.numel() else 1.0
     return torch.allclose(one, other, _TOLERANCE, _TOLERANCE * size + 1e-30, equal_nan=True)

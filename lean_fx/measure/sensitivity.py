@@ -1,8 +1,8 @@
 """How far a model amplifies small changes of its inputs.
 
-A net that moves its outputs far for a change of its inputs that does not matter cannot be trained
-well: neither can its gradients be trusted. Literal LEAN does so in deep nets, because it divides
-by small numbers (:mod:`lean_fx.reduction.functional`).
+A net whose outputs move far for a change of its inputs that does not matter trains badly: its
+gradients are as large. Literal LEAN is such a net's part where it is used many times in a row,
+because it divides by small numbers (:mod:`lean_fx.reduction.functional`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.agreement import results
+from lean_fx.capture.agreement import COMPUTED, results
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.checks import first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
@@ -54,9 +54,7 @@ def sensitivity(model: nn.Module, example_inputs: Any, *, noise: float = _NOISE)
     Example:
         >>> import torch
         >>> _ = torch.manual_seed(0)
-        >>> linear, x = nn.Linear(16, 16), torch.randn(64, 16)
-        >>> deep = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(6)])
-        >>> 0.9 < sensitivity(linear, x) < 1.1
+        >>> 0.9 < sensitivity(nn.Linear(16, 16), torch.randn(64, 16)) < 1.1
         True
     """
     if not noise > 0 or not math.isfinite(noise):
@@ -105,10 +103,12 @@ def with_sensitivity(plan: Plan, model: nn.Module, lean: nn.Module, inputs: Any)
     if not (math.isfinite(before) and math.isfinite(after)):
         return plan
     if after >= _MUCH * before > 0:
+        remedy = "reduction='lean_damped' does not amplify noise"
+        if plan.reduction == "lean_damped":
+            remedy = "give more channels, or more example inputs if these are few"
         warnings.warn(
             f"{plan.model}: noise on its inputs moves the outputs of the reduced model "
-            f"{after / before:.0f} times as far as its own, so it may train badly; "
-            "reduction='lean_damped' does not amplify noise",
+            f"{after / before:.0f} times as far as its own, so it may train badly; {remedy}",
             LeanWarning,
             stacklevel=3,
         )
@@ -118,7 +118,7 @@ def with_sensitivity(plan: Plan, model: nn.Module, lean: nn.Module, inputs: Any)
 def _is_numbers(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
         return False
-    return value.is_floating_point() and value.numel() > 0
+    return value.dtype in COMPUTED and value.numel() > 0
 
 
 def _noisy(inputs: Sequence[Any], noise: float) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -36,3 +37,16 @@ def run_side_by_side(
     names = [each.name for each in session.get_inputs()]
     given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
     return [torch.from_numpy(found) for found in session.run(None, given)]
+
+
+def check_side_by_side(
+    modules: Sequence[nn.Module], inputs: Sequence[Tensor], path: Path, atol: float = 1e-5
+) -> None:
+    """Check reductions in ONNX Runtime: their numbers, and that zeros give zeros."""
+    for x in inputs:
+        x[1] = 0
+    export_side_by_side(modules, inputs, path, tolerance=1e-5)
+    session = onnxruntime.InferenceSession(path)
+    for module, x, y in zip(modules, inputs, run_side_by_side(session, inputs), strict=True):
+        np.testing.assert_allclose(y, module(x).detach(), 1e-4, atol, err_msg=str(module))
+        assert (y[1] == 0).all()

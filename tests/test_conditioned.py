@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from lean_fx.measure.costs import count_macs
 from lean_fx.reduction.conditioned import GatedReduction, SimplexReduction
 from lean_fx.reduction.controls import GroupedSumReduction
 from lean_fx.reduction.registry import make_reduction, reduction_factory
-from side_by_side import export_side_by_side, run_side_by_side
+from side_by_side import check_side_by_side
 
 KINDS = [SimplexReduction, GatedReduction]
 NAMES = ["lean_damped", "lean_simplex", "lean_gated"]
@@ -143,14 +142,8 @@ def test_onnx(tmp_path):
     cases = [(kind, shape, dim) for kind in KINDS for shape, dim in LAYOUTS]
     modules = [drawn(kind, 12, 4, dim).float() for kind, _, dim in cases]
     inputs = [torch.randn(shape) for _, shape, _ in cases]
-    for x in inputs:
-        x[1] = 0
-    export_side_by_side(modules, inputs, tmp_path / "net.onnx", tolerance=1e-5)
+    check_side_by_side(modules, inputs, tmp_path / "net.onnx")
     assert "LEAN" not in {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    for module, x, y in zip(modules, inputs, run_side_by_side(session, inputs), strict=True):
-        np.testing.assert_allclose(y, module(x).detach(), 1e-4, 1e-5, err_msg=str(module))
-        assert (y[1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

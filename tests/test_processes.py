@@ -122,6 +122,7 @@ def together(tmp_path_factory) -> tuple[Path, Launch]:
     return folder, launch(folder, folder / "script.py", *folders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", ["anew", "begun", "complete"])
 def test_two_processes_train_as_one_does(alone, together, name, rank):
@@ -132,6 +133,7 @@ def test_two_processes_train_as_one_does(alone, together, name, rank):
     torch.testing.assert_close(state, dict(alone.model.state_dict()), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_process_meters_for_all(together):
     folder, _ = together
     for rank in (0, 1):
@@ -141,6 +143,7 @@ def test_the_first_process_meters_for_all(together):
         assert begun[1:] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_goes_on(together):
     folder, run = together
     assert run.out == ["trained\nwent on\n", "trained\n"]

@@ -19,6 +19,18 @@ def split_place(place: str) -> tuple[str, str] | None:
     return (home, name) if home and name else None
 
 
+def look_in(folder: str) -> None:
+    """Have imports find the modules of a folder.
+
+    Example:
+        >>> look_in(os.getcwd())
+        >>> os.getcwd() in sys.path
+        True
+    """
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
 def import_object(home: str, name: str) -> Any:
     """What is called ``name``, dots included, in a module; the folder at hand is looked in too.
 
@@ -28,8 +40,7 @@ def import_object(home: str, name: str) -> Any:
         >>> import_object("torch.nn", "Linear.__name__")
         'Linear'
     """
-    if os.getcwd() not in sys.path:  # as `python -m` has it
-        sys.path.insert(0, os.getcwd())
+    look_in(os.getcwd())  # as `python -m` does
     found: Any = importlib.import_module(home)
     for part in name.split("."):
         found = getattr(found, part)

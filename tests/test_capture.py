@@ -125,7 +125,13 @@ def test_branches_on_sizes_are_followed(name):
     assert names == [node.name for node in capture(model, (y,)).graph.nodes]
 
 
-@pytest.mark.parametrize("name", list(FOLLOWED)[::3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if number % 3 else [])
+        for number, name in enumerate(FOLLOWED)
+    ],
+)
 def test_what_was_followed_is_copied_compiled_and_reduced(name):
     make, shape, _ = FOLLOWED[name]
     model, x = make(), X(*shape)

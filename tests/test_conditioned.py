@@ -20,7 +20,7 @@ from side_by_side import check_side_by_side
 
 KINDS = [SimplexReduction, GatedReduction]
 NAMES = ["lean_damped", "lean_simplex", "lean_gated"]
-LAYOUTS = [((2, 12), 1), ((2, 12, 3), 1), ((2, 12, 3, 2), -3), ((2, 3, 12), -1), ((2, 12), 1)]
+LAYOUTS = [((2, 12), 1), ((2, 12, 3), 1), ((2, 12, 3, 2), -3), ((2, 3, 12), -1), ((3, 12), 1)]
 
 
 def drawn(kind, *arguments):
@@ -141,7 +141,7 @@ def test_costs(name, parameters, macs):
 def test_onnx(tmp_path):
     cases = [(kind, shape, dim) for kind in KINDS for shape, dim in LAYOUTS]
     modules = [drawn(kind, 12, 4, dim).float() for kind, _, dim in cases]
-    inputs = [torch.randn(shape) for _, shape, _ in cases]
+    inputs = [torch.randn(2, *shape[1:]) for _, shape, _ in cases]  # one batch for all
     check_side_by_side(modules, inputs, tmp_path / "net.onnx")
     assert "LEAN" not in {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
 

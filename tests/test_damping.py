@@ -77,7 +77,7 @@ def test_the_registered_form_is_the_one_that_was_measured():
 @pytest.mark.parametrize(("normalize", "layout", "iterations"), WALKS)
 def test_gradient(normalize, layout, iterations, matrix, nonnegative):
     torch.manual_seed(0)
-    x = torch.randn((3, 12, 2), dtype=torch.float64)
+    x = torch.randn((1, 12, 2), dtype=torch.float64)
     x = (x.abs() + 0.01 if nonnegative else x).requires_grad_()
     seed = torch.randn((4, 3) if matrix else 4, dtype=torch.float64).requires_grad_()
     options = {"normalize": normalize, "layout": layout, "iterations": iterations}
@@ -87,7 +87,7 @@ def test_gradient(normalize, layout, iterations, matrix, nonnegative):
         def reduce(x, seed, way=way):
             return list(runs(x, seed, 1, **options))[way]
 
-        assert torch.autograd.gradcheck(reduce, (x, seed), fast_mode=True)
+        assert torch.autograd.gradcheck(reduce, (x, seed))
 
 
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])

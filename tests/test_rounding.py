@@ -72,7 +72,7 @@ def test_a_net_that_amplifies_rounding_exports_with_a_warning(make, width, tmp_p
     assert path.exists()
 
 
-@pytest.mark.parametrize("depth", [1, 6])
+@pytest.mark.parametrize("depth", [1, 20])
 def test_a_wrong_reduction_is_no_rounding(depth, tmp_path, monkeypatch):
     text = LeanFunction.text
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_a_wrong_reduction_is_no_rounding(depth, tmp_path, monkeypatch):
     assert not (tmp_path / "net.onnx").exists()
 
 
-@pytest.mark.parametrize("depth", [1, 6])
+@pytest.mark.parametrize("depth", [1, 20])
 def test_a_slightly_wrong_weight_is_found_by_name(depth, tmp_path):
     torch.manual_seed(0)
     net, inputs = deep_net(depth), torch.randn(2, 16)

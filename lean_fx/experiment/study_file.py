@@ -38,7 +38,7 @@ from lean_fx.errors import ArgumentError, DataError, one_line, require
 from lean_fx.experiment.configurations import Space
 from lean_fx.experiment.study import Study
 from lean_fx.experiment.training import Settings
-from lean_fx.importing import import_object, split_place
+from lean_fx.importing import import_object, look_in, split_place
 
 _RUN = ("trials", "sampler", "prune")
 
@@ -60,9 +60,7 @@ def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any]]:
     space = _made(Space, f"{file}: space", given.pop("space", {}))
     settings = _made(Settings, f"{file}: settings", given.pop("settings", {}))
     options = {name: given.pop(name) for name in _RUN if name in given}
-    beside = str(Path(file).resolve().parent)
-    if beside not in sys.path:
-        sys.path.insert(0, beside)
+    look_in(str(Path(file).resolve().parent))
     for name in ("make", "data"):
         if name in given:
             given[name] = imported(f"{file}: {name}", given[name])

@@ -149,7 +149,7 @@ def test_training_is_that_of_the_model(between, nested):
 
 
 @pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
-@pytest.mark.parametrize("nested", [True])
+@pytest.mark.parametrize("nested", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("between", UNRECORDED)
 def test_a_model_in_evaluation_is_trained_as_it_would_be(between, nested):
     def in_training(self, x):

@@ -115,10 +115,16 @@ def test_what_is_not_rebuilt_is_as_it_was(model):
     assert checked or plan.split_layers
 
 
+FEW = ("conv3d", "linear", "stacked")  # of different kinds, with which each reduction trains
+
+
 @pytest.mark.parametrize(
     ("model", "reduction"),
-    [(model, "lean") for model in CHANGED]
-    + [(model, each) for each in reductions() for model in ("conv3d", "linear", "stacked")],
+    [
+        pytest.param(model, each, marks=[] if each == "lean" or model in FEW else pytest.mark.slow)
+        for each in reductions()
+        for model in CHANGED
+    ],
 )
 def test_every_reduction_trains(model, reduction):
     make, shape = CHANGED[model]

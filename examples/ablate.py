@@ -83,12 +83,9 @@ def main() -> None:
         name="ablation",
     )
     rows = study.run(args.trials, sampler=args.sampler, prune=args.prune)
-    print(write_report(study, rows, command_line()).read_text(encoding="utf-8"))
     if args.top:
-        for row in study.retrain(args.top, args.top_epochs, space.seeds):
-            accuracy = f"{100 * row.outcome.accuracy:.1f} %" if row.outcome else ""
-            name, seed = row.configuration.name, row.configuration.seed
-            print(f"{name}, seed {seed}: {accuracy} on the test split")
+        rows += study.retrain(args.top, args.top_epochs, space.seeds)
+    print(write_report(study, rows, command_line()).read_text(encoding="utf-8"))
     print(f"written to {args.out}/")
 
 

@@ -140,11 +140,10 @@ def compare(args: argparse.Namespace) -> str:
 
 def ablate(args: argparse.Namespace) -> str:
     """Run what is missing of a study, and write its report."""
-    from lean_fx.experiment.study_file import read_study_file
+    from lean_fx.experiment.study_file import run_study_file
     from lean_fx.experiment.study_report import as_json, write_report
 
-    study, options = read_study_file(args.file)
-    rows = study.run(**options)
+    study, rows = run_study_file(args.file)
     report = write_report(study, rows, f"lean_fx ablate {args.file}")
     if args.json:
         return as_json(rows)

@@ -46,6 +46,19 @@ def test_a_study_is_run_and_reported(tmp_path, capsys):
     assert [row["configuration"]["arm"] for row in rows].count("slice") == 1
 
 
+def test_the_best_are_retrained(tmp_path, capsys):
+    text = TEXT + "[retrain]\ntop = 1\nepochs = 7\nseeds = [3, 4]\n"
+    file = write(tmp_path, text)
+    assert command_line.main(["ablate", file, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    found = [(row["state"], row["configuration"]["seed"]) for row in rows]
+    assert found == [("complete", 0)] * 2 + [("retrained", 3), ("retrained", 4)]
+    report = (tmp_path / "run/study.md").read_text()
+    assert "2 trials complete, 0 pruned" in report
+    assert "rate 0.001 | 2 | 1 | 50.0 ± 0.0 |" in report.partition("## Retrained")[2]
+    assert (tmp_path / "run/study.csv").read_text().count(",retrained,") == 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -53,6 +66,12 @@ def test_a_study_is_run_and_reported(tmp_path, capsys):
         ("folder =", "folders =", "study.toml: 'folders' is not known; use make, data, space,"),
         ("epochs =", "epoch =", "study.toml: settings: 'epoch' is not known; use epochs,"),
         ('folder = "run"', "", "study.toml: 'folder' is missing"),
+        (
+            "[space]",
+            "[retrain]\nbest = 3\n[space]",
+            "retrain: 'best' is not known; use top, epochs",
+        ),
+        ("folder =", "retrain = 3\nfolder =", "study.toml: retrain is no table; write [retrain]"),
         (":small_net", ":none", "make: test_study:none cannot be imported (AttributeError:"),
         (":small_net", "", "make: 'test_study' is no MODULE:NAME such as my_nets:make"),
         ("[4]", "[]", "Space: channels is empty; give one choice or more"),

@@ -61,7 +61,8 @@ class Row:
 
     Attributes:
         trial: its number in the study.
-        state: ``"complete"``, ``"pruned"`` or ``"failed"``.
+        state: ``"complete"``, ``"pruned"`` or ``"failed"``; or ``"retrained"`` by
+            :meth:`Study.retrain`, then ``trial`` counts these alone.
         configuration: of the model.
         outcome: what was measured; None of a trial that failed.
         error: of a trial that failed, in one line.
@@ -81,7 +82,7 @@ class Study:
     Args:
         make: gives the model of a width in ]0, 1], with fresh weights: a function at the top
             level of a module, so that other processes can import it.
-        data: the data set, or such a function that makes it.
+        data: the data set or a LightningDataModule, or such a function or a class that makes it.
         space: what is chosen for a trial.
         folder: of checkpoints and reports, and of the database ``study.db``.
         objectives: what to seek: of ``"accuracy"``, ``"parameters"``, ``"macs"``, ``"latency"``
@@ -234,6 +235,7 @@ class Study:
         """Train the most accurate configurations anew, on the whole train split, and test them.
 
         What is in ``folder/retrained`` already is not run again; the weights stay there too.
+        The rows have the state ``"retrained"``.
 
         Args:
             top: how many configurations, seeds aside, 1 or more.
@@ -259,7 +261,7 @@ class Study:
                     else:
                         outcome = run_apart(job, lambda _: False)
                         write_text(file, json.dumps(dataclasses.asdict(outcome)))
-                    rows.append(Row(len(rows), "complete", configuration, outcome))
+                    rows.append(Row(len(rows), "retrained", configuration, outcome))
                     show(len(rows))
         return rows
 

@@ -3,7 +3,8 @@
 .. code-block:: toml
 
     make = "my_nets:make"        # called with a width in ]0, 1], gives the model
-    data = "my_nets:data"        # gives the lean_fx.experiment.datasets.Dataset
+    data = "my_nets:data"        # gives a lean_fx.experiment.datasets.Dataset, or is the class
+                                 # of a LightningDataModule
     folder = "runs/study"        # where the database and the report are
     objectives = ["accuracy", "latency"]
     sampler = "tpe"              # or random, or grid, which takes no trials
@@ -20,8 +21,13 @@
     [settings]
     epochs = 15
 
+    [retrain]                    # optional: the most accurate anew, and tested
+    top = 3
+    epochs = 50
+    seeds = [0, 1, 2]
+
 A module is looked for beside the file too. The keys are the arguments of
-:class:`~lean_fx.experiment.study.Study`, :meth:`~lean_fx.experiment.study.Study.run`,
+:class:`~lean_fx.experiment.study.Study`, its methods ``run`` and ``retrain``,
 :class:`~lean_fx.experiment.configurations.Space` and
 :class:`~lean_fx.experiment.training.Settings`.
 """
@@ -36,15 +42,32 @@ from typing import Any
 
 from lean_fx.errors import ArgumentError, DataError, one_line, require
 from lean_fx.experiment.configurations import Space
-from lean_fx.experiment.study import Study
+from lean_fx.experiment.study import Row, Study
 from lean_fx.experiment.training import Settings
 from lean_fx.importing import import_object, look_in, split_place
 
 _RUN = ("trials", "sampler", "prune")
+_RETRAIN = ("top", "epochs", "seeds")
 
 
-def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any]]:
-    """Read a study, and what its ``run`` is called with.
+def run_study_file(file: str | Path) -> tuple[Study, list[Row]]:
+    """Run what is missing of a study, and retrain the best if the file says so.
+
+    Returns:
+        The study, and its rows, those of the retraining last.
+
+    Raises:
+        DataError: the file cannot be read, is no TOML, or the database cannot be reached.
+        ArgumentError: as :func:`read_study_file`, or the study there is of another configuration.
+        TrialError: a training of the best failed.
+    """
+    study, run, retrain = read_study_file(file)
+    rows = study.run(**run)
+    return study, [*rows, *study.retrain(**retrain)] if retrain else rows
+
+
+def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any], dict[str, Any]]:
+    """Read a study, and what its ``run`` and its ``retrain`` are called with.
 
     Raises:
         DataError: the file cannot be read, or is no TOML.
@@ -59,13 +82,14 @@ def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any]]:
         raise DataError(f"{file}: cannot be read ({one_line(error)}); give a TOML file") from error
     space = _made(Space, f"{file}: space", given.pop("space", {}))
     settings = _made(Settings, f"{file}: settings", given.pop("settings", {}))
-    options = {name: given.pop(name) for name in _RUN if name in given}
+    retrain = _checked_names(f"{file}: retrain", given.pop("retrain", {}), _RETRAIN)
+    run = {name: given.pop(name) for name in _RUN if name in given}
     look_in(str(Path(file).resolve().parent))
     for name in ("make", "data"):
         if name in given:
             given[name] = imported(f"{file}: {name}", given[name])
     fields = {**given, "space": space, "settings": settings}
-    return _made(Study, str(file), fields, also=_RUN), options
+    return _made(Study, str(file), fields, also=(*_RUN, "retrain")), run, retrain
 
 
 def imported(subject: str, place: Any) -> Any:
@@ -86,15 +110,8 @@ def imported(subject: str, place: Any) -> Any:
 
 
 def _made(kind: Any, subject: str, given: Any, also: Iterable[str] = ()) -> Any:
-    if not isinstance(given, dict):
-        raise ArgumentError(f"{subject} is no table; write [{subject.rpartition(' ')[2]}]")
     fields = dataclasses.fields(kind)
-    known = [field.name for field in fields]
-    for name in given:
-        if name not in known:
-            raise ArgumentError(
-                f"{subject}: {name!r} is not known; use {', '.join([*known, *also])}"
-            )
+    _checked_names(subject, given, [field.name for field in fields], also)
     missing = dataclasses.MISSING
     for field in fields:
         if (
@@ -104,6 +121,21 @@ def _made(kind: Any, subject: str, given: Any, also: Iterable[str] = ()) -> Any:
         ):
             raise ArgumentError(f"{subject}: {field.name!r} is missing")
     return kind(**{name: _tuples(value) for name, value in given.items()})
+
+
+def _checked_names(
+    subject: str, given: Any, known: Iterable[str], also: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A table, if it has no key but the known ones; ``also`` are told as well."""
+    if not isinstance(given, dict):
+        raise ArgumentError(f"{subject} is no table; write [{subject.rpartition(' ')[2]}]")
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            raise ArgumentError(
+                f"{subject}: {name!r} is not known; use {', '.join([*known, *also])}"
+            )
+    return given
 
 
 def _tuples(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Group:
     Attributes:
         name: of the configuration.
         arm: of the configuration.
-        rows: the complete ones, at least one.
+        rows: those of one state, at least one.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Group:
         return statistics.median(float(getattr(row, field)) for row in self.rows)
 
 
-def groups(rows: Sequence[Row]) -> list[Group]:
-    """The complete rows by configuration, the most accurate first."""
+def groups(rows: Sequence[Row], state: str = "complete") -> list[Group]:
+    """The rows of a state by configuration, the most accurate first."""
     found: dict[tuple[str, str], list[Outcome]] = {}
     for row in rows:
-        if row.state == "complete" and row.outcome is not None:
+        if row.state == state and row.outcome is not None:
             key = (row.configuration.name, row.configuration.arm)
             found.setdefault(key, []).append(row.outcome)
     made = [Group(name, arm, tuple(outcomes)) for (name, arm), outcomes in found.items()]
@@ -86,7 +86,7 @@ def write_report(study: Study, rows: Sequence[Row], command: str = "") -> Path:
 
     Args:
         study: to report on.
-        rows: its finished trials.
+        rows: its finished trials, and what was retrained.
         command: that a reader can run to make it again.
 
     Returns:
@@ -152,11 +152,9 @@ def as_markdown(study: Study, rows: Sequence[Row], command: str = "") -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for group in groups(rows):
-        error = group.standard_error
-        shown = "" if math.isnan(error) else f" ± {100 * error:.1f}"
         latency = group.median("latency_ratio")
         lines.append(
-            f"| {group.name} | {len(group.rows)} | {100 * group.accuracy:.1f}{shown} "
+            f"| {group.name} | {len(group.rows)} | {_accuracy(group)} "
             f"| {group.median('parameters'):,.0f} | {group.median('macs'):,.0f} "
             f"| {'' if math.isnan(latency) else f'{latency:.2f}'} "
             f"| {'' if math.isnan(group.median('energy_j')) else short(group.median('energy_j'))} |"
@@ -167,11 +165,29 @@ def as_markdown(study: Study, rows: Sequence[Row], command: str = "") -> str:
             f"\nLatency: of one sample, one thread, as a ratio to the whole model's, timed in "
             f"turn; LEAN nodes by {' or '.join(by)}."
         )
+    retrained = groups(rows, "retrained")
+    if retrained:
+        lines += [
+            "\n## Retrained\n",
+            "The most accurate anew, on the whole train split; accuracy on the test split.\n",
+            "| configuration | seeds | epochs | accuracy, % |",
+            "|---|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {each.name} | {len(each.rows)} | {each.median('epochs'):.0f} | {_accuracy(each)} |"
+            for each in retrained
+        ]
     failed = [row for row in rows if row.state == "failed"]
     if failed:
         lines += ["\n## Failed\n"]
         lines += [f"- {row.configuration.name}: {row.error}" for row in failed]
     return "\n".join(lines) + "\n"
+
+
+def _accuracy(group: Group) -> str:
+    error = group.standard_error
+    shown = "" if math.isnan(error) else f" ± {100 * error:.1f}"
+    return f"{100 * group.accuracy:.1f}{shown}"
 
 
 def _fronts(found: Sequence[Group]) -> Any:

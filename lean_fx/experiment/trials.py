@@ -21,11 +21,12 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lean_fx.errors import LeanError, one_line, require
+from lean_fx.errors import ArgumentError, LeanError, one_line, require
 from lean_fx.experiment.arms import model_of
 from lean_fx.experiment.budget import MakeWidth
 from lean_fx.experiment.comparison import export_and_time
 from lean_fx.experiment.configurations import Configuration
+from lean_fx.experiment.data_modules import DataModule, dataset_of
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.training import Settings, train
 from lean_fx.files import make_folder
@@ -33,8 +34,8 @@ from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
 from lean_fx.measure.report import Epoch
 
-#: A data set, or what makes it in the process that needs it.
-Data: TypeAlias = "Dataset | Callable[[], Dataset]"
+#: A data set, or what makes it in the process that needs it; or a LightningDataModule, likewise.
+Data: TypeAlias = "Dataset | DataModule | Callable[[], Dataset | DataModule]"
 
 #: Is told the accuracy after each epoch; returns whether to stop the training.
 Stop: TypeAlias = Callable[[Sequence[float]], bool]
@@ -109,8 +110,17 @@ class Outcome:
 
 
 def data_of(job: Job) -> Dataset:
-    """The data that a trial trains and tests on."""
-    data = job.data if isinstance(job.data, Dataset) else job.data()
+    """The data that a trial trains and tests on.
+
+    Raises:
+        ArgumentError: they are neither a data set nor a data module.
+    """
+    given = job.data() if callable(job.data) else job.data
+    if not isinstance(given, Dataset | DataModule):
+        raise ArgumentError(
+            f"data is a {type(given).__name__}; give a Dataset or a LightningDataModule"
+        )
+    data = given if isinstance(given, Dataset) else dataset_of(given)
     return data.held_out() if job.held_out else data
 
 

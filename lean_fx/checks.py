@@ -139,7 +139,7 @@ def check_plain(model: nn.Module) -> None:
     """Check that a model is the model itself, and not what was made of it to run.
 
     Raises:
-        ArgumentError: it is of TorchScript, compiled, or wrapped for several devices.
+        ArgumentError: it or a part is of TorchScript, compiled, or wrapped for several devices.
 
     Example:
         >>> check_plain(nn.DataParallel(nn.Linear(4, 2)))
@@ -158,6 +158,11 @@ itself, its module
     if found:
         raise ArgumentError(f"model={type(model).__name__} object is {found}")
     for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"model: its part {name!r} is of TorchScript; put the module that it was made from "
+                "in its place"
+            )
         inner = "_orig_mod" if "_orig_mod" in part._modules else "module"
         if inner == "_orig_mod" or isinstance(
             part, nn.DataParallel | nn.parallel.DistributedDataParallel

@@ -1,13 +1,18 @@
 """What forward reads of its modules and others set later: refused there, or read at every call."""
 
 import collections
+import contextvars
 import copy
 import dataclasses
+import os
 import pickle
+import threading
+import types
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import lean_fx
 from lean_fx.errors import CaptureError
@@ -97,6 +102,77 @@ def test_settings_are_read_at_every_call(holder, nested):
     CONFIG.power, Config.tau = 3.0, 4.0
     torch.testing.assert_close(lean(X), model(X))
     CONFIG.power, Config.tau = 2.0, 1.0
+
+
+class Slotted:
+    """Settings without a __dict__."""
+
+    __slots__ = ("factor",)
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default=2.0)
+OF_THREAD = threading.local()
+NAMESPACE = types.SimpleNamespace(factor=2.0)
+SLOTTED = Slotted()
+FACTORS = {"factor": 2.0}
+FLAGS = []
+LAST = collections.deque([2.0])
+NAME = "LEAN_FX_TEST_FACTOR"
+
+OUTSIDE = {
+    "dict": (lambda: FACTORS["factor"], lambda new: FACTORS.update(factor=new)),
+    "list": (lambda: FLAGS[0] if FLAGS else 2.0, lambda new: FLAGS.insert(0, new)),
+    "deque": (lambda: LAST[-1], lambda new: LAST.append(new)),
+    "namespace": (lambda: NAMESPACE.factor, lambda new: setattr(NAMESPACE, "factor", new)),
+    "slots": (lambda: SLOTTED.factor, lambda new: setattr(SLOTTED, "factor", new)),
+    "context": (lambda: VARIABLE.get(), lambda new: VARIABLE.set(new)),
+    "thread": (lambda: OF_THREAD.factor, lambda new: setattr(OF_THREAD, "factor", new)),
+    "environ": (lambda: float(os.environ[NAME]), lambda new: os.environ.update({NAME: str(new)})),
+    "getenv": (lambda: float(os.getenv(NAME)), lambda new: os.environ.update({NAME: str(new)})),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_what_lies_outside_the_model_is_read_at_every_call(place, nested, monkeypatch):
+    read, write = OUTSIDE[place]
+    monkeypatch.setenv(NAME, "2.0")
+    OF_THREAD.factor = SLOTTED.factor = 2.0
+
+    class Reads(Scheduled):
+        def forward(self, x):
+            return self.b(self.a(x)) / read()
+
+    model = nn.Sequential(nn.Linear(32, 32), Reads()) if nested else Reads()
+    lean = lean_fx.leanify(model, X, min_channels=64)
+    before = model(X)
+    write(3.0)
+    assert not torch.allclose(model(X), before)
+    torch.testing.assert_close(lean(X), model(X))
+    write(2.0)
+
+
+def test_a_variable_of_a_function_around_is_read_at_every_call():
+    factor = [2.0]
+
+    class Reads(Scheduled):
+        def forward(self, x):
+            return self.b(self.a(x)) / factor[0]
+
+    model = nn.Sequential(nn.Linear(32, 32), Reads())
+    lean = lean_fx.leanify(model, X, min_channels=64)
+    factor[0] = 3.0
+    torch.testing.assert_close(lean(X), model(X))
+
+
+def test_numbers_and_tuples_outside_the_model_are_constants():
+    sizes, factor = (1, 2), 2.0
+
+    class Reads(Scheduled):
+        def forward(self, x):
+            return self.b(self.a(x)) / factor + sum(sizes)
+
+    assert isinstance(lean_fx.leanify(Reads(), X, channels=4), GraphModule)
 
 
 # -- classes of outputs ---------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def test_branches_on_sizes_are_followed(name):
         for number, name in enumerate(FOLLOWED)
     ],
 )
+@REFUSED
 def test_what_was_followed_is_copied_compiled_and_reduced(name):
     make, shape, _ = FOLLOWED[name]
     model, x = make(), X(*shape)

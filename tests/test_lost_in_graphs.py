@@ -374,6 +374,14 @@ def test_a_wrapped_part_is_named(wrap, name):
         lean_fx.leanify(model, X)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_a_part_of_torchscript_is_named(form):
+    model = nn.Sequential(nn.Linear(32, 32), torch.jit.script(nn.Linear(32, 4)))
+    with pytest.raises(ArgumentError, match=r"its part '1' is of TorchScript; put the module"):
+        lean_fx.leanify(model, X, form=form)
+
+
 @pytest.mark.filterwarnings("ignore:.*its submodule 'meta':lean_fx.LeanWarning")
 @pytest.mark.parametrize("name", ["meta", "lean_fx"])
 def test_the_name_of_a_part_is_free(name):

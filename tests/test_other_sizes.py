@@ -67,7 +67,22 @@ class Numbers(nn.Module):
         return x if x.sum().item() > 0 else -x
 
 
+class Several(nn.Module):
+    """Takes a single sample another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        if len(x) > 1:
+            x = x - x.mean(0)
+        return self.b(x)
+
+
 CASES = {
+    "single": (Several, (torch.randn(4, 8),), (torch.randn(1, 8),), "if len(x) > 1:"),
     "frames": (Frames, (torch.randn(2, 1, 800),), (torch.randn(2, 1, 1203),), "if rest:"),
     "batches": (OfBatches, (torch.randn(4, 8),), (torch.randn(6, 8),), "if len(x) > 4:"),
     "times": (

@@ -200,6 +200,21 @@ def test_what_is_made_in_inference_mode_can_be_trained(traced):
         assert all(each.grad is not None for each in made.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_layers_that_run_within_vmap_are_seen():
+    class Mapped(nn.Sequential):
+        def forward(self, x):
+            return self[2](torch.func.vmap(lambda row: F.relu(self[1](self[0](row))))(x))
+
+    model = Mapped(nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+    x = torch.rand(2, 4)
+    torch.testing.assert_close(lean_fx.leanify(model, x, min_channels=64)(x), model(x))
+    lean = lean_fx.leanify(model, x, channels=4)
+    assert [site.layers for site in lean_fx.plan_of(lean).sites] == [("1",), ("2",)]
+    rows = torch.stack([F.relu(lean[1](lean[0](row))) for row in x])
+    torch.testing.assert_close(lean(x), lean[2](rows))
+
+
 def test_the_same_seed_gives_the_same_model():
     model = Residual()
     states = []

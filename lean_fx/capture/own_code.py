@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lean_fx.capture.settings import reads_settings
 from lean_fx.graph.model_code import code_of_forward
-from lean_fx.graph.reachable import NUMBERS, settings_of
 
 #: What a graph is made for: to take the model's place, to do so in evaluation alone, where no mode
 #: is set, or to know about a model that keeps its class, and with it all methods.
@@ -39,7 +39,7 @@ def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: b
       caches, and a method of its own that makes or reads a state_dict.
     - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
     - Another way where a call fails: ``except RuntimeError``.
-    - Settings that may change later, of an object or class among its globals.
+    - Settings outside the model that may change later (:mod:`lean_fx.capture.settings`).
     - The mode of another module: ``self.norm.training``.
 
     Args:
@@ -61,7 +61,7 @@ def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: b
         return "matches classes, and a proxy has another"
     if any(map(_catches, code)):
         return "catches errors, and its graph would not"
-    if _reads_settings(module):
+    if reads_settings(module):
         return "reads settings that may be changed later"
     if any(map(_asks_for_another_mode, code)):
         return "asks for the mode of another module"
@@ -135,17 +135,6 @@ def _asks_for_another_mode(code: CodeType) -> bool:
     return any(
         step.argval == "training" and step.opname == before.opname == "LOAD_ATTR"
         for before, step in pairwise(steps)
-    )
-
-
-def _reads_settings(module: nn.Module) -> bool:
-    """Whether the code of a forward reads numbers of an object or class among its globals.
-
-    ``CONFIG.temperature`` may be set later, where a number such as ``EPSILON`` is a constant.
-    """
-    named = {name for code in code_of_forward(module) for name in code.co_names}
-    return any(
-        type(vars(each).get(name)) in NUMBERS for each in settings_of(module) for name in named
     )
 
 

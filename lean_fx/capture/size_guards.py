@@ -25,11 +25,11 @@ from lean_fx.graph.reachable import leaving_state
 def refusing_modules(
     model: nn.Module, captured: GraphModule, inputs: Sequence[Any]
 ) -> dict[str, str]:
-    """The modules with a branch that refuses larger inputs in the graph, but not in the model.
+    """The modules with a branch that refuses other sizes in the graph, but not in the model.
 
-    Both run on a larger batch alone, then on larger pictures or sequences too, by a half and by one
-    more: on fake tensors, which have sizes and no numbers, or on real ones if the model asks for
-    numbers.
+    Both run on a single sample, on a larger batch, then on larger pictures or sequences too, by a
+    half and by one more: on fake tensors, which have sizes and no numbers, or on real ones if the
+    model asks for numbers.
 
     Args:
         model: what was captured.
@@ -43,11 +43,11 @@ def refusing_modules(
     """
     refusing: dict[str, str] = {}
     run = _run if _succeeds(_run, model, inputs) else _run_real
-    for sizes in _larger_inputs(inputs):
-        larger = next((each for each in sizes if _succeeds(run, model, each)), None)
+    for sizes in _other_inputs(inputs):
+        other = next((each for each in sizes if _succeeds(run, model, each)), None)
         try:
-            if larger is not None:
-                run(captured, larger)
+            if other is not None:
+                run(captured, other)
         except BranchError as error:
             refusing |= _with_their_like(str(error), model, captured)
         except Exception:  # nothing that another leaf would mend
@@ -78,12 +78,13 @@ def _succeeds(run: Any, module: nn.Module, inputs: Sequence[Any]) -> bool:
     return True
 
 
-def _larger_inputs(inputs: Sequence[Any]) -> Iterator[Iterator[list[Any]]]:
-    """A larger batch; and larger pictures or sequences, in the ways of which a model takes some.
+def _other_inputs(inputs: Sequence[Any]) -> Iterator[Iterator[list[Any]]]:
+    """A single sample; a larger batch; and larger pictures or sequences, in the ways to try.
 
     Their channels are on axis 1 or on the last. They are larger by a half and one more, since code
     that pads up to whole frames branches on the rest; or by a half.
     """
+    yield iter([[_first(each) for each in inputs]])
     yield iter([[_larger(each, [0], 0) for each in inputs]])
     yield (
         [_larger(each, _axes_but(each, channels), more) for each in inputs]
@@ -95,6 +96,10 @@ def _axes_but(value: Any, channels: int) -> list[int]:
     dim = value.dim() if isinstance(value, Tensor) else 0
     numbers = dim > 1 and value.is_floating_point()  # tokens and their like have no channels
     return [axis for axis in range(dim) if not numbers or axis != channels % dim]
+
+
+def _first(value: Any) -> Any:
+    return value[:1] if isinstance(value, Tensor) and value.dim() else value
 
 
 def _larger(value: Any, axes: Sequence[int], more: int) -> Any:

@@ -120,23 +120,6 @@ def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
     yield from holders
 
 
-def settings_of(module: nn.Module) -> list[Any]:
-    """The objects and classes of the user's own among the globals that a module's code names."""
-    named = [
-        (each.__globals__[name], each)
-        for each in functions_of(module)
-        for name in names_in(each.__code__)
-        if name in each.__globals__
-    ]
-    return [value for value, user in named if _holds_settings(value, user)]
-
-
-def _holds_settings(value: Any, user: Any) -> bool:
-    if isinstance(value, type):
-        return not issubclass(value, nn.Module | Enum) and package_of(value) == package_of(user)
-    return _is_plain_object(value) and package_of(type(value)) == package_of(user)
-
-
 def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
     """What a module can reach, by its path; ``holders`` get what holds it."""
     found: dict[str, Any] = {}
@@ -161,8 +144,8 @@ def _add(found: dict[str, Any], holders: list[Any], path: str, value: Any, above
             items = [(f"{path}[{key!r}]", each) for key, each in value.items()]
         elif isinstance(value, set) and len(value) < _MANY:
             items = [(f"{path}[{each!r}]", each) for each in value]
-        elif _is_plain_object(value) or isinstance(value, FunctionType):
-            items = [(f"{path}.{key}", each) for key, each in _fields_of(value)]
+        elif is_plain_object(value) or isinstance(value, FunctionType):
+            items = [(f"{path}.{key}", each) for key, each in fields_of(value)]
             holders += [vars(value)] if hasattr(value, "__dict__") else []
         if isinstance(value, list | deque | dict | set) and len(value) < _MANY:
             holders.append(value)
@@ -201,7 +184,7 @@ def _is_as_before(now: Any, before: Any) -> bool:
     return len(mine) == len(their) and all(map(operator.is_, mine, their))
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """Whether a value is an instance of a class of the user's own, neither a module nor a type."""
     kind = type(value)
     known = issubclass(kind, nn.Module | Tensor | type | Proxy | Enum | ModuleType | FunctionType)
@@ -210,7 +193,8 @@ def _is_plain_object(value: Any) -> bool:
     return hasattr(value, "__dict__") or bool(_slots(kind))
 
 
-def _fields_of(value: Any) -> list[tuple[str, Any]]:
+def fields_of(value: Any) -> list[tuple[str, Any]]:
+    """What an object holds, by name."""
     fields = [(name, getattr(value, name)) for name in _slots(type(value)) if hasattr(value, name)]
     return [*getattr(value, "__dict__", {}).items(), *fields]
 
@@ -271,4 +255,4 @@ def _may_be_state(value: Any, user: Any) -> bool:
     if isinstance(value, FunctionType):
         return not isinstance(user, type) and package_of(value) == package_of(user)
     known = isinstance(value, ModuleType | type | property | staticmethod | classmethod)
-    return not known and _is_plain_object(value) and package_of(kind) == package_of(user)
+    return not known and is_plain_object(value) and package_of(kind) == package_of(user)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.checks import check_values
@@ -74,6 +75,8 @@ class Seen:
         value = value.data if isinstance(value, PackedSequence) else value
         if not isinstance(value, Tensor):
             return  # of a subclass that is called otherwise
+        while functorch.is_functorch_wrapped_tensor(value):  # within torch.func.vmap and the like
+            value = functorch.get_unwrapped(value)
         self.calls += 1
         self.squares += float(value.float().square().mean())
         self.is_input |= value.untyped_storage().data_ptr() in own

@@ -68,6 +68,7 @@ def report(rows: list[LibraryRow]) -> str:
     libraries = {row.model.partition("/")[0] for row in asked}
     refused = [row.model for row in rows if not row.form and "itself" not in row.ended]
     lines = [
+        "# Models of other libraries",
         f"```\n{command_line()}\n```",
         f"{machine()}. A site is a call that multiplies 16 or more channels with weights, found by "
         'running the model, not by the pass. "-": the model itself cannot.',

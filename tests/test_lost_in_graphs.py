@@ -208,6 +208,55 @@ def test_checkpoints_stay(reentrant):
     assert part.calls == 2  # the second in backward
 
 
+# -- errors that are caught ----------------------------------------------------------------------
+
+
+def is_exporting():
+    try:
+        return torch.compiler.is_exporting()
+    except AttributeError:  # torch is older
+        return False
+
+
+def viewed(x):
+    try:
+        return x.view(-1)
+    except RuntimeError:
+        return x.reshape(-1)
+
+
+def viewed_of(*given):
+    try:
+        return given[0].view(-1)
+    except RuntimeError:
+        return given[0].reshape(-1)
+
+
+def test_a_function_that_is_given_nothing_may_catch_errors():
+    class Asks(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if is_exporting() else super().forward(x) * 2
+
+    model = Asks(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    lean = lean_fx.leanify(model, X, channels=4)
+    assert isinstance(lean, torch.fx.GraphModule)
+    assert [site.nonnegative for site in lean_fx.plan_of(lean).sites] == [True]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no layer to reduce:lean_fx.LeanWarning")
+@pytest.mark.parametrize("function", [viewed, viewed_of])
+def test_one_that_is_given_a_value_keeps_its_module(function):
+    class Views(nn.Linear):
+        def forward(self, x):
+            return function(super().forward(x))
+
+    model = nn.Sequential(nn.Linear(32, 32), Views(32, 4))
+    lean = lean_fx.leanify(model, X, min_channels=64)
+    for x in (X, X[:, None].expand(-1, 3, -1)):
+        torch.testing.assert_close(lean(x), model(x))
+    assert type(lean.get_submodule("1")) is Views
+
+
 # -- classes of containers -----------------------------------------------------------------------
 
 

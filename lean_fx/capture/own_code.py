@@ -38,7 +38,8 @@ def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: b
     - A ``train``, ``eval`` or ``_apply`` of its own, unless it only calls torch's and drops
       caches, and a method of its own that makes or reads a state_dict.
     - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
-    - Another way where a call fails: ``except RuntimeError``.
+    - Another way where a call fails: ``except RuntimeError``, but for functions that are given
+      nothing, such as ``is_torch_compiling()``: what fails there is no value.
     - Settings outside the model that may change later (:mod:`lean_fx.capture.settings`).
     - The mode of another module: ``self.norm.training``.
 
@@ -123,7 +124,9 @@ def _asks_for_classes(code: CodeType) -> bool:
 
 @lru_cache(maxsize=4096)
 def _catches(code: CodeType) -> bool:
-    return any(each.opname in _CATCHING for each in dis.get_instructions(code))
+    stars = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    given = code.co_argcount or code.co_kwonlyargcount or stars or code.co_freevars
+    return bool(given) and any(each.opname in _CATCHING for each in dis.get_instructions(code))
 
 
 @lru_cache(maxsize=4096)

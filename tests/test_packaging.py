@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -25,7 +26,8 @@ def run(*command, cwd, **variables):
     )
 
 
-def built_wheel(home, **variables):
+def made_source(home):
+    """A copy of what the package is built of, as on a clean checkout."""
     for name, least in (("setuptools", 77), ("pip", 0)):
         try:
             version = importlib.metadata.version(name)
@@ -40,11 +42,29 @@ def built_wheel(home, **variables):
     left = shutil.ignore_patterns("*.so")
     for name in ("lean_fx", "passes", "examples/support"):  # the last must not be packed
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=left)
+    return source
+
+
+def built_wheel(home, source=None, **variables):
+    source = source or made_source(home)
     # "./": pip would look for a package of that name.
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "made")
-    built = run("pip", "wheel", *options, "./source", cwd=home, **variables)
+    built = run("pip", "wheel", *options, f"./{source.name}", cwd=home, **variables)
     assert built.returncode == 0, built.stdout + built.stderr
     (file,) = (home / "made").glob("lean_fx-*.whl")
+    return file
+
+
+def built_sdist(home):
+    source = made_source(home)
+    for name in ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "tests", source / "tests")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(home)!r})"
+    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    shutil.rmtree(source)
+    (file,) = home.glob("lean_fx-*.tar.gz")
     return file
 
 
@@ -53,9 +73,64 @@ def wheel(tmp_path_factory):
     return built_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-def test_without_a_compiler_the_wheel_has_no_kernel(tmp_path):
-    file = built_wheel(tmp_path, CC="/no/compiler", CXX="/no/compiler")
-    assert not [name for name in zipfile.ZipFile(file).namelist() if "_onnx" in name]
+NO_COMPILER = {"CC": "/no/compiler", "CXX": "/no/compiler"}
+
+
+def names_in(wheel):
+    return sorted(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_source_distribution_holds_all_and_makes_the_same_wheel(tmp_path):
+    file = built_sdist(tmp_path)
+    with tarfile.open(file) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    sources = ("lean_fx/kernel/*.cpp", "lean_fx/kernel/*.h", "tests/*.py", "examples/support/*.py")
+    files = [path for each in sources for path in ROOT.glob(each)]
+    assert held >= {str(path.relative_to(ROOT)) for path in files}
+    assert held >= {"passes/base.py", "lean_fx/py.typed", "Makefile", "LICENSE"}
+    (tmp_path / "tree").mkdir()
+    wheel = built_wheel(tmp_path, file, **NO_COMPILER)
+    names = names_in(wheel)
+    assert names == names_in(built_wheel(tmp_path / "tree", **NO_COMPILER))
+    assert not [name for name in names if "_onnx" in name]  # a compiler is wanted for it
+
+
+ASKS = """
+import torch, lean_fx
+from lean_fx import passes
+lean = lean_fx.leanify(torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Linear(32, 4)))
+lean(torch.rand(2, 4)).sum().backward()
+print(lean_fx.__file__, lean_fx.onnx_kernel())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
+@pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "none"])
+def test_it_runs_where_it_is_installed(kind, compiler, tmp_path):
+    source = built_sdist(tmp_path) if kind == "sdist" else made_source(tmp_path)
+    variables = {} if compiler else NO_COMPILER
+    venv.create(tmp_path / "venv")
+    python = str(tmp_path / "venv" / "bin" / "python")
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "torch.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    what = [str(built_wheel(tmp_path, source, **variables)) if kind == "wheel" else str(source)]
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed")
+    editable = ["--editable"] if kind == "editable" else []
+    done = run(
+        *("pip", "--python", python, "install", *options, *editable, *what),
+        cwd=tmp_path,
+        **variables,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = subprocess.run([python, "-c", ASKS], cwd=tmp_path, capture_output=True, text=True)
+    home = source if kind == "editable" else packages
+    if compiler and shutil.which("g++"):
+        file, kernel = asked.stdout.split()
+        assert Path(kernel).parent == home / "lean_fx" / "kernel"
+        assert Path(file).parent == home / "lean_fx"
+    else:
+        assert "so its kernel is not built" in asked.stderr.splitlines()[-1]
 
 
 def test_the_wheel_holds_the_package_only(wheel):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from safetensors.torch import safe_open, save_file
@@ -198,6 +199,53 @@ def test_a_checkpoint_of_lightning(prefix, form, tmp_path):
     again = lean_fx.load(tmp_path / "last.ckpt", net, x)
     assert type(again).__name__ == "Sequential"
     torch.testing.assert_close(again(x), lean(x), rtol=0, atol=0)
+
+
+class Trained(lightning.LightningModule):
+    """As users write one, with the plan in its checkpoints."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch):
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+    def on_save_checkpoint(self, checkpoint):
+        held = self if "lean_fx.plan" in getattr(self, "meta", {}) else self.net
+        checkpoint["lean_fx.plan"] = lean_fx.plan_of(held).to_json()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the module", "what it holds"])
+def test_a_checkpoint_that_lightning_has_written(whole, tmp_path):
+    x = torch.rand(6, 4)
+    task = Trained()
+    if whole:
+        task = lean_fx.leanify(task, x, form="module")
+    else:
+        task.net = lean_fx.leanify(task.net, x)
+    trainer = lightning.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 3))
+    file = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(file)
+    original = Trained() if whole else Trained().net
+    again = lean_fx.load(file, original, x)
+    assert isinstance(again, Trained) == whole
+    torch.testing.assert_close(again(x), task(x), rtol=0, atol=0)
 
 
 def test_checkpoints_that_are_refused(tmp_path):

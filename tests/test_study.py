@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optuna.trial import TrialState
 from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError
@@ -97,6 +98,36 @@ def test_a_grid_runs_each_configuration_once_and_nothing_twice(quick, tmp_path):
     assert len(what_ran(tmp_path)) == len(rows)
     for row in rows:
         assert row.outcome.accuracy == outcome_of(row.configuration).accuracy
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["at an epoch", "at the end"])
+def test_a_worker_that_was_taken_for_dead_goes_on(tells, monkeypatch, tmp_path):
+    study = study_in(tmp_path, Space(arms=("baseline", "slice")))
+    asleep = []
+
+    def sleeps(job, stop):
+        if not asleep:  # and another worker gives its trial up
+            database = study.database()
+            (running,) = database.get_trials(states=(TrialState.RUNNING,))
+            database._storage.set_trial_state_values(running._trial_id, TrialState.FAIL)
+            asleep.append(job.configuration.key)
+            if tells:
+                stop([0.5])
+        return untrained(job, stop)
+
+    monkeypatch.setattr(study_module, "run_apart", sleeps)
+    rows = study.run()
+    assert {row.configuration.arm for row in rows} == {"baseline", "slice"}
+    assert [row.state for row in rows] == ["complete"] * 2
+
+
+def test_another_error_of_a_worker_is_not_hidden(monkeypatch, tmp_path):
+    def breaks(job, stop):
+        raise ValueError("no such key")
+
+    monkeypatch.setattr(study_module, "run_apart", breaks)
+    with pytest.raises(ValueError, match="^no such key$"):
+        study_in(tmp_path, Space(arms=("baseline",))).run()
 
 
 def test_a_failed_trial_is_a_row_with_its_error(monkeypatch, tmp_path):

@@ -32,6 +32,7 @@ from lean_fx.experiment.study_database import (
     free_stale_trials,
     is_behind,
     open_database,
+    run_one,
     twin_of,
 )
 from lean_fx.experiment.training import Settings
@@ -190,7 +191,7 @@ class Study:
                             if stuck and not known.waiting:
                                 database.enqueue_trial(random.choice(missing))
                             before = len(known.keys)
-                            database.optimize(objective, n_trials=1, catch=(TrialError,))
+                            run_one(database, objective, TrialError)
                             continue
                     if not known.running:
                         return self._rows(database)

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,32 @@ def _without_password(url: str) -> str:
         return str(sqlalchemy.engine.make_url(url).render_as_string(hide_password=True))
     except sqlalchemy.exc.ArgumentError:
         return f"storage={url.partition(':')[0]}:..."
+
+
+def run_one(
+    study: optuna.Study, objective: Callable[[optuna.Trial], Any], caught: type[Exception]
+) -> None:
+    """Run one trial, unless another worker has taken this one for dead and the trial with it.
+
+    Args:
+        study: the study.
+        objective: what is run.
+        caught: what makes the trial fail, and raises nothing here.
+    """
+    lost = False
+
+    def run(trial: optuna.Trial) -> Any:
+        nonlocal lost
+        try:
+            return objective(trial)
+        finally:
+            lost = study.get_trials(deepcopy=False)[trial.number].state.is_finished()
+
+    try:
+        study.optimize(run, n_trials=1, catch=(caught,))
+    except ValueError:  # Optuna cannot tell the end of what has ended
+        if not lost:
+            raise
 
 
 def free_stale_trials(study: optuna.Study) -> None:

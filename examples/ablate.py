@@ -40,7 +40,7 @@ def numbers(subject: str, text: str) -> tuple[float, ...]:
         return tuple(map(float, words(text)))
     except ValueError:
         raise ArgumentError(
-            f"{subject}: {text!r} is no list of numbers such as 1e-3,1e-2"
+            f"{subject}: {text!r} is not a list of numbers such as 1e-3,1e-2"
         ) from None
 
 

@@ -5,7 +5,7 @@
 The free reduction is a slice of the first channels. The passes are LEAN without all that is small:
 its three products and four sums over x alone (their values mean nothing), which bound the speed of
 every form that makes them with these operators. All nets are trained for some steps on noise, so
-that their weights are no fresh draw; every round times all files in turn. Writes the table to
+that their weights are not a fresh draw; every round times all files in turn. Writes the table to
 runs/bench_onnx/bench_onnx.md. All of it is about the function in the file; examples/bench_kernel.py
 times the kernel.
 """

@@ -118,7 +118,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         rows = list(reader)
     if tuple(reader.fieldnames or ()) != FIELDS:
         raise DataError(
-            f"{path}: is no table of examples/paying.py; move it away, or give another --out"
+            f"{path}: is not a table of examples/paying.py; move it away, or give another --out"
         )
     return rows
 

@@ -75,14 +75,14 @@ def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
         >>> check_ints("PaperNet: widths", [50, 0], 1)
         Traceback (most recent call last):
         ...
-        lean_fx.errors.ArgumentError: PaperNet: widths=[50, 0] is no list of ints of 1 or more
+        lean_fx.errors.ArgumentError: PaperNet: widths=[50, 0] is not a list of ints of 1 or more
     """
     try:
         if isinstance(values, Sequence) and len(values):
             return tuple(check_int(subject, value, least) for value in values)
     except ArgumentError:
         pass
-    raise ArgumentError(f"{subject}={values!r} is no list of ints of {least} or more")
+    raise ArgumentError(f"{subject}={values!r} is not a list of ints of {least} or more")
 
 
 def whole_numbers(subject: str, text: str, least: int) -> list[int]:

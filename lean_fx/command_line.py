@@ -237,7 +237,9 @@ def _model(place: str) -> nn.Module:
     """The module at ``package.module:name``, or what the factory there makes."""
     parts = split_place(place)
     if parts is None:
-        raise ArgumentError(f"{place!r} is no MODULE:FACTORY such as torchvision.models:resnet18")
+        raise ArgumentError(
+            f"{place!r} is not a MODULE:FACTORY such as torchvision.models:resnet18"
+        )
     try:
         found = import_object(*parts)
         model = found if isinstance(found, nn.Module) else found()
@@ -247,7 +249,7 @@ def _model(place: str) -> nn.Module:
             "or what makes one without arguments"
         ) from error
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{place}: makes a {type(model).__name__}, which is no nn.Module")
+        raise ArgumentError(f"{place}: makes a {type(model).__name__}, which is not an nn.Module")
     return model
 
 
@@ -261,7 +263,8 @@ def _tensor(text: str) -> Tensor:
             raise ValueError
     except ValueError:
         raise ArgumentError(
-            f"--input {text!r} is no shape; give 1,3,224,224, or 8,16:int64 with a dtype of torch"
+            f"--input {text!r} is not a shape; give 1,3,224,224, or 8,16:int64 with a dtype of "
+            "torch"
         ) from None
     return torch.rand(shape).to(kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
 

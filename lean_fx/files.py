@@ -47,7 +47,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise WriteError(f"{target}: is a folder; give the name of a file")
         if target.exists() and not target.is_file():
             raise WriteError(
-                f"{target}: is no file but a device or the like; give the name of a file"
+                f"{target}: is not a file but a device or the like; give the name of a file"
             )
         _remove_left_folders(target.parent)
         folder, lock = _hidden_folder(target)
@@ -59,7 +59,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             "and that you may write to"
         ) from error
     except ValueError as error:  # a null byte
-        raise WriteError(f"{str(target)!r}: is no path ({error}); give another") from error
+        raise WriteError(f"{str(target)!r}: is not a path ({error}); give another") from error
     part = folder / target.name
     try:
         yield part
@@ -158,14 +158,14 @@ def as_folder(path: str | os.PathLike[str]) -> Path:
     """The path of a folder, which need not be there.
 
     Raises:
-        ArgumentError: it is no path.
+        ArgumentError: it is not a path.
 
     Example:
         >>> as_folder("runs").name
         'runs'
     """
     if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
-        raise ArgumentError(f"folder={path!r} is no path; give the name of a folder")
+        raise ArgumentError(f"folder={path!r} is not a path; give the name of a folder")
     return Path(path)
 
 
@@ -173,7 +173,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder and those above it, if they are not there yet, to write files into.
 
     Raises:
-        ArgumentError: it is no path.
+        ArgumentError: it is not a path.
         WriteError: it cannot be made or written to, or a file is in the way.
     """
     folder = as_folder(path)

@@ -33,8 +33,8 @@ def save(lean: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to make, usually named ``*.safetensors``; its folder must exist.
 
     Raises:
-        ArgumentError: the model holds no plan, or its ``state_dict`` holds what is no dense tensor
-            with data, or of a dtype that safetensors has not.
+        ArgumentError: the model holds no plan, or its ``state_dict`` holds something that is not a
+            dense tensor with data, or has a dtype that safetensors does not know.
         MissingDependencyError: safetensors is not installed.
         PlanError: the plan's reduction is a class without a registered name.
         WriteError: the file cannot be written.
@@ -52,7 +52,9 @@ def save(lean: nn.Module, path: str | os.PathLike[str]) -> None:
     Reference: https://github.com/huggingface/safetensors
     """
     if not isinstance(lean, nn.Module):
-        raise ArgumentError(f"save: {type(lean).__name__} object is no module; give a reduced one")
+        raise ArgumentError(
+            f"save: {type(lean).__name__} object is not a module; give a reduced one"
+        )
     plan = plan_of(lean)
     safetensors = require("safetensors.torch", extra="save", purpose="saving reduced models")
     tensors, tied = _distinct(lean.state_dict(keep_vars=True))
@@ -112,7 +114,7 @@ def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             raise ArgumentError(
-                f"save: {name!r} of the model's state_dict is no dense tensor with data; such "
+                f"save: {name!r} of the model's state_dict is not a dense tensor with data; such "
                 "a model can be saved by torch.save"
             )
         first = names.setdefault(id(value), name)
@@ -136,7 +138,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
         ) from error
     except Exception as error:  # its own type, or that of the file system
         raise DataError(
-            f"{path}: is no safetensors file ({error}); give one that lean_fx.save wrote"
+            f"{path}: is not a safetensors file ({error}); give one that lean_fx.save wrote"
         ) from error
     if PLAN not in metadata:
         raise DataError(f"{path}: holds no plan; give a file that lean_fx.save wrote")
@@ -159,7 +161,7 @@ def _read_checkpoint(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tens
     except Exception as error:  # of the unpickler, or of what it has read
         reason = one_line(error, 200)
         raise DataError(
-            f"{path}: is no checkpoint of Lightning that holds plain values and tensors alone "
+            f"{path}: is not a checkpoint of Lightning that holds only plain values and tensors "
             f"({reason}); give one, or a file that lean_fx.save wrote"
         ) from error
     if PLAN not in held:

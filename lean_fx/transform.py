@@ -79,7 +79,7 @@ def leanify(
             a copy of the model itself, with its class, methods, containers and hooks, in which
             each layer reduces its own input. The planner is the same, and so are the numbers in
             eval mode. Layers that read one tensor share its reduction; if the code gives each a
-            copy, each computes its own. Signs are proved of forward alone: try other methods
+            copy, each computes its own. Signs are proved only of forward: try other methods
             within :func:`~lean_fx.checking_signs`. ``"module"`` needs example inputs, and leaves
             alone parameters outside layers.
 

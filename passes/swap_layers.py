@@ -2,7 +2,7 @@
 
 What a graph shows gets its reductions as nodes (:class:`~lean_fx.passes.InsertReductions`). Three
 things it does not show: the calls of a model that cannot be traced, those of one that keeps its
-class, and one layer called several times, whose weights fit one width alone. There the layer itself
+class, and one layer called several times, whose weights fit only one width. There the layer itself
 is changed::
 
     cell(x)                                  before

@@ -12,7 +12,7 @@ Rules, where nothing but what is known to be harmless is taken for harmless:
    return its input itself.
 2. A call writes into its first argument if it is an in-place method or function (a trailing
    underscore), an in-place operator, sets an item, or has ``inplace=True``; into ``out`` if it
-   has that; into all its arguments if it is no call of torch's, or torch._foreach.
+   has that; into all its arguments if it is not a call of torch's, or torch._foreach.
 3. A call that writes into a value shares its storage.
 """
 

@@ -1,4 +1,4 @@
-"""Models that are no plain models, and all that a user can see of one."""
+"""Models that are not plain models, and all that a user can see of one."""
 
 import warnings
 

@@ -77,7 +77,7 @@ def test_errors():
         grid([4], ["slize"], [0], epochs=1)
     known = "control='slize' is not known; use lean, lean_row, lean_mean, "
     assert str(caught.value).startswith(known)
-    with pytest.raises(ArgumentError, match="channels=.0. is no list of ints of 1 or more"):
+    with pytest.raises(ArgumentError, match="channels=.0. is not a list of ints of 1 or more"):
         grid([0], [], [0], epochs=1)
 
 

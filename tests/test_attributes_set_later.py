@@ -63,7 +63,7 @@ def test_another_value_is_refused(name, nested):
     part = lean.get_submodule("1" if nested else "")
     before = getattr(Scheduled(), name)
     for each in (part, copy.deepcopy(lean).get_submodule("1" if nested else "")):
-        setattr(each, name, before)  # the same is no change
+        setattr(each, name, before)  # the same is not a change
         with pytest.raises(CaptureError, match=f"^{name} was "):
             setattr(each, name, LATER[name])
 

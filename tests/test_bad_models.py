@@ -1,4 +1,4 @@
-"""Models that are no plain models: refused by name, or handled; and never touched."""
+"""Models that are not plain models: refused by name, or handled; and never touched."""
 
 import contextlib
 import copy

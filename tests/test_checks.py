@@ -34,7 +34,7 @@ def test_what_is_no_int_in_the_range(value):
 def test_what_is_no_list_of_ints(values):
     with pytest.raises(ArgumentError) as caught:
         check_ints("f: n", values, 1)
-    assert str(caught.value) == f"f: n={values!r} is no list of ints of 1 or more"
+    assert str(caught.value) == f"f: n={values!r} is not a list of ints of 1 or more"
 
 
 @pytest.mark.parametrize("value", ["c", "", None, 3, ["a"]])

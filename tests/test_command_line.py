@@ -87,13 +87,19 @@ def test_compare_times_files(files, tmp_path, capsys):
     [
         (["plan", "nowhere:net"], "nowhere:net: cannot be made (ModuleNotFoundError: No module na"),
         (["plan", "torch.nn:Linear"], "torch.nn:Linear: cannot be made (TypeError: "),
-        (["plan", "builtins:dict"], "builtins:dict: makes a dict, which is no nn.Module"),
+        (["plan", "builtins:dict"], "builtins:dict: makes a dict, which is not an nn.Module"),
         (
             ["plan", "torch.nn"],
-            "'torch.nn' is no MODULE:FACTORY such as torchvision.models:resnet18",
+            "'torch.nn' is not a MODULE:FACTORY such as torchvision.models:resnet18",
         ),
-        (["plan", NET, "--input", "2,a"], "--input '2,a' is no shape; give 1,3,224,224, or 8,16:"),
-        (["plan", NET, "--input", "2:half_a_dtype"], "--input '2:half_a_dtype' is no shape; give"),
+        (
+            ["plan", NET, "--input", "2,a"],
+            "--input '2,a' is not a shape; give 1,3,224,224, or 8,16:",
+        ),
+        (
+            ["plan", NET, "--input", "2:half_a_dtype"],
+            "--input '2:half_a_dtype' is not a shape; give",
+        ),
         (["plan", NET, "--channels", "-1"], "channels=-1"),
         (["plan", NET, "--reduction", "mush"], "reduction='mush'"),
         (["compare", "nowhere.onnx"], "nowhere.onnx: nowhere.onnx is not a file; export the model"),

@@ -235,7 +235,7 @@ def test_energy_of_a_call_and_of_a_training_step(monkeypatch):
         (nn.Conv2d(7, 8, 3), (2, 7, 8, 8), None),
         (nn.Conv2d(50, 8, 3), (2, 50, 8, 8), "50 input channels are not below"),
         (nn.Conv2d(36, 8, 3, groups=2), (2, 36, 8, 8), "its 2 groups do not fill blocks of"),
-        (nn.Conv1d(16, 8, 3), (2, 16, 8), "it takes two-dimensional convolutions with"),
+        (nn.Conv1d(16, 8, 3), (2, 16, 8), "it takes only two-dimensional convolutions"),
     ],
 )
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs that layout")
@@ -312,8 +312,8 @@ def test_nothing_of_the_callers_is_changed():
         ({"models": {"a\nb": net()}}, "the name 'a.*nb' is not printable text; give another"),
         ({"models": {"a": 3}}, "'a' is a int; give a module"),
         ({"example_inputs": torch.rand(0, 3, 8, 8)}, "example_inputs have no rows; give one or m"),
-        ({"batches": (0,)}, "batches=.0,. is no list of ints of 1 or more"),
-        ({"batches": 3}, "batches=3 is no list of ints of 1 or more"),
+        ({"batches": (0,)}, "batches=.0,. is not a list of ints of 1 or more"),
+        ({"batches": 3}, "batches=3 is not a list of ints of 1 or more"),
         ({"energy_s": "3"}, "energy_s='3' is not 0 or more seconds"),
         (
             {"models": {"n": nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))}}
@@ -435,7 +435,7 @@ def test_a_folder_that_cannot_be(tmp_path):
 
 @pytest.mark.parametrize("folder", [5, b"a", "a\0b"])
 def test_what_is_no_folder(folder):
-    with pytest.raises(ArgumentError, match="^folder=.* is no path; give the name of a folder$"):
+    with pytest.raises(ArgumentError, match="^folder=.* is not a path; give the name of a folder$"):
         lean_fx.compare({"a": nn.Linear(4, 2)}, torch.rand(2, 4), rounds=2, folder=folder)
 
 

@@ -104,8 +104,8 @@ def test_errors_name_the_reduction(kind, arguments, message):
     [
         ((2, 12), 1, "axis 1 of [2, 12] is not in_channels=8; give such values, or another dim"),
         ((8, 4), -1, "axis -1 of [8, 4] is not in_channels=8; give such values, or another dim"),
-        ((2, 8), 2, "dim=2 is no axis of [2, 8]; give values of more axes, or another dim"),
-        ((8,), -2, "dim=-2 is no axis of [8]; give values of more axes, or another dim"),
+        ((2, 8), 2, "dim=2 is not an axis of [2, 8]; give values of more axes, or another dim"),
+        ((8,), -2, "dim=-2 is not an axis of [8]; give values of more axes, or another dim"),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +159,7 @@ def test_registry():
         with pytest.raises(ArgumentError) as caught:
             register_reduction("mine", value)
         assert str(caught.value) == (
-            f"register_reduction: 'mine': {kind} object is no factory; give a module class, which "
+            f"register_reduction: 'mine': {kind} object is not a factory; give a module class, which "
             "is made anew for each site"
         )
     assert "mine" not in reductions()

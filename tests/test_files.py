@@ -39,7 +39,9 @@ def test_an_error_of_the_system_is_told_as_ours(tmp_path):
 def test_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (
-        pytest.raises(WriteError, match="pipe: is no file but a device or the like; give the name"),
+        pytest.raises(
+            WriteError, match="pipe: is not a file but a device or the like; give the name"
+        ),
         replacing(tmp_path / "pipe") as part,
     ):
         part.write_text("text")
@@ -76,7 +78,7 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("path", [5, None, b"a", "a\0b"])
 def test_what_is_no_folder(path):
-    with pytest.raises(ArgumentError, match="^folder=.* is no path; give the name of a folder$"):
+    with pytest.raises(ArgumentError, match="^folder=.* is not a path; give the name of a folder$"):
         make_folder(path)
 
 

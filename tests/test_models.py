@@ -83,8 +83,8 @@ def test_a_picture_that_the_poolings_would_empty_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"widths": ()}, r"widths=\(\) is no list of ints of 1 or more"),
-        ({"widths": (4, 0)}, r"widths=\(4, 0\) is no list of ints of 1 or more"),
+        ({"widths": ()}, r"widths=\(\) is not a list of ints of 1 or more"),
+        ({"widths": (4, 0)}, r"widths=\(4, 0\) is not a list of ints of 1 or more"),
         ({"in_channels": 0}, "in_channels=0 is not an int of 1 or more"),
         ({"classes": -1}, "classes=-1 is not an int of 1 or more"),
     ],

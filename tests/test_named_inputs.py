@@ -64,8 +64,11 @@ def test_all_that_takes_inputs_takes_them_by_name(given, tmp_path):
 
 
 MISTAKES = [
-    ({"idz": IDS}, "'idz' is no positional parameter of the forward of Encoder; it has ids, mask,"),
-    ({1: IDS}, "1 is no positional parameter of the forward of Encoder; it has ids"),
+    (
+        {"idz": IDS},
+        "'idz' is not a positional parameter of the forward of Encoder; it has ids, mask,",
+    ),
+    ({1: IDS}, "1 is not a positional parameter of the forward of Encoder; it has ids"),
 ]
 
 

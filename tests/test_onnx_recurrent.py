@@ -188,15 +188,21 @@ def test_what_differs_behind_a_recurrent_layer_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({0: "batch"}, "export_onnx: dynamic_shapes is no sequence of a mapping for each of 1"),
-        (({}, {}), "export_onnx: dynamic_shapes is no sequence of a mapping for each of 1"),
+        ({0: "batch"}, "export_onnx: dynamic_shapes is not a sequence of a mapping for each of 1"),
+        (({}, {}), "export_onnx: dynamic_shapes is not a sequence of a mapping for each of 1"),
         (
             (5,),
-            "export_onnx: dynamic_shapes: 5 is no mapping for input 0; give such as {0: 'batch'",
+            "export_onnx: dynamic_shapes: 5 is not a mapping for input 0; give such as {0: 'batch'",
         ),
-        (("ab",), "export_onnx: dynamic_shapes: 'ab' is no mapping for input 0; give such as {0: "),
-        (({3: "a"},), "export_onnx: dynamic_shapes: 3 is no axis of input 0, which has 3; give"),
-        (({0: "a b"},), "export_onnx: dynamic_shapes: 'a b' is no name of a size; give a word"),
+        (
+            ("ab",),
+            "export_onnx: dynamic_shapes: 'ab' is not a mapping for input 0; give such as {0: ",
+        ),
+        (
+            ({3: "a"},),
+            "export_onnx: dynamic_shapes: 3 is not an axis of input 0, which has 3; give",
+        ),
+        (({0: "a b"},), "export_onnx: dynamic_shapes: 'a b' is not a name of a size; give a word"),
         (({0: "n", 1: "n"},), "export_onnx: dynamic_shapes: 'n' is 4 and 2 in the example inputs"),
     ],
 )

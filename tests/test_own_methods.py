@@ -201,7 +201,7 @@ def test_train_and_eval(kind):
 
 
 class MovesItsTable(Net):
-    """Its table is no buffer: to() and half() reach it here alone."""
+    """Its table is not a buffer: to() and half() reach it here alone."""
 
     def __init__(self):
         super().__init__()

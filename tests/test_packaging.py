@@ -190,7 +190,7 @@ def test_a_users_file_is_checked_against_the_installed_package(wheel, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     zipfile.ZipFile(wheel).extractall(packages)
-    # torch is found beside it; the editable install there is not, as it is no folder.
+    # torch is found beside it; the editable install there is not, as it is not a folder.
     (packages / "torch.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     cache = ROOT / ".mypy_cache"  # what tests/test_style.py leaves there of torch is taken
     strict = ("mypy", "--strict", f"--python-executable={python}", f"--cache-dir={cache}")

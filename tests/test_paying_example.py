@@ -68,6 +68,6 @@ def test_a_table_of_other_columns_is_refused(run, tmp_path):
     with pytest.raises(DataError) as caught:
         run("--models a")
     assert str(caught.value) == (
-        f"{tmp_path / 'paying.csv'}: is no table of examples/paying.py; move it away, or give "
+        f"{tmp_path / 'paying.csv'}: is not a table of examples/paying.py; move it away, or give "
         "another --out"
     )

@@ -410,7 +410,7 @@ def test_the_plan_says_what_was_wanted(fraction):
     [
         (torch.rand(2, 40, 4), "LeanReduction: axis 1 of [2, 40, 4] is not in_channels=50; give"),
         (torch.ones(2, 50, dtype=torch.int64), "lean_reduction: x is torch.int64; give floating-"),
-        (torch.rand(50), "LeanReduction: dim=1 is no axis of [50]; give values of more axes"),
+        (torch.rand(50), "LeanReduction: dim=1 is not an axis of [50]; give values of more axes"),
     ],
 )
 def test_values_that_a_reduction_cannot_take(x, message):
@@ -448,7 +448,11 @@ def test_writes_through_every_view_undo_a_proof(change):
         (torch.rand(2, 5), {}, "example_inputs: Annotated cannot run on [2, 5] ("),
         ((), {}, "example_inputs: Annotated cannot run on none ("),
         (torch.rand(2, 4), {"opset": True}, "export_onnx: opset=True is not an int of 18 or more"),
-        (torch.rand(2, 4), {"path": None}, "export_onnx: path=None is no path; give the name of "),
+        (
+            torch.rand(2, 4),
+            {"path": None},
+            "export_onnx: path=None is not a path; give the name of ",
+        ),
     ],
 )
 def test_what_cannot_be_exported(inputs, options, message, tmp_path, capfd):

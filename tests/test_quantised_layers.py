@@ -1,4 +1,4 @@
-"""Layers whose weights are no floating-point parameters: left alone, with their reason."""
+"""Layers whose weights are not floating-point parameters: left alone, with their reason."""
 
 import warnings
 

@@ -162,7 +162,9 @@ def test_accuracy(tmp_path):
     assert accuracy_of(path, [(scores, torch.tensor([0, 1, 2])), (scores[:1], [1])]) == 0.75
     with pytest.raises(DataError, match="evaluation: has no samples; give one batch or more"):
         accuracy_of(path, [])
-    with pytest.raises(ArgumentError, match="evaluation: a batch is no pair; give batches .inpu"):
+    with pytest.raises(
+        ArgumentError, match="evaluation: a batch is not a pair; give batches .inpu"
+    ):
         accuracy_of(path, [scores])
 
 

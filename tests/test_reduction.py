@@ -296,7 +296,7 @@ FUNCTION_ERRORS = [
     ({"seed": torch.randn(4).cfloat()}, "seed is torch.complex64; give floating-point values"),
     (
         {"dim": 2},
-        "dim=2 is no axis of x, which has 2; give the axis of its channels",
+        "dim=2 is not an axis of x, which has 2; give the axis of its channels",
     ),
     ({"dim": 1.0}, "dim=1.0 is not an int"),
     *(

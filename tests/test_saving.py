@@ -156,16 +156,16 @@ def test_a_file_that_is_none(tmp_path):
         lean_fx.load(tmp_path / "net", Conv(), X)
     for content in (b"", b"no tensors", b"\xff" * 64):
         (tmp_path / "net").write_bytes(content)
-        with pytest.raises(lean_fx.DataError, match="net: is no safetensors file"):
+        with pytest.raises(lean_fx.DataError, match="net: is not a safetensors file"):
             lean_fx.load(tmp_path / "net", Conv(), X)
-    with pytest.raises(lean_fx.DataError, match="is no safetensors file"):
+    with pytest.raises(lean_fx.DataError, match="is not a safetensors file"):
         lean_fx.load(tmp_path, Conv(), X)
 
 
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(lean_fx.ArgumentError, match="Conv object holds no plan; give what leanify"):
         lean_fx.save(Conv(), tmp_path / "net")
-    with pytest.raises(lean_fx.ArgumentError, match="^save: dict object is no module; give a"):
+    with pytest.raises(lean_fx.ArgumentError, match="^save: dict object is not a module; give a"):
         lean_fx.save({}, tmp_path / "net")
     lean = lean_fx.leanify(Conv(), X)
     with pytest.raises(lean_fx.WriteError, match="cannot be written"):
@@ -178,7 +178,7 @@ def test_what_cannot_be_saved(tmp_path):
         lean_fx.ArgumentError, match="^save: safetensors has no dtype torch.complex"
     ):
         lean_fx.save(lean, tmp_path / "net")
-    with pytest.raises(lean_fx.ArgumentError, match="no dense tensor with data"):
+    with pytest.raises(lean_fx.ArgumentError, match="is not a dense tensor with data"):
         lean_fx.save(lean_fx.leanify(Conv(), X).to("meta"), tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
 
@@ -256,7 +256,7 @@ def test_checkpoints_that_are_refused(tmp_path):
         r"holds no plan; put plan_of\(model\).to_json\(\) into the checkpoint's 'lean_fx.plan'": checkpoint(
             lean
         ),
-        r"is no checkpoint of Lightning that holds plain values and tensors alone": {"epoch": 3},
+        r"is not a checkpoint of Lightning that holds only plain values and tensors": {"epoch": 3},
         r"holds no '0.weight', which the model has": {**checkpoint(lean), "state_dict": {}, **plan},
     }
     for text, held in cases.items():
@@ -264,5 +264,5 @@ def test_checkpoints_that_are_refused(tmp_path):
         with pytest.raises(lean_fx.DataError, match=text):
             lean_fx.load(file, net, x)
     torch.save(checkpoint(lean, model=lean), file)  # a pickle of a class
-    with pytest.raises(lean_fx.DataError, match="is no checkpoint of Lightning"):
+    with pytest.raises(lean_fx.DataError, match="is not a checkpoint of Lightning"):
         lean_fx.load(file, net, x)

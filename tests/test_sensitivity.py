@@ -42,7 +42,7 @@ def test_a_single_sample_is_not_centred():
 
 
 class Told(nn.Module):
-    """Returns a mapping, and takes what is no number too."""
+    """Returns a mapping, and takes what is not a number too."""
 
     def __init__(self):
         super().__init__()

@@ -75,8 +75,8 @@ def test_a_convolutional_net_computes_its_formula():
         (lambda: RecurrentNet(hidden=0), "RecurrentNet: hidden=0 is not an int of 1 or more"),
         (lambda: RecurrentNet(layers=0), "RecurrentNet: layers=0 is not an int of 1 or more"),
         (lambda: FullyConnectedNet(frames=20), "FullyConnectedNet: frames=20 is not a multiple"),
-        (lambda: FullyConnectedNet((4, 0)), r"FullyConnectedNet: widths=\(4, 0\) is no list of"),
-        (lambda: Conv1dNet(()), r"Conv1dNet: widths=\(\) is no list of ints of 1 or more"),
+        (lambda: FullyConnectedNet((4, 0)), r"FullyConnectedNet: widths=\(4, 0\) is not a list of"),
+        (lambda: Conv1dNet(()), r"Conv1dNet: widths=\(\) is not a list of ints of 1 or more"),
         (lambda: Conv1dNet(classes=0), "Conv1dNet: classes=0 is not an int of 1 or more"),
         (
             lambda: sequence_net("cnn", (4,), in_channels=4, frames=8, classes=2),

@@ -146,7 +146,7 @@ def test_a_recording_that_is_a_folder_is_named(tmp_path):
 
 
 def test_a_path_that_is_none_is_named():
-    with pytest.raises(DataError, match=r"^'a\\x00b': is no path \(embedded null byte\); give"):
+    with pytest.raises(DataError, match=r"^'a\\x00b': is not a path \(embedded null byte\); give"):
         read_wav("a\0b")
 
 
@@ -164,13 +164,15 @@ def test_recordings_whose_names_say_no_digit(tmp_path, recordings):
 @pytest.mark.parametrize("folder", [None, b"a", 5, "a\0b"])
 def test_what_is_no_folder(folder):
     for load in (spoken_digits, download_spoken_digits):
-        with pytest.raises(ArgumentError, match="^folder=.* is no path; give the name of a folder"):
+        with pytest.raises(
+            ArgumentError, match="^folder=.* is not a path; give the name of a folder"
+        ):
             load(folder)
 
 
 @pytest.mark.parametrize("url", ["nonsense", 5, "http://[::1", ""])
 def test_what_is_no_address(tmp_path, url):
-    with pytest.raises(ArgumentError, match="^url=.* is no address .*; give such as https://"):
+    with pytest.raises(ArgumentError, match="^url=.* is not an address .*; give such as https://"):
         spoken_digits(tmp_path, True, url=url)
 
 
@@ -216,7 +218,9 @@ def test_a_damaged_archive_is_deleted_and_the_next_call_starts_anew(tmp_path, ha
         }[harm]
     )
     arguments = {"url": source.as_uri(), "recordings": NAMES}
-    with pytest.raises(DataError, match=r"what arrived is no whole gzip file \(.*; it was deleted"):
+    with pytest.raises(
+        DataError, match=r"what arrived is not a whole gzip file \(.*; it was deleted"
+    ):
         download_spoken_digits(tmp_path / "data", **arguments)
     assert names(tmp_path / "data") == []
     source.write_bytes(whole)

@@ -248,7 +248,7 @@ def test_a_member_that_points_outside_is_not_followed(tmp_path, server):
 
 
 def test_a_member_is_taken_by_its_whole_name(tmp_path):
-    """Not by its last part; a leading ./ is no part of it."""
+    """Not by its last part; a leading ./ is not a part of it."""
     (tmp_path / "a.tar.gz").write_bytes(archive({"./x.bin": b"right", "old/x.bin": b"wrong"}))
     unpack(tmp_path / "a.tar.gz", tmp_path, {"stl10_binary/x.bin": None})
     assert (tmp_path / "stl10_binary" / "x.bin").read_bytes() == b"right"

@@ -90,7 +90,7 @@ def test_a_width_that_changes_nothing_is_refused():
 
 
 def test_a_factory_that_gives_no_module_is_refused():
-    with pytest.raises(ArgumentError, match=r"make\(1\) gives a int, which is no nn.Module"):
+    with pytest.raises(ArgumentError, match=r"make\(1\) gives a int, which is not an nn.Module"):
         equal_budget(lambda _: 3, X, of=net(0.5))
 
 
@@ -145,11 +145,11 @@ def test_other_layers_cannot_be_factored():
     ("choices", "message"),
     [
         ({"arms": ()}, "Space: arms is empty; give one choice or more"),
-        ({"arms": "slice"}, "Space: arms='slice' is no list of choices; give \\('slice',\\)"),
+        ({"arms": "slice"}, "Space: arms='slice' is not a list of choices; give \\('slice',\\)"),
         ({"arms": ("slize",)}, "Space: arm='slize' is not known; use baseline, narrow,"),
         ({"learning_rates": (0.0,)}, "Space: learning rate 0.0 lies outside"),
         ({"seeds": (-1,)}, "Space: seed=-1 is not an int of 0 to"),
-        ({"options": 3}, "Space: options=3 is no mapping"),
+        ({"options": 3}, "Space: options=3 is not a mapping"),
         ({"like": "narrow"}, "Space: like='narrow' is not known"),
     ],
 )

@@ -182,7 +182,7 @@ def test_rows_round_trip(tmp_path):
     write_row(row, tmp_path / "row.json")
     assert read_row(tmp_path / "row.json") == row
     (tmp_path / "row.json").write_text("[1]")
-    with pytest.raises(DataError, match=r"row.json: is no row of the zoo .*; move it away"):
+    with pytest.raises(DataError, match=r"row.json: is not a row of the zoo .*; move it away"):
         read_row(tmp_path / "row.json")
 
 

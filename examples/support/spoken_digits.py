@@ -66,9 +66,10 @@ def spoken_digits(
         progress: called with (bytes there, bytes in all or None) for each piece that arrives.
 
     Raises:
-        ArgumentError: ``folder`` is no path, ``url`` no address, or a recording has another name.
-        DataError: a recording is missing, or is no WAV file of one channel, 16 bit and 8 kHz with
-            at least one sample and as many as it tells; or the download failed.
+        ArgumentError: ``folder`` is not a path, ``url`` is not an address, or a recording has
+            another name.
+        DataError: a recording is missing, or is not a WAV file of one channel, 16 bit and 8 kHz
+            with at least one sample and as many as it says; or the download failed.
         WriteError: ``folder`` cannot be written.
     """
     given = as_folder(folder)
@@ -120,7 +121,7 @@ def download_spoken_digits(
         The folder of the recordings.
 
     Raises:
-        ArgumentError: ``folder`` is no path, or ``url`` no address.
+        ArgumentError: ``folder`` is not a path, or ``url`` is not an address.
         DataError: the server cannot be reached, the connection broke, or what arrived is damaged
             or lacks a recording.
         WriteError: ``folder`` cannot be written.
@@ -154,7 +155,7 @@ def read_wav(path: str | Path) -> Tensor:
         why = str(error) or head
         raise DataError(f"{path}: cannot be read as a WAV file ({why}); {_REMEDY}") from error
     except ValueError as error:  # a null byte
-        raise DataError(f"{str(path)!r}: is no path ({error}); give another") from error
+        raise DataError(f"{str(path)!r}: is not a path ({error}); give another") from error
     if kind != (1, 16, SAMPLE_RATE):
         raise DataError(
             f"{path}: has {kind[0]} channels of {kind[1]} bit at {kind[2]} Hz, not 1 of 16 bit at "
@@ -170,8 +171,8 @@ def read_wav(path: str | Path) -> Tensor:
 def _check_names(recordings: Sequence[str]) -> None:
     if not isinstance(recordings, tuple | list) or not recordings:
         raise ArgumentError(
-            f"spoken_digits: recordings={recordings!r} is no list of one name or more; give such "
-            "as 3_theo_0.wav"
+            f"spoken_digits: recordings={recordings!r} is not a list of one name or more; give "
+            "such as 3_theo_0.wav"
         )
     for name in recordings:
         if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -73,4 +73,4 @@ def read_row(file: Path) -> Row:
         rings = {name: Ring(**ring) for name, ring in content.pop("rings").items()}
         return Row(rings=rings, **content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{file}: is no row of the zoo ({error}); move it away") from error
+        raise DataError(f"{file}: is not a row of the zoo ({error}); move it away") from error

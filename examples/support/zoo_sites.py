@@ -3,7 +3,7 @@
 Every operator that the model runs is looked at below the modules, functions and traces that the
 pass sees: a convolution, a recurrent layer, or a matrix product with a weight is a call site,
 whether a module, a function or a formula of ``forward`` calls for it. A weight is a parameter, or
-what was computed of parameters and buffers alone (weight standardisation, say).
+what was computed only from parameters and buffers (weight standardisation, say).
 
 Run on a reduced model, the same count tells which sites still read all their channels.
 """
@@ -58,7 +58,7 @@ def find_call_sites(model: nn.Module, inputs: tuple[Any, ...]) -> list[CallSite]
 
     Args:
         model: any module, reduced or not; it runs as it is, without gradients. What a reduction
-            itself computes is no call site.
+            itself computes is not a call site.
         inputs: its positional inputs.
 
     Example:
@@ -193,7 +193,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = self._names.get(_address(weight)) or f"{running}."
         if kind == "linear" and isinstance(module, nn.RNNBase):
             if "weight_ih" not in name or _address(weight) in self._read:
-                return  # the steps of a layer are one site, and its state is no input
+                return  # the steps of a layer are one site, and its state is not an input
             self._read.add(_address(weight))
             kind = "recurrent"
         layer = name.rpartition(".")[0]

@@ -154,7 +154,7 @@ class AnsweringTracer(LeanTracer):
             self.create_node("call_function", check_kind, (node, kind, self._place()), {})
 
     def is_of_input(self, node: Node) -> bool:
-        """Whether a value is an input, or an item or attribute of one that is no tensor."""
+        """Whether a value is an input, or an item or attribute of one that is not a tensor."""
         if node.op == "placeholder":
             return True
         if node.target not in (operator.getitem, getattr):

@@ -63,9 +63,9 @@ def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
     unknown = [name for name in given if name not in places]
     if unknown:
         raise ArgumentError(
-            f"example_inputs: {unknown[0]!r} is no positional parameter of the forward of {kind}; "
-            f"it has {', '.join(places) or 'none'}; a mapping that is itself an input is given as "
-            "(mapping,)"
+            f"example_inputs: {unknown[0]!r} is not a positional parameter of the forward of "
+            f"{kind}; it has {', '.join(places) or 'none'}; a mapping that is itself an input is "
+            "given as (mapping,)"
         )
     last = max((places.index(name) for name in given), default=-1)
     needs = [name for name in places if known[name].default is inspect.Parameter.empty]

@@ -59,7 +59,7 @@ def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
 
 
 def keep_layers(captured: GraphModule, root: nn.Module) -> None:
-    """Keep layers whole of which forward reads a parameter: torch.fx would keep that alone."""
+    """Keep layers whole of which forward reads a parameter: torch.fx would keep only that."""
     modules = modules_by_name(root)
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]

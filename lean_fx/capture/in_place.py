@@ -60,7 +60,7 @@ def write_in_place(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _is_size(node: Node) -> bool:
-    """Whether a value is a size of another, or computed of sizes alone."""
+    """Whether a value is a size of another, or computed only from sizes."""
     asked = node.args[1] if node.target is getattr else node.target
     if asked in _SIZES:
         return True

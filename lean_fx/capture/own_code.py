@@ -18,7 +18,7 @@ from torch import nn
 from lean_fx.capture.settings import reads_settings
 from lean_fx.graph.model_code import code_of_forward
 
-#: What a graph is made for: to take the model's place, to do so in evaluation alone, where no mode
+#: What a graph is made for: to take the model's place, to do so only in evaluation, where no mode
 #: is set, or to know about a model that keeps its class, and with it all methods.
 Purpose = Literal["graph", "evaluation", "facts"]
 

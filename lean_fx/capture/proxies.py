@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: What stands for a value that is not known.
 UNKNOWN = object()
-#: Where a node notes whether its value follows from the parameters alone.
+#: Where a node notes whether its value follows only from the parameters.
 FIXED = "lean_fx.fixed"
 _VALUE = "lean_fx.value"
 
@@ -60,7 +60,7 @@ class ValueProxy(KeepsData):
     """A proxy of a known value that has no items."""
 
     tracer: AnsweringTracer
-    __iter__: Any = None  # it is no collections.abc.Iterable
+    __iter__: Any = None  # it is not a collections.abc.Iterable
     __len__: Any = None
 
     def __getattr__(self, k: str) -> Any:

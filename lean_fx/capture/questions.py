@@ -1,7 +1,8 @@
 """Functions that ask what a value is, in place of Python's while a model is traced.
 
-``isinstance(x, torch.Tensor)`` asks a proxy, which is no tensor. A tracer with values answers for
-the value, and the graph checks that its inputs would answer alike; a tracer without values refuses.
+``isinstance(x, torch.Tensor)`` asks a proxy, which is not a tensor. A tracer with values answers
+for the value, and the graph checks that its inputs would answer alike; a tracer without values
+refuses.
 To let a proxy say that it is a tensor would do for Python, but torch's C++ would believe it, too.
 """
 
@@ -60,7 +61,7 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
         return tracer.type_of(args[0]) if asks else type(*args)
 
     def tell(*values: Any, **options: Any) -> None:
-        print(*values, **options)  # from here, the text of a proxy is no question about its value
+        print(*values, **options)  # from here, a proxy's text asks nothing about its value
 
     def with_type(kinds: Any) -> Any:
         if _isinstance(kinds, tuple):

@@ -66,7 +66,7 @@ def _may_be_set_later(value: Any) -> bool:
 
 
 def _is_of(package: str, value: Any) -> bool:
-    """Whether a value is an object or class of a package that is no model's."""
+    """Whether a value is an object or class of a package that is not a model's."""
     if isinstance(value, type):
         return not issubclass(value, nn.Module | Enum) and package_of(value) == package
     return is_plain_object(value) and package_of(type(value)) == package

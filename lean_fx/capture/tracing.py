@@ -196,7 +196,7 @@ class LeanTracer(Tracer):
             for each in written_by(node, {}):
                 if str(each.target).startswith("_tensor_constant"):  # it would live on
                     raise TraceError(
-                        f"{node.name} writes to a tensor that is no value of the graph"
+                        f"{node.name} writes to a tensor that is not a value of the graph"
                     )
         if autocasting() != self._autocast:
             raise SideEffect(f"autocast is turned on or off around {node.name}")

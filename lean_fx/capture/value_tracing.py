@@ -8,7 +8,7 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
 2. Where Python needs a value, to branch (``bool``), to count (``len``, ``range``) or as a number
    (``int``), it gets the one of the example inputs, and the graph gets a
    :func:`~lean_fx.capture.guards.check_branch`, which refuses inputs that would give another.
-3. What follows from the parameters alone, and is no tensor, is a constant. The number of axes of
+3. What follows only from the parameters, and is not a tensor, is a constant. The number of axes of
    a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
    Which keys, items and attributes inputs have, and of which types these are, is checked, too.
 4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.

@@ -144,7 +144,7 @@ def run_grid(
 
     A row is written as soon as it is known; training that was interrupted goes on from its
     checkpoint. Other calls may add rows of theirs to the same folder meanwhile. Under torchrun all
-    processes train, and the first alone does the rest.
+    processes train, and only the first does the rest.
 
     Args:
         settings: the rows that are wanted.

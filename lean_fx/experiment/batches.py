@@ -49,7 +49,7 @@ class Shares(torch_data.Dataset[Share]):
 
 
 class ShuffledBatches(torch_data.Sampler[Tensor]):
-    """Batches of places in an order that seed and epoch alone decide, the same in each process."""
+    """Batches of places in an order that only seed and epoch decide, the same in each process."""
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self._count, self._batch_size, self._seed = count, batch_size, seed

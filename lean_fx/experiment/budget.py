@@ -74,8 +74,8 @@ def _made(make: MakeWidth, width: float) -> nn.Module:
     model = make(width)
     if not isinstance(model, nn.Module):
         raise ArgumentError(
-            f"make({width:.3g}) gives a {type(model).__name__}, which is no nn.Module; return the "
-            "model"
+            f"make({width:.3g}) gives a {type(model).__name__}, which is not an nn.Module; return "
+            "the model"
         )
     return model
 

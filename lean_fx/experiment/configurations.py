@@ -16,10 +16,10 @@ from lean_fx.reduction.registry import reduction_factory, reductions
 
 Channels: TypeAlias = "int | float | str"
 
-#: The controls that are no reduction: what they do is told in :mod:`lean_fx.experiment.arms`.
+#: The controls that are not reductions: what they do is told in :mod:`lean_fx.experiment.arms`.
 CONTROLS = ("narrow", "narrow_macs", "narrow_latency", "low_rank", "depthwise")
 
-#: What the arms do not read that are no reduction of C' channels.
+#: What the arms do not read that are not reductions to C' channels.
 _UNREAD = {"baseline": ("channels", "sites"), "depthwise": ("channels",)}
 
 
@@ -100,7 +100,7 @@ class Space:
             is the reduction ``"projection"``.
         channels: C' as :func:`lean_fx.leanify` takes it.
         sites: which sites are reduced: ``"all"``; ``"late"``, the later half; ``"last"``; the
-            number of a site, such as ``"0"``, for one alone; or a glob pattern of layer names.
+            number of a site, such as ``"0"``, for only that one; or a glob pattern of layer names.
         learning_rates: each in ]0, 1].
         seeds: of the first weights and of the order of the samples.
         options: arguments of :class:`lean_fx.LeanReduction` and the values to try, such as
@@ -141,7 +141,7 @@ class Space:
     def _options(self) -> Iterator[tuple[str, Any]]:
         if not isinstance(self.options, Mapping):
             raise ArgumentError(
-                f"Space: options={self.options!r} is no mapping; give {{'damping': (0.0, 1.0)}}"
+                f"Space: options={self.options!r} is not a mapping; give {{'damping': (0.0, 1.0)}}"
             )
         yield from self.options.items()
 
@@ -169,7 +169,7 @@ class Space:
         return Configuration(**own, options=options)
 
     def __iter__(self) -> Iterator[Configuration]:
-        """The whole grid; of equal configurations the first alone."""
+        """The whole grid; of equal configurations only the first."""
         yield from map(self.configuration, self.grid().values())
 
     def grid(self) -> dict[str, dict[str, Any]]:
@@ -184,7 +184,7 @@ class Space:
 def _choices(name: str, given: Any) -> tuple[Any, ...]:
     """A tuple of choices, none twice."""
     if isinstance(given, str | Mapping) or not hasattr(given, "__iter__"):
-        raise ArgumentError(f"Space: {name}={given!r} is no list of choices; give ({given!r},)")
+        raise ArgumentError(f"Space: {name}={given!r} is not a list of choices; give ({given!r},)")
     choices = tuple(dict.fromkeys(given))
     if not choices:
         raise ArgumentError(f"Space: {name} is empty; give one choice or more")

@@ -51,7 +51,7 @@ class Dataset:
         test: tuple[Tensor, Tensor],
         classes: int,
     ) -> Dataset:
-        """Make a data set of (pictures, labels) pairs; mean and std come from ``train`` alone.
+        """Make a data set of (pictures, labels) pairs; mean and std come only from ``train``.
 
         Raises:
             ArgumentError: a split is empty, has not one label for each picture, labels out of

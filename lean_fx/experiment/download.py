@@ -66,7 +66,7 @@ def fetch(url: str, part: Path, md5: str | None, progress: Progress | None = Non
         progress: told of each piece that arrives.
 
     Raises:
-        ArgumentError: ``url`` is no address.
+        ArgumentError: ``url`` is not an address.
         DataError: the server cannot be reached, the connection broke, or what arrived is damaged.
         WriteError: ``part`` cannot be written.
     """
@@ -113,9 +113,9 @@ def _bring(url: str, part: Path, progress: Progress | None) -> None:
     try:
         url.encode("ascii")
         request = urllib.request.Request(url, headers=headers)
-    except (AttributeError, TypeError, ValueError) as error:  # the first two where it is no text
+    except (AttributeError, TypeError, ValueError) as error:  # the first two where it is not text
         raise ArgumentError(
-            f"url={url!r} is no address ({error}); give such as https://example.org/a.tar.gz"
+            f"url={url!r} is not an address ({error}); give such as https://example.org/a.tar.gz"
         ) from error
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -171,7 +171,7 @@ def _gzip_damage(path: Path) -> str:
             while file.read(_CHUNK):
                 pass  # the checksum is at the end
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        return f"is no whole gzip file ({error})"
+        return f"is not a whole gzip file ({error})"
     return ""
 
 

@@ -87,7 +87,7 @@ class Task(lightning.LightningModule):  # type: ignore[misc]
 class History(Callback):  # type: ignore[misc]
     """Meters and tests each epoch, and keeps the history in the checkpoint.
 
-    The first process alone tests, and its readings are the history of all.
+    Only the first process tests, and its readings are the history of all.
 
     Args:
         made_with: what the training is made with; its ``seed`` is that of dropout.
@@ -186,7 +186,7 @@ class Bar(TQDMProgressBar):  # type: ignore[misc]
         """Return a bar on stderr: Lightning's own goes to stdout, where results belong."""
         return Tqdm(
             desc=self._name,
-            disable=self.is_disabled or None,  # None: where stderr is no terminal
+            disable=self.is_disabled or None,  # None: where stderr is not a terminal
             dynamic_ncols=True,
             file=sys.stderr,
             smoothing=0,

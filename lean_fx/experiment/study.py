@@ -63,7 +63,7 @@ class Row:
     Attributes:
         trial: its number in the study.
         state: ``"complete"``, ``"pruned"`` or ``"failed"``; or ``"retrained"`` by
-            :meth:`Study.retrain`, then ``trial`` counts these alone.
+            :meth:`Study.retrain`, then ``trial`` counts only these.
         configuration: of the model.
         outcome: what was measured; None of a trial that failed.
         error: of a trial that failed, in one line.

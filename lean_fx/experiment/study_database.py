@@ -215,7 +215,7 @@ class Known:
 def is_behind(database: optuna.Study, accuracies: Sequence[float]) -> bool:
     """Whether a trial is below the median of the others after as many epochs.
 
-    Optuna's own pruners take one objective alone.
+    Optuna's own pruners take only one objective.
     """
     epoch = len(accuracies)
     others = [

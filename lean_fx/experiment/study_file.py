@@ -57,7 +57,7 @@ def run_study_file(file: str | Path) -> tuple[Study, list[Row]]:
         The study, and its rows, those of the retraining last.
 
     Raises:
-        DataError: the file cannot be read, is no TOML, or the database cannot be reached.
+        DataError: the file cannot be read, is not TOML, or the database cannot be reached.
         ArgumentError: as :func:`read_study_file`, or the study there is of another configuration.
         TrialError: a training of the best failed.
     """
@@ -70,7 +70,7 @@ def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any], dict[str, 
     """Read a study, and what its ``run`` and its ``retrain`` are called with.
 
     Raises:
-        DataError: the file cannot be read, or is no TOML.
+        DataError: the file cannot be read, or is not TOML.
         ArgumentError: a key is missing or not known, a value is out of its range, or a name
             cannot be imported.
     """
@@ -100,7 +100,7 @@ def imported(subject: str, place: Any) -> Any:
     """
     parts = split_place(str(place))
     if parts is None:
-        raise ArgumentError(f"{subject}: {place!r} is no MODULE:NAME such as my_nets:make")
+        raise ArgumentError(f"{subject}: {place!r} is not a MODULE:NAME such as my_nets:make")
     try:
         return import_object(*parts)
     except Exception as error:  # a user's own module may raise anything
@@ -128,7 +128,7 @@ def _checked_names(
 ) -> dict[str, Any]:
     """A table, if it has no key but the known ones; ``also`` are told as well."""
     if not isinstance(given, dict):
-        raise ArgumentError(f"{subject} is no table; write [{subject.rpartition(' ')[2]}]")
+        raise ArgumentError(f"{subject} is not a table; write [{subject.rpartition(' ')[2]}]")
     known = tuple(known)
     for name in given:
         if name not in known:

@@ -132,7 +132,7 @@ def as_json(rows: Sequence[Row]) -> str:
     every = [dataclasses.asdict(row) for row in rows]
     for row in every:
         row["outcome"] = {
-            name: None if value != value else value  # NaN is no JSON
+            name: None if value != value else value  # NaN is not JSON
             for name, value in (row["outcome"] or {}).items()
         }
     return json.dumps(every)

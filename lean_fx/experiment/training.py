@@ -111,7 +111,7 @@ def train(
 
     Under torchrun every process must call it, alike. Each takes its share of every batch, so that
     the steps are those of one process, but for rounding; only dropout and batch normalization,
-    which act on a share at a time, come out otherwise. The first process alone tests and writes.
+    which act on a share at a time, come out otherwise. Only the first process tests and writes.
 
     Args:
         model: the net, with its first weights; it ends on the CPU in evaluation mode.
@@ -119,7 +119,7 @@ def train(
         settings: how.
         folder: where ``last.ckpt`` is kept; made if it is missing. Several machines share it.
         meter: a running one, inside its ``with``; that of the first process counts, and sees its
-            own machine alone. Without it the history's joules and grams are NaN, its meter is
+            own machine. Without it the history's joules and grams are NaN, its meter is
             ``"none"``, and only the seconds are measured.
         name: shown beside the progress bar.
         stop: called with the history after every epoch, in every process; training ends early
@@ -128,7 +128,7 @@ def train(
     Returns:
         One entry an epoch, the same in every process. Training loss and accuracy are means over
         the epoch's own steps, made while the weights changed; those on the test split are of the
-        weights at its end. The energy is that of the training steps alone.
+        weights at its end. The energy is only that of the training steps.
 
     Raises:
         ArgumentError: the checkpoint there was made otherwise, or there is no such accelerator,

@@ -103,12 +103,12 @@ def export_onnx(
             one size. ``"batch"`` is checked at 1, 2 and 5, other names at half, once and twice the
             size in the example inputs.
         opset: the ONNX opset, 18 or more, or None for the exporter's own.
-        functions: ``"keep"`` for LEAN nodes, ``"inline"`` for standard operators alone, for
+        functions: ``"keep"`` for LEAN nodes, ``"inline"`` for only standard operators, for
             runtimes that know no functions, or no overloads of them, as onnx's own
             ``ReferenceEvaluator``: reductions of different forms share the name LEAN.
         quantize: ``"dynamic"`` or ``"static"`` to write an INT8 twin beside the file too, see
             :func:`~lean_fx.export.quantization.quantize_onnx`.
-        calibration: batches of inputs, for ``"static"`` alone.
+        calibration: batches of inputs, only for ``"static"``.
         evaluation: batches ``(inputs, labels)``, to say what the twin costs in accuracy.
         int8_target: the processors that a static twin is for: ``"portable"``, all of them; or
             ``"vnni"``, those that multiply 8-bit weights exactly, see
@@ -124,7 +124,7 @@ def export_onnx(
         Where the files are, and their accuracy if that was asked for.
 
     Raises:
-        ArgumentError: the inputs are neither a tensor nor a tuple, or one is no batch; or an
+        ArgumentError: the inputs are neither a tensor nor a tuple, or one is not a batch; or an
             option or ``dynamic_shapes`` does not fit; or the model is on the meta device, or has
             lazy layers without a shape.
         ExportError: torch cannot export the model, such as quantised layers; says why. Or the file
@@ -145,7 +145,7 @@ def export_onnx(
     check_values(model, "export_onnx")
     _check_float(model)
     if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"export_onnx: path={path!r} is no path; give the name of a file")
+        raise ArgumentError(f"export_onnx: path={path!r} is not a path; give the name of a file")
     if opset is not None:
         opset = check_int("export_onnx: opset", opset, 18)
     check_choice("export_onnx: batch", batch, get_args(Batch))

@@ -26,7 +26,7 @@ def batch_axes(inputs: Sequence[Any], dynamic: bool) -> Axes:
     """
     if not all(isinstance(value, Tensor) and value.dim() for value in inputs):
         raise ArgumentError(
-            "example_inputs: an input is no tensor with a batch axis; give tensors, batch first"
+            "example_inputs: an input is not a tensor with a batch axis; give tensors, batch first"
         )
     if any(value.shape[0] == 0 for value in inputs):
         raise ArgumentError("export_onnx: example_inputs have no rows; give one or more")
@@ -52,29 +52,29 @@ def check_axes(inputs: Sequence[Any], shapes: Any) -> Axes:
     """
     if not isinstance(shapes, tuple | list) or len(shapes) != len(inputs):
         raise ArgumentError(
-            f"export_onnx: dynamic_shapes is no sequence of a mapping for each of {len(inputs)} "
+            f"export_onnx: dynamic_shapes is not a sequence of a mapping for each of {len(inputs)} "
             "inputs; give such as ({0: 'batch', 1: 'length'},)"
         )
     sizes: dict[str, int] = {}
     found = []
     for place, (value, named) in enumerate(zip(inputs, shapes, strict=True)):
         if not isinstance(value, Tensor):
-            raise ArgumentError(f"example_inputs: input {place} is no tensor; give tensors")
+            raise ArgumentError(f"example_inputs: input {place} is not a tensor; give tensors")
         axes: dict[int, str] = {}
         if named is not None and not isinstance(named, Mapping):
             raise ArgumentError(
-                f"export_onnx: dynamic_shapes: {named!r} is no mapping for input {place}; give "
+                f"export_onnx: dynamic_shapes: {named!r} is not a mapping for input {place}; give "
                 "such as {0: 'batch', 1: 'length'}, or {}"
             )
         for axis, name in (named or {}).items():
             if type(axis) is not int or not -value.dim() <= axis < value.dim():
                 raise ArgumentError(
-                    f"export_onnx: dynamic_shapes: {axis!r} is no axis of input {place}, which has "
-                    f"{value.dim()}; give one of those"
+                    f"export_onnx: dynamic_shapes: {axis!r} is not an axis of input {place}, which "
+                    f"has {value.dim()}; give one of those"
                 )
             if not isinstance(name, str) or not name.isidentifier():
                 raise ArgumentError(
-                    f"export_onnx: dynamic_shapes: {name!r} is no name of a size; give a word"
+                    f"export_onnx: dynamic_shapes: {name!r} is not a name of a size; give a word"
                 )
             size = value.shape[axis]
             if sizes.setdefault(name, size) != size:

@@ -115,7 +115,7 @@ def greatest_difference(
 
     Returns:
         Over all outputs, the greatest absolute difference by the greatest magnitude of that
-        output; NaN at the same place is no difference. Infinite where shapes differ.
+        output; NaN at the same place does not count. Infinite where shapes differ.
     """
     with torch.no_grad():
         expected = pytree.tree_leaves(model(*(value.clone() for value in inputs)))

@@ -80,7 +80,7 @@ def quantize_onnx(
         The path of the twin. Its metadata say under ``"lean_fx.int8"`` how it was made.
 
     Raises:
-        ArgumentError: ``"static"`` has no calibration data, or these are no batches of the file's
+        ArgumentError: ``"static"`` has no calibration data, or these are not batches of the file's
             inputs, or one has no rows.
         ExportError: ONNX Runtime cannot quantise the file.
         MissingDependencyError: onnxruntime or onnx is not installed.
@@ -218,7 +218,7 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
 
     Raises:
         DataError: there are no samples, or the file is not there.
-        ArgumentError: a batch is no pair of inputs and labels, or the file does not take its
+        ArgumentError: a batch is not a pair of inputs and labels, or the file does not take its
             inputs, or there is no label for each row of scores.
     """
     session = open_session(str(path), Path(path), threads=max(1, torch.get_num_threads()))
@@ -226,7 +226,7 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
     right = total = 0
     for batch in evaluation:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ArgumentError("evaluation: a batch is no pair; give batches (inputs, labels)")
+            raise ArgumentError("evaluation: a batch is not a pair; give batches (inputs, labels)")
         arrays = _arrays("evaluation", names, batch[0])
         try:
             scores = torch.as_tensor(session.run(None, arrays)[0])
@@ -250,7 +250,7 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
 
 
 def gives_batches(data: Any) -> bool:
-    """Whether data can be iterated over, and are not one tensor, whose rows are no batches.
+    """Whether data can be iterated over, and are not one tensor, whose rows are not batches.
 
     Example:
         >>> gives_batches([torch.rand(2, 3)]), gives_batches(torch.rand(2, 3))

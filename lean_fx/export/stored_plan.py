@@ -26,7 +26,7 @@ def plan_of(reduced: nn.Module | str | os.PathLike[str]) -> Plan:
 
     Raises:
         ArgumentError: the model holds no plan.
-        DataError: there is no such file, it is no ONNX file, or it holds no plan.
+        DataError: there is no such file, it is not an ONNX file, or it holds no plan.
         MissingDependencyError: onnx is not installed, and a file is to be read.
         PlanError: the plan is of an unknown version, or its reduction is not registered here.
 
@@ -55,7 +55,9 @@ def plan_of(reduced: nn.Module | str | os.PathLike[str]) -> Plan:
             f"{reduced}: there is no such file; give one that export_onnx wrote"
         ) from error
     except Exception as error:
-        raise DataError(f"{reduced}: is no ONNX file; give one that export_onnx wrote") from error
+        raise DataError(
+            f"{reduced}: is not an ONNX file; give one that export_onnx wrote"
+        ) from error
     for entry in model.metadata_props:
         if entry.key == PLAN:
             return Plan.from_json(entry.value)

@@ -11,7 +11,7 @@ from torch import nn
 
 #: What functools.lru_cache and functools.cache make.
 CACHE: Any = type(lru_cache(lambda: None))
-#: Packages whose code and objects are no model's own.
+#: Packages whose code and objects are not a model's own.
 LIBRARIES = ("None", "torch", "builtins", "lean_fx", "numpy", "collections", "functools")
 #: What a variable of a function around has before it is assigned.
 ABSENT = object()

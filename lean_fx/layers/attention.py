@@ -120,7 +120,7 @@ class AttentionHeads(nn.Module):
         return sum(masks[1:], masks[0]) if masks else None
 
     def extra_repr(self) -> str:
-        """The settings, those alone that are not the default."""
+        """The settings that differ from the default."""
         options = {"dropout": (self.dropout, 0.0), "batch_first": (self.batch_first, False)}
         options["add_zero_attn"] = (self.add_zero_attn, False)
         changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]

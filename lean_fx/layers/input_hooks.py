@@ -14,7 +14,7 @@ Rules:
 1. The functions are F.linear and F.conv1d, conv2d, conv3d; the weight is known by its identity,
    so a copy of it (``weight.half()``) is not.
 2. The mode is of the thread that runs the module, and is left when forward fails, too. After a
-   KeyboardInterrupt it stays on, which changes no number, as it acts on those weights alone.
+   KeyboardInterrupt it stays on, which changes no number, as it acts only on those weights.
 3. A module that runs within itself reduces once.
 """
 

@@ -230,7 +230,7 @@ def _checked(subject: str, function: Callable[..., Any], least: int | None) -> A
 
 
 def unregister_layer(layer_type: type[nn.Module]) -> None:
-    """Take a type back. Types that were never registered, and torch's own, are no error."""
+    """Take a type back. Types that were never registered, and torch's own, are not an error."""
     if layer_type in KINDS and KINDS[layer_type].registered:
         del KINDS[layer_type]
 

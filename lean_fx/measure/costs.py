@@ -111,7 +111,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
         The costs of each node and in total: ``print(costs.to_markdown())``.
 
     Raises:
-        ArgumentError: the model is no module, or fails on these inputs.
+        ArgumentError: the model is not a module, or fails on these inputs.
         CaptureError: it cannot be copied or traced.
 
     Example:
@@ -269,7 +269,7 @@ def _written(changed: list[Tensor], output: Any) -> list[Tensor]:
 
 
 def _read_bytes(called: Any, read: list[Tensor]) -> int:
-    """Bytes of all of it, but of the rows alone that are looked up in a table."""
+    """Its bytes; of a table, only those of the rows that are looked up."""
     total = sum(map(_bytes, read))
     if isinstance(called, nn.Embedding | nn.EmbeddingBag) or called in _LOOK_UPS:
         indices, table = read[0], read[-1] if isinstance(called, nn.Module) else read[1]

@@ -79,7 +79,7 @@ class EnergyMeter:
     to be TDP x (0.1 + 0.9 load^3), with the load of the whole machine in ]0, 1] and the TDP looked
     up by the processor's name (a generic 85 W where unknown); ``constant`` is half the TDP. The
     power of the memory is a constant of the machine with every meter. So with an estimate the
-    energy of two programs at equal load differs exactly as their times do: it is no evidence
+    energy of two programs at equal load differs exactly as their times do: it is not evidence
     beyond the time. Where the TDP is known, set CODECARBON_FORCE_CPU_POWER (watts).
 
     It meters the machine, not the process: whatever else runs is counted too. CO2 is the energy

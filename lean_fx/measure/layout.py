@@ -49,7 +49,7 @@ def blocked_layout(file: Path, *, kernel: bool = False) -> tuple[int, tuple[str,
         groups = next((each.i for each in node.attribute if each.name == "group"), 1)
         dims = weights[node.input[1]].dims if node.input[1] in weights else []
         if len(dims) != 4 or weights[node.input[1]].data_type != onnx.TensorProto.FLOAT:
-            reason = "it takes two-dimensional convolutions with constant weights in float32 alone"
+            reason = "it takes only two-dimensional convolutions with constant weights in float32"
         elif groups > 1:
             reason = f"its {groups} groups do not fill blocks of {block} channels"
         else:

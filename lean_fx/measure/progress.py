@@ -12,7 +12,7 @@ from contextlib import contextmanager
 def counted_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr with the time that is left, to be told how much is done.
 
-    It is silent where stderr is no terminal, or rich is not installed.
+    It is silent where stderr is not a terminal, or rich is not installed.
 
     Args:
         name: of the work.

@@ -35,7 +35,7 @@ class Totals:
 
 
 def make_tracker(country: str, interval_s: float, totals: Totals) -> Any:
-    """A tracker of the whole machine that tells its readings to ``totals`` alone."""
+    """A tracker of the whole machine that tells its readings only to ``totals``."""
     base: Any = require("codecarbon", purpose="measuring energy").OfflineEmissionsTracker
 
     class Tracker(base):  # type: ignore[misc]

@@ -37,7 +37,7 @@ def check_channels(owner: str, in_channels: int, out_channels: int) -> tuple[int
         Both, as ints of Python.
 
     Raises:
-        ArgumentError: either is no positive int, ``in_channels`` is above 2**31 - 1, or the
+        ArgumentError: either is not a positive int, ``in_channels`` is above 2**31 - 1, or the
             division leaves a rest.
     """
     in_channels = check_int(f"{owner}: in_channels", in_channels, 1)
@@ -69,7 +69,7 @@ class Reduction(nn.Module):
         - output: ``[..., C', ...]``
 
     Raises:
-        ArgumentError: ``out_channels`` does not divide ``in_channels``, or one is no int.
+        ArgumentError: ``out_channels`` does not divide ``in_channels``, or one is not an int.
 
     Example:
         >>> import torch
@@ -114,8 +114,8 @@ class Reduction(nn.Module):
         subject, shape = type(self).__name__, list(x.shape)
         if not -x.dim() <= self.dim < x.dim():
             raise ArgumentError(
-                f"{subject}: dim={self.dim} is no axis of {shape}; give values of more axes, or "
-                "another dim"
+                f"{subject}: dim={self.dim} is not an axis of {shape}; give values of more axes, "
+                "or another dim"
             )
         if x.shape[self.dim] != self.in_channels:
             raise ArgumentError(

@@ -27,7 +27,7 @@ def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
         The model itself.
 
     Raises:
-        ArgumentError: the model has no LeanReduction, or is no module.
+        ArgumentError: the model has no LeanReduction, or is not a module.
 
     Example:
         >>> import torch, lean_fx

@@ -94,7 +94,7 @@ leave nonnegative out
 
 @contextmanager
 def as_onnx_nodes() -> Iterator[None]:
-    """Within it, a reduction is one ONNX node LEAN and computes nothing: for export alone."""
+    """Within it, a reduction is one ONNX node LEAN and computes nothing: only for export."""
     global _as_onnx_nodes
     before, _as_onnx_nodes = _as_onnx_nodes, True
     try:
@@ -229,8 +229,8 @@ def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
     check_floating("lean_reduction", x=x, seed=seed)
     if not -x.dim() <= check_int("lean_reduction: dim", dim) < x.dim():
         raise ArgumentError(
-            f"lean_reduction: dim={dim!r} is no axis of x, which has {x.dim()}; give the axis of "
-            "its channels"
+            f"lean_reduction: dim={dim!r} is not an axis of x, which has {x.dim()}; give the axis "
+            "of its channels"
         )
     channels, sizes = x.shape[dim], list(seed.shape)
     vector = seed.dim() == 1 and sizes[0] > 0 and channels % sizes[0] == 0

@@ -1,7 +1,7 @@
 """Packed sequences: sequences of different lengths without their padding.
 
 A :class:`torch.nn.utils.rnn.PackedSequence` holds the time steps of all sequences as the rows of
-``data``, ``[sum of lengths, C]``. What acts on each row alone acts on ``data``: it never meets
+``data``, ``[sum of lengths, C]``. What acts on one row at a time acts on ``data``: it never meets
 padding.
 """
 

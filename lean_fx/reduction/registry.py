@@ -82,8 +82,8 @@ def register_reduction(name: str, factory: ReductionFactory) -> None:
         raise ArgumentError(f"register_reduction: name={name!r} is not a name; give a string")
     if not _is_factory(factory):
         raise ArgumentError(
-            f"register_reduction: {name!r}: {type(factory).__name__} object is no factory; give a "
-            "module class, which is made anew for each site"
+            f"register_reduction: {name!r}: {type(factory).__name__} object is not a factory; give "
+            "a module class, which is made anew for each site"
         )
     if _FACTORIES.get(name, factory) is not factory:
         raise ArgumentError(f"register_reduction: {name!r} is taken; choose another name")
@@ -91,7 +91,7 @@ def register_reduction(name: str, factory: ReductionFactory) -> None:
 
 
 def unregister_reduction(name: str) -> None:
-    """Take a name back. Unknown names are no error."""
+    """Take a name back. Unknown names are not an error."""
     _FACTORIES.pop(name, None)
 
 

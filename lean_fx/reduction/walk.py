@@ -14,7 +14,7 @@ Only ``d`` depends on the signs. If ``X >= 0``, ``|G| = G`` factors::
     d[i] = sum_k X[i,k] t[k]
 
 so a position costs about 4 C_in multiply-adds. If not, ``G`` is formed for a block of positions,
-summed and dropped: C' C_in more, and a matrix of C'^2 for the positions of one block alone.
+summed and dropped: C' C_in more, and a matrix of C'^2 for only the positions of one block.
 
 Damping ``lam`` replaces ``d[i]`` by ``d[i] + lam mean_j d[j]``, and in the gradient below ``gd[i]``
 by ``gd[i] + lam mean_j gd[j]``. A norm floor ``f`` replaces ``s`` by ``s + f``.

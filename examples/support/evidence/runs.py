@@ -54,7 +54,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Runs that differ in rate and seed alone, to be trained side by side."""
+    """Runs that differ only in rate and seed, to be trained side by side."""
 
     part: Part
     arm: Arm

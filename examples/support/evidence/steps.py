@@ -46,7 +46,7 @@ def rate_schedule(rate: float, steps: int) -> Tensor:
 
 @dataclass
 class History:
-    """What a run leaves: one number an epoch in each list, and None where it was no number."""
+    """What a run leaves: one number an epoch in each list, and None where it was not a number."""
 
     train_loss: list[float | None] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)

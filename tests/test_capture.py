@@ -4,6 +4,8 @@ import copy
 import functools
 import math
 import pickle
+import sys
+import types
 from collections.abc import Iterable
 
 import onnx
@@ -298,6 +300,46 @@ def test_lru_caches_get_no_proxies():
     capture(model, (x,))
     torch.testing.assert_close(model(x), capture(model, (x,))(x))
     assert doubled(3) == 6
+
+
+LIBRARY = """
+import functools
+
+def uncached(size):
+    return 2 * size
+
+cached = functools.lru_cache(uncached)
+
+def careless(size):
+    return cached(size)
+
+def careful(size):  # as einops
+    try:
+        return cached(size)
+    except TypeError:  # it is a symbol
+        return uncached(size)
+"""
+
+
+@pytest.mark.parametrize("name", ["careless", "careful"])
+def test_caches_of_other_packages_get_no_proxies(name, monkeypatch):
+    library = types.ModuleType("some_library")
+    monkeypatch.setitem(sys.modules, "some_library", library)
+    exec(LIBRARY, vars(library))
+    doubled = getattr(library, name)
+
+    def scaled(self, x):
+        return self.b(self.a(x)) * doubled(x.shape[0]) if x.shape[0] else x
+
+    model = nn.Sequential(nn.Linear(32, 32), Net(scaled, **layers()), nn.Linear(4, 2))
+    x = X(3, 32)
+    for _ in range(2):
+        captured = capture(model, (x,))
+        for other in (x, X(5, 32)):
+            torch.testing.assert_close(captured(other), model(other))
+    assert (library.cached(3), library.cached(5)) == (6, 10)
+    whole = [node.target for node in captured.graph.nodes if node.op == "call_module"]
+    assert ("1" in whole) == (name == "careless")
 
 
 @REFUSED

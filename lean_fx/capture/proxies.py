@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from lean_fx.capture.side_effects import (
     KeepsData,
     KeyedAttribute,
     SideEffect,
+    UnknownKeyError,
     asked_by_model,
 )
 
@@ -107,7 +109,9 @@ class ValueProxy(KeepsData):
         value = value_of(self.node)
         if value is UNKNOWN or isinstance(value, Tensor):
             return object.__hash__(self)
-        return hash(self.tracer.decide(self, lambda each: each))  # it looks something up
+        if not self.tracer.may_look_up(sys._getframe(1)):
+            raise UnknownKeyError(f"{self.node.name} is looked up by code that may keep it")
+        return hash(self.tracer.decide(self, lambda each: each))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
         return self

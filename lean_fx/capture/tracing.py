@@ -6,6 +6,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class LeanTracer(Tracer):
         self._held: dict[str, Tensor] = {}
         self._autocast: tuple[Any, ...] = ()
         self._learned: set[Node] = set()
+        self._homes: set[int] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
@@ -112,6 +114,7 @@ class LeanTracer(Tracer):
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
         self._draws = Draws(lambda: self.computing)
         homes = globals_of(watched)
+        self._homes = {id(home) for home in homes}
         with (
             torch.enable_grad(),
             self.reads.watching(watched),
@@ -212,6 +215,16 @@ class LeanTracer(Tracer):
         """Whether the code of a module's forward is the user's, and is traced."""
         home = type(module).__module__.partition(".")[0]
         return home != "torch" and not self.is_leaf_module(module, name)
+
+    def may_look_up(self, frame: FrameType) -> bool:
+        """Whether code may look a number up in a dictionary or a cache of functools.
+
+        The model's own code may, as it runs without caches meanwhile; another package's cache
+        would keep the proxy, and later hand it to the model itself.
+        """
+        home = frame.f_globals
+        own = str(home.get("__name__", "")).partition(".")[0] in ("torch", "lean_fx")
+        return own or id(home) in self._homes
 
     # What the code of a model asks of proxies, by the builtins of lean_fx.capture.questions.
 

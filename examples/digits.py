@@ -14,13 +14,7 @@ from support.script import experiment_parser, run_experiment, run_script
 
 def main() -> None:
     """Run the experiment and print its report."""
-    parser = experiment_parser(
-        __doc__.split("\n\n")[0],
-        epochs=40,
-        out="runs/digits",
-        rates=(1e-3, 3e-3, 1e-2),
-        schedule="cosine",
-    )
+    parser = experiment_parser(__doc__.split("\n\n")[0], epochs=40, out="runs/digits")
     args = parser.parse_args()
     run_experiment(digits(), args, title="LEAN on scanned digits (8x8)")
 

@@ -30,7 +30,12 @@ from support.spoken_digits import spoken_digits
 def main() -> None:
     """Run the experiment and print its report."""
     parser = experiment_parser(
-        __doc__.split("\n\n")[0], epochs=20, out="runs/spoken_digits", channels=16, seeds="0,1,2"
+        __doc__.split("\n\n")[0],
+        epochs=20,
+        out="runs/spoken_digits",
+        channels=16,
+        seeds="0,1,2",
+        rates=(1e-3, 3e-3, 1e-2, 3e-2),
     )
     parser.add_argument(
         "--net", "--cell", default="gru", choices=SEQUENCE_WIDTHS, help="the baseline"

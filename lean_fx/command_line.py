@@ -143,7 +143,7 @@ def ablate(args: argparse.Namespace) -> str:
     from lean_fx.experiment.study_file import run_study_file
     from lean_fx.experiment.study_report import as_json, write_report
 
-    study, rows = run_study_file(args.file)
+    study, rows = run_study_file(args.file, args.workers)
     report = write_report(study, rows, f"lean_fx ablate {args.file}")
     if args.json:
         return as_json(rows)
@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     ablated = commands.add_parser("ablate", help="run an ablation that a TOML file describes")
     ablated.set_defaults(run=ablate)
     ablated.add_argument("file", metavar="STUDY.toml", help="see lean_fx.experiment.study_file")
+    ablated.add_argument("--workers", type=int, default=1, help="processes that run trials at once")
     for command in (shown, reduced, timed, ablated):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser

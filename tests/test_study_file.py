@@ -1,7 +1,12 @@
 """``lean_fx ablate study.toml``."""
 
 import json
+import os
+import sqlite3
+import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +95,29 @@ def test_what_is_wrong_is_told_in_a_line(tmp_path, capsys, old, new, message):
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_no_worker_is_refused(tmp_path, capsys):
+    assert command_line.main(["ablate", write(tmp_path, TEXT), "--workers", "0"]) == 1
+    assert capsys.readouterr().err == "error: workers=0 is not an int of 1 or more\n"
+
+
+@pytest.mark.slow
+def test_several_workers_run_each_trial_once(tmp_path):
+    text = TEXT.replace("channels", "seeds = [0, 1, 2, 3]\nchannels")
+    file = write(tmp_path, text + 'accelerator = "cpu"\n')
+    command = [sys.executable, "-m", "lean_fx", "ablate", file, "--workers", "2", "--json"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["state"] for row in rows] == ["complete"] * 8
+    database = sqlite3.connect(tmp_path / "run/study.db")
+    (trials,) = database.execute("select count(*) from trials").fetchone()
+    begun = database.execute("select datetime_start, datetime_complete from trials").fetchall()
+    begun.sort()
+    assert trials == 8
+    assert any(later[0] < earlier[1] for earlier, later in pairwise(begun))  # two at once
 
 
 def test_a_file_that_is_not_there(capsys):

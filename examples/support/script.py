@@ -45,8 +45,8 @@ def experiment_parser(
     *,
     channels: int = 10,
     seeds: str = "0",
-    rates: tuple[float, ...] = (),
-    schedule: str = "constant",
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2),
+    schedule: str = "cosine",
 ) -> argparse.ArgumentParser:
     """A parser with the options of the main job: baseline, LEAN and control on some data.
 

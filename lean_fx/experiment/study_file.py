@@ -35,11 +35,14 @@ A module is looked for beside the file too. The keys are the arguments of
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, DataError, one_line, require
 from lean_fx.experiment.configurations import Space
 from lean_fx.experiment.study import Row, Study
@@ -50,20 +53,40 @@ _RUN = ("trials", "sampler", "prune")
 _RETRAIN = ("top", "epochs", "seeds")
 
 
-def run_study_file(file: str | Path) -> tuple[Study, list[Row]]:
+def run_study_file(file: str | Path, workers: int = 1) -> tuple[Study, list[Row]]:
     """Run what is missing of a study, and retrain the best if the file says so.
+
+    Args:
+        file: the TOML file.
+        workers: processes of this machine that run trials at once, 1 or more. Each trial uses as
+            many threads as PyTorch takes, unless OMP_NUM_THREADS says otherwise.
 
     Returns:
         The study, and its rows, those of the retraining last.
 
     Raises:
         DataError: the file cannot be read, is not TOML, or the database cannot be reached.
-        ArgumentError: as :func:`read_study_file`, or the study there is of another configuration.
+        ArgumentError: as :func:`read_study_file`, or the study there is of another configuration,
+            or ``workers`` is out of its range.
         TrialError: a training of the best failed.
     """
+    check_int("workers", workers, 1)
     study, run, retrain = read_study_file(file)
-    rows = study.run(**run)
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=_work, args=(str(file),)) for _ in range(workers - 1)]
+    for other in others:
+        other.start()
+    rows = study.run(**run)  # it waits for the trials of the others
+    for other in others:
+        other.join()
     return study, [*rows, *study.retrain(**retrain)] if retrain else rows
+
+
+def _work(file: str) -> None:
+    """Run trials of a study beside the process that shows its progress."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (this process ends with it)
+    study, run, _ = read_study_file(file)
+    study.run(**run)
 
 
 def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any], dict[str, Any]]:

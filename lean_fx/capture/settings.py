@@ -25,7 +25,7 @@ def reads_settings(module: nn.Module) -> bool:
     - Numbers of an object or class of the user's own among its globals: ``CONFIG.temperature``.
     - Numbers or texts in dicts, lists, sets and namespaces outside the model, or such holders that
       are empty still: ``CONFIG["temperature"]``, a list in a function around.
-    - Context variables, what a thread has of its own, and environment variables.
+    - Context variables, thread-locals and environment variables.
 
     A plain number, such as ``EPSILON``, and a tuple are constants.
 
@@ -41,7 +41,7 @@ def reads_settings(module: nn.Module) -> bool:
 
 
 def _outer_variables(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Globals and variables of functions around that code of a module names; and its package."""
+    """The globals and enclosing variables that a module's code names, with that code's package."""
     for function in functions_of(module):
         names, home = names_in(function.__code__), function.__globals__
         for name in names:
@@ -66,7 +66,7 @@ def _may_be_set_later(value: Any) -> bool:
 
 
 def _is_of(package: str, value: Any) -> bool:
-    """Whether a value is an object or class of a package that is not a model's."""
+    """Whether a value is a class of a package or an object of one; modules and enums aside."""
     if isinstance(value, type):
         return not issubclass(value, nn.Module | Enum) and package_of(value) == package
     return is_plain_object(value) and package_of(type(value)) == package

@@ -364,6 +364,30 @@ class Echo(nn.Module):
         return x, y, y
 
 
+class AsksByLen(nn.Module):
+    """Asks for its batch by ``len``."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(x.reshape(len(x), -1, 32)).sum(1)
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_len_leaves_the_batch_free(form, tmp_path):
+    model, x = AsksByLen(), torch.rand(6, 5, 32)
+    lean = lean_fx.leanify(model, x, channels=4, form=form)
+    exported = lean_fx.export_onnx(lean.eval(), tmp_path / "net.onnx", x)
+    other = torch.rand(3, 5, 32)
+    np.testing.assert_allclose(
+        run(exported.path, other), lean(other).detach().numpy(), rtol=1e-4, atol=1e-5
+    )
+    assert "len" not in globals()
+
+
 def test_outputs_that_are_one_value(tmp_path):
     path = tmp_path / "net.onnx"
     lean_fx.export_onnx(Echo(), path, torch.rand(2, 3))

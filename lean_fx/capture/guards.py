@@ -167,11 +167,13 @@ def has_attribute(value: Any, name: str) -> bool:
 def count_items(value: Sized) -> int:
     """How many items a value has: ``len``, which torch.fx cannot trace.
 
+    Of a tensor it is a size, which an export leaves free; ``len`` would fix it.
+
     Example:
-        >>> count_items((1, 2))
-        2
+        >>> count_items((1, 2)), count_items(torch.ones(3, 4))
+        (2, 3)
     """
-    return len(value)
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() else len(value)
 
 
 @_as_node

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lean_fx.capture.guards import count_items
 from lean_fx.errors import ExportError
 from lean_fx.export.inputs import Axes
 from lean_fx.export.nodes import define_functions
 from lean_fx.export.pooling import PoolsAnyLength
 from lean_fx.export.recurrent import with_onnx_operators
+from lean_fx.graph.model_code import globals_of
+from lean_fx.graph.patching import patching
 from lean_fx.reduction.functional import as_onnx_nodes
 
 #: What is said of models that take or make packed sequences.
@@ -45,7 +48,10 @@ def exported_program(
     # Names, not Dims, which would promise sizes from 1 on: many nets have a least one.
     shapes = axes if any(axes) else None
     try:
-        with _quiet(), as_onnx_nodes(), PoolsAnyLength():
+        # Code that is not a graph may ask for its batch by len().
+        homes = globals_of(model.modules())
+        sizes = [(home, "len", count_items) for home in homes if "len" not in home]
+        with _quiet(), as_onnx_nodes(), PoolsAnyLength(), patching(sizes):
             program = torch.onnx.export(
                 with_onnx_operators(model),
                 tuple(value.clone() for value in inputs),

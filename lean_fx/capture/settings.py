@@ -61,7 +61,7 @@ def _may_be_set_later(value: Any) -> bool:
     if type(value) in (dict, defaultdict):
         value = list(value.values())
     if type(value) in (list, set, deque):
-        return not value or any(type(each) in (*NUMBERS, str) for each in value)
+        return not value or any(type(each) in NUMBERS for each in value)
     return False
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import rnn
 
 from lean_fx.capture.containers import arguments_of, is_own_container
 from lean_fx.capture.decorated import called_by_position
-from lean_fx.capture.guards import check_absent, check_given, count_items
+from lean_fx.capture.guards import check_absent, check_given, counting_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import own_call
 from lean_fx.capture.questions import answering
@@ -119,7 +119,7 @@ class LeanTracer(Tracer):
             torch.enable_grad(),
             self.reads.watching(watched),
             refusing_functions(homes, lambda: self.computing),
-            patching([(home, "len", count_items) for home in homes if "len" not in home]),
+            patching(counting_items(homes)),
             patching(without_caches(root)),
             patching(answering(self, homes)),
             leaving_state(root),

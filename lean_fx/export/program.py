@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lean_fx.capture.guards import count_items
+from lean_fx.capture.guards import counting_items
 from lean_fx.errors import ExportError
 from lean_fx.export.inputs import Axes
 from lean_fx.export.nodes import define_functions
@@ -49,8 +49,7 @@ def exported_program(
     shapes = axes if any(axes) else None
     try:
         # Code that is not a graph may ask for its batch by len().
-        homes = globals_of(model.modules())
-        sizes = [(home, "len", count_items) for home in homes if "len" not in home]
+        sizes = counting_items(globals_of(model.modules()))
         with _quiet(), as_onnx_nodes(), PoolsAnyLength(), patching(sizes):
             program = torch.onnx.export(
                 with_onnx_operators(model),

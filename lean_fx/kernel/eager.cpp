@@ -2,7 +2,6 @@
 // where there is no memory. All arrays are contiguous.
 
 #include <algorithm>
-#include <memory>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -56,42 +55,15 @@ void in_parallel(int64_t blocks, int64_t parts, const Work& work) {
 }
 
 template <typename T>
-std::unique_ptr<T[]> zeros(int64_t count) {
-  return std::unique_ptr<T[]>(new (std::nothrow) T[static_cast<size_t>(count)]());
-}
-
-// The gradients of the blocks first to last: that of x, and what they add to the seed's.
-template <typename T>
-void gradient_blocks(const Shape& shape, const Options& options, const T* x, const T* seed,
-                     const T* grad, T* grad_x, double* grad_seed, T* rows, int64_t first,
-                     int64_t last) {
-  const lean::GradientRows<T> own(shape, rows);
-  Options plain = options;
-  plain.scale = lean::Scale::sum;
-  plain.for_gradient = true;
-  for (int64_t index = first; index < last; ++index) {
-    const lean::Block block(shape, index, shape.gradient_rows(options.nonnegative));
-    block.read(x, shape.channels(), rows);
-    block.read(grad, shape.preserved, own.g.start);
-    lean::walk(shape, plain, seed, block, rows);
-    lean::gradient(shape, options, seed, block, rows);
-    block.write(own.grad_x.start, shape.channels(), grad_x);
-    for (int64_t i = 0; i < shape.preserved; ++i) {
-      const T* const lanes = (own.gv + i).start;
-      for (int64_t lane = 0; lane < block.count; ++lane) grad_seed[i] += lanes[block.lane_at(lane)];
-    }
-  }
-}
-
-template <typename T>
 int walk(const Call& call, const T* x, const T* seed, T* out) {
   const Shape shape = call.shape();
   const Options options = call.options();
-  const int64_t parts = call.parts(), rows = shape.walk_rows() * lean::LANES;
-  const std::unique_ptr<T[]> scratch = zeros<T>(rows * parts);
-  if (!scratch) return 1;
+  const int64_t parts = call.parts(), numbers = shape.walk_rows() * lean::LANES;
+  const lean::Scratch<T> scratch(numbers * parts);
+  if (scratch.get() == nullptr) return 1;
   in_parallel(shape.blocks(), parts, [&](int64_t part, int64_t first, int64_t last) {
-    lean::walk_blocks(shape, options, x, seed, out, scratch.get() + part * rows, first, last);
+    T* const own = scratch.get() + part * numbers;
+    lean::Walk<T, T>{shape, options, x, seed, out, own, first, last}.run();
   });
   return 0;
 }
@@ -100,18 +72,19 @@ template <typename T>
 int gradient(const Call& call, const T* x, const T* seed, const T* grad, T* grad_x, T* grad_seed) {
   const Shape shape = call.shape();
   const Options options = call.options();
-  const int64_t parts = call.parts(), rows = shape.gradient_rows(options.nonnegative) * lean::LANES;
-  const int64_t I = shape.preserved;
-  const std::unique_ptr<T[]> scratch = zeros<T>(rows * parts);
-  const std::unique_ptr<double[]> sums = zeros<double>(I * parts);
-  if (!scratch || !sums) return 1;
+  const int64_t parts = call.parts(), I = shape.preserved;
+  const int64_t numbers = shape.gradient_rows(options.nonnegative) * lean::LANES;
+  const lean::Scratch<T> scratch(numbers * parts);
+  const lean::Scratch<double> sums(I * parts);
+  if (scratch.get() == nullptr || sums.get() == nullptr) return 1;
   in_parallel(shape.blocks(), parts, [&](int64_t part, int64_t first, int64_t last) {
-    gradient_blocks(shape, options, x, seed, grad, grad_x, sums.get() + part * I,
-                    scratch.get() + part * rows, first, last);
+    T* const own = scratch.get() + part * numbers;
+    double* const own_sums = sums.get() + part * I;
+    lean::Gradient<T>{shape, options, x, seed, grad, grad_x, own_sums, own, first, last}.run();
   });
   for (int64_t i = 0; i < I; ++i) {
     double sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += sums[static_cast<size_t>(part * I + i)];
+    for (int64_t part = 0; part < parts; ++part) sum += sums.get()[part * I + i];
     grad_seed[i] = static_cast<T>(sum);
   }
   return 0;

@@ -1,109 +1,152 @@
-// Positions side by side, WIDTH of them in a vector.
+// Positions side by side in a vector, and the instruction sets that vectors are compiled for.
 
 #pragma once
 
 #include <cstdint>
 #include <limits>
 
+#include "walk.h"
+
 #define LEAN_INLINE inline __attribute__((always_inline))
 
-// A function that is compiled for several instruction sets; the best is taken when it is loaded.
-#if !defined(__x86_64__) || !defined(__gnu_linux__)
-#define LEAN_CLONES
-#elif !defined(__clang__) && __GNUC__ >= 12
-#define LEAN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LEAN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#ifndef LEAN_BITS  // of the longest vectors; tests/sanitize.py builds with shorter ones, too
+#define LEAN_BITS 512
 #endif
 
 namespace lean {
 
-constexpr int WIDTH = 8;  // positions of a vector
+// An instruction set: how long its vectors are, and how a job is run with it. job.on<Set>() and
+// what it calls have to be inlined; another function would not be compiled for the set.
+#define LEAN_INSTRUCTION_SET(NAME, SIZE, ...)                  \
+  struct NAME {                                                \
+    static constexpr int BYTES = SIZE;                         \
+    template <typename Job>                                    \
+    __attribute__((__VA_ARGS__)) static void run(const Job& job) { \
+      job.template on<NAME>();                                 \
+    }                                                          \
+  };
+LEAN_INSTRUCTION_SET(Portable, 32, noinline)
+#if defined(__x86_64__)
+LEAN_INSTRUCTION_SET(Avx2, 32, noinline, target("avx2,fma"))
+LEAN_INSTRUCTION_SET(Avx512, 64, noinline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))
+#endif
 
-template <typename T>
-struct Lanes {
-  typedef T Vector __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
-};
-template <typename T>
-using Vector = typename Lanes<T>::Vector;
-
-template <typename T>
-LEAN_INLINE Vector<T> all(T value) {
-  return Vector<T>{} + value;
+// Runs a job with the best set of this machine.
+template <typename Job>
+void run(const Job& job) {
+#if defined(__x86_64__)
+  if (LEAN_BITS >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Avx512::run(job);
+  if (LEAN_BITS >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return Avx2::run(job);
+#endif
+  Portable::run(job);
 }
 
-template <typename T>
-LEAN_INLINE Vector<T> absolute(Vector<T> x) {
+// Numbers in the vectors of an instruction set.
+template <typename T, typename InstructionSet>
+struct Lanes {
+  typedef T Number;
+  typedef InstructionSet Set;
+  static constexpr int WIDTH = Set::BYTES / sizeof(T);
+  typedef T Vector __attribute__((vector_size(Set::BYTES), aligned(sizeof(T)), may_alias));
+};
+template <typename L>
+using Vector = typename L::Vector;
+template <typename L>
+using Number = typename L::Number;
+
+template <typename L>
+LEAN_INLINE Vector<L> all(Number<L> value) {
+  return Vector<L>{} + value;
+}
+
+template <typename L>
+LEAN_INLINE Vector<L> absolute(Vector<L> x) {
   return x < 0 ? -x : x;
 }
 
 // value with the sign of x, or 0 where x is.
-template <typename T>
-LEAN_INLINE Vector<T> signed_as(Vector<T> x, Vector<T> value) {
-  return x > 0 ? value : (x < 0 ? -value : Vector<T>{});
+template <typename L>
+LEAN_INLINE Vector<L> signed_as(Vector<L> x, Vector<L> value) {
+  return x > 0 ? value : (x < 0 ? -value : Vector<L>{});
 }
 
 // A divisor of 0 or more with its zeros and denormals made 1.
-template <typename T>
-LEAN_INLINE Vector<T> without_zeros(Vector<T> x) {
-  return x > std::numeric_limits<T>::min() ? x : x * 0 + 1;
+template <typename L>
+LEAN_INLINE Vector<L> without_zeros(Vector<L> x) {
+  return x > std::numeric_limits<Number<L>>::min() ? x : x * 0 + 1;
 }
 
 // Vectors, each in a row of its own, so many rows apart.
-template <typename T>
+template <typename L>
 struct Rows {
-  T* start;
+  Number<L>* start;
   int64_t apart = 1;
-  LEAN_INLINE Vector<T>& operator[](int64_t index) const {
-    return *reinterpret_cast<Vector<T>*>(start + index * apart * WIDTH);
+  LEAN_INLINE Vector<L>& operator[](int64_t index) const {
+    return *reinterpret_cast<Vector<L>*>(start + index * apart * L::WIDTH);
   }
-  LEAN_INLINE Rows operator+(int64_t rows) const { return {start + rows * WIDTH, apart}; }
+  LEAN_INLINE Rows operator+(int64_t rows) const { return {start + rows * L::WIDTH, apart}; }
 };
 
 // A matrix of vectors: (i, k) lies in row i * down + k * right.
-template <typename T>
+template <typename L>
 struct Matrix {
-  T* start;
+  Number<L>* start;
   int64_t height, width, down, right;
-  LEAN_INLINE Rows<T> row(int64_t i) const { return {start + i * down * WIDTH, right}; }
+  LEAN_INLINE Rows<L> row(int64_t i) const { return {start + i * down * L::WIDTH, right}; }
   LEAN_INLINE Matrix below(int64_t i) const {
     return {row(i).start, height - i, width, down, right};
   }
   LEAN_INLINE Matrix transposed() const { return {start, width, height, right, down}; }
 };
 
-// The products of HEIGHT rows of A with v. Their sums stay in registers.
-template <int HEIGHT, typename T>
-LEAN_INLINE void multiply_tile(const Matrix<T>& A, Rows<T> v, Rows<T> out) {
-  const int64_t down = A.down * WIDTH;
-  Vector<T> sums[HEIGHT] = {};
-  for (int64_t k = 0; k < A.width; ++k) {
-    const T* const column = A.start + k * A.right * WIDTH;
-    const Vector<T> weight = v[k];
-    for (int i = 0; i < HEIGHT; ++i)
-      sums[i] += *reinterpret_cast<const Vector<T>*>(column + i * down) * weight;
-  }
-  for (int i = 0; i < HEIGHT; ++i) out[i] = sums[i];
-}
+// out = A v.
+template <typename L>
+struct Product {
+  Matrix<L> A;
+  Rows<L> v, out;
 
-// out = A v, in tiles of up to 8 rows of almost equal height.
-template <typename T>
-LEAN_CLONES __attribute__((noinline)) void multiply(const Matrix<T>& A, Rows<T> v, Rows<T> out) {
-  int64_t first = 0;
-  for (int64_t tiles = (A.height + 7) / 8; tiles > 0; --tiles) {
-    const int64_t height = (A.height - first + tiles - 1) / tiles;
-    const Matrix<T> tile = A.below(first);
-    switch (height) {
-#define LEAN_TILE(HEIGHT)                        \
-  case HEIGHT:                                   \
-    multiply_tile<HEIGHT>(tile, v, out + first); \
-    break;
-      LEAN_TILE(1) LEAN_TILE(2) LEAN_TILE(3) LEAN_TILE(4)
-      LEAN_TILE(5) LEAN_TILE(6) LEAN_TILE(7) LEAN_TILE(8)
-#undef LEAN_TILE
+  // Of HEIGHT rows of A. Their sums stay in registers.
+  template <int HEIGHT>
+  LEAN_INLINE void tile(int64_t first) const {
+    const int64_t down = A.down * L::WIDTH;
+    const Rows<L> rows = A.row(first);
+    Vector<L> sums[HEIGHT] = {};
+    for (int64_t k = 0; k < A.width; ++k) {
+      const Number<L>* const column = rows.start + k * A.right * L::WIDTH;
+      const Vector<L> weight = v[k];
+      for (int i = 0; i < HEIGHT; ++i)
+        sums[i] += *reinterpret_cast<const Vector<L>*>(column + i * down) * weight;
     }
-    first += height;
+    for (int i = 0; i < HEIGHT; ++i) out[first + i] = sums[i];
   }
+
+  // In tiles of up to 8 rows of almost equal height.
+  template <typename>
+  LEAN_INLINE void on() const {
+    int64_t first = 0;
+    for (int64_t tiles = (A.height + 7) / 8; tiles > 0; --tiles) {
+      const int64_t height = (A.height - first + tiles - 1) / tiles;
+      switch (height) {
+#define LEAN_TILE(HEIGHT)  \
+  case HEIGHT:             \
+    tile<HEIGHT>(first);   \
+    break;
+        LEAN_TILE(1) LEAN_TILE(2) LEAN_TILE(3) LEAN_TILE(4)
+        LEAN_TILE(5) LEAN_TILE(6) LEAN_TILE(7) LEAN_TILE(8)
+#undef LEAN_TILE
+      }
+      first += height;
+    }
+  }
+};
+
+// out = A v, in a function of its own, as it is long and has many callers.
+template <typename L>
+LEAN_INLINE void multiply(const Matrix<L>& A, Rows<L> v, Rows<L> out) {
+  L::Set::run(Product<L>{A, v, out});
 }
 
 }  // namespace lean

@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "halves.h"
 #include "walk.h"
 
 namespace {
@@ -136,14 +137,14 @@ struct Work {
     Work& work = *static_cast<Work*>(user);
     const int64_t blocks = work.shape.blocks(), first = work.blocks_each * static_cast<int64_t>(part);
     const int64_t last = first + work.blocks_each < blocks ? first + work.blocks_each : blocks;
-    W* scratch = new (std::nothrow) W[static_cast<size_t>(work.shape.walk_rows() * lean::LANES)]();
-    if (scratch == nullptr) {
+    const lean::Scratch<W> scratch(work.shape.walk_rows() * lean::LANES);
+    if (scratch.get() == nullptr) {
       work.failed = true;
       return;
     }
-    lean::walk_blocks(work.shape, *work.options, work.x, work.seed, work.out, scratch, first,
-                      last);
-    delete[] scratch;
+    lean::Walk<T, W>{work.shape, *work.options, work.x,  work.seed,
+                     work.out,   scratch.get(), first, last}
+        .run();
   }
 };
 

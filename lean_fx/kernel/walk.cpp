@@ -2,19 +2,51 @@
 
 #include "walk.h"
 
+#include "block.h"
+#include "halves.h"
+#include "lanes.h"
+
 namespace lean {
 namespace {
 
+// The rows of a vector that a walk works in; y lies behind x.
+template <typename L>
+struct WalkRows {
+  Rows<L> x, y, d, t, u, inverse;
+  LEAN_INLINE WalkRows(const Shape& shape, Number<L>* start)
+      : x{start},
+        y{x + shape.channels()},
+        d{y + shape.preserved},
+        t{d + shape.preserved},
+        u{t + shape.reducible},
+        inverse{u + shape.reducible} {}
+};
+
+// Those that the gradient works in besides: g arrives, grad_x and gv leave.
+template <typename L>
+struct GradientRows {
+  Rows<L> g, gy, gv, gd, gu, gt, grad_x, affinities;
+  LEAN_INLINE GradientRows(const Shape& shape, Number<L>* start)
+      : g{start + shape.walk_rows() * L::WIDTH},
+        gy{g + shape.preserved},
+        gv{gy + shape.preserved},
+        gd{gv + shape.preserved},
+        gu{gd + shape.preserved},
+        gt{gu + shape.reducible},
+        grad_x{gt + shape.reducible},
+        affinities{grad_x + shape.channels()} {}
+};
+
 // d[i] = sum_j |sum_k X[i,k] X[j,k]|. Each affinity is made once, for d[i] and d[j]: those of i to
 // the j from i on, one row of the triangle behind the other if they are kept.
-template <typename T>
-LEAN_INLINE void affinity_sums(const Matrix<T>& X, Rows<T> d, Rows<T> affinities, bool kept) {
-  for (int64_t i = 0; i < X.height; ++i) d[i] = Vector<T>{};
+template <typename L>
+LEAN_INLINE void affinity_sums(const Matrix<L>& X, Rows<L> d, Rows<L> affinities, bool kept) {
+  for (int64_t i = 0; i < X.height; ++i) d[i] = Vector<L>{};
   for (int64_t i = 0; i < X.height; ++i) {
     multiply(X.below(i), X.row(i), affinities);
-    Vector<T> own = d[i] + affinities[0];
+    Vector<L> own = d[i] + affinities[0];
     for (int64_t j = i + 1; j < X.height; ++j) {
-      const Vector<T> affinity = absolute<T>(affinities[j - i]);
+      const Vector<L> affinity = absolute<L>(affinities[j - i]);
       d[j] += affinity;
       own += affinity;
     }
@@ -24,115 +56,115 @@ LEAN_INLINE void affinity_sums(const Matrix<T>& X, Rows<T> d, Rows<T> affinities
 }
 
 // d += damping mean_i d[i], as in the sums of the walk so in their gradient.
-template <typename T>
-LEAN_INLINE void damp(Rows<T> d, int64_t I, double damping) {
+template <typename L>
+LEAN_INLINE void damp(Rows<L> d, int64_t I, double damping) {
   if (damping == 0) return;  // infinite sums times 0 are not 0
-  Vector<T> sum = d[0];
+  Vector<L> sum = d[0];
   for (int64_t i = 1; i < I; ++i) sum += d[i];
-  sum *= static_cast<T>(damping / static_cast<double>(I));
+  sum *= static_cast<Number<L>>(damping / static_cast<double>(I));
   for (int64_t i = 0; i < I; ++i) d[i] += sum;
 }
 
-template <typename T>
-LEAN_INLINE Vector<T> mean_magnitude(Rows<T> x, int64_t channels) {
-  Vector<T> sum = absolute<T>(x[0]);
-  for (int64_t c = 1; c < channels; ++c) sum += absolute<T>(x[c]);
-  return sum / static_cast<T>(channels);
+template <typename L>
+LEAN_INLINE Vector<L> mean_magnitude(Rows<L> x, int64_t channels) {
+  Vector<L> sum = absolute<L>(x[0]);
+  for (int64_t c = 1; c < channels; ++c) sum += absolute<L>(x[c]);
+  return sum / static_cast<Number<L>>(channels);
 }
 
-template <typename T>
-LEAN_INLINE Matrix<T> as_matrix(const Shape& shape, const Options& options, Rows<T> x) {
+template <typename L>
+LEAN_INLINE Matrix<L> as_matrix(const Shape& shape, const Options& options, Rows<L> x) {
   const int64_t I = shape.preserved, K = shape.reducible;
   if (options.interleaved) return {x.start, I, K, 1, I};
   return {x.start, I, K, K, 1};
 }
 
-template <typename T>
-LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const T* seed, T* start) {
-  const auto [x, y, d, t, u, inverse] = WalkRows<T>(shape, start);
+template <typename L>
+LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const Number<L>* seed, Number<L>* start) {
+  const auto [x, y, d, t, u, inverse] = WalkRows<L>(shape, start);
   const int64_t I = shape.preserved, K = shape.reducible;
-  const Matrix<T> X = as_matrix(shape, options, x);
+  const Matrix<L> X = as_matrix(shape, options, x);
   const bool column = options.normalize == Normalize::column;
 
   if (options.normalize != Normalize::none) {
     if (options.nonnegative) {  // sum_j |<X_i, X_j>| = <X_i, sum_j X_j>
-      inverse[0] = all<T>(1);
+      inverse[0] = all<L>(1);
       multiply(X.transposed(), {inverse.start, 0}, t);
       multiply(X, t, d);
     } else {
       const bool kept = options.for_gradient;
-      affinity_sums(X, d, kept ? GradientRows<T>(shape, start).affinities : y, kept);
+      affinity_sums(X, d, kept ? GradientRows<L>(shape, start).affinities : y, kept);
     }
     damp(d, I, options.damping);
-    for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<T>(d[i]);
+    for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<L>(d[i]);
   }
   for (int64_t step = 0; step < options.iterations; ++step) {
     if (shape.matrix && step == 0) {
-      for (int64_t k = 0; k < K; ++k) u[k] = Vector<T>{};
+      for (int64_t k = 0; k < K; ++k) u[k] = Vector<L>{};
       for (int64_t i = 0; i < I; ++i) {
         for (int64_t k = 0; k < K; ++k) {
-          const Vector<T> v = all<T>(seed[i * K + k]);
+          const Vector<L> v = all<L>(seed[i * K + k]);
           u[k] += X.row(i)[k] * (column ? v / d[i] : v);
         }
       }
     } else {
       for (int64_t i = 0; i < I; ++i) {
-        const Vector<T> v = step == 0 ? all<T>(seed[i]) : y[i];
+        const Vector<L> v = step == 0 ? all<L>(seed[i]) : y[i];
         y[i] = column ? v / d[i] : v;
       }
       multiply(X.transposed(), y, u);
     }
     multiply(X, u, y);
-    Vector<T> norm = all<T>(static_cast<T>(options.norm_floor));
+    Vector<L> norm = all<L>(static_cast<Number<L>>(options.norm_floor));
     for (int64_t i = 0; i < I; ++i) {
       if (options.normalize == Normalize::row) y[i] /= d[i];
-      norm += absolute<T>(y[i]);
+      norm += absolute<L>(y[i]);
     }
-    inverse[0] = 1 / without_zeros<T>(norm);
+    inverse[0] = 1 / without_zeros<L>(norm);
     for (int64_t i = 0; i < I; ++i) y[i] *= inverse[0];
   }
   if (options.scale == Scale::sum) return;
-  Vector<T> factor = all<T>(static_cast<T>(I));
-  if (options.scale == Scale::magnitude) factor *= mean_magnitude<T>(x, shape.channels());
+  Vector<L> factor = all<L>(static_cast<Number<L>>(I));
+  if (options.scale == Scale::magnitude) factor *= mean_magnitude<L>(x, shape.channels());
   for (int64_t i = 0; i < I; ++i) y[i] *= factor;
 }
 
 // grad_X[i] += sum_j w[i,j] X[j], w[i,j] = sign(<X_i, X_j>) (gd[i] + gd[j]) = w[j,i], which takes
 // the place of the affinity.
-template <typename T>
-LEAN_INLINE void add_through_affinities(const Matrix<T>& X, Rows<T> gd, Rows<T> affinities,
-                                        Rows<T> weights, Rows<T> sums, const Matrix<T>& grad_X) {
+template <typename L>
+LEAN_INLINE void add_through_affinities(const Matrix<L>& X, Rows<L> gd, Rows<L> affinities,
+                                        Rows<L> weights, Rows<L> sums, const Matrix<L>& grad_X) {
   for (int64_t i = 0; i < X.height; ++i) {
-    Rows<T> triangle = affinities;
+    Rows<L> triangle = affinities;
     for (int64_t j = 0; j < i; ++j) {
       weights[j] = triangle[i - j];
       triangle = triangle + (X.height - j);
     }
     for (int64_t j = i; j < X.height; ++j)
-      triangle[j - i] = weights[j] = signed_as<T>(triangle[j - i], gd[i] + gd[j]);
+      triangle[j - i] = weights[j] = signed_as<L>(triangle[j - i], gd[i] + gd[j]);
     multiply(X.transposed(), weights, sums);
     for (int64_t k = 0; k < X.width; ++k) grad_X.row(i)[k] += sums[k];
   }
 }
 
-template <typename T>
-LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, const T* seed,
-                                 T* start) {
-  const auto [x, y, d, t, u, inverse] = WalkRows<T>(shape, start);
-  const auto [g, gy, gv, gd, gu, gt, grad_x, affinities] = GradientRows<T>(shape, start);
+template <typename L>
+LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, const Number<L>* seed,
+                                 Number<L>* start) {
+  const auto [x, y, d, t, u, inverse] = WalkRows<L>(shape, start);
+  const auto [g, gy, gv, gd, gu, gt, grad_x, affinities] = GradientRows<L>(shape, start);
   const int64_t I = shape.preserved, K = shape.reducible, C = shape.channels();
-  const Matrix<T> X = as_matrix(shape, options, x), grad_X = as_matrix(shape, options, grad_x);
+  const Matrix<L> X = as_matrix(shape, options, x), grad_X = as_matrix(shape, options, grad_x);
 
   // The output is y times C' and, it may be, times the mean magnitude of X.
-  Vector<T> along = Vector<T>{}, to_magnitude = Vector<T>{};
+  Vector<L> along = Vector<L>{}, to_magnitude = Vector<L>{};
   for (int64_t i = 0; i < I; ++i) along += g[i] * y[i];
-  Vector<T> factor = all<T>(options.scale == Scale::sum ? 1 : static_cast<T>(I));
+  Vector<L> factor = all<L>(options.scale == Scale::sum ? 1 : static_cast<Number<L>>(I));
   if (options.scale == Scale::magnitude) {
-    to_magnitude = along * factor / static_cast<T>(C);
-    factor *= mean_magnitude<T>(x, C);
+    to_magnitude = along * factor / static_cast<Number<L>>(C);
+    factor *= mean_magnitude<L>(x, C);
   }
   factor *= inverse[0];
-  for (int64_t i = 0; i < I; ++i) gy[i] = (g[i] - signed_as<T>(y[i], along)) * factor;
+  for (int64_t i = 0; i < I; ++i) gy[i] = (g[i] - signed_as<L>(y[i], along)) * factor;
   multiply(X.transposed(), gy, gu);
   multiply(X, gu, gv);
   for (int64_t i = 0; i < I; ++i) {
@@ -143,49 +175,84 @@ LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, con
   if (options.nonnegative) {
     multiply(X.transposed(), gd, gt);
   } else {
-    for (int64_t k = 0; k < K; ++k) gt[k] = t[k] = Vector<T>{};
+    for (int64_t k = 0; k < K; ++k) gt[k] = t[k] = Vector<L>{};
   }
   for (int64_t i = 0; i < I; ++i) {
-    const Vector<T> of_u = gy[i], of_gu = seed[i] / d[i], of_t = gd[i];
-    const Rows<T> row = X.row(i), grad_row = grad_X.row(i);
+    const Vector<L> of_u = gy[i], of_gu = seed[i] / d[i], of_t = gd[i];
+    const Rows<L> row = X.row(i), grad_row = grad_X.row(i);
     for (int64_t k = 0; k < K; ++k) {
       grad_row[k] = of_u * u[k] + of_gu * gu[k] + of_t * t[k] + gt[k] +
-                    signed_as<T>(row[k], to_magnitude);
+                    signed_as<L>(row[k], to_magnitude);
     }
   }
   if (!options.nonnegative) add_through_affinities(X, gd, affinities, gy, gt, grad_X);
 }
 
-template <typename T>
-LEAN_CLONES void walk_vectors(const Shape& shape, const Options& options, const T* seed,
-                              const Block& block, T* rows) {
-  for (int64_t lane = 0; lane < block.count; lane += WIDTH)
-    walk_vector(shape, options, seed, rows + block.lane_at(lane));
-}
+// The blocks of a walk, with an instruction set.
+template <typename T, typename W>
+struct WalkJob {
+  const Walk<T, W>& walk;
+
+  template <typename Set>
+  LEAN_INLINE void on() const {
+    using L = Lanes<W, Set>;
+    const Shape shape = walk.shape;
+    for (int64_t index = walk.first; index < walk.last; ++index) {
+      const Block<L> block(shape, index, shape.walk_rows());
+      block.read(walk.x, shape.channels(), walk.scratch);
+      for (int64_t vector = 0; vector < block.vectors(); ++vector)
+        walk_vector<L>(shape, walk.options, walk.seed, walk.scratch + vector * block.apart);
+      block.write(WalkRows<L>(shape, walk.scratch).y.start, shape.preserved, walk.out);
+    }
+  }
+};
 
 template <typename T>
-LEAN_CLONES void gradient_vectors(const Shape& shape, const Options& options, const T* seed,
-                                  const Block& block, T* rows) {
-  for (int64_t lane = 0; lane < block.count; lane += WIDTH)
-    gradient_vector(shape, options, seed, rows + block.lane_at(lane));
-}
+struct GradientJob {
+  const Gradient<T>& gradient;
+
+  template <typename Set>
+  LEAN_INLINE void on() const {
+    using L = Lanes<T, Set>;
+    const Shape shape = gradient.shape;
+    const GradientRows<L> own(shape, gradient.scratch);
+    Options plain = gradient.options;
+    plain.scale = Scale::sum;
+    plain.for_gradient = true;
+    for (int64_t index = gradient.first; index < gradient.last; ++index) {
+      const Block<L> block(shape, index, shape.gradient_rows(plain.nonnegative));
+      block.read(gradient.x, shape.channels(), gradient.scratch);
+      block.read(gradient.grad, shape.preserved, own.g.start);
+      for (int64_t vector = 0; vector < block.vectors(); ++vector) {
+        T* const rows = gradient.scratch + vector * block.apart;
+        walk_vector<L>(shape, plain, gradient.seed, rows);
+        gradient_vector<L>(shape, gradient.options, gradient.seed, rows);
+      }
+      block.write(own.grad_x.start, shape.channels(), gradient.grad_x);
+      for (int64_t lane = 0; lane < block.count; ++lane)
+        for (int64_t i = 0; i < shape.preserved; ++i)
+          gradient.grad_seed[i] += (own.gv + i).start[block.lane_at(lane)];
+    }
+  }
+};
 
 }  // namespace
 
-template <typename T>
-void walk(const Shape& shape, const Options& options, const T* seed, const Block& block, T* rows) {
-  walk_vectors(shape, options, seed, block, rows);
+template <typename T, typename W>
+void Walk<T, W>::run() const {
+  lean::run(WalkJob<T, W>{*this});
 }
 
 template <typename T>
-void gradient(const Shape& shape, const Options& options, const T* seed, const Block& block,
-              T* rows) {
-  gradient_vectors(shape, options, seed, block, rows);
+void Gradient<T>::run() const {
+  lean::run(GradientJob<T>{*this});
 }
 
-template void walk(const Shape&, const Options&, const float*, const Block&, float*);
-template void walk(const Shape&, const Options&, const double*, const Block&, double*);
-template void gradient(const Shape&, const Options&, const float*, const Block&, float*);
-template void gradient(const Shape&, const Options&, const double*, const Block&, double*);
+template struct Walk<float, float>;
+template struct Walk<double, double>;
+template struct Walk<Half, float>;
+template struct Walk<Brain, float>;
+template struct Gradient<float>;
+template struct Gradient<double>;
 
 }  // namespace lean

@@ -1,0 +1,116 @@
+// The positions of a block, and how their channels are copied to the rows of its vectors and back.
+
+#pragma once
+
+#include "lanes.h"
+#include "walk.h"
+
+namespace lean {
+
+template <typename L>
+struct Block {
+  int64_t start, count, behind;
+  int64_t apart;  // numbers from the rows of a vector to those of the next
+
+  LEAN_INLINE Block(const Shape& shape, int64_t index, int64_t rows)
+      : start(index * LANES), behind(shape.behind), apart(rows * L::WIDTH) {
+    const int64_t left = shape.before * behind - start;
+    count = left < LANES ? left : LANES;
+  }
+
+  LEAN_INLINE int64_t vectors() const { return (count + L::WIDTH - 1) / L::WIDTH; }
+
+  // Where a position lies in the rows.
+  LEAN_INLINE int64_t lane_at(int64_t lane) const {
+    return lane / L::WIDTH * apart + lane % L::WIDTH;
+  }
+
+  template <typename T, typename W>
+  LEAN_INLINE void read(const T* x, int64_t channels, W* rows) const {
+    copy<Read>(x, channels, rows);
+  }
+  template <typename T, typename W>
+  LEAN_INLINE void write(W* rows, int64_t channels, T* out) const {
+    copy<Write>(out, channels, rows);
+  }
+
+ private:
+  struct Read {
+    static constexpr int WRITES = 0;
+    template <typename T, typename W>
+    static LEAN_INLINE void number(const T& stored, W& row) {
+      row = static_cast<W>(stored);
+    }
+  };
+  struct Write {
+    static constexpr int WRITES = 1;
+    template <typename T, typename W>
+    static LEAN_INLINE void number(T& stored, const W& row) {
+      stored = static_cast<T>(row);
+    }
+  };
+
+  // Where a position begins in an array of so many channels.
+  LEAN_INLINE int64_t at(int64_t lane, int64_t channels) const {
+    const int64_t position = start + lane;
+    return position / behind * channels * behind + position % behind;
+  }
+  // Whether so many positions are there and lie side by side in an array.
+  LEAN_INLINE bool in_a_row(int64_t lane, int64_t length) const {
+    return lane + length <= count && (start + lane) % behind + length <= behind;
+  }
+
+  template <typename Copy, typename T, typename W>
+  LEAN_INLINE void copy(T* stored, int64_t channels, W* rows) const {
+    if (in_a_row(0, LANES)) {
+      copy_whole<Copy>(stored + at(0, channels), channels, rows);
+      return;
+    }
+    for (int64_t lane = 0; lane < count; lane += L::WIDTH, rows += apart) {
+      if (in_a_row(lane, L::WIDTH)) {
+        copy_vector<Copy>(stored + at(lane, channels), channels, rows);
+      } else {
+        copy_numbers<Copy>(stored, lane, channels, rows);
+      }
+    }
+  }
+
+  // Meanwhile the next block is fetched: the hardware follows fewer streams than channels.
+  template <typename Copy, typename T, typename W>
+  LEAN_INLINE void copy_whole(T* __restrict stored, int64_t channels, W* __restrict rows) const {
+    for (int64_t c = 0; c < channels; ++c, stored += behind, rows += L::WIDTH) {
+      for (int line = 0; line < LANES; line += LINE / sizeof(T))
+        __builtin_prefetch(stored + LANES + line, Copy::WRITES);
+      for (int vector = 0; vector < LANES / L::WIDTH; ++vector)
+        for (int lane = 0; lane < L::WIDTH; ++lane)
+          Copy::number(stored[vector * L::WIDTH + lane], rows[vector * apart + lane]);
+    }
+  }
+
+  template <typename Copy, typename T, typename W>
+  LEAN_INLINE void copy_vector(T* __restrict stored, int64_t channels, W* __restrict rows) const {
+    for (int64_t c = 0; c < channels; ++c, stored += behind, rows += L::WIDTH) {
+      __builtin_prefetch(stored + LANES, Copy::WRITES);
+      for (int lane = 0; lane < L::WIDTH; ++lane) Copy::number(stored[lane], rows[lane]);
+    }
+  }
+
+  template <typename Copy, typename T, typename W>
+  LEAN_INLINE void copy_numbers(T* __restrict stored, int64_t first, int64_t channels,
+                                W* __restrict rows) const {
+    const int64_t length = count - first < L::WIDTH ? count - first : L::WIDTH;
+    int64_t starts[L::WIDTH];
+    for (int64_t lane = 0; lane < length; ++lane) starts[lane] = at(first + lane, channels);
+    if (Copy::WRITES && behind == 1) {  // channels side by side; positions may share a place in the cache
+      for (int64_t lane = 0; lane < length; ++lane)
+        for (int64_t c = 0; c < channels; ++c)
+          Copy::number(stored[starts[lane] + c * behind], rows[c * L::WIDTH + lane]);
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t lane = 0; lane < length; ++lane)
+          Copy::number(stored[starts[lane] + c * behind], rows[c * L::WIDTH + lane]);
+    }
+  }
+};
+
+}  // namespace lean

@@ -36,14 +36,17 @@ struct Block {
 
  private:
   struct Read {
-    static constexpr int WRITES = 0;
+    static constexpr bool WRITES = false;
+    // To the second cache: the places of many channels in the first one may be the same.
+    static LEAN_INLINE void fetch(const void* stored) { __builtin_prefetch(stored, 0, 2); }
     template <typename T, typename W>
     static LEAN_INLINE void number(const T& stored, W& row) {
       row = static_cast<W>(stored);
     }
   };
   struct Write {
-    static constexpr int WRITES = 1;
+    static constexpr bool WRITES = true;
+    static LEAN_INLINE void fetch(const void* stored) { __builtin_prefetch(stored, 1); }
     template <typename T, typename W>
     static LEAN_INLINE void number(T& stored, const W& row) {
       stored = static_cast<T>(row);
@@ -80,7 +83,7 @@ struct Block {
   LEAN_INLINE void copy_whole(T* __restrict stored, int64_t channels, W* __restrict rows) const {
     for (int64_t c = 0; c < channels; ++c, stored += behind, rows += L::WIDTH) {
       for (int line = 0; line < LANES; line += LINE / sizeof(T))
-        __builtin_prefetch(stored + LANES + line, Copy::WRITES);
+        Copy::fetch(stored + LANES + line);
       for (int vector = 0; vector < LANES / L::WIDTH; ++vector)
         for (int lane = 0; lane < L::WIDTH; ++lane)
           Copy::number(stored[vector * L::WIDTH + lane], rows[vector * apart + lane]);
@@ -90,7 +93,7 @@ struct Block {
   template <typename Copy, typename T, typename W>
   LEAN_INLINE void copy_vector(T* __restrict stored, int64_t channels, W* __restrict rows) const {
     for (int64_t c = 0; c < channels; ++c, stored += behind, rows += L::WIDTH) {
-      __builtin_prefetch(stored + LANES, Copy::WRITES);
+      Copy::fetch(stored + LANES);
       for (int lane = 0; lane < L::WIDTH; ++lane) Copy::number(stored[lane], rows[lane]);
     }
   }

@@ -30,7 +30,8 @@ def test_arms_start_from_the_same_first_layer_and_share_a_budget():
     assert abs(counts[2] - counts[1]) < 0.02 * counts[1]
 
 
-def test_a_comparison_end_to_end(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("epochs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_comparison_end_to_end(epochs, tmp_path, capfd, monkeypatch):
     from lean_fx.experiment import training
     from lean_fx.experiment.training import Settings
 
@@ -41,7 +42,7 @@ def test_a_comparison_end_to_end(tmp_path, capfd, monkeypatch):
     def again():
         arms = {seed: paper_arms(data, seed=seed) for seed in (0, 4)}
         given = {"title": "digits", "command": "python x.py", "rates": (1e-2, 1e-6)}
-        return run(arms, data, Settings(epochs=1), tmp_path, **given)
+        return run(arms, data, Settings(epochs=epochs), tmp_path, **given)
 
     report = again()
     assert [arm.name for arm in report.arms] == ["baseline", "lean", "narrow 18/35/53"]

@@ -130,9 +130,10 @@ class In(nn.Module):
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
 )
-def test_other_types(dtype, rtol, tmp_path):
-    x = torch.randn(3, 24, 7, 5).to(dtype).double()
-    module = In(lean_fx.LeanReduction(24, 4), dtype)
+@pytest.mark.parametrize(("shape", "dim"), [((3, 24, 7, 5), 1), ((5, 9, 24), -1)])
+def test_other_types(dtype, rtol, shape, dim, tmp_path):
+    x = torch.randn(shape).to(dtype).double()
+    module = In(lean_fx.LeanReduction(24, 4, dim), dtype)
     path = exported(module, x, tmp_path / "net.onnx")
     exact = wanted(module.reduction, x)
     (found,) = session(path).run(None, {"input": x.numpy()})

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "transpose.h"
 #include "walk.h"
 
 namespace lean {
@@ -72,6 +73,8 @@ struct Block {
     for (int64_t lane = 0; lane < count; lane += L::WIDTH, rows += apart) {
       if (in_a_row(lane, L::WIDTH)) {
         copy_vector<Copy>(stored + at(lane, channels), channels, rows);
+      } else if (behind == 1 && lane + L::WIDTH <= count) {
+        copy_squares<Copy>(stored + at(lane, channels), channels, rows);
       } else {
         copy_numbers<Copy>(stored, lane, channels, rows);
       }
@@ -98,21 +101,38 @@ struct Block {
     }
   }
 
+  // Of positions whose channels lie side by side.
+  template <typename Copy, typename T, typename W>
+  LEAN_INLINE void copy_squares(T* __restrict stored, int64_t channels, W* __restrict rows) const {
+    constexpr int N = L::WIDTH;
+    int64_t c = 0;
+    for (; c + N <= channels; c += N, rows += N * N) {
+      Vector<L> square[N];
+      W* const numbers = reinterpret_cast<W*>(square);
+      if (Copy::WRITES) {
+        for (int i = 0; i < N; ++i) square[i] = *reinterpret_cast<Vector<L>*>(rows + i * N);
+        transpose<L>(square);
+      }
+      for (int lane = 0; lane < N; ++lane)
+        for (int i = 0; i < N; ++i)
+          Copy::number(stored[lane * channels + c + i], numbers[lane * N + i]);
+      if (!Copy::WRITES) {
+        transpose<L>(square);
+        for (int i = 0; i < N; ++i) *reinterpret_cast<Vector<L>*>(rows + i * N) = square[i];
+      }
+    }
+    for (; c < channels; ++c, rows += N)
+      for (int lane = 0; lane < N; ++lane) Copy::number(stored[lane * channels + c], rows[lane]);
+  }
+
   template <typename Copy, typename T, typename W>
   LEAN_INLINE void copy_numbers(T* __restrict stored, int64_t first, int64_t channels,
                                 W* __restrict rows) const {
     const int64_t length = count - first < L::WIDTH ? count - first : L::WIDTH;
     int64_t starts[L::WIDTH];
     for (int64_t lane = 0; lane < length; ++lane) starts[lane] = at(first + lane, channels);
-    if (Copy::WRITES && behind == 1) {  // channels side by side; positions may share a place in the cache
-      for (int64_t lane = 0; lane < length; ++lane)
-        for (int64_t c = 0; c < channels; ++c)
-          Copy::number(stored[starts[lane] + c * behind], rows[c * L::WIDTH + lane]);
-    } else {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t lane = 0; lane < length; ++lane)
-          Copy::number(stored[starts[lane] + c * behind], rows[c * L::WIDTH + lane]);
-    }
+    for (int64_t c = 0; c < channels; ++c, stored += behind, rows += L::WIDTH)
+      for (int64_t lane = 0; lane < length; ++lane) Copy::number(stored[starts[lane]], rows[lane]);
   }
 };
 

@@ -143,10 +143,55 @@ struct Product {
   }
 };
 
+// Rows that are multiplied at once with others: as many as the sums of a tile leave registers for.
+template <typename L>
+constexpr int GROUP = L::Set::BYTES == 64 ? MOST : 2;
+
+// out(c, j) = sum_k A(j, k) B(c, k), where B has GROUP rows.
+template <typename L>
+struct GroupProduct {
+  Matrix<L> A, B, out;
+
+  template <int HEIGHT>
+  LEAN_INLINE void tile(int64_t first) const {
+    const Matrix<L> rows = A.below(first);
+    Vector<L> sums[HEIGHT][GROUP<L>] = {};
+    for (int64_t k = 0; k < A.width; ++k) {
+      for (int i = 0; i < HEIGHT; ++i) {
+        const Vector<L> x = rows.row(i)[k];
+        for (int c = 0; c < GROUP<L>; ++c) sums[i][c] += x * B.row(c)[k];
+      }
+    }
+    for (int c = 0; c < GROUP<L>; ++c)
+      for (int i = 0; i < HEIGHT; ++i) out.row(c)[first + i] = sums[i][c];
+  }
+
+  template <typename>
+  LEAN_INLINE void on() const {
+    int64_t first = 0;
+    for (; first + 4 <= A.height; first += 4) tile<4>(first);
+    switch (A.height - first) {
+      case 3: tile<3>(first); break;
+      case 2: tile<2>(first); break;
+      case 1: tile<1>(first); break;
+    }
+  }
+};
+
 // out = A v, in a function of its own, as it is long and has many callers.
 template <typename L>
 LEAN_INLINE void multiply(const Matrix<L>& A, Rows<L> v, Rows<L> out) {
   L::Set::run(Product<L>{A, v, out});
+}
+
+// Likewise out(c, j) = sum_k A(j, k) B(c, k), of any number of rows of B up to GROUP.
+template <typename L>
+LEAN_INLINE void multiply(const Matrix<L>& A, const Matrix<L>& B, const Matrix<L>& out) {
+  if (B.height == GROUP<L>) {
+    L::Set::run(GroupProduct<L>{A, B, out});
+  } else {
+    for (int64_t c = 0; c < B.height; ++c) multiply(A, B.row(c), out.row(c));
+  }
 }
 
 }  // namespace lean

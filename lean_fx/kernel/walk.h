@@ -33,6 +33,9 @@ struct Options {
 // many as the hardware fetches together.
 constexpr int LANES = 32;
 
+// Rows of channels that are multiplied with others at once, at most.
+constexpr int MOST = 4;
+
 struct Shape {
   int64_t before;     // positions in front of the channels: x is [before, preserved * reducible,
   int64_t behind;     // behind]
@@ -42,10 +45,10 @@ struct Shape {
   int64_t channels() const { return preserved * reducible; }
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
   // The rows of a vector that a walk works in, and that its gradient does.
-  int64_t walk_rows() const { return channels() + 2 * preserved + 2 * reducible + 1; }
+  int64_t walk_rows() const { return channels() + (2 + MOST) * preserved + 2 * reducible + 1; }
   int64_t gradient_rows(bool nonnegative) const {
-    const int64_t affinities = nonnegative ? 0 : preserved * (preserved + 1) / 2;
-    return walk_rows() + 4 * preserved + 2 * reducible + channels() + affinities;
+    const int64_t affinities = nonnegative ? 0 : preserved * (preserved + MOST) / 2;
+    return walk_rows() + (4 + MOST) * preserved + (1 + MOST) * reducible + channels() + affinities;
   }
 };
 

@@ -113,9 +113,11 @@ struct Block {
         for (int i = 0; i < N; ++i) square[i] = *reinterpret_cast<Vector<L>*>(rows + i * N);
         transpose<L>(square);
       }
-      for (int lane = 0; lane < N; ++lane)
+      for (int lane = 0; lane < N; ++lane) {
+        if (Copy::WRITES) Copy::fetch(stored + (lane + N) * channels + c);
         for (int i = 0; i < N; ++i)
           Copy::number(stored[lane * channels + c + i], numbers[lane * N + i]);
+      }
       if (!Copy::WRITES) {
         transpose<L>(square);
         for (int i = 0; i < N; ++i) *reinterpret_cast<Vector<L>*>(rows + i * N) = square[i];

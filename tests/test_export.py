@@ -83,6 +83,36 @@ def test_every_form_of_the_function(nonnegative, tmp_path):
     check_side_by_side(modules, inputs, tmp_path / "lean.onnx")
 
 
+PAIRS = [
+    ({}, (2, 12, 8, 6), 1),
+    ({"layout": "interleaved", "normalize": "row", "seed": "matrix"}, (2, 12, 8, 6), 1),
+    ({"layout": "interleaved", "iterations": 2, "scale": "magnitude"}, (2, 12, 40), 1),
+    ({"normalize": "row", "damping": 0.3, "norm_floor": 0.1}, (2, 3, 12, 32), 2),
+    ({"seed": "matrix", "scale": "mean"}, (2, 12, 40), 1),
+]
+
+
+def test_pairs_of_rows_are_multiplied_where_maps_are_large(tmp_path):
+    modules = [lean_fx.LeanReduction(12, 4, dim, **options) for options, _, dim in PAIRS]
+    modules.append(lean_fx.LeanReduction(12, 4).double())
+    inputs = [*(torch.randn(each) for _, each, _ in PAIRS), torch.randn(2, 12, 40).double()]
+    check_side_by_side(modules, inputs, tmp_path / "lean.onnx")
+    functions = onnx.load(tmp_path / "lean.onnx").functions
+    assert len(functions) == len(modules)
+    assert all("pairs" in each.overload for each in functions)
+
+
+def test_pairs_of_rows_are_not_multiplied_elsewhere(tmp_path):
+    sizes = [(12, 4, 31), (12, 4, 2**21 // 48 + 1), (96, 32, 255)]  # channels in, out, positions
+    modules = [lean_fx.LeanReduction(*each[:2]) for each in sizes]
+    modules.append(lean_fx.LeanReduction(12, 4, normalize="none"))
+    inputs = [torch.randn(1, each[0], each[2]) for each in sizes] + [torch.randn(1, 12, 40)]
+    export_side_by_side(modules, inputs, tmp_path / "lean.onnx", tolerance=1e-5)
+    functions = onnx.load(tmp_path / "lean.onnx").functions
+    assert functions
+    assert not any("pairs" in each.overload for each in functions)
+
+
 @pytest.mark.parametrize("nonnegative", [True, False], ids=["nonnegative", "signed"])
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.float16, 2e-3)])
 def test_other_dtypes(dtype, apart, nonnegative, tmp_path):

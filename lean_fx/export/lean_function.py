@@ -1,14 +1,16 @@
 """LEAN as a function of standard ONNX operators, by :mod:`lean_fx.reduction.functional`.
 
 In a file each reduction is one node ``LEAN`` of the domain ``lean_fx``; what it computes stands in
-the same file as a function, which a runtime puts in the node's place. Two forms, chosen by profile
-on ONNX Runtime's CPU:
+the same file as a function, which a runtime puts in the node's place. Three forms, chosen by
+profile on ONNX Runtime's CPU:
 
 - *planes*, where positions lie behind the channels (pictures) and no value is below 0: products
   and sums over whole planes. Sums over the outer axis are products with ones, since ReduceSum is
   about four times slower there at batch 1.
-- *rows*, where the channels come last, or where ``G`` must be formed: one small matrix product
-  a position.
+- *pairs*, planes of any sign: ``G`` is made of the products of all pairs of rows, C' times the
+  numbers of ``x``, which suits maps of many positions and few channels.
+- *rows*, where the channels come last, or the maps are small, large or unknown: one small matrix
+  product a position.
 
 A divisor that may be zero has the least value added that a product with it survives: it is lost
 in any other divisor.
@@ -44,6 +46,7 @@ class LeanFunction:
             node's attributes ``matrix_shape`` and ``output_shape`` hold them.
         damping: as in :func:`~lean_fx.lean_reduction`, like ``norm_floor``.
         norm_floor: added to ``sum |y|``.
+        pairs: whether ``G`` is made of the products of all pairs of rows.
     """
 
     preserved: int
@@ -59,6 +62,7 @@ class LeanFunction:
     axis: int | None = None
     damping: float = 0.0
     norm_floor: float = 0.0
+    pairs: bool = False
 
     @property
     def overload(self) -> str:
@@ -71,7 +75,7 @@ class LeanFunction:
             '10x5_nonnegative'
         """
         words = [f"{self.preserved}x{self.reducible}"]
-        words += ["nonnegative"] * self.nonnegative + ["rows"] * self.rows
+        words += ["nonnegative"] * self.nonnegative + ["rows"] * self.rows + ["pairs"] * self.pairs
         words += [self.normalize] * (self.normalize != "column")
         words += [self.scale] * (self.scale != "sum")
         words += [self.layout] * (self.layout != "contiguous")
@@ -108,7 +112,7 @@ class _Body:
         self.spec = spec
         self.lines: list[str] = []
         self.real = "double" if spec.dtype == "double" else "float"
-        self.planes = spec.nonnegative and not spec.rows
+        self.planes = (spec.nonnegative or spec.pairs) and not spec.rows
         # The axes of the preserved and of the reducible channels in X.
         self.i, self.k = (1, 2) if self.planes else (-2, -1)
         if self.planes and spec.layout == "interleaved":
@@ -213,8 +217,15 @@ class _Body:
             self.put("t", self.sum("X", self.i))
             sums = self.over_k("d0", "t")
         else:
-            self.put("XT", f"Transpose<perm = {self.turned()}>(X)")
-            self.put("G", "MatMul(X, XT)")
+            if self.spec.pairs:
+                self.put("left", f"Unsqueeze(X, {self.axis(self.i + 1)})")
+                self.put("right", f"Unsqueeze(X, {self.axis(self.i)})")
+                self.put("products", "Mul(left, right)")
+                both = 3 if self.k == 2 else 1  # the axis of k, beside the two of rows
+                self.put("G", f"ReduceSum<keepdims = 0>(products, {self.axis(both)})")
+            else:
+                self.put("XT", f"Transpose<perm = {self.turned()}>(X)")
+                self.put("G", "MatMul(X, XT)")
             self.put("absG", "Abs(G)")
             sums = self.put("d0", f"ReduceSum(absG, {self.axis(self.k)})")
         if self.spec.damping:

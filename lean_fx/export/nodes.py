@@ -14,6 +14,9 @@ from lean_fx.export.lean_function import DOMAIN, OPERATOR, LeanFunction
 #: Where a LEAN node keeps the name that its value has in torch's graph.
 TORCH_NAME = "lean_fx.torch_name"
 
+#: Of a sample, for products of pairs of rows: positions for each row, and numbers in all.
+LEAST_POSITIONS, MOST_NUMBERS = 8, 2**21
+
 _DTYPES = {"FLOAT": "float", "DOUBLE": "double", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
@@ -47,6 +50,7 @@ def define_functions(model: Any) -> None:
         if shapes is None:
             function = dataclasses.replace(function, axis=axis)
         else:
+            function = dataclasses.replace(function, pairs=_suit_pairs(shape[axis + 1 :], function))
             for name, sizes in zip(("matrix_shape", "output_shape"), shapes, strict=True):
                 node.attributes[name] = ir.AttrInt64s(name, sizes)
         node.overload = function.overload
@@ -58,6 +62,18 @@ def define_functions(model: Any) -> None:
         proto.overload = function.overload
         definition = ir.serde.deserialize_function(proto)
         model.functions[definition.identifier()] = definition
+
+
+def _suit_pairs(behind: list[int | None], function: LeanFunction) -> bool:
+    """Whether maps are known to be of a size for which the products of pairs of rows are faster.
+
+    The most numbers bound the memory of the products: C' times that of the input.
+    """
+    if function.rows or function.nonnegative or function.normalize == "none" or None in behind:
+        return False
+    rows, positions = function.preserved, math.prod(size or 1 for size in behind)
+    numbers = rows**2 * function.reducible * positions
+    return positions >= LEAST_POSITIONS * rows and numbers <= MOST_NUMBERS
 
 
 def _free(wanted: str, taken: set[str]) -> str:

@@ -5,6 +5,7 @@
 #include "block.h"
 #include "halves.h"
 #include "lanes.h"
+#include "products.h"
 
 namespace lean {
 namespace {
@@ -55,7 +56,7 @@ LEAN_INLINE void affinity_sums(const Matrix<L>& X, Rows<L> d, Rows<L> affinities
   for (int64_t first = 0; first < X.height; first += GROUP<L>) {
     const Matrix<L> group = affinities_from(first, X.height, affinities, kept);
     const Matrix<L> rows = X.below(first);
-    multiply(rows, {rows.start, group.height, X.width, X.down, X.right}, group);
+    multiply_group(rows, {rows.start, group.height, X.width, X.down, X.right}, group);
     for (int64_t i = 0; i < group.height; ++i) {
       Vector<L> own = d[first + i] + group.row(i)[i];
       for (int64_t j = i + 1; j < group.width; ++j) {
@@ -93,7 +94,8 @@ LEAN_INLINE Matrix<L> as_matrix(const Shape& shape, const Options& options, Rows
 }
 
 template <typename L>
-LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const Number<L>* seed, Number<L>* start) {
+LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const Number<L>* seed,
+                             Number<L>* start) {
   const auto [x, y, d, t, u, inverse, group] = WalkRows<L>(shape, start);
   const int64_t I = shape.preserved, K = shape.reducible;
   const Matrix<L> X = as_matrix(shape, options, x);
@@ -106,7 +108,8 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const N
       multiply(X, t, d);
     } else {
       const bool kept = options.for_gradient;
-      affinity_sums(X, d, kept ? GradientRows<L>(shape, start).affinities : group, kept);
+      const Rows<L> kept_rows = GradientRows<L>(shape, start).affinities;
+      affinity_sums(X, d, kept ? kept_rows : group, kept);
     }
     damp(d, I, options.damping);
     for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<L>(d[i]);
@@ -162,7 +165,7 @@ LEAN_INLINE void add_through_affinities(const Matrix<L>& X, Rows<L> gd, Rows<L> 
         group.row(i)[j] = own.row(i)[first + j] =
             signed_as<L>(group.row(i)[j], gd[first + i] + gd[first + j]);
     const Matrix<L> found = {sums.start, group.height, X.width, X.width, 1};
-    multiply(X.transposed(), own, found);
+    multiply_group(X.transposed(), own, found);
     for (int64_t i = 0; i < group.height; ++i)
       for (int64_t k = 0; k < X.width; ++k) grad_X.row(first + i)[k] += found.row(i)[k];
   }

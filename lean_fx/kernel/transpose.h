@@ -8,13 +8,11 @@
 
 namespace lean {
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define LEAN_TRANSPOSES 1
-#endif
+#if !defined(__has_builtin)
+#define __has_builtin(NAME) 0
 #endif
 
-#ifdef LEAN_TRANSPOSES
+#if __has_builtin(__builtin_shufflevector)
 
 // Swaps the right upper quarter of each square of 2 * SIZE rows with its left lower one.
 template <typename L, int SIZE, std::size_t... LANE>
@@ -32,6 +30,19 @@ template <typename L, int SIZE = L::WIDTH / 2>
 LEAN_INLINE void transpose(Vector<L>* rows) {
   swap_quarters<L, SIZE>(rows, std::make_index_sequence<L::WIDTH>());
   if constexpr (SIZE > 1) transpose<L, SIZE / 2>(rows);
+}
+
+#else
+
+template <typename L>
+LEAN_INLINE void transpose(Vector<L>* rows) {
+  for (int i = 0; i < L::WIDTH; ++i) {
+    for (int k = 0; k < i; ++k) {
+      const Number<L> number = rows[i][k];
+      rows[i][k] = rows[k][i];
+      rows[k][i] = number;
+    }
+  }
 }
 
 #endif

@@ -172,6 +172,16 @@ def test_the_limits_of_a_type_are_those_of_every_call():
     assert captured(X(2, 32).double()).min().item() == torch.finfo(torch.float64).min
 
 
+def test_the_limits_of_whole_numbers_are_those_of_every_call():
+    def share(self, x):
+        return self.b(self.a(x / torch.iinfo(x.dtype).max))
+
+    model, x = Net(share, **layers()), torch.randint(2**30, (2, 32))
+    for captured in (capture(model), capture(model, (x,))):
+        for given in (x, x.int()):
+            torch.testing.assert_close(captured(given), model(given), rtol=0, atol=0)
+
+
 def test_another_branch_is_refused_by_name():
     captured = capture(Net(branches, **convs()), (X(2, 3, 8, 8),))
     assert captured(X(3, 3, 4, 4)).shape == (3, 8, 4, 4)

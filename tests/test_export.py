@@ -473,7 +473,7 @@ def test_the_model_and_its_inputs_stay_as_they_are(tmp_path):
 def test_no_rows_and_no_path(tmp_path):
     with pytest.raises(ArgumentError, match="example_inputs have no rows; give one or more"):
         lean_fx.export_onnx(nn.Linear(4, 4), tmp_path / "net.onnx", torch.rand(0, 4))
-    with pytest.raises(WriteError, match="is not a path .embedded null byte.; give another"):
+    with pytest.raises(WriteError, match=r"is not a path \(.*embedded null .*\); give another"):
         lean_fx.export_onnx(nn.Linear(4, 4), "a\0.onnx", torch.rand(2, 4))
     with pytest.raises(WriteError, match="cannot be written .File name too long"):
         lean_fx.export_onnx(nn.Linear(4, 4), tmp_path / ("a" * 300), torch.rand(2, 4))

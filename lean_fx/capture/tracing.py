@@ -48,6 +48,7 @@ _NODES = (
     *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
     *(rnn.unpack_sequence, rnn.unpad_sequence, with_data, layer_states),
     _symbolic_trace._assert_is_none,
+    *(torch.finfo, torch.iinfo),  # they take a proxy for a dtype, whichever its memory looks like
 )
 
 
@@ -69,8 +70,8 @@ class LeanTracer(Tracer):
     Subclasses of conv, linear and recurrent layers, and registered layers, are leaves too: they
     would otherwise dissolve into functional calls; as leaves they are seen. Buffers are values
     of the graph, so that what forward computes of them is computed at every call, not once. The
-    functions that pack and pad sequences are nodes, since they cannot run without lengths. The
-    shape of a parameter is a constant. What a graph would lose
+    functions that pack and pad sequences are nodes, since they cannot run without lengths, and so
+    are the limits of a dtype. The shape of a parameter is a constant. What a graph would lose
     (:mod:`lean_fx.capture.side_effects`) is not traced. Modules whose forward cannot be traced may
     become leaves. Inputs that are None keep their names. Modules that other threads call meanwhile
     run as they are.
@@ -91,7 +92,7 @@ class LeanTracer(Tracer):
         wrapped: tuple[Callable[..., Any], ...] = (),
     ) -> None:
         super().__init__(autowrap_functions=(*_NODES, *wrapped))
-        self._autowrap_search += [rnn, _symbolic_trace]  # for calls by the module's name
+        self._autowrap_search += [rnn, _symbolic_trace, torch]  # for calls by the module's name
         self.opaque = opaque
         self.leaf_on_failure = leaf_on_failure
         self.reads = AttributeReads()

@@ -12,8 +12,7 @@ dtype and a device but no numbers, of anything else the thing itself. Rules:
    a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
    Which keys, items and attributes inputs have, and of which types these are, is checked, too.
 4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
-5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments; the limits
-   of a dtype (``torch.finfo(x.dtype).min``) are nodes too.
+5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments.
 6. A cell that is called again is in a loop, whose steps would be frozen: an error too.
 7. Nodes that only led to a decision, and compute no tensor, are removed in the end.
 """
@@ -64,7 +63,6 @@ _MAKERS: tuple[Callable[..., Any], ...] = (
     *(torch.rand, torch.randint, torch.randn, torch.randperm),
 )
 _MAKERS_OF_VALUES: tuple[Callable[..., Any], ...] = (torch.tensor, torch.as_tensor)
-_OF_TYPES: tuple[Callable[..., Any], ...] = (torch.finfo, torch.iinfo)
 _CHECKS = (check_branch, check_kind, check_absent, check_given)
 _DECIDING = {getattr(operator, name) for name in operator.__all__} | {
     getattr,
@@ -95,9 +93,8 @@ class ValueTracer(AnsweringTracer):
         super().__init__(
             opaque,
             leaf_on_failure=leaf_on_failure,
-            wrapped=(*_MAKERS, *_MAKERS_OF_VALUES, *_OF_TYPES),
+            wrapped=(*_MAKERS, *_MAKERS_OF_VALUES),
         )
-        self._autowrap_search.append(torch)
         self._inputs = tuple(inputs)
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._state: dict[Tensor, Tensor] = {}

@@ -38,12 +38,13 @@ import dataclasses
 import multiprocessing
 import os
 import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lean_fx.checks import check_int
-from lean_fx.errors import ArgumentError, DataError, one_line, require
+from lean_fx.errors import ArgumentError, DataError, one_line
 from lean_fx.experiment.configurations import Space
 from lean_fx.experiment.study import Row, Study
 from lean_fx.experiment.training import Settings
@@ -97,10 +98,8 @@ def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any], dict[str, 
         ArgumentError: a key is missing or not known, a value is out of its range, or a name
             cannot be imported.
     """
-    library = "tomllib" if sys.version_info >= (3, 11) else "tomli"
-    toml = require(library, extra="examples", purpose="a study in TOML")
     try:
-        given = toml.loads(Path(file).read_text(encoding="utf-8"))
+        given = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read ({one_line(error)}); give a TOML file") from error
     space = _made(Space, f"{file}: space", given.pop("space", {}))

@@ -67,7 +67,7 @@ def define_functions(model: Any) -> None:
 def _suit_pairs(behind: list[int | None], function: LeanFunction) -> bool:
     """Whether maps are known to be of a size for which the products of pairs of rows are faster.
 
-    The most numbers bound the memory of the products: C' times that of the input.
+    ``MOST_NUMBERS`` bounds their memory, which is C' times that of the input.
     """
     if function.rows or function.nonnegative or function.normalize == "none" or None in behind:
         return False

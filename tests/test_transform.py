@@ -100,6 +100,20 @@ def test_the_users_model_is_never_touched(model):
     assert not storages & {p.data_ptr() for p in lean.parameters()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", CHANGED)
+def test_an_export_touches_neither_model(model, tmp_path):
+    make, shape = CHANGED[model]
+    user, inputs = make(), torch.rand(shape)
+    both = (user, lean_fx.leanify(user, inputs))
+    states = [copy.deepcopy(each.state_dict()) for each in both]
+    modes = [[module.training for module in each.modules()] for each in both]
+    lean_fx.export_onnx(both[1], tmp_path / "net.onnx", inputs)
+    assert [[module.training for module in each.modules()] for each in both] == modes
+    for each, state in zip(both, states, strict=True):
+        torch.testing.assert_close(each.state_dict(), state, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("model", CHANGED)
 def test_what_is_not_rebuilt_is_as_it_was(model):
     make, shape = CHANGED[model]

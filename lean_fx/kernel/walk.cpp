@@ -108,8 +108,7 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const N
       multiply(X, t, d);
     } else {
       const bool kept = options.for_gradient;
-      const Rows<L> kept_rows = GradientRows<L>(shape, start).affinities;
-      affinity_sums(X, d, kept ? kept_rows : group, kept);
+      affinity_sums(X, d, kept ? GradientRows<L>(shape, start).affinities : group, kept);
     }
     damp(d, I, options.damping);
     for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<L>(d[i]);
@@ -212,64 +211,53 @@ LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, con
   if (!options.nonnegative) add_through_affinities(X, gd, affinities, weights, gt, grad_X);
 }
 
-// The blocks of a walk, with an instruction set.
-template <typename T, typename W>
-struct WalkJob {
-  const Walk<T, W>& walk;
-
-  template <typename Set>
-  LEAN_INLINE void on() const {
-    using L = Lanes<W, Set>;
-    const Shape shape = walk.shape;
-    for (int64_t index = walk.first; index < walk.last; ++index) {
-      const Block<L> block(shape, index, shape.walk_rows());
-      block.read(walk.x, shape.channels(), walk.scratch);
-      for (int64_t vector = 0; vector < block.vectors(); ++vector)
-        walk_vector<L>(shape, walk.options, walk.seed, walk.scratch + vector * block.apart);
-      block.write(WalkRows<L>(shape, walk.scratch).y.start, shape.preserved, walk.out);
-    }
-  }
-};
-
-template <typename T>
-struct GradientJob {
-  const Gradient<T>& gradient;
-
-  template <typename Set>
-  LEAN_INLINE void on() const {
-    using L = Lanes<T, Set>;
-    const Shape shape = gradient.shape;
-    const GradientRows<L> own(shape, gradient.scratch);
-    Options plain = gradient.options;
-    plain.scale = Scale::sum;
-    plain.for_gradient = true;
-    for (int64_t index = gradient.first; index < gradient.last; ++index) {
-      const Block<L> block(shape, index, shape.gradient_rows(plain.nonnegative));
-      block.read(gradient.x, shape.channels(), gradient.scratch);
-      block.read(gradient.grad, shape.preserved, own.g.start);
-      for (int64_t vector = 0; vector < block.vectors(); ++vector) {
-        T* const rows = gradient.scratch + vector * block.apart;
-        walk_vector<L>(shape, plain, gradient.seed, rows);
-        gradient_vector<L>(shape, gradient.options, gradient.seed, rows);
-      }
-      block.write(own.grad_x.start, shape.channels(), gradient.grad_x);
-      for (int64_t lane = 0; lane < block.count; ++lane)
-        for (int64_t i = 0; i < shape.preserved; ++i)
-          gradient.grad_seed[i] += (own.gv + i).start[block.lane_at(lane)];
-    }
-  }
-};
-
 }  // namespace
 
 template <typename T, typename W>
+template <typename Set>
+LEAN_INLINE void Walk<T, W>::on() const {
+  using L = Lanes<W, Set>;
+  for (int64_t index = first; index < last; ++index) {
+    const Block<L> block(shape, index, shape.walk_rows());
+    block.read(x, shape.channels(), scratch);
+    for (int64_t vector = 0; vector < block.vectors(); ++vector)
+      walk_vector<L>(shape, options, seed, scratch + vector * block.apart);
+    block.write(WalkRows<L>(shape, scratch).y.start, shape.preserved, out);
+  }
+}
+
+template <typename T>
+template <typename Set>
+LEAN_INLINE void Gradient<T>::on() const {
+  using L = Lanes<T, Set>;
+  const GradientRows<L> own(shape, scratch);
+  Options plain = options;
+  plain.scale = Scale::sum;
+  plain.for_gradient = true;
+  for (int64_t index = first; index < last; ++index) {
+    const Block<L> block(shape, index, shape.gradient_rows(plain.nonnegative));
+    block.read(x, shape.channels(), scratch);
+    block.read(grad, shape.preserved, own.g.start);
+    for (int64_t vector = 0; vector < block.vectors(); ++vector) {
+      T* const rows = scratch + vector * block.apart;
+      walk_vector<L>(shape, plain, seed, rows);
+      gradient_vector<L>(shape, options, seed, rows);
+    }
+    block.write(own.grad_x.start, shape.channels(), grad_x);
+    for (int64_t lane = 0; lane < block.count; ++lane)
+      for (int64_t i = 0; i < shape.preserved; ++i)
+        grad_seed[i] += (own.gv + i).start[block.lane_at(lane)];
+  }
+}
+
+template <typename T, typename W>
 void Walk<T, W>::run() const {
-  lean::run(WalkJob<T, W>{*this});
+  lean::run(*this);
 }
 
 template <typename T>
 void Gradient<T>::run() const {
-  lean::run(GradientJob<T>{*this});
+  lean::run(*this);
 }
 
 template struct Walk<float, float>;

@@ -81,6 +81,8 @@ struct Walk {
   int64_t first, last;
 
   void run() const;
+  template <typename Set>
+  void on() const;  // with an instruction set
 };
 
 // The gradient of the default form over the blocks first to last, in scratch of gradient_rows() *
@@ -96,6 +98,8 @@ struct Gradient {
   int64_t first, last;
 
   void run() const;
+  template <typename Set>
+  void on() const;  // with an instruction set
 };
 
 }  // namespace lean

@@ -26,7 +26,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         kept = shutil.copy(library, folder)
         try:
-            return int(any([tested(library, bits) for bits in (512, 256, 128)]))
+            codes = [tested(library, bits) for bits in (512, 256, 128)]
+            return int(any(codes))
         finally:
             shutil.copy(kept, library)
 

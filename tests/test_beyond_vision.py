@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lean_fx
 from beyond_nets import AudioNet, Decoder, Encoder, Mixer, TabularMLP, UNet, VolumeNet
+from cases import slow_unless
 
 ROWS, STEPS = 32, 60
 
@@ -263,10 +264,7 @@ def test_the_model_is_untouched(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        each if each in ("decoder", "audio") else pytest.param(each, marks=pytest.mark.slow)
-        for each in CASES
-    ],
+    slow_unless(lambda name: name in ("decoder", "audio"), [(each,) for each in CASES]),
 )
 def test_its_file_gives_what_it_gives(name, tmp_path):
     run = trained(name)

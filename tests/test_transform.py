@@ -10,6 +10,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import lean_fx
+from cases import slow_unless
 from graphs import CHANGED, UNCHANGED, Flattened, MyConv, Residual, graph_text
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import ArgumentError, CaptureError
@@ -134,11 +135,10 @@ FEW = ("conv3d", "linear", "stacked")  # of different kinds, with which each red
 
 @pytest.mark.parametrize(
     ("model", "reduction"),
-    [
-        pytest.param(model, each, marks=[] if each == "lean" or model in FEW else pytest.mark.slow)
-        for each in reductions()
-        for model in CHANGED
-    ],
+    slow_unless(
+        lambda model, reduction: reduction == "lean" or model in FEW,
+        [(model, each) for each in reductions() for model in CHANGED],
+    ),
 )
 def test_every_reduction_trains(model, reduction):
     make, shape = CHANGED[model]

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.graph.clones import clone_sharing_state, shallow
+from lean_fx.graph.clones import runnable_parts
 from lean_fx.graph.facts import facts
 from lean_fx.graph.reachable import leaving_state
 from lean_fx.passes.base import Pass
@@ -77,28 +77,22 @@ class MeasureScale(Pass):
                     return found
         with contextlib.suppress(NotImplementedError):  # such as half precision on a CPU
             return _measure(graph_module, map(_fresh, self.example_inputs), None)
-        return _Measure(graph_module)
+        return _Measure(graph_module, graph_module.graph)
 
 
 def _measure(graph_module: GraphModule, inputs: Iterable[Any], training: bool | None) -> _Measure:
     """What is found of every value in training or evaluation; None is the model's own mode."""
-    measure = _Measure(graph_module)
-    with leaving_state(graph_module), in_mode(graph_module, training):
+    parts = runnable_parts(graph_module, _copy_of_buffer)
+    for module in parts.modules():
+        module.training = module.training if training is None else training
+    measure = _Measure(parts, graph_module.graph)
+    with leaving_state(graph_module):
         measure.run(*inputs)
     return measure
 
 
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    """Within it all modules of a model are in a mode; None leaves each in its own."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, mode in before:
-            module.training = mode if training is None else training
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
+def _copy_of_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
 
 def unit_variances(inputs: Iterable[Any]) -> list[Any]:
@@ -124,23 +118,16 @@ def _fresh(value: Any) -> Any:
 
 
 class _Measure(Interpreter):
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__(graph_module)
+    def __init__(self, parts: nn.Module, graph: Graph) -> None:
+        super().__init__(parts, graph=graph)
         self.rms: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.packed: set[str] = set()
         self.extra_traceback = False  # it would grow the message by many lines
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module: nn.Module = self.fetch_attr(target)
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return torch.func.functional_call(shallow(module), buffers, args, kwargs)
-
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
-        if isinstance(value, nn.Module):  # for what runs in one mode only
-            return clone_sharing_state(value, torch.Tensor.clone)
-        return value.clone() if isinstance(value, torch.Tensor) else value
+        return value.clone() if isinstance(value, nn.Parameter) else value  # a graph may write
 
     def run_node(self, n: Node) -> Any:
         try:

@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError, one_line
-from lean_fx.graph.clones import clone_sharing_state, fake_of, run_on
+from lean_fx.graph.clones import fake_of, runnable_parts
 from lean_fx.graph.facts import facts
+from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import leaving_state
 from lean_fx.passes.base import Pass
 
@@ -61,13 +62,15 @@ class PropagateShapes(Pass):
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
         try:
+            parts = runnable_parts(graph_module, lambda tensor: fake_of(tensor, mode))
             with (
                 leaving_state(graph_module),
+                patching(without_caches(graph_module)),
                 mode,
                 torch.no_grad(),
                 contextlib.suppress(*_UNKNOWN),
             ):
-                _ShapeWriter(graph_module, mode).run(*fakes)
+                _ShapeWriter(parts, graph_module.graph).run(*fakes)
         finally:
             logger.setLevel(level)
         return False
@@ -127,27 +130,14 @@ def _fake_input(value: torch.Tensor, place: int, mode: FakeTensorMode) -> torch.
 class _ShapeWriter(Interpreter):
     """Keeps the shape of every value, and says which node could not run."""
 
-    def __init__(self, graph_module: GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(graph_module)
+    def __init__(self, parts: nn.Module, graph: Graph) -> None:
+        super().__init__(parts, graph=graph)
         self.extra_traceback = False  # it would grow the message by many lines
-        self._mode = mode
-        self._fake_state: dict[torch.Tensor, torch.Tensor] = {}
-
-    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor not in self._fake_state:
-            self._fake_state[tensor] = fake_of(tensor, self._mode)
-        return self._fake_state[tensor]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
             raise DynamicOutputShapeException(target)
-        return run_on(self.fetch_attr(target), self._fake, args, kwargs)
-
-    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        if isinstance(value, nn.Module):  # for what runs in one mode only
-            return clone_sharing_state(value, self._fake)
-        return self._fake(value) if isinstance(value, torch.Tensor) else value
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         try:

@@ -35,10 +35,11 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
     """
 
     def is_instance(value: Any, kinds: Any) -> bool:
+        kinds = with_type(kinds)
         answer = None
         if issubclass(type(value), Proxy) and not _names_proxies(kinds):
-            answer = tracer.is_instance(value, with_type(kinds), asked_by_model(1))
-        return _isinstance(value, with_type(kinds)) if answer is None else answer
+            answer = tracer.is_instance(value, kinds, asked_by_model(1))
+        return _isinstance(value, kinds) if answer is None else answer
 
     def has_attribute(value: Any, name: str) -> bool:
         asks = issubclass(type(value), Proxy)
@@ -64,7 +65,7 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
         print(*values, **options)  # from here, a proxy's text asks nothing about its value
 
     def with_type(kinds: Any) -> Any:
-        if _isinstance(kinds, tuple):
+        if type(kinds) is tuple:
             return tuple(map(with_type, kinds))
         return type if kinds is type_of else kinds
 

@@ -115,14 +115,16 @@ def _larger(value: Any, axes: Sequence[int], more: int) -> Any:
 
 def _run_real(module: nn.Module, inputs: Sequence[Any]) -> None:
     with leaving_state(module), keeping_rng_state(), torch.no_grad():
-        run_on(module, torch.clone, tuple(pytree.tree_map_only(Tensor, torch.clone, list(inputs))))
+        run_on(
+            module, torch.clone, tuple(pytree.tree_map_only(Tensor, torch.clone, list(inputs))), {}
+        )
 
 
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = [fake_of(each, mode) if isinstance(each, Tensor) else each for each in inputs]
     with mode, torch.no_grad(), _quiet():
-        run_on(module, lambda tensor: fake_of(tensor, mode), tuple(given))
+        run_on(module, lambda tensor: fake_of(tensor, mode), tuple(given), {})
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from lean_fx.capture.guards import (
 )
 from lean_fx.capture.proxies import FIXED, UNKNOWN, drop_value, keep_value, value_of, value_proxy
 from lean_fx.capture.side_effects import keeping_rng_state
-from lean_fx.graph.clones import clone_sharing_state, fake_of, run_on
+from lean_fx.graph.clones import fake_of, run_on, runnable
 
 _CALLS = ("call_function", "call_method")
 _NO_VALUE = (
@@ -198,7 +198,7 @@ class ValueTracer(AnsweringTracer):
             case "get_attr":
                 value = self._fetch(str(node.target))
                 if isinstance(value, nn.Module):
-                    return clone_sharing_state(value, self._fake)
+                    return runnable(value, self._fake)
                 return self._fake(value) if isinstance(value, Tensor) else value
             case "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]

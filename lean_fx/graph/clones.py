@@ -10,40 +10,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx import GraphModule
 
 from lean_fx.graph.calls import BACKWARD_HOOKS
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.layers.input_hooks import stop_reducing
 
 
-def shallow(module: nn.Module) -> nn.Module:
-    """A copy to run without a trace: no hooks but ours, and what forward sets is not kept."""
-    if next(module.children(), None) is not None:
-        copied = clone_sharing_state(module)
-        for each in copied.modules():
-            ours = {key: hook for key, hook in each._forward_hooks.items() if hook is stop_reducing}
-            each._forward_hooks = OrderedDict(ours)
-            for hooks in BACKWARD_HOOKS:
-                setattr(each, hooks, OrderedDict())
-        return copied
-    copied = object.__new__(type(module))  # copy.copy refuses parametrized modules
-    copied.__dict__.update(module.__dict__)
-    for hooks in ("_forward_hooks", *BACKWARD_HOOKS):
-        setattr(copied, hooks, OrderedDict())
+def runnable(module: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy to run without a trace left: it has other parameters and buffers, and no user's hooks.
+
+    With the module's own buffers a run would write to them, as batch norm does. The hooks before
+    a forward stay, since some compute a weight.
+
+    Args:
+        module: what to copy.
+        tensor: gives what takes the place of a parameter or buffer.
+    """
+    copied = clone_sharing_state(module, tensor)
+    for each in copied.modules():
+        ours = {key: hook for key, hook in each._forward_hooks.items() if hook is stop_reducing}
+        each._forward_hooks = OrderedDict(ours)
+        for hooks in BACKWARD_HOOKS:
+            setattr(each, hooks, OrderedDict())
     return copied
 
 
-def run_on(
-    module: nn.Module, tensor: Callable[[Tensor], Tensor], args: Any, kwargs: Any = None
-) -> Any:
-    """Call a module without a trace left, on what ``tensor`` gives for its parameters and buffers.
+def runnable_parts(graph_module: GraphModule, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """What the nodes of a graph call and read, as :func:`runnable`: an Interpreter runs on it."""
+    parts = nn.Module()
+    for held in ("_modules", "_parameters", "_buffers"):
+        vars(parts)[held] = vars(graph_module)[held]
+    parts = runnable(parts, tensor)
+    read = {node.target for node in graph_module.graph.find_nodes(op="get_attr")}
+    objects = {name: each for name, each in vars(graph_module).items() if name in read}
+    vars(parts).update(objects)  # such as a generator of random numbers
+    return parts
 
-    With its own it would write to buffers, as batch norm does.
-    """
-    state = dict(module.named_parameters()) | dict(module.named_buffers())
-    replaced = {name: tensor(each) for name, each in state.items()}
+
+def run_on(module: nn.Module, tensor: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+    """Call a module as :func:`runnable`, and without the caches of its code."""
     with patching(without_caches(module)):
-        return torch.func.functional_call(shallow(module), replaced, args, kwargs)
+        return runnable(module, tensor)(*args, **kwargs)
 
 
 def clone_sharing_state(

@@ -1,7 +1,8 @@
-"""Whether a captured graph does what its model does, on the example inputs and beside them.
+"""Check that a captured graph computes what its model computes, on the example inputs and beside.
 
-Tracing cannot see all that Python code does. So both run, twice each: on the example inputs, and on
-others that are scaled. What the trace has frozen differs then, and so does what it has lost.
+Tracing cannot see everything that Python code does. So the model and the graph each run twice: on
+the example inputs, and then on scaled ones. A value that the trace froze shows in the second run,
+and so does an effect that it lost.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def disagreement(model: nn.Module, captured: nn.Module, inputs: Sequence[Any]) -> str:
-    """What a graph does otherwise than its model; empty if there is nothing.
+    """How a graph differs from its model, or an empty string if it does not.
 
-    Both stay as they are, and so do globals and generators of random numbers; hooks do not run.
+    Copies run, without the user's hooks; globals and random generators are restored.
 
     Args:
         model: what was captured.
-        captured: its graph, or a copy that should do the same.
-        inputs: the example inputs. A model that fails on them is not asked.
+        captured: its graph, or a copy that should compute the same.
+        inputs: the example inputs. If the model itself fails on them, nothing is compared.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -69,15 +70,15 @@ def _variations(inputs: Sequence[Any]) -> Sequence[Any]:
 def results(
     module: nn.Module, variations: Sequence[Any], *, training: bool | None = None
 ) -> list[Any]:
-    """What calls of a copy of a module return or raise, each with the same random numbers.
+    """Call a copy of a module several times; return what each call returns or raises.
 
-    The module stays as it is, and so do globals and generators of random numbers; hooks of its
-    user do not run.
+    Every call draws the same random numbers. The copy has no hooks of the user; globals and random
+    generators are restored.
 
     Args:
-        module: what to run.
+        module: what to run; it stays as it is.
         variations: the inputs of each call.
-        training: the mode of all its modules; None leaves each in its own.
+        training: the mode of the copy and all its parts; None leaves each in its own.
 
     Raises:
         CaptureError: the module cannot be copied.
@@ -99,14 +100,14 @@ def results(
 
 
 def _seed() -> None:
-    """Start the generators anew; torch.manual_seed takes a millisecond where no GPU is used."""
+    """Seed the generators in use; torch.manual_seed would take a millisecond without a GPU."""
     torch.default_generator.manual_seed(_SEED)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(_SEED)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """A module without the hooks of its user, which may count or print."""
+    """Remove the user's hooks, which may count or print."""
     for each in module.modules():
         for hooks in CALL_HOOKS:
             kept = {key: hook for key, hook in getattr(each, hooks).items() if not is_users(hook)}
@@ -115,7 +116,7 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two outputs are of the same types and close to each other."""
+    """Whether two outputs have the same types, and values that are close."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and _close(one, other)
     if type(one) is not type(other):

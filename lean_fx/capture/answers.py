@@ -1,10 +1,10 @@
-"""What Python asks of values that are known, and the checks that every call asks alike.
+"""Answer what Python asks about known values, and add the checks that keep the answers true.
 
-1. The way of a branch, a number, a key that is looked up: a
+1. The outcome of a branch, a number, a key that is looked up: a
    :func:`~lean_fx.capture.guards.check_branch`.
-2. The number of axes: a check of that of the inputs, from which it follows.
-3. Which keys, items and attributes inputs have, of which types they are and which are None: checks
-   of the inputs, too.
+2. The number of axes: it follows from that of the inputs, which is checked.
+3. The keys, items and attributes of inputs, their types, and which of them are None: checks of the
+   inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lean_fx.capture.tracing import LeanTracer
 
 
 class AnsweringTracer(LeanTracer):
-    """A tracer that answers what is asked of values, which a subclass keeps in the nodes.
+    """A tracer that answers questions about values; a subclass keeps these in the nodes.
 
     Args:
         opaque: names of modules that are leaves.
@@ -85,10 +85,10 @@ class AnsweringTracer(LeanTracer):
         return Tensor if isinstance(value, Tensor) else type(value)
 
     def decide(self, proxy: Proxy, kind: Callable[[Any], Any]) -> Any:
-        """What Python makes of a value, which the graph is to check.
+        """Convert a value for Python, and let the graph check the result.
 
         Raises:
-            TraceError: it is not known without the numbers in a tensor.
+            TraceError: it depends on the numbers in a tensor.
         """
         node = proxy.node
         value = value_of(node)
@@ -109,12 +109,12 @@ class AnsweringTracer(LeanTracer):
         return found
 
     def count_axes(self, proxy: Proxy) -> int:
-        """How many axes a tensor has: as many as the inputs make."""
+        """How many axes a tensor has; the graph checks those of the inputs it comes from."""
         self._check_axes(proxy.node)
         return int(value_of(proxy.node).dim())
 
     def check_keys(self, proxy: Proxy) -> None:
-        """Check that a dictionary of the inputs has the keys that it has now, and no others."""
+        """Let the graph check that a dictionary among the inputs has the same keys."""
         if self.is_of_input(proxy.node):
             self._check(proxy.node, tuple(value_of(proxy.node)))
 
@@ -127,14 +127,14 @@ class AnsweringTracer(LeanTracer):
         return found
 
     def check_presence(self, node: Node) -> None:
-        """Check that an item or attribute of an input is None, or is not, as it is now."""
+        """Let the graph check that an item or attribute of an input is None, or that it is not."""
         known = value_of(node) is not UNKNOWN
         if known and node.target in (operator.getitem, getattr) and self.is_of_input(node):
             check = check_absent if value_of(node) is None else check_given
             self.create_node("call_function", check, (node, _path_of(node)), {})
 
     def _check_axes(self, node: Node) -> None:
-        """Check the number of axes of the inputs that lead to a value."""
+        """Let the graph check the number of axes of the inputs that a value comes from."""
         todo, seen = [node], {node}
         while todo:
             each = todo.pop()
@@ -171,7 +171,7 @@ class AnsweringTracer(LeanTracer):
         self.create_node("call_function", check_branch, (node, outcome, self._place()), {})
 
     def _place(self) -> str:
-        """Where the model's code is: the module, the file, the line and its text."""
+        """Where the model's code is now: the module, the file, the line and its text."""
         frame = inspect.currentframe()
         while frame and _is_machinery(frame.f_globals.get("__name__", "")):
             frame = frame.f_back
@@ -184,7 +184,7 @@ class AnsweringTracer(LeanTracer):
 
 
 def _path_of(node: Node) -> str:
-    """What the model's code calls an input, or an item or attribute of one."""
+    """An input, or an item or attribute of one, as the model's code writes it."""
     if node.op == "placeholder":
         return str(node.target)
     source, name = node.args

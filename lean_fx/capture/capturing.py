@@ -1,9 +1,11 @@
-"""From a module to a torch.fx graph, without touching the module.
+"""Capture a module as a torch.fx graph, without touching the module.
 
-Copies of the model, torch's Transformer modules in them made plain
-(:mod:`lean_fx.layers.transformers`), are traced until one attempt succeeds
-(:mod:`lean_fx.capture.retries`), in the mode that the model is in and in the other, and the two
-graphs become one (:mod:`lean_fx.capture.merging`).
+1. Copy it, and replace torch's Transformer modules in the copy by unfused ones
+   (:mod:`lean_fx.layers.transformers`).
+2. Trace it in its own mode and in the other; retry with more leaves until it succeeds
+   (:mod:`lean_fx.capture.retries`).
+3. Merge the two graphs (:mod:`lean_fx.capture.merging`).
+4. Compare the graph with the model (:mod:`lean_fx.capture.agreement`).
 """
 
 from __future__ import annotations
@@ -40,23 +42,22 @@ def capture(
 
     Args:
         model: a module; it is copied first and stays as it is.
-        inputs: example inputs, as far as they are known. With them branches on sizes are followed,
-            and a call whose sizes lead elsewhere raises a BranchError. A parameter of forward that
-            is None by default and that they do not give is None in the graph, which refuses
-            another value by a BranchError too.
-        purpose: ``"evaluation"`` captures what the model does in eval mode, and only that;
-            ``"facts"`` forgives what a graph cannot keep beside forward.
+        inputs: example inputs, if there are any. Branches on sizes go the way that they take, and
+            a later call whose sizes take another raises a BranchError. A parameter of forward
+            that they leave at its default None is None in the graph; a later call that gives it
+            raises a BranchError too.
+        purpose: ``"evaluation"`` captures only what the model does in eval mode; ``"facts"``
+            captures a model although its graph could not replace it.
 
     Returns:
-        A GraphModule with copies of the modules that forward calls, in the mode (train or eval)
-        of each, and with all hooks; a container with hooks stays whole. What forward does in one
-        mode only, it does there too (see :mod:`lean_fx.capture.merging`), and functional dropout
-        has become a module. Where the two modes cannot be joined, it keeps its own, and a
-        LeanWarning says so.
+        A GraphModule with copies of the modules that forward calls, each in its mode, and with all
+        hooks; a container with hooks stays whole. It follows train() and eval() as the model does
+        (:mod:`lean_fx.capture.merging`), and functional dropout has become a module. If the graphs
+        of the two modes cannot be merged, it keeps to the model's mode, and a LeanWarning says so.
 
     Raises:
         ArgumentError: ``model`` is not a module, or wraps one, or has lazy layers without a shape.
-        CaptureError: it cannot be copied or traced, or does in a mode what a graph would lose.
+        CaptureError: it cannot be copied or traced, or a graph would lose some of its behaviour.
 
     Example:
         >>> print(capture(nn.Sequential(nn.Linear(4, 2), nn.ReLU())).code.strip())
@@ -100,7 +101,7 @@ def capture(
 
 
 def _parts_by_class(captured: GraphModule, root: nn.Module) -> list[frozenset[str]]:
-    """The modules that a graph has looked into, those of a class together, the innermost first."""
+    """The modules that were traced into, grouped by class, the innermost first."""
     parts: dict[type, list[str]] = {}
     inside = dict(captured.named_modules())
     for name, module in root.named_modules():
@@ -113,7 +114,7 @@ def _parts_by_class(captured: GraphModule, root: nn.Module) -> list[frozenset[st
 def _captured_with(
     root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], purpose: Purpose
 ) -> GraphModule:
-    """A captured model in which some modules are whole, and those that its other mode adds."""
+    """Capture a model with some modules whole, and more of them if its other mode needs that."""
     captured = None
     while captured is None:
         captured, whole = _captured(root, inputs, whole, purpose)
@@ -128,7 +129,7 @@ def _captured_with(
 def _captured(
     root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], purpose: Purpose
 ) -> tuple[GraphModule | None, frozenset[str]]:
-    """A captured model; or none, and the modules to keep whole, as its other mode does."""
+    """A captured model, and which modules are whole; no model if the other mode needs more."""
     name = type(root).__name__
     try:
         traced, graph = trace_copy(root, inputs, whole, purpose=purpose)
@@ -159,9 +160,9 @@ def clone_graph(graph_module: GraphModule) -> GraphModule:
 
 
 def unfused_clone(model: nn.Module) -> nn.Module:
-    """A deep copy of a model, torch's Transformer modules in it made plain.
+    """A deep copy of a model whose Transformer modules are the unfused ones.
 
-    Those with hooks stay, unless the model is one: to trace what is inside would lose these.
+    Those with hooks stay as they are, unless the model is one: tracing into them loses the hooks.
 
     Raises:
         CaptureError: it cannot be copied.
@@ -198,10 +199,10 @@ def _follow_mode(
     whole: frozenset[str],
     purpose: Purpose,
 ) -> frozenset[str]:
-    """Make a captured model do in the opposite mode what the model does there.
+    """Make a captured model behave as the model does in the opposite mode too.
 
     Returns:
-        The modules that must be whole for that, if they are not; then nothing was done.
+        The modules that must be whole for that and are not yet; nothing was done if there are any.
     """
     modules = list(root.modules())
     for module in modules:

@@ -1,4 +1,4 @@
-"""Containers of a class of the model's own, which a graph makes anew at every call."""
+"""Containers of a user's own class, which the graph makes anew at every call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLAIN_CONTAINERS = ("builtins", "torch", "torch.fx.immutable_collections")
 
 
 def is_own_container(value: Any) -> bool:
-    """Whether a value is of a subclass of dict, list or tuple that torch.fx would not keep.
+    """Whether a value is of a subclass of dict, list or tuple that torch.fx does not preserve.
 
     Example:
         >>> from collections import OrderedDict
@@ -24,10 +24,10 @@ def is_own_container(value: Any) -> bool:
 
 
 def arguments_of(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with which the class of a container makes one that is alike.
+    """Arguments with which the class of a container makes an equal one.
 
     Raises:
-        SideEffect: there are none.
+        SideEffect: no arguments do.
 
     Example:
         >>> from collections import OrderedDict
@@ -48,7 +48,7 @@ def arguments_of(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _held_alike(made: Any, value: Any) -> bool:
-    """Whether two containers hold the same things in the same order, and as attributes."""
+    """Whether two containers hold the same items in the same order, and the same attributes."""
     one, other = (
         [*each, *(each.values() if isinstance(each, dict) else ()), *_attributes(each)]
         for each in (made, value)

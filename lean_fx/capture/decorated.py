@@ -1,4 +1,4 @@
-"""Decorated forwards, which torch.fx would trace without their decorators."""
+"""Trace decorated forwards with their decorators, which torch.fx would leave out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def called_by_position(wrapper: Callable[..., Any], bare: Callable[..., Any]) -> Any:
-    """A decorated forward that takes all of its parameters by position, as torch.fx calls it.
+    """A decorated forward that takes all its arguments by position, as torch.fx passes them.
 
     Args:
-        wrapper: what the decorators have made of a forward.
-        bare: the forward below them, which knows the parameters.
+        wrapper: the decorated forward.
+        bare: the forward without decorators, which has the parameters.
 
     Example:
         >>> def forward(x, *, scale):

@@ -1,4 +1,4 @@
-"""Example inputs in the forms in which a model is called."""
+"""Example inputs, in any form in which a user calls a model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lean_fx.errors import ArgumentError
 
 
 def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
-    """Example inputs as the tuple of a model's positional inputs; packed sequences are one.
+    """Example inputs as the tuple of a model's positional inputs.
 
-    Tensors that were made in inference mode are copied: elsewhere a model could not write to them.
+    Tensors made in inference mode are copied, since a model could not write to them.
 
     Args:
-        example_inputs: a tensor, packed sequences, a tuple or list of the positional inputs, or a
-            mapping of their names, as ``model(**example_inputs)`` would be called with.
-        model: knows the names; without it a mapping is refused.
+        example_inputs: a tensor, a PackedSequence, a tuple or list of the positional inputs, or a
+            mapping for which the user would call ``model(**example_inputs)``.
+        model: has the names; without it a mapping is refused.
 
     Raises:
         ArgumentError: they are none of these, or packed sequences without a step; or the model has
-            no parameters of these names, or has more that need a value.
+            no parameter of a name, or another parameter without a default.
 
     Example:
         >>> [each.shape for each in as_inputs(Tensor(2, 3))]
@@ -53,7 +53,7 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any,
 
 
 def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
-    """Named inputs in the order of a forward's parameters; those between have their defaults."""
+    """Named inputs in the order of forward's parameters, with defaults for those between."""
     kind, known = type(model).__name__, inspect.signature(model.forward).parameters
     places = [
         name

@@ -1,4 +1,4 @@
-"""Modules that read what hooks of other modules store: a graph would keep what is there now."""
+"""Find modules that read what hooks of other modules store: a graph would freeze what is there."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LIBRARIES = ("torch", "lean_fx")
 
 
 def fed_by_hooks(root: nn.Module) -> set[str]:
-    """The modules whose forward can reach what a forward hook in the model can write to.
+    """The names of the modules whose forward can reach an object that a hook can write to.
 
     Args:
-        root: the model; its own name is empty.
+        root: the model; its name is empty.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2))
@@ -45,7 +45,7 @@ def _hooks(root: nn.Module) -> Iterator[Any]:
 
 
 def is_users(hook: Any) -> bool:
-    """Whether a hook is neither torch's nor of this package.
+    """Whether a hook is the user's, that is, neither torch's nor this package's.
 
     Example:
         >>> is_users(nn.init.zeros_), is_users(print)
@@ -56,7 +56,7 @@ def is_users(hook: Any) -> bool:
 
 
 def _written_by(hook: Any) -> Iterator[Any]:
-    """The modules, objects, lists and dicts that a hook has in its hands."""
+    """The modules, objects, lists and dicts that a hook holds."""
     if isinstance(hook, functools.partial):
         yield from (*hook.args, *hook.keywords.values())
         yield from _written_by(hook.func)

@@ -1,4 +1,4 @@
-"""What a traced graph forgets of its model, put back: hooks, whole layers, stable names."""
+"""Give a traced graph what torch.fx leaves out: hooks, whole layers, stable names."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _STATE_HOOKS = (
 
 
 def name_items(captured: GraphModule) -> None:
-    """Name what is read of a module's result by the call; an item that is read twice is one node.
+    """Name the items of a module's result after its call, and merge equal ones.
 
-    torch.fx counts such nodes over the whole graph, so that a further layer would rename them all.
+    torch.fx numbers such nodes over the whole graph: one more layer would rename them all.
     """
     items: dict[tuple[Node, Any], Node] = {}
     for node in list(captured.graph.nodes):
@@ -42,9 +42,9 @@ def name_items(captured: GraphModule) -> None:
 
 
 def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
-    """Keep the hooks of the model itself, and those of state_dicts of its containers.
+    """Keep the hooks of the model itself, and the state_dict hooks of its containers.
 
-    The captured model has containers of its own. Other hooks of a container keep it whole.
+    The captured model has new containers. One with other hooks is a leaf, and keeps them.
     """
     for hooks in ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
@@ -59,7 +59,7 @@ def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
 
 
 def keep_layers(captured: GraphModule, root: nn.Module) -> None:
-    """Keep layers whole of which forward reads a parameter: torch.fx would keep only that."""
+    """Keep each layer of which forward reads a parameter; torch.fx would keep only the latter."""
     modules = modules_by_name(root)
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]

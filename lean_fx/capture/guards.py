@@ -1,4 +1,4 @@
-"""What a captured model checks of its inputs: that its code would go the way it went."""
+"""The checks in a captured graph that its model would take the same path on new inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lean_fx.graph.patching import Patch
 
 
 def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function a node of whatever graph it is traced into; Python would ask for a value."""
+    """Make a function a node of any graph that is traced through it, here or by a user."""
 
     @functools.wraps(function)
     def wrapped(value: Any, *args: Any) -> Any:
@@ -30,8 +30,8 @@ def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
 def check_branch(value: Any, captured: Any, where: str) -> None:
     """Check that a branch in a model's code goes where it went when the model was captured.
 
-    It is a node of graphs whose capture followed a branch of Python on a size of a value. An export
-    skips it, whose sizes are symbols: a check would fix them.
+    Capture adds it as a node when it follows a branch on a size. An export skips it: sizes are
+    symbols there, and the check would fix them.
 
     Args:
         value: what the branch depends on, now.
@@ -52,7 +52,7 @@ inputs, but the model was captured where it gives True; capture it with inputs o
     if torch.compiler.is_exporting():
         return
     plain = isinstance(captured, bool | int | float | str | tuple)
-    found = type(captured)(value) if plain else value  # a branch asks for the truth of a number
+    found = type(captured)(value) if plain else value  # a branch on a number needs its truth
     if found != captured:
         raise BranchError(
             f"{where}: gives {found} for these inputs, but the model was captured where it gives "
@@ -114,9 +114,9 @@ capture it with example inputs that leave it out
 
 @_as_node
 def check_kind(value: Any, captured: str, where: str) -> None:
-    """Check that a value is of the type that it was of when a model was captured.
+    """Check that a value has the type that it had when a model was captured.
 
-    It is a node of graphs whose capture followed a question such as ``isinstance(x, tuple)``.
+    Capture adds it as a node when forward asks, for example, ``isinstance(x, tuple)``.
 
     Args:
         value: what was asked, now.
@@ -144,7 +144,7 @@ these types
 
 
 def kind_name(value: Any) -> str:
-    """The name of the type of a value; all tensors are of one type.
+    """The name of the type of a value; every tensor is a Tensor.
 
     Example:
         >>> kind_name(torch.ones(2)), kind_name(2.0)
@@ -155,7 +155,7 @@ def kind_name(value: Any) -> str:
 
 @_as_node
 def has_attribute(value: Any, name: str) -> bool:
-    """Whether a value has an attribute: ``hasattr``, which torch.fx cannot trace.
+    """``hasattr`` as a node; torch.fx cannot trace the builtin.
 
     Example:
         >>> has_attribute(1j, "imag")
@@ -166,9 +166,9 @@ def has_attribute(value: Any, name: str) -> bool:
 
 @_as_node
 def count_items(value: Sized) -> int:
-    """How many items a value has: ``len``, which torch.fx cannot trace.
+    """``len`` as a node; torch.fx cannot trace the builtin.
 
-    Of a tensor it is a size, which an export leaves free; ``len`` would fix it.
+    For a tensor it gives a size, which an export leaves free; ``len`` would fix it.
 
     Example:
         >>> count_items((1, 2)), count_items(torch.ones(3, 4))
@@ -178,13 +178,13 @@ def count_items(value: Sized) -> int:
 
 
 def counting_items(homes: Iterable[dict[str, Any]]) -> list[Patch]:
-    """Patches by which :func:`count_items` stands for ``len`` in globals, where they have none."""
+    """Patches that put :func:`count_items` in the place of ``len`` in globals."""
     return [(home, "len", count_items) for home in homes if "len" not in home]
 
 
 @_as_node
 def round_number(value: float, digits: int | None = None) -> float:
-    """A rounded number: ``round``, which torch.fx cannot trace.
+    """``round`` as a node; torch.fx cannot trace the builtin.
 
     Example:
         >>> round_number(2.6)

@@ -1,9 +1,8 @@
-"""``y += 1`` in a model's code: an addition, or a write into ``y`` where something else reads it.
+"""Decide whether ``y += 1`` in a model's code adds, or writes into ``y``.
 
-torch.fx's proxies make a new value of it. That is what the model does, too, unless what ``y`` was
-is read again: by another name, through a view, or by the caller whose input it is. There the call
-becomes an in-place one. Elsewhere it stays an addition, which an analysis can look through. Of a
-size nothing is written.
+torch.fx's proxies record an addition. That is right unless the old ``y`` is read again: by another
+name, through a view, or by the caller who passed it. Then the call becomes an in-place one.
+Otherwise it stays an addition, which analyses can look through. A size is never written to.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ _IN_PLACE: dict[Any, Callable[[Any, Any], Any]] = {
 
 
 def write_in_place(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Make in-place calls of the marked ones after which something else reads what they write.
+    """Make those marked calls in-place after which something else reads what they write.
 
     Args:
         graph: as it was traced.
-        modules: those of the graph, by name.
+        modules: the modules of the graph, by name.
     """
     marked = [node for node in graph.nodes if node.meta.pop(_MARK, False) and not _is_size(node)]
     order = {node: place for place, node in enumerate(graph.nodes)}
@@ -60,7 +59,7 @@ def write_in_place(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _is_size(node: Node) -> bool:
-    """Whether a value is a size of another, or computed only from sizes."""
+    """Whether a value is a size, or computed from sizes alone."""
     asked = node.args[1] if node.target is getattr else node.target
     if asked in _SIZES:
         return True
@@ -70,7 +69,7 @@ def _is_size(node: Node) -> bool:
 
 
 def _read_again(call: Node, homes: Mapping[Node, str], order: Mapping[Node, int]) -> bool:
-    """Whether what a call would write into is read after it, but from its result."""
+    """Whether the storage that a call would write into is read again other than by its result."""
     target = call.args[0]
     assert isinstance(target, Node)
     place = order[call]
@@ -84,10 +83,10 @@ def _read_again(call: Node, homes: Mapping[Node, str], order: Mapping[Node, int]
 
 
 class AugmentedAssignments(Proxy):
-    """A proxy that marks the node which ``proxy += other`` makes."""
+    """A proxy that marks the nodes made by ``proxy += other`` and the like."""
 
     def augment(self, other: Any, function: Callable[[Any, Any], Any]) -> Any:
-        """What the assignment gives, for a function such as operator.add."""
+        """The result of an assignment whose function is, for example, operator.add."""
         made = function(self, other)
         if issubclass(type(made), Proxy):
             made.node.meta[_MARK] = True

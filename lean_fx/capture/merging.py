@@ -1,7 +1,7 @@
-"""Two graphs of one model, of training and of evaluation, become one that follows the mode.
+"""Merge the graphs of a model's two modes into one that follows train() and eval().
 
 Tracing freezes ``self.training``. So a model is traced in its own mode and in the opposite one, and
-the two graphs are laid side by side::
+the two graphs are aligned::
 
     # training                     # evaluation                   # both
     x = self.body(x)               x = self.body(x)               x = self.body(x)
@@ -12,12 +12,13 @@ the two graphs are laid side by side::
 
 Rules:
 
-1. Calls of the same thing, in the same module and order, are one. Where their arguments differ, a
-   :class:`~lean_fx.layers.modes.ByMode` gives each mode its own.
-2. Calls between them that only one mode makes are one :class:`~lean_fx.layers.modes.InMode`.
-3. Both follow the module whose ``training`` was read, the innermost of those around the call, and
-   start in its mode. Where several decide together, they must be whole.
-4. A layer that such a part calls is called nowhere else; or else the graphs cannot be merged.
+1. Calls of the same target, in the same module and order, become one. Where their arguments
+   differ, a :class:`~lean_fx.layers.modes.ByMode` chooses.
+2. The calls between two such that only one mode makes become one
+   :class:`~lean_fx.layers.modes.InMode`.
+3. Both follow the innermost module around the call whose ``training`` was read, and start in its
+   mode. If several such modules decide together, these must be whole.
+4. A layer called within an ``InMode`` must not be called elsewhere.
 """
 
 from __future__ import annotations
@@ -44,24 +45,24 @@ from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode, flag_of
 
 
 class CannotMerge(Exception):  # noqa: N818
-    """The graphs of the two modes differ in a way that one graph cannot follow."""
+    """No single graph can stand for the graphs of both modes."""
 
 
 def merge_modes(captured: GraphModule, model: nn.Module, opposite: Graph, other: nn.Module) -> None:
     """Make a captured model follow train() and eval(), in place.
 
-    Functional dropout whose flag follows the mode is only marked, for
-    :class:`~lean_fx.passes.ModularizeCalls`.
+    Functional dropout whose flag follows the mode is only marked;
+    :class:`~lean_fx.passes.ModularizeCalls` replaces it.
 
     Args:
-        captured: a model in its own mode.
-        model: that model, with the mode of each module.
+        captured: the model, captured in its own mode.
+        model: the model, which knows the mode of each module.
         opposite: the graph of the model in the opposite mode.
-        other: the copy of the model that gave that graph.
+        other: the copy of the model that this graph was traced from.
 
     Raises:
-        CannotMerge: by rule 4; ``captured`` is as it was.
-        MixedModes: by rule 3; ``captured`` is of no more use.
+        CannotMerge: by rule 4; ``captured`` is unchanged.
+        MixedModes: by rule 3; ``captured`` is then unusable.
     """
     blocks = _blocks(list(captured.graph.nodes), list(opposite.nodes))
     _check(blocks)
@@ -70,7 +71,7 @@ def merge_modes(captured: GraphModule, model: nn.Module, opposite: Graph, other:
 
 @dataclass(frozen=True)
 class _Block:
-    """Nodes of the two graphs: the same calls in both, or what either has alone."""
+    """A run of nodes of the two graphs: the same calls in both, or those that differ."""
 
     mine: list[Node]
     theirs: list[Node]
@@ -107,10 +108,10 @@ def _check(blocks: Sequence[_Block]) -> None:
 
 
 class MixedModes(CannotMerge):
-    """What follows the modes of several modules cannot be told apart.
+    """Several modules' modes decide together.
 
     Attributes:
-        modules: their names; if they are whole, there is nothing to tell apart.
+        modules: their names; the graphs can be merged if these stay whole.
     """
 
     def __init__(self, modules: set[str]) -> None:
@@ -131,8 +132,8 @@ class _Merger:
     ) -> None:
         self.captured, self.model, self.other = captured, model, other
         self.graph = captured.graph
-        self.found: dict[Node, Node] = {}  # a node of the opposite graph -> what it is in ours
-        self.made: dict[Node, str] = {}  # a value of one mode -> the module whose mode that is
+        self.found: dict[Node, Node] = {}  # a node of the opposite graph -> its twin in ours
+        self.made: dict[Node, str] = {}  # a value of one mode -> the module that has the mode
         self.changed = False
         self.readers = mode_readers(self.graph) | mode_readers(opposite)
 
@@ -151,7 +152,7 @@ class _Merger:
             self.captured.recompile()
 
     def _join(self, mine: Node, their: Node) -> None:
-        """One node for both (rule 1)."""
+        """Make one node of two (rule 1)."""
         self.found[their] = mine
         args, kwargs = (
             map_arg(each, self.found.__getitem__) for each in (their.args, their.kwargs)
@@ -168,7 +169,7 @@ class _Merger:
             mine.kwargs = self._either(mine.kwargs, kwargs, mine)
 
     def _either(self, mine: Any, their: Any, reader: Node) -> Any:
-        """An argument that is one thing in the model's mode and another in the opposite one."""
+        """An argument that takes ``mine`` in the model's mode and ``their`` in the opposite one."""
         if mine is their or (type(mine) is type(their) and mine == their):
             return mine
         if isinstance(mine, dict) and isinstance(their, dict) and mine.keys() == their.keys():
@@ -184,7 +185,7 @@ class _Merger:
         return self._call(ByMode(), "by_mode", values, reader, home)
 
     def _part(self, nodes: Sequence[Node], own: bool, before: Node) -> None:
-        """A module for what only one mode does (rule 2), whose nodes are ours or theirs."""
+        """Move nodes that only one mode has into an InMode (rule 2)."""
         inside = {node for node in nodes if node.op != "get_attr"}
         for node in nodes:
             if node.op == "get_attr" and not own:
@@ -243,7 +244,7 @@ class _Merger:
     def _call(
         self, module: nn.Module, name: str, args: tuple[Any, ...], before: Node, home: str
     ) -> Node:
-        """Call a module of ours that follows the mode of a module of the model."""
+        """Call a ByMode or InMode that follows the mode of a module of the model."""
         self.changed = True
         module.train(self._trains(home))
         target = add_module(self.captured, "calls", name, module, home)
@@ -262,7 +263,7 @@ class _Merger:
 
 
 def _with_flags(theirs: Any, mine: Any) -> Any:
-    """Arguments of a call, but with the flags of another."""
+    """The arguments of a call, with the flags of another."""
     if isinstance(mine, dict):
         return {name: _with_flags((theirs[name],), (mine[name],))[0] for name in mine}
     pairs = zip(theirs, mine, strict=True)

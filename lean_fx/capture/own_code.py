@@ -1,6 +1,6 @@
-"""Modules whose code does what a graph would forget, or asks what would be frozen: called whole.
+"""Find modules whose code shows, before anything runs, that a graph would lose or freeze something.
 
-What is told here is told by the code, before anything runs.
+Such a module stays whole: the graph calls it as a leaf.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import nn
 from lean_fx.capture.settings import reads_settings
 from lean_fx.graph.model_code import code_of_forward
 
-#: What a graph is made for: to take the model's place, to do so only in evaluation, where no mode
-#: is set, or to know about a model that keeps its class, and with it all methods.
+#: What a graph is for: to replace the model, to replace it in evaluation only, or to learn about a
+#: model that keeps its class and all its methods.
 Purpose = Literal["graph", "evaluation", "facts"]
+#: One answer of :func:`own_call`.
+OWN_CALL = "has a __call__ of its own"
 
 _MODES = ("train", "eval")
 _STATE = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
@@ -33,21 +35,21 @@ _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
 
 def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: bool = True) -> str:
-    """What the code of a module does that its graph would not; empty if there is nothing.
+    """What a graph of a module would lose, according to its code; empty if nothing.
 
-    - A ``train``, ``eval`` or ``_apply`` of its own, unless it only calls torch's and drops
-      caches, and a method of its own that makes or reads a state_dict.
-    - Questions that Python answers for a proxy: ``match`` by classes, ``x.__class__``.
-    - Another way where a call fails: ``except RuntimeError``, but for functions that are given
-      nothing, such as ``is_torch_compiling()``: what fails there is no value.
+    - An overridden ``train``, ``eval`` or ``_apply``, unless it only calls torch's and drops
+      caches; an overridden method that makes or reads a state_dict.
+    - Questions that Python would answer for the proxy: ``match`` by class, ``x.__class__``.
+    - An ``except`` clause. A function without arguments, such as ``is_torch_compiling()``, may
+      have one: no value of the graph can fail there.
     - Settings outside the model that may change later (:mod:`lean_fx.capture.settings`).
     - The mode of another module: ``self.norm.training``.
 
     Args:
-        module: the module. Those of torch's own classes are whole anyway.
+        module: the module; torch's own are leaves anyway.
         purpose: of the graph.
-        is_part: whether the module is a part of a model; a model may lose what reads state_dicts,
-            see :func:`own_loading`.
+        is_part: whether the module is a part of a model. A model itself may lose the methods that
+            read state_dicts (:func:`own_loading`).
 
     Example:
         >>> frozen = nn.Linear(4, 2)
@@ -70,10 +72,10 @@ def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: b
 
 
 def own_loading(module: nn.Module) -> str:
-    """A method of a module's own that reads a state_dict; empty if there is none.
+    """The name of an overridden method that reads a state_dict; empty if there is none.
 
-    A model that has one is captured without it: it must not lose its graph for checkpoints of
-    other versions. A part that has one is whole.
+    A model with one is captured without it: such methods mostly convert checkpoints of older
+    versions, which is no reason to give up the graph. A part with one stays whole.
 
     Example:
         >>> own_loading(nn.Linear(4, 2))
@@ -83,7 +85,7 @@ def own_loading(module: nn.Module) -> str:
 
 
 def own_call(module: nn.Module) -> str:
-    """What runs when a module is called in place of the forward of its class; empty if nothing.
+    """What runs instead of the forward of its class when a module is called; empty if nothing.
 
     Example:
         >>> own_call(nn.Linear(4, 2))
@@ -91,13 +93,13 @@ def own_call(module: nn.Module) -> str:
     """
     if "forward" in vars(module):
         return "has a forward set on the object"
-    return "has a __call__ of its own" if _own(module, "__call__") else ""
+    return OWN_CALL if _own(module, "__call__") else ""
 
 
 def _own_method(module: nn.Module, purpose: Purpose, is_part: bool) -> str:
-    """A method that makes or reads a state_dict, or does more than call torch's of that name.
+    """The name of an overridden method that a graph would lose; empty if there is none.
 
-    For facts: one that changes what forward does with the mode.
+    With the purpose "facts" only a change of the mode counts.
     """
     if purpose == "facts":
         own = ((name, _own(module, name)) for name in _MODES)
@@ -142,7 +144,7 @@ def _asks_for_another_mode(code: CodeType) -> bool:
 
 
 def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """A method that is not torch's: set on the object, or of its class."""
+    """A method that is not torch's, of the object or its class; None if torch's runs."""
     if name in vars(module):
         found: Callable[..., Any] = vars(module)[name]
         return found
@@ -154,7 +156,7 @@ def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def _changes_attributes(method: Callable[..., Any]) -> bool:
-    """Whether a method sets more than modes and whether parameters learn."""
+    """Whether a method sets attributes other than ``training`` and ``requires_grad``."""
     code = getattr(inspect.unwrap(method), "__code__", None)
     if code is None or "setattr" in code.co_names:
         return True
@@ -163,7 +165,7 @@ def _changes_attributes(method: Callable[..., Any]) -> bool:
 
 
 def _only_calls_torch(method: Callable[..., Any], name: str, module: nn.Module) -> bool:
-    """Whether a train, eval or _apply calls torch's and does no more than drop caches."""
+    """Whether a train, eval or _apply only calls torch's and drops caches."""
     code = getattr(inspect.unwrap(method), "__code__", None)  # @torch.no_grad() wraps it
     if code is None:
         return False

@@ -1,4 +1,4 @@
-"""Proxies of values that are known: what Python asks of them, they answer or pass on."""
+"""Proxies of known values: they answer what Python asks of them, or pass it on to the tracer."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from lean_fx.capture.side_effects import (
 if TYPE_CHECKING:
     from lean_fx.capture.answers import AnsweringTracer
 
-#: What stands for a value that is not known.
+#: Stands for a value that is not known.
 UNKNOWN = object()
-#: Where a node notes whether its value follows only from the parameters.
+#: The key under which a node records whether its value follows from the parameters alone.
 FIXED = "lean_fx.fixed"
 _VALUE = "lean_fx.value"
 
 
 def value_of(node: Node) -> Any:
-    """The value that a node has for the example inputs, while it is traced; or UNKNOWN."""
+    """The value of a node for the example inputs, during a trace; UNKNOWN if it has none."""
     return node.meta.get(_VALUE, UNKNOWN)
 
 
 def keep_value(node: Node, value: Any) -> None:
-    """Note the value of a node."""
+    """Record the value of a node."""
     node.meta[_VALUE] = value
 
 
@@ -51,7 +51,7 @@ def drop_value(node: Node) -> None:
 
 
 def value_proxy(node: Node, tracer: AnsweringTracer) -> Proxy:
-    """A proxy of the kind that the value of a node calls for."""
+    """A proxy of the class that fits the value of a node."""
     value = value_of(node)
     if value is UNKNOWN:
         return KeepsData(node, tracer)
@@ -59,7 +59,7 @@ def value_proxy(node: Node, tracer: AnsweringTracer) -> Proxy:
 
 
 class ValueProxy(KeepsData):
-    """A proxy of a known value that has no items."""
+    """A proxy of a known value without items."""
 
     tracer: AnsweringTracer
     __iter__: Any = None  # it is not a collections.abc.Iterable
@@ -85,7 +85,7 @@ class ValueProxy(KeepsData):
         return self.tracer.create_proxy("call_function", getattr, (self, k), {})
 
     def augment(self, other: Any, function: Callable[[Any, Any], Any]) -> Any:
-        """As the base class; of a number or a tuple nothing is written."""
+        """As the base class, but numbers, strings and tuples are immutable."""
         immutable = isinstance(value_of(self.node), int | float | str | tuple)
         return function(self, other) if immutable else super().augment(other, function)
 
@@ -121,7 +121,7 @@ class ValueProxy(KeepsData):
 
 
 class ItemsProxy(ValueProxy):
-    """A proxy of a known value that has items, such as a tensor."""
+    """A proxy of a known value with items, such as a tensor or a dict."""
 
     def __getattr__(self, k: str) -> Any:
         value = value_of(self.node)
@@ -140,7 +140,7 @@ class ItemsProxy(ValueProxy):
     def __iter__(self) -> Iterator[Any]:
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
-        counted = caller is None or not _unpacks(caller)  # unpacking counts by itself
+        counted = caller is None or not _unpacks(caller)  # unpacking checks the count itself
         if isinstance(value_of(self.node), dict):
             self.tracer.check_keys(self)
             return iter(value_of(self.node))
@@ -152,7 +152,7 @@ class ItemsProxy(ValueProxy):
 
 
 def _item(items: ItemsProxy, key: Any, default: Any = None) -> Any:
-    """As dict.get; the graph checks whether the key is there."""
+    """``dict.get``; the graph checks whether the key is there."""
     return operator.getitem(items, key) if key in items else default
 
 

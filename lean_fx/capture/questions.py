@@ -1,9 +1,8 @@
-"""Functions that ask what a value is, in place of Python's while a model is traced.
+"""Replacements for ``isinstance``, ``hasattr``, ``getattr``, ``type`` and the like during a trace.
 
-``isinstance(x, torch.Tensor)`` asks a proxy, which is not a tensor. A tracer with values answers
-for the value, and the graph checks that its inputs would answer alike; a tracer without values
-refuses.
-To let a proxy say that it is a tensor would do for Python, but torch's C++ would believe it, too.
+``isinstance(x, torch.Tensor)`` is false for a proxy. A tracer with values answers for the value
+that the proxy stands for, and adds a check to the graph; a tracer without values raises.
+The proxy itself must not claim to be a tensor: torch's C++ code would believe it.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _isinstance, _is_tensor = isinstance, torch.is_tensor
 
 
 def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:
-    """Patches by which a tracer is asked what a proxy is.
+    """Patches that send questions about a proxy to the tracer.
 
     Args:
-        tracer: it answers by ``is_instance``, ``has_attribute`` and ``type_of``.
+        tracer: answers them with ``is_instance``, ``has_attribute`` and ``type_of``.
         homes: the globals of the model's code.
     """
 
@@ -62,7 +61,7 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
         return tracer.type_of(args[0]) if asks else type(*args)
 
     def tell(*values: Any, **options: Any) -> None:
-        print(*values, **options)  # from here, a proxy's text asks nothing about its value
+        print(*values, **options)  # called from here, str(proxy) does not ask for its value
 
     def with_type(kinds: Any) -> Any:
         if type(kinds) is tuple:
@@ -82,7 +81,7 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
 
 
 def _names_proxies(kinds: Any) -> bool:
-    """Whether a question is about the trace itself."""
+    """Whether the question is about proxies and nodes themselves."""
     if _isinstance(kinds, tuple):
         return any(map(_names_proxies, kinds))
     if _isinstance(kinds, UnionType):

@@ -1,4 +1,4 @@
-"""Watch what a forward reads of its modules besides inputs, parameters and buffers by name."""
+"""Record which attributes a forward reads, and parameters that it does not read by name."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 _PLAIN = (bool, int, float, str, type(None))
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
-#: What may be asked of a parameter without reading its numbers.
+#: Attributes of a parameter that do not depend on its numbers.
 _ASKED = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_meta"))
 _ASKING = frozenset(
     ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
 ) | frozenset(("is_contiguous", "element_size", "data_ptr", "register_hook", "__hash__"))
-#: What a watched class holds itself.
+#: What the class of a watched module defines itself.
 _OWN = frozenset(("__getattribute__", "__module__", "__qualname__", "__doc__"))
-#: What has been read of the modules that are watched now, by their ids.
+#: What has been read of the modules that are being watched, by id.
 _READS: dict[int, dict[str, Any]] = {}
 _WATCHED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class AttributeReads:
-    """What a forward reads of modules: numbers, strings, None, tuples of them, and functions."""
+    """The numbers, strings, tuples, functions and Nones that a forward reads of modules."""
 
     def __init__(self) -> None:
         self._read: dict[int, dict[str, Any]] = {}
 
     def of(self, module: nn.Module) -> dict[str, Any]:
-        """What has been read of a module, by name, with the first value."""
+        """What has been read of a module: each attribute with the value of the first read."""
         return self._read.get(id(module), {})
 
     @contextmanager
     def watching(self, modules: list[nn.Module]) -> Iterator[None]:
-        """Watch modules, whose classes are subclasses of their own meanwhile."""
+        """Watch modules; within the context each has a subclass of its own class."""
         kinds = [type(module) for module in modules]
         for module, kind in zip(modules, kinds, strict=True):
             _READS[id(module)] = self._read.setdefault(id(module), {})
@@ -81,13 +81,13 @@ def _watched(kind: Any) -> Any:
 
 
 class ParameterReads(TorchFunctionMode):
-    """Makes values of the graph of parameters and buffers that forward has not read by name.
+    """Turns parameters and buffers that reach a function of torch into nodes.
 
-    ``sum(p.norm() for p in self.parameters())`` hands the parameters themselves to torch, where a
-    tracer does not see them.
+    ``sum(p.norm() for p in self.parameters())`` does not read them by name, so the tracer does not
+    see the reads.
 
     Args:
-        tracer: the tracer; it knows the names.
+        tracer: knows the names.
     """
 
     def __init__(self, tracer: LeanTracer) -> None:

@@ -1,4 +1,4 @@
-"""Functions of torch that are refused while a model is traced: a graph would lose their effect."""
+"""Refuse the functions of torch whose effect a graph would lose, while a model is traced."""
 
 from __future__ import annotations
 
@@ -33,26 +33,25 @@ _MODES = (
 def refusing_functions(
     homes: Iterable[dict[str, Any]], computing: Callable[[], bool]
 ) -> Iterator[None]:
-    """Refuse, while a model is traced, the functions of torch whose effect a graph would lose.
+    """Refuse, on entry of the context, the functions of torch whose effect a graph would lose.
 
-    - A torch.autograd.Function on a proxy: its own gradient would be lost. (All of them unwrap
-      their arguments first by one function of torch, even if a model calls ``apply`` by another
-      name.)
-    - Gradient checkpointing: the values that it drops would be kept.
-    - Questions about gradients, inference mode and autocast: the answers would be frozen.
-    - Autocast, enable_grad and inference_mode as contexts: what they do would be left out.
-    - Seeds: the calls that draw would be nodes, but not those that set a seed.
+    - A torch.autograd.Function on a proxy: the graph would lose its gradient. (Every such function
+      first unwraps its arguments with one function of torch, whatever name ``apply`` goes by.)
+    - Gradient checkpointing: the graph would keep the values that checkpointing drops.
+    - Questions about gradients, inference mode and autocast: the graph would freeze the answers.
+    - Autocast, enable_grad and inference_mode as contexts: the graph would leave them out.
+    - Seeds: the graph records the calls that draw numbers, but not those that set a seed.
 
     Args:
-        homes: the globals of the model's code, which may hold such functions by other names.
-        computing: whether a value is being computed, of which no graph is made.
+        homes: the globals of the model's code, which may import such functions by other names.
+        computing: tells whether the tracer is computing a value rather than recording calls.
 
     Raises:
         SideEffect: a model's code calls one of them.
     """
     thread = threading.get_ident()
 
-    def traces() -> bool:  # and no other thread runs a model meanwhile
+    def traces() -> bool:  # the patches are global, so another thread may get here
         return threading.get_ident() == thread and not computing()
 
     def checkpointing(*args: Any, **kwargs: Any) -> Any:

@@ -1,15 +1,15 @@
-"""Trace copies of a model, with other tracers and more leaves, until one attempt succeeds.
+"""Trace a model; retry with another tracer and with more leaves until an attempt succeeds.
 
-In turn:
+The attempts, in turn:
 
-1. torch.fx's tracer, with the leaves of :class:`~lean_fx.capture.tracing.LeanTracer`;
-2. with example inputs, a tracer that follows branches on sizes
+1. :class:`~lean_fx.capture.tracing.LeanTracer`, torch.fx's tracer with more leaves;
+2. given example inputs, the tracer that follows branches on sizes
    (:mod:`lean_fx.capture.value_tracing`);
-3. retrace, treating as leaves the modules that still cannot be traced, the innermost that will do,
-   and those whose size guards reject inputs that the model accepts
+3. the same, with the modules as leaves that cannot be traced (the innermost that suffice), and
+   those whose size guards reject inputs that the model accepts
    (:mod:`lean_fx.capture.size_guards`);
-4. retrace, treating as leaves the modules that hand the weights of layers to a function that
-   torch.fx.wrap made a node: no pass could see into that.
+4. the same, with the modules as leaves that pass the weight of a layer to a function that
+   torch.fx.wrap made a node: no pass could see into it.
 """
 
 from __future__ import annotations
@@ -43,16 +43,19 @@ def trace_copy(
     *,
     purpose: Purpose = "graph",
 ) -> tuple[nn.Module, Graph]:
-    """Trace copies of a module until it goes; the copy that went, and its graph.
+    """Trace copies of a module until an attempt succeeds.
 
     Args:
         root: the module.
-        inputs: example inputs, as far as they are known.
+        inputs: example inputs, if there are any.
         whole: names of modules that are leaves in any case.
         purpose: of the graph.
 
+    Returns:
+        The copy that was traced, and its graph.
+
     Raises:
-        TraceError: the module cannot be traced; or what its own code raises.
+        TraceError: the module cannot be traced. Its own code may raise other exceptions.
     """
     fed = fed_by_hooks(root)
     reason = own_call(root) or lost_in_a_graph(root, purpose, is_part=False)
@@ -76,7 +79,7 @@ def trace_copy(
 def _same_without(
     hole: Any, graph: Graph, root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
 ) -> bool:
-    """Whether forward does the same with None in the place of an input, but hands on the None."""
+    """Whether forward makes the same calls with None in the place of an input."""
     place = graph.find_nodes(op="placeholder").index(hole)
     try:
         other = _trace_seeing(root, [*inputs[:place], None, *inputs[place + 1 :]], opaque)[1]
@@ -100,11 +103,11 @@ def _without_guards(graph: Graph) -> list[Node]:
 
 
 def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
-    """The modules that a graph calls whole because they could not be traced.
+    """The modules that became leaves because they could not be traced.
 
     Args:
-        root: the copy that gave the graph.
-        graph: what :func:`trace_copy` returned along with it.
+        root: the copy that was traced.
+        graph: its graph.
     """
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     tracer = LeanTracer()
@@ -116,13 +119,13 @@ def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
 def _trace_seeing(
     root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
-    """As :func:`trace_copy`, with these leaves, and those that hide the weights of layers."""
+    """As :func:`trace_copy`, with given leaves, and those that hide the weights of layers."""
     copied, graph = _trace_around(root, inputs, opaque)
     hiding = _hiding_weights(copied, graph)
     if hiding:
         try:
             return _trace_around(root, inputs, opaque | hiding)
-        except Exception:  # what is around them asks more of their outputs than to be passed on
+        except Exception:  # the code around them branches on their outputs
             pass
     return copied, graph
 
@@ -130,7 +133,7 @@ def _trace_seeing(
 def _trace_around(
     root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
-    """As :func:`trace_copy`, with these leaves, and more if need be."""
+    """As :func:`trace_copy`, with given leaves, and more if it needs them."""
     absent = _absent(root, inputs)
     try:
         if not all(each is None or _holds_no_none(each) for each in inputs):
@@ -154,7 +157,7 @@ def _holds_no_none(value: Any) -> bool:
 def _trace_in_parts(
     root: nn.Module, inputs: Sequence[Any], absent: dict[str, Any], opaque: frozenset[str]
 ) -> tuple[nn.Module, Graph, frozenset[str]]:
-    """Trace copies of a module, with ever more leaves, until it goes."""
+    """Trace copies of a module, with more leaves each time, until an attempt succeeds."""
     while True:
         copied = clone_sharing_state(root)
         tracer = (
@@ -176,7 +179,7 @@ def _without_refusals(
     graph: Graph,
     opaque: frozenset[str],
 ) -> tuple[nn.Module, Graph]:
-    """The same with modules as leaves whose branches would refuse sizes that the model takes."""
+    """Retrace with the modules as leaves whose branches reject sizes that the model accepts."""
     names = {name for name, _ in root.named_modules() if name}
     while any(node.target is check_branch for node in graph.nodes):
         refusing = refusing_modules(root, GraphModule(copied, graph), inputs).keys() & names
@@ -190,7 +193,7 @@ def _without_refusals(
 
 
 def _hiding_weights(root: nn.Module, graph: Graph) -> frozenset[str]:
-    """The modules that give weights of layers to functions that torch.fx.wrap made nodes."""
+    """The modules that pass weights of layers to functions that torch.fx.wrap made nodes."""
     found = set()
     for node in graph.nodes:
         if node.op == "call_function" and is_wrapped(node.target):
@@ -208,7 +211,7 @@ def _layers_called(root: nn.Module, graph: Graph) -> bool:
 
 
 def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
-    """The parameters of forward that are None, given so or by default; and empty ``*`` and ``**``.
+    """The parameters of forward that are None, and the empty ``*args`` and ``**kwargs``.
 
     Raises:
         TraceError: the inputs reach into ``*args``, or forward has no other parameter.

@@ -1,4 +1,4 @@
-"""Settings outside a model that its forward reads, and that may be changed later."""
+"""Settings outside a model that its forward reads and that a user may change later."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ENVIRONMENT = ("environ", "getenv")
 
 
 def reads_settings(module: nn.Module) -> bool:
-    """Whether the code of a forward reads what may be set later, where a graph has constants.
+    """Whether the code of a forward reads settings that its graph would freeze as constants.
 
-    - Numbers of an object or class of the user's own among its globals: ``CONFIG.temperature``.
-    - Numbers or texts in dicts, lists, sets and namespaces outside the model, or such holders that
-      are empty still: ``CONFIG["temperature"]``, a list in a function around.
+    - A number of an object or class of the user's among the globals: ``CONFIG.temperature``.
+    - Numbers or strings in a dict, list, set or namespace outside the model, or such a container
+      that is still empty: ``CONFIG["temperature"]``, a list in an enclosing function.
     - Context variables, thread-locals and environment variables.
 
-    A plain number, such as ``EPSILON``, and a tuple are constants.
+    A global number, such as ``EPSILON``, or a tuple counts as a constant.
 
     Example:
         >>> reads_settings(nn.Linear(4, 2))
@@ -41,7 +41,7 @@ def reads_settings(module: nn.Module) -> bool:
 
 
 def _outer_variables(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """The globals and enclosing variables that a module's code names, with that code's package."""
+    """The globals and closure variables that a module's code names, each with its package."""
     for function in functions_of(module):
         names, home = names_in(function.__code__), function.__globals__
         for name in names:

@@ -1,12 +1,12 @@
-"""Effects of a forward that a graph does not record. A module that has one is not traced.
+"""Effects of a forward that torch.fx does not record. A module that has one is not traced.
 
 torch.fx records calls on values. It does not see that a forward
 
-1. computes a value without a gradient (``torch.no_grad()``), or gives it another one by a
-   ``torch.autograd.Function``, or recomputes it for the backward (gradient checkpointing);
-2. turns autocast on or off around a call, or gradients on, or asks whether they are;
-3. draws random numbers in Python, or in torch for something other than a value of the graph: the
-   graph would keep the numbers of the trace; or sets a seed;
+1. computes a value without a gradient (``torch.no_grad()``), defines another gradient with a
+   ``torch.autograd.Function``, or recomputes the value during backward (checkpointing);
+2. turns autocast on or off around a call, turns gradients on, or asks for either setting;
+3. sets a seed, or draws random numbers that are not values of the graph: the graph would repeat
+   the numbers drawn during the trace;
 4. keeps state for later calls (:mod:`lean_fx.capture.state`).
 """
 
@@ -26,31 +26,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lean_fx.capture.in_place import AugmentedAssignments
 
-# What gives no gradient to what it is asked of.
+# Attributes and methods whose result carries no gradient.
 _WITHOUT_GRADIENT = frozenset(
     ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "detach", "argmax", "argmin")
 ) | frozenset(("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "bool", "long"))
-#: What tells whether a value has a gradient.
+#: Attributes that tell whether a value has a gradient.
 LEARNING = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 
 
 class SideEffect(TraceError):  # noqa: N818
-    """A forward does what a graph would lose."""
+    """A forward has an effect that its graph would lose."""
 
 
 def autocasting() -> tuple[Any, ...]:
-    """What autocast does now."""
+    """The kinds of device for which autocast is on, each with its dtype."""
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
 def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:
-    """Whether a gradient may reach an input of the model or a parameter through a value.
+    """Whether a gradient may flow from a node to an input or a parameter of the model.
 
     Args:
-        node: what gives it.
+        node: the node.
         root: the model that is traced.
-        known: the nodes before it of which this holds.
+        known: the earlier nodes for which this is true.
     """
     if node.op == "placeholder":
         return True
@@ -67,11 +67,11 @@ def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:
 
 
 class UnknownKeyError(TraceError, TypeError):
-    """A value is looked up in a dictionary or set, and is not known."""
+    """A dictionary or set is asked for a value that the trace does not know."""
 
 
 class KeepsData(AugmentedAssignments):
-    """A proxy to whose ``data`` nothing can be assigned, and that no one asks for its gradient."""
+    """A proxy that refuses an assignment to ``data`` and questions about its gradient."""
 
     def __getattr__(self, k: str) -> Any:
         if k in LEARNING:
@@ -89,12 +89,12 @@ class KeepsData(AugmentedAssignments):
     def __str__(self) -> str:
         return _text(self)
 
-    def __format__(self, spec: str) -> str:  # messages, of torch._assert for one, are made in vain
+    def __format__(self, spec: str) -> str:  # torch._assert formats messages that no one reads
         return super().__format__(spec) if spec else repr(self)
 
 
 class KeyedAttribute(Attribute):
-    """An attribute of a proxy that no one looks up."""
+    """An attribute of a proxy, which refuses to be a key as the proxy does."""
 
     __hash__ = KeepsData.__hash__
     __str__ = KeepsData.__str__
@@ -102,10 +102,10 @@ class KeyedAttribute(Attribute):
 
 
 def asked_by_model(depth: int) -> bool:
-    """Whether code of a model's calls a function, and not torch's or this package's.
+    """Whether a function was called by a model's code rather than by torch or this package.
 
     Args:
-        depth: how many frames the call is above the one that asks this.
+        depth: how many frames the call is above the caller of this function.
     """
     caller = sys._getframe(depth + 1).f_globals.get("__name__", "")
     return str(caller).partition(".")[0] not in ("torch", "lean_fx")
@@ -124,9 +124,10 @@ def _text(proxy: Proxy) -> str:
 
 
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the random numbers that torch draws in this thread, but not those of its values.
+    """Counts the calls in this thread with which torch draws random numbers.
 
-    The state of torch's generator would tell of other threads, too.
+    Calls that only compute the value of a node do not count. The state of torch's generator would
+    not do: other threads change it too.
     """
 
     count = 0
@@ -152,7 +153,7 @@ def rng_states() -> Any:
 
 @contextmanager
 def keeping_rng_state() -> Iterator[None]:
-    """Within it, random numbers may be drawn: their generators are put back in the end."""
+    """Restore the random generators of torch, Python and NumPy on exit."""
     state, ours = torch.default_generator.get_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     theirs = numpy.random.get_state() if numpy else None

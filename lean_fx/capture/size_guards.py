@@ -1,4 +1,4 @@
-"""Whether a captured graph takes the sizes that its model takes."""
+"""Find the branches by which a captured graph rejects sizes that its model accepts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lean_fx.graph.reachable import leaving_state
 def refusing_modules(
     model: nn.Module, captured: GraphModule, inputs: Sequence[Any]
 ) -> dict[str, str]:
-    """The modules with a branch that refuses other sizes in the graph, but not in the model.
+    """The modules whose branches reject other sizes in the graph, but not in the model.
 
-    Both run on a single sample, on a larger batch, then on larger pictures or sequences too, by a
-    half and by one more: on fake tensors, which have sizes and no numbers, or on real ones if the
-    model asks for numbers.
+    Both run on a single sample, on a larger batch, and on larger images or longer sequences. They
+    run on fake tensors, which have sizes and no numbers, or on real ones if the model needs
+    numbers.
 
     Args:
         model: what was captured.
@@ -37,9 +37,9 @@ def refusing_modules(
         inputs: the example inputs.
 
     Returns:
-        The names of those that have the first such branch in their code, and what it says; none
-        where the model does not take such inputs. The name of the model's class stands for the
-        model itself.
+        For each module whose code holds a branch that fails first, the message of its check. Empty
+        if the model does not accept such inputs itself. The name of the model's class stands for
+        the model.
     """
     refusing: dict[str, str] = {}
     run = _run if _succeeds(_run, model, inputs) else _run_real
@@ -56,7 +56,7 @@ def refusing_modules(
 
 
 def _with_their_like(text: str, model: nn.Module, captured: GraphModule) -> dict[str, str]:
-    """The module whose branch an error tells of, and those of its class that have it too."""
+    """The module whose branch an error names, and others of its class with the same branch."""
     checks = [node for node in captured.graph.nodes if node.target is check_branch]
     places = [str(node.args[2]) for node in checks]
     modules = modules_by_name(model)
@@ -79,10 +79,10 @@ def _succeeds(run: Any, module: nn.Module, inputs: Sequence[Any]) -> bool:
 
 
 def _other_inputs(inputs: Sequence[Any]) -> Iterator[Iterator[list[Any]]]:
-    """A single sample; a larger batch; and larger pictures or sequences, in the ways to try.
+    """A single sample; a larger batch; and larger images or longer sequences, in several variants.
 
-    Their channels are on axis 1 or on the last. They are larger by a half and one more, since code
-    that pads up to whole frames branches on the rest; or by a half.
+    Channels are on axis 1 or the last axis. Sizes grow by a half and one, since code that pads to
+    whole frames branches on the remainder; or by a half.
     """
     yield iter([[_first(each) for each in inputs]])
     yield iter([[_larger(each, [0], 0) for each in inputs]])
@@ -94,7 +94,7 @@ def _other_inputs(inputs: Sequence[Any]) -> Iterator[Iterator[list[Any]]]:
 
 def _axes_but(value: Any, channels: int) -> list[int]:
     dim = value.dim() if isinstance(value, Tensor) else 0
-    numbers = dim > 1 and value.is_floating_point()  # tokens and their like have no channels
+    numbers = dim > 1 and value.is_floating_point()  # integer tokens have no channels
     return [axis for axis in range(dim) if not numbers or axis != channels % dim]
 
 
@@ -103,7 +103,7 @@ def _first(value: Any) -> Any:
 
 
 def _larger(value: Any, axes: Sequence[int], more: int) -> Any:
-    """A tensor with a half and ``more`` of its numbers again along some axes."""
+    """A tensor that repeats a half, and ``more``, of its numbers along some axes."""
     if not isinstance(value, Tensor) or not value.dim():
         return value
     for axis in axes:
@@ -129,7 +129,7 @@ def _run(module: nn.Module, inputs: Sequence[Any]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's log of what fails on fake tensors off the terminal: here it may."""
+    """Silence torch's log of failures on fake tensors: here they are expected."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,12 +1,12 @@
-"""State that a forward keeps for later calls. A module that has some is not traced.
+"""State that a forward keeps for later calls. A module that keeps some is not traced.
 
 A forward keeps state when it assigns a buffer, a tensor or its ``data``, counts
-(``self.step += 1``), or stores values where it has read before: in an attribute, a list, dict or
-object, an attribute of its class, a global, or a variable of a function around it.
+(``self.step += 1``), or stores a value where a later call reads it: in an attribute, a list, dict
+or object, an attribute of its class, a global, or a closure variable.
 
-What it makes of its inputs and stores for others to read, such as a loss for the trainer, counts
-too. A cache is not state: an attribute that is None at first and is filled with what follows from
-sizes and parameters only.
+A value that it computes from its inputs and stores for others, such as a loss for the trainer,
+counts too. A cache does not: an attribute that is None at first, and then holds what follows from
+sizes and parameters alone.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ _ATTRIBUTE = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class StateSnapshot:
-    """The state that a forward may change, before it runs.
+    """What a forward may change, recorded before it runs.
 
     Attributes:
         before: what the module can reach.
-        draws: counts the random numbers that are drawn, or None, where the code around the module
-            checks them.
-        rng: how many these were, and the states of other generators.
+        draws: counts the random numbers that torch draws; None if an outer snapshot checks them.
+        rng: the count before, and the states of the other generators.
     """
 
     before: Reachable
@@ -44,14 +43,14 @@ class StateSnapshot:
 
     @classmethod
     def of(cls, module: nn.Module, draws: Draws | None) -> StateSnapshot:
-        """The state of a module."""
+        """Record what a module can reach."""
         return cls(Reachable.of(module), draws, (draws.count, rng_states()) if draws else None)
 
     def check(self) -> None:
-        """Check, after its forward, that the module keeps nothing for others or for later calls.
+        """Check, after the forward, that the module has stored nothing.
 
         Raises:
-            SideEffect: it does.
+            SideEffect: it has.
         """
         after = Reachable.of(self.before.module)
         name, now = type(self.before.module).__name__, after.held
@@ -68,7 +67,7 @@ class StateSnapshot:
             if issubclass(type(value), Proxy):
                 if isinstance(before, Tensor) or _depends_on_values(value.node):
                     raise SideEffect(f"{name} assigns {path!r} in forward")
-            elif before is _ABSENT and own:  # it is the same at every call
+            elif before is _ABSENT and own:  # every call stores the same
                 continue
             elif before is _ABSENT or (type(before) in NUMBERS and before != value):
                 raise SideEffect(f"{name} changes {path!r} in forward")
@@ -80,10 +79,10 @@ class StateSnapshot:
 
 
 def keep(module: nn.Module) -> Callable[[], None]:
-    """Note what a module, and those in it, hold before a forward on proxies.
+    """Record what a module and its parts hold before a forward on proxies.
 
     Returns:
-        What puts it back.
+        A function that restores it.
     """
     kept = reachable_from(module)
     dicts = [held for each in module.modules() for held in (vars(each), each._modules)]
@@ -99,7 +98,7 @@ def keep(module: nn.Module) -> Callable[[], None]:
 
 
 def _depends_on_values(node: Node) -> bool:
-    """Whether a value of the model's inputs leads to a node by more than its size or type."""
+    """Whether a node depends on the numbers of an input, not just on its size or type."""
     todo, seen = [node], set()
     while todo:
         node = todo.pop()

@@ -19,7 +19,7 @@ from lean_fx.capture.containers import arguments_of, is_own_container
 from lean_fx.capture.decorated import called_by_position
 from lean_fx.capture.guards import check_absent, check_given, counting_items
 from lean_fx.capture.in_place import write_in_place
-from lean_fx.capture.own_code import own_call
+from lean_fx.capture.own_code import OWN_CALL, own_call
 from lean_fx.capture.questions import answering
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.refusals import refusing_functions
@@ -42,8 +42,9 @@ from lean_fx.passes.track_writes import written_by
 from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
 from lean_fx.reduction.registry import is_reduction
 
-# What is a node, and never looked into: in a graph of torch.fx's own, its check of an absent input.
 _SOME_TENSOR = torch.empty(0)
+# Functions that become nodes; the tracer never enters them. A graph that torch.fx itself traced
+# with concrete_args holds _assert_is_none.
 _NODES = (
     *(rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence),
     *(rnn.unpack_sequence, rnn.unpad_sequence, with_data, layer_states),
@@ -65,23 +66,25 @@ def is_wrapped(function: Any) -> bool:
 
 
 class LeanTracer(Tracer):
-    """torch.fx's tracer, with seven differences.
+    """torch.fx's tracer, with these differences.
 
-    Subclasses of conv, linear and recurrent layers, and registered layers, are leaves too: they
-    would otherwise dissolve into functional calls; as leaves they are seen. Buffers are values
-    of the graph, so that what forward computes of them is computed at every call, not once. The
-    functions that pack and pad sequences are nodes, since they cannot run without lengths, and so
-    are the limits of a dtype. The shape of a parameter is a constant. What a graph would lose
-    (:mod:`lean_fx.capture.side_effects`) is not traced. Modules whose forward cannot be traced may
-    become leaves. Inputs that are None keep their names. Modules that other threads call meanwhile
-    run as they are.
+    1. Subclasses of conv, linear and recurrent layers, and registered layers, are leaves. Otherwise
+       they would dissolve into functional calls, which no pass would recognise.
+    2. Buffers are nodes, so that what forward computes from them is computed at every call.
+    3. Functions that pack and pad sequences are nodes, since they need real lengths; so are
+       torch.finfo and torch.iinfo.
+    4. The shape of a parameter is a constant.
+    5. A forward with side effects (:mod:`lean_fx.capture.side_effects`) raises.
+    6. Modules whose forward cannot be traced may become leaves.
+    7. Inputs that are None keep their names.
+    8. Modules that other threads call during the trace run as usual.
 
     Args:
-        opaque: names of modules that are leaves, whatever they are.
+        opaque: names of modules that are leaves, whatever their type.
         leaf_on_failure: whether a module whose forward cannot be traced becomes a leaf, the
-            innermost first. ``opaque`` has its name then, and the graph has remains of it: trace
-            anew.
-        wrapped: further functions that are nodes.
+            innermost first. Its name is added to ``opaque``, but the graph still holds nodes of
+            the failed attempt: trace anew.
+        wrapped: further functions that become nodes.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class LeanTracer(Tracer):
         self._homes: set[int] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
-        """As torch.fx's, but for a mark that makes its generated code wrap ``torch.nn...``."""
+        """Trace a module, and record in the graph what forward has read of its attributes."""
         self._parameters = dict(root.named_parameters())
         self._held = {**dict(root.named_buffers()), **self._parameters}
         self._names = {id(tensor): name for name, tensor in self._held.items()}
@@ -135,16 +138,16 @@ class LeanTracer(Tracer):
         named = root.named_modules()
         readers = (name for name, each in named if "training" in self.reads.of(each))
         note_mode_readers(graph, frozenset(readers))
-        for node in reversed(graph.nodes):  # what is only asked for a shape, or read in vain
+        for node in reversed(graph.nodes):  # only a shape was asked for, or nothing at all
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
         for node in graph.nodes:
             if id(node.target) in self._autowrap_function_ids:
-                node.meta.pop("is_wrapped", None)  # no later trace would find it: a KeyError
+                node.meta.pop("is_wrapped", None)  # its generated code would wrap ``torch.nn...``
         return graph
 
     def _frozen(self, root: nn.Module) -> dict[str, dict[str, Any]]:
-        """What forward has read of modules that the graph does not call as a whole."""
+        """The attributes that forward has read of modules that are not leaves."""
         found = {}
         for name, module in root.named_modules():
             read = {key: each for key, each in self.reads.of(module).items() if key != "training"}
@@ -158,17 +161,17 @@ class LeanTracer(Tracer):
         is_module: bool,
         concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
     ) -> tuple[Any, list[Any]]:
-        """Placeholders, each of the name of its parameter, and a check of those that are None.
+        """Placeholders named as the parameters, and checks of the inputs that are None.
 
-        torch.fx's own has other names for the latter, by which no caller could give them.
+        torch.fx would rename the latter, so that no caller could pass them by name.
         """
         bare = inspect.unwrap(root_fn)
         function, args = super().create_args_for_root(bare, is_module)
-        if bare is not root_fn:  # torch.fx would give a decorator's wrapper the decorated code
+        if bare is not root_fn:  # torch.fx would trace the forward without its decorators
             function = called_by_position(root_fn, bare)
         absent = concrete_args if isinstance(concrete_args, dict) else None
         for place, each in enumerate(args):
-            if not isinstance(each, Proxy) or absent is None:  # torch.fx unpickles with this, too
+            if not isinstance(each, Proxy) or absent is None:  # torch.fx unpickles a graph
                 continue
             if each.node.args == (None,) and each.node.target not in absent:
                 self.create_proxy("call_function", check_given, (each, each.node.target), {})
@@ -176,13 +179,13 @@ class LeanTracer(Tracer):
                 args[place] = absent[each.node.target]
                 self.graph.erase_node(each.node)
             elif each.node.target in absent:
-                each.node.type = None  # not every annotation can be written to generated code
+                each.node.type = None  # generated code cannot hold every annotation
                 self.create_proxy("call_function", check_absent, (each, each.node.target), {})
                 args[place] = None
         return function, args
 
     def create_arg(self, a: Any) -> Any:
-        """As torch.fx's, but a container of the user's own class keeps its class."""
+        """As the base class, but a container of the user's own class keeps its class."""
         if not is_own_container(a):
             return super().create_arg(a)
         args, kwargs = arguments_of(a)
@@ -190,7 +193,7 @@ class LeanTracer(Tracer):
         return self.create_node("call_function", type(a), given, named)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """Make a node, where nothing around the call would be lost."""
+        """Make a node; raise if the graph would lose a setting around the call."""
         node = super().create_node(kind, target, *args, **kwargs)
         if may_have_gradient(node, self.root, self._learned):
             self._learned.add(node)
@@ -198,7 +201,7 @@ class LeanTracer(Tracer):
                 raise SideEffect(f"{node.name} is computed without a gradient")
         if node.op != "call_module":
             for each in written_by(node, {}):
-                if str(each.target).startswith("_tensor_constant"):  # it would live on
+                if str(each.target).startswith("_tensor_constant"):  # later calls would see it
                     raise TraceError(
                         f"{node.name} writes to a tensor that is not a value of the graph"
                     )
@@ -218,22 +221,22 @@ class LeanTracer(Tracer):
         return home != "torch" and not self.is_leaf_module(module, name)
 
     def may_look_up(self, frame: FrameType) -> bool:
-        """Whether code may look a number up in a dictionary or a cache of functools.
+        """Whether the code of a frame may use a known number as a key of a dictionary or cache.
 
-        The model's own code may, as it runs without caches meanwhile; another package's cache
-        would keep the proxy, and later hand it to the model itself.
+        The model's own code may, since its caches are off during the trace. A cache of another
+        package would keep the proxy, and hand it to the model later.
         """
         home = frame.f_globals
         own = str(home.get("__name__", "")).partition(".")[0] in ("torch", "lean_fx")
         return own or id(home) in self._homes
 
-    # What the code of a model asks of proxies, by the builtins of lean_fx.capture.questions.
+    # What a model's code asks about proxies, through lean_fx.capture.questions.
 
     def is_instance(self, proxy: Proxy, kinds: Any, by_model: bool) -> bool | None:
-        """Whether a value is of some type; None where Python is to answer.
+        """Whether a value is an instance of some types; None leaves the answer to Python.
 
         Raises:
-            TraceError: the model's own code asks, and it is not known.
+            TraceError: the model's own code asks, and the value is not known.
         """
         if by_model and proxy.node.op == "get_attr":
             return isinstance(self._held.get(str(proxy.node.target), _SOME_TENSOR), kinds)
@@ -247,7 +250,7 @@ class LeanTracer(Tracer):
         """Whether a value has an attribute.
 
         Raises:
-            TraceError: it is not known.
+            TraceError: the value is not known.
         """
         raise TraceError(
             f"forward asks whether a value has {name}, which example_inputs would tell"
@@ -257,12 +260,12 @@ class LeanTracer(Tracer):
         """The type of a value.
 
         Raises:
-            TraceError: it is not known.
+            TraceError: the value is not known.
         """
         raise TraceError("forward asks for the type of a value, which example_inputs would tell")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A node for a parameter or buffer; found by its id, where torch.fx searches them all."""
+        """The proxy of a parameter or buffer, looked up by id; torch.fx would search them all."""
         if not isinstance(attr_val, Tensor) or self._is_other_thread():
             return attr_val
         return self.proxy_of(attr_val) if self.is_held(attr_val) else attr_val
@@ -279,11 +282,11 @@ class LeanTracer(Tracer):
         return self._proxies[name]
 
     def _is_other_thread(self) -> bool:
-        """Whether another thread runs a model: torch.fx patches nn.Module for all of them."""
+        """Whether another thread runs a model here: torch.fx patches nn.Module for all threads."""
         return threading.get_ident() != self._thread
 
     def proxy(self, node: Node) -> Proxy:
-        """A proxy; of a parameter one whose shape is constant, which is read in no node."""
+        """A proxy; that of a parameter answers for its shape without a node."""
         name = str(node.target)
         if node.op == "get_attr" and name in self._parameters:
             return _Weight(self, node, name, self._parameters[name])
@@ -292,24 +295,24 @@ class LeanTracer(Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """A node for a leaf; what forward returns for another module.
+        """Make a node for a leaf; trace into any other module.
 
-        A module without parameters that the model's forward makes is looked into.
+        That includes a module without parameters that the model's forward has made itself.
         """
         if self._is_other_thread():
             return forward(*args, **kwargs)
         try:
             path = self.path_of_module(m)
-        except NameError:  # forward has made it
+        except NameError:  # forward has made the module
             if next(itertools.chain(m.parameters(), m.buffers()), None) is not None:
                 raise
             return forward(*args, **kwargs)
         depth = len(self.module_stack)
         if self.is_leaf_module(m, path):
-            if own_call(m) == "has a __call__ of its own":  # it is running now, and would run again
-                raise SideEffect(f"{path} has a __call__ of its own")
+            if own_call(m) == OWN_CALL:  # it is running now, and the node would run it again
+                raise SideEffect(f"{path} {OWN_CALL}")
             return super().call_module(m, forward, args, kwargs)
-        # Without leaves for what fails, the model as a whole is to blame for random numbers.
+        # If failing modules do not become leaves, the root's snapshot checks the random numbers.
         before = StateSnapshot.of(m, self._draws if self.leaf_on_failure else None)
         restore = keep(m) if self.leaf_on_failure else None
         try:
@@ -327,7 +330,7 @@ class LeanTracer(Tracer):
 
 
 class _Weight(KeepsData, ParameterProxy):
-    """torch.fx's own, which does not know ``size(0)``."""
+    """torch.fx's proxy of a parameter, which lacks ``size(0)``."""
 
     def size(self, dim: int | None = None) -> Any:
         return self.param.size() if dim is None else self.param.size(dim)

@@ -1,20 +1,20 @@
-"""Tracing with values: what Python decides by a size, it decides as for the example inputs.
+"""Tracing with values: branches on sizes go the way that the example inputs take.
 
-torch.fx's proxies stand for any value, so that ``if x.shape[1] > 8`` cannot be traced. Here every
-proxy also has the value that the example inputs give: of a tensor a fake one, which has a shape, a
-dtype and a device but no numbers, of anything else the thing itself. Rules:
+A proxy of torch.fx stands for any value, so ``if x.shape[1] > 8`` cannot be traced. Here every
+proxy also has the value that the example inputs lead to: for a tensor a fake one, with a shape, a
+dtype and a device but no numbers; for anything else the value itself. Rules:
 
-1. Sizes stay nodes: what is computed of them (padding, positions) is computed at every call.
-2. Where Python needs a value, to branch (``bool``), to count (``len``, ``range``) or as a number
-   (``int``), it gets the one of the example inputs, and the graph gets a
-   :func:`~lean_fx.capture.guards.check_branch`, which refuses inputs that would give another.
-3. What follows only from the parameters, and is not a tensor, is a constant. The number of axes of
-   a tensor needs no check, as it follows from that of the inputs, but that of the inputs does.
-   Which keys, items and attributes inputs have, and of which types these are, is checked, too.
-4. What depends on the numbers in a tensor is not followed: an error, as with torch.fx.
+1. Sizes stay nodes: padding and positions that depend on them are computed at every call.
+2. Where Python needs a value to branch (``bool``), to count (``len``, ``range``) or as a number
+   (``int``), it gets that of the example inputs. The graph gets a
+   :func:`~lean_fx.capture.guards.check_branch`, which refuses inputs that lead to another value.
+3. A value that follows from the parameters alone and is not a tensor is a constant. The graph also
+   checks the number of axes of its inputs, their keys, items and attributes, and the types of
+   these. The number of axes of any other tensor follows from the inputs.
+4. What depends on the numbers in a tensor is an error, as with torch.fx.
 5. A function that makes a tensor (``torch.zeros``) is a node, whatever its arguments.
-6. A cell that is called again is in a loop, whose steps would be frozen: an error too.
-7. Nodes that only led to a decision, and compute no tensor, are removed in the end.
+6. A recurrent cell that is called twice is in a loop whose steps would be frozen: an error.
+7. In the end, nodes that compute no tensor and only led to a decision are removed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _DECIDING_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "is_float
 
 
 class ValueTracer(AnsweringTracer):
-    """A tracer whose proxies have the values that example inputs give.
+    """A tracer whose proxies have the values that the example inputs lead to.
 
     Args:
         inputs: the positional example inputs.
@@ -101,7 +101,7 @@ class ValueTracer(AnsweringTracer):
         self._cells: set[nn.Module] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
-        """Trace; the values are dropped in the end."""
+        """Trace, then drop the values."""
         with _Recording(self):
             graph = super().trace(root, concrete_args)
         for node in reversed(graph.nodes):
@@ -112,7 +112,7 @@ class ValueTracer(AnsweringTracer):
             node.meta.pop(FIXED, None)
         return graph
 
-    # What torch.fx's tracer asks of a subclass.
+    # The methods that torch.fx's tracer calls.
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Make a node, and its value."""
@@ -130,15 +130,15 @@ class ValueTracer(AnsweringTracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """As the base class, which takes a proxy that says it is a tensor for one."""
+        """As the base class, which would take a proxy that claims to be a tensor for one."""
         return a.node if issubclass(type(a), Proxy) else super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
-        """A proxy of the kind that the value calls for."""
+        """A proxy of the class that fits the value."""
         return value_proxy(node, self)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        """A proxy; None itself where an item or attribute is None, and a constant itself."""
+        """A proxy; or the value, if it is a constant, or an item or attribute that is None."""
         proxy = super().create_proxy(*args, **kwargs)
         node, value = proxy.node, value_of(proxy.node)
         if node.meta[FIXED] and isinstance(value, int | float | torch.Size) and node.op in _CALLS:
@@ -166,7 +166,7 @@ class ValueTracer(AnsweringTracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """The way that a branch goes."""
+        """The outcome of a branch."""
         return bool(self.decide(obj, bool))
 
     def keys(self, obj: Proxy) -> Any:
@@ -211,7 +211,7 @@ class ValueTracer(AnsweringTracer):
         return functools.reduce(getattr, path.split("."), self.root)
 
     def _input(self, name: str, default: tuple[Any, ...]) -> Any:
-        if not self._inputs:  # torch.fx unpickles with this: what is given then is not known
+        if not self._inputs:  # torch.fx unpickles a graph, and gives no inputs
             return UNKNOWN
         place = sum(node.op == "placeholder" for node in self.graph.nodes) - 1
         if name.startswith("**"):
@@ -231,7 +231,7 @@ class ValueTracer(AnsweringTracer):
 
 
 class _Recording(TorchFunctionMode):
-    """Sees the calls of torch's functions that no proxy sees."""
+    """Records the calls of torch's functions that reach no proxy."""
 
     def __init__(self, tracer: ValueTracer) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def _value(argument: Any) -> Any:
 
 
 def _only_decides(node: Node) -> bool:
-    """Whether a node without users has no effect: it led to a decision."""
+    """Whether a node without users has done its work: it led to a decision."""
     if node.op == "get_attr":
         return True
     if isinstance(value_of(node), Tensor) or value_of(node) is UNKNOWN:

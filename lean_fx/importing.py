@@ -1,4 +1,4 @@
-"""Objects that a user names in a shell or a file, as ``package.module:name``."""
+"""Import objects that a user names as ``package.module:name`` in a shell or a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def split_place(place: str) -> tuple[str, str] | None:
-    """The module and the name at ``package.module:name``, or None of another text.
+    """The module and the name in ``package.module:name``; None for any other text.
 
     Example:
         >>> split_place("torch.nn:Linear"), split_place("torch.nn")
@@ -20,7 +20,7 @@ def split_place(place: str) -> tuple[str, str] | None:
 
 
 def look_in(folder: str) -> None:
-    """Have imports find the modules of a folder.
+    """Let imports find the modules of a folder.
 
     Example:
         >>> look_in(os.getcwd())
@@ -32,9 +32,9 @@ def look_in(folder: str) -> None:
 
 
 def import_object(home: str, name: str) -> Any:
-    """What is called ``name``, dots included, in a module; the folder at hand is looked in too.
+    """Import a module, also from the working directory, and return the object ``name`` in it.
 
-    Whatever the import raises is raised: a user's own module may raise anything.
+    ``name`` may contain dots. The module's own code may raise anything, and that is passed on.
 
     Example:
         >>> import_object("torch.nn", "Linear.__name__")

@@ -1,7 +1,7 @@
-"""The lock of whatever changes state that all threads share."""
+"""The lock for code that changes state that all threads share."""
 
 import threading
 
-#: torch.fx patches nn.Module while it traces, torch's exporter does so too, and random numbers are
-#: drawn from one generator. Who does one of these holds this lock; a thread may take it again.
+#: torch.fx and torch's exporter patch nn.Module while they trace, and random numbers come from one
+#: generator. Code that traces, exports or draws holds this lock; it is reentrant.
 SHARED_STATE = threading.RLock()

@@ -13,9 +13,9 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by every name that they have, as calls in a graph name them.
+    """The modules of a model by every name that they have.
 
-    ``dict(model.named_modules())`` has one name of a module that sits in two places.
+    A call in a graph may use any of them; ``dict(model.named_modules())`` has only the first.
 
     Example:
         >>> from lean_fx.graph.calls import modules_by_name
@@ -29,8 +29,8 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:
     """What a node calls: a function, the name of a method, or the type of a module.
 
-    A module whose call does more than its type says (it has hooks, or a forward of its own) is
-    itself what is called.
+    For a module with hooks or a replaced forward, its type does not say what a call does. Then the
+    module itself is returned.
     """
     if node.op != "call_module":
         return node.target
@@ -39,7 +39,7 @@ def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its type says: it has hooks, or its own forward.
+    """Whether the module has hooks, or a forward replaced on the instance.
 
     Example:
         >>> is_altered(nn.ReLU())
@@ -49,7 +49,7 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something else runs when the module is called, or when a gradient reaches it.
+    """Whether hooks run when the module is called, or when a gradient reaches it.
 
     Example:
         >>> has_hooks(nn.ReLU())

@@ -21,13 +21,13 @@ _MODE_READERS = "lean_fx.mode_readers"
 
 
 class CapturedModule(GraphModule):
-    """A GraphModule that keeps what torch's own forgets.
+    """A GraphModule that keeps what torch's own loses.
 
-    1. The hooks of the model itself stay in copies.
+    1. Copies keep the hooks of the model itself.
     2. Buffers that the model leaves out of its state_dict stay out of it in copies and pickles.
-    3. A number or function that forward reads is part of the graph. Assigning another one is an
-       error: it would change nothing.
-    4. The modules that the graph has looked into show what they were
+    3. A number or function that forward reads is part of the graph. Assigning another one raises:
+       it would change nothing.
+    4. A module that was traced into leaves a stand-in that shows what it was
        (:mod:`lean_fx.graph.parts`).
 
     Example:
@@ -87,9 +87,9 @@ def _restored(reduced: tuple[Any, ...], unsaved: dict[str, list[str]]) -> nn.Mod
 
 
 def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:
-    """Keep buffers out of state_dicts that were: torch.fx would save those that it copies.
+    """Keep non-persistent buffers, and constants of the graph, out of state_dicts.
 
-    And constants of the graph, which it makes buffers of.
+    torch.fx makes buffers of the constants, and every buffer that it copies persistent.
     """
     modules = dict(root.named_modules())
     constants = graph_module._buffers.keys() - root._buffers.keys()
@@ -100,34 +100,34 @@ def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:
 
 
 def freeze_attributes(graph: Graph, read: dict[str, dict[str, Any]]) -> None:
-    """Note the numbers, strings, functions and the like that a forward has read.
+    """Record in a graph the attributes that forward has read, such as numbers and functions.
 
     Args:
-        graph: of the forward; its copies know them too.
-        read: by the name of the module, and that of the attribute.
+        graph: of the forward; copies of it keep the record.
+        read: the values, by the names of the module and the attribute.
     """
     next(reversed(graph.nodes)).meta[_FROZEN] = read
 
 
 def frozen_attributes(graph: Graph) -> dict[str, dict[str, Any]]:
-    """What :func:`freeze_attributes` has noted."""
+    """The record of :func:`freeze_attributes`."""
     last = next(iter(reversed(graph.nodes)), None)
     return {} if last is None else last.meta.get(_FROZEN, {})
 
 
 def note_mode_readers(graph: Graph, names: frozenset[str]) -> None:
-    """Note which modules' ``training`` a forward has read, by their names."""
+    """Record in a graph the names of the modules whose ``training`` forward has read."""
     next(reversed(graph.nodes)).meta[_MODE_READERS] = names
 
 
 def mode_readers(graph: Graph) -> frozenset[str]:
-    """What :func:`note_mode_readers` has noted."""
+    """The record of :func:`note_mode_readers`."""
     last = next(iter(reversed(graph.nodes)), None)
     return frozenset() if last is None else last.meta.get(_MODE_READERS, frozenset())
 
 
 def guard_parts(graph_module: GraphModule) -> None:
-    """Let the modules that a graph has looked into show what they were, and guard what it reads."""
+    """Put stand-ins where modules were traced into, and guard the attributes that forward reads."""
     modules = dict(graph_module.named_modules())
     parts = parts_of(graph_module.graph)
     frozen = frozen_attributes(graph_module.graph)

@@ -1,4 +1,4 @@
-"""What :class:`~lean_fx.passes.FindConsumers` needs to know of a whole graph, and finds."""
+"""What :class:`~lean_fx.passes.FindConsumers` needs to know about a graph as a whole."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 @dataclass(frozen=True)
 class GraphContext:
-    """What the rules need to know of the whole graph.
+    """Facts about a whole graph that the rules use.
 
     Attributes:
-        modules: by qualified name.
-        calls: of each module, by its id.
-        owners: the names of each parameter, by its id: of modules, of what shares memory with it,
-            and of nodes that read it.
-        after_weights: the nodes behind a layer with weights; normalising the inputs does not
-            count.
+        modules: the modules, by qualified name.
+        calls: how often each module is called, by its id.
+        owners: for each parameter, by id: its names, those of tensors that share memory with it,
+            and the nodes that read it.
+        after_weights: the nodes that depend on a layer with weights; a normalisation of the
+            inputs does not count.
         position: the place of each node in the graph.
         writes: the places of the in-place operations on each storage, ascending.
-        source_parameters: for a node that no input of the model leads to, the names of the
+        source_parameters: for a node that depends on no input of the model, the names of the
             parameters that it is computed from (:mod:`lean_fx.graph.products`).
     """
 
@@ -47,7 +47,7 @@ class GraphContext:
 
     @classmethod
     def of(cls, graph_module: GraphModule) -> GraphContext:
-        """That of a graph whose in-place operations are known (``TrackWrites``)."""
+        """Collect the facts of a graph; ``TrackWrites`` must have run."""
         modules = modules_by_name(graph_module)
         calls: Counter[int] = Counter()
         owners = owners_of(graph_module)
@@ -78,7 +78,7 @@ class GraphContext:
         return bisect_left(self.writes.get(facts(value).storage, []), self.position[reader])
 
     def moves_with_path(self, step: Node, path: list[Node], reader: Node) -> bool:
-        """Whether an in-place dropout on the way to a layer changes nothing that others read."""
+        """Whether ``step`` is an in-place dropout that changes nothing that other nodes read."""
         ours = {*path, reader}
         module = self.modules.get(str(step.target)) if step.op == "call_module" else None
         return (
@@ -95,25 +95,25 @@ class GraphContext:
         )
 
     def with_position(self, read: ChannelRead, value: Node, reader: Node) -> ChannelRead:
-        """``read``, with what depends on where in the graph it happens."""
+        """``read``, with the fields that depend on its place in the graph."""
         return replace(
             read, intermediate=value in self.after_weights, writes=self.writes_before(value, reader)
         )
 
 
 def _asks(node: Node) -> bool:
-    """Whether a node asks for the type of a parameter, and does not read its numbers."""
+    """Whether a node reads only the dtype or device of a parameter."""
     return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
 def attribute_of(root: nn.Module, name: str) -> Any:
-    """What a ``get_attr`` reads; None if it is not there."""
+    """The attribute that a ``get_attr`` reads; None if it is missing."""
     owner, _, attribute = name.rpartition(".")
     return getattr(root.get_submodule(owner), attribute, None)
 
 
 def owners_of(module: nn.Module) -> dict[int, list[str]]:
-    """The names of every parameter, and of what shares memory with it, by its id."""
+    """For each parameter and buffer, by id: its names, and those of tensors that share memory."""
     named = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),

@@ -1,4 +1,4 @@
-"""What the analyses know of the nodes of a graph."""
+"""The facts that analyses write about the nodes of a graph."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Channels:
 
     Attributes:
         axis: 0 or more from the front, or -1 for the last.
-        count: how many.
-        unflattened_at: for a flattened value, the node whose channels were last on an axis of
-            their own; axis and count describe that node.
-        packed: whether the value is packed sequences; axis and count speak of their data.
+        count: how many channels there are.
+        unflattened_at: for a flattened value, the node before the flatten, whose channels still
+            had an axis to themselves; axis and count then describe that node.
+        packed: whether the value is a PackedSequence; axis and count then describe its data.
     """
 
     axis: int
@@ -35,15 +35,15 @@ class ChannelRead:
     """What a layer reads, if that can be reduced.
 
     Attributes:
-        value: the node whose channels are whole.
+        value: the node whose channels can be reduced.
         dim: the axis of the channels there.
-        in_channels: how many channels; of one group, where there are several.
-        features_per_channel: what the layer reads of each channel: 1, or H*W behind a flatten.
+        in_channels: how many channels there are; in one group, if there are several.
+        features_per_channel: the layer's input features per channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
-        packed: whether the value is packed sequences.
-        groups: of the layer that reads it, a convolution.
+        packed: whether the value is a PackedSequence.
+        groups: the groups of the convolution that reads the value.
         intermediate: whether a layer with weights stands between the model's inputs and the value.
-        writes: how many in-place operations had changed the value when it was read.
+        writes: how many in-place operations have changed the value before it is read.
     """
 
     value: str
@@ -59,24 +59,23 @@ class ChannelRead:
 
 @dataclass
 class Facts:
-    """What the analyses know of one node; a field has its default until its analysis has run.
+    """The facts about one node; a field keeps its default until its analysis has run.
 
     Attributes:
-        shape: of the node's value, if that is one tensor, or of the data of packed sequences
+        shape: the shape of the value, if it is one tensor, or of the data of a PackedSequence
             (``PropagateShapes``).
-        packed: whether the value is packed sequences (``PropagateShapes``, ``MeasureScale``).
-        rms: its root mean square, for inputs of unit variance (``MeasureScale``).
-        storage: the node whose storage the value shares; its own name if none (``TrackWrites``).
+        packed: whether the value is a PackedSequence (``PropagateShapes``, ``MeasureScale``).
+        rms: the root mean square of the value, for inputs of unit variance (``MeasureScale``).
+        storage: the first node whose storage the value shares, or its own name (``TrackWrites``).
         writes: whether the call changes values in place (``TrackWrites``).
         nonnegative: whether no element of the value is below 0 (``InferSign``).
-        mode_home: the module whose mode, which train() and eval() set, an argument of the call is,
-            or None (capture).
+        mode_home: the module whose ``training`` is passed to the call as a flag, or None (capture).
         channels: where the channels of the value are (``TrackChannels``).
-        read: what the layer called here reads, if it can be reduced (``FindConsumers``).
-        skip_reason: why the layer called here is left alone, if it is (``FindConsumers``).
-        splits: whether it is attention, which may be split into its layers (``FindConsumers``).
-        weight: the name of the parameter of no layer that the call multiplies a value with; it can
-            become a layer if there is no refusal (``FindConsumers``).
+        read: what the layer called here reads, if that can be reduced (``FindConsumers``).
+        skip_reason: why the layer called here is skipped, or None (``FindConsumers``).
+        splits: whether the call is of attention that can be split (``FindConsumers``).
+        weight: the name of a parameter outside any layer by which the call multiplies a value. It
+            can become a layer unless there is a ``skip_reason`` (``FindConsumers``).
     """
 
     shape: tuple[int, ...] | None = None
@@ -94,9 +93,9 @@ class Facts:
 
 
 def facts(node: Node) -> Facts:
-    """The facts known of ``node``, empty ones if there are none yet.
+    """The facts about ``node``, with defaults if there are none yet.
 
-    A copy of a node has facts of its own, which start as those of the node.
+    A copy of a node starts with a copy of its facts.
     """
     owner, known = node.meta.get(_KEY, (None, None))
     if known is None or owner() is not node:  # a copy of a node has a copy of its meta
@@ -107,6 +106,6 @@ def facts(node: Node) -> Facts:
 
 
 def forget_facts(graph_module: GraphModule) -> None:
-    """Drop all facts: they speak of the graph before a transformation."""
+    """Drop all facts; a transformation has made them stale."""
     for node in graph_module.graph.nodes:
         node.meta.pop(_KEY, None)

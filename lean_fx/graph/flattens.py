@@ -1,4 +1,4 @@
-"""What flattens all axes but the first, in any of its spellings."""
+"""Recognise a flatten of all axes but the first, however it is written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _flattens_all(node: Node, start: Any, end: Any) -> bool:
 
 
 def _keeps_first_axis(node: Node, sizes: tuple[Any, ...]) -> bool:
-    """Whether ``view(rows, features)`` keeps the first axis: by shape, else by what rows are."""
+    """Whether ``view(rows, features)`` keeps the first axis, by the shapes or else by ``rows``."""
     source = source_of(node)
     before = facts(source).shape if source else None
     after = facts(node).shape

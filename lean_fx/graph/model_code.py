@@ -1,4 +1,4 @@
-"""The code that the forward of a module may run: its own, and what it names in its package."""
+"""The code that the forward of a module may run: its own, and what it calls in its package."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-#: What functools.lru_cache and functools.cache make.
+#: The type of what functools.lru_cache and functools.cache return.
 CACHE: Any = type(lru_cache(lambda: None))
 #: Packages whose code and objects are not a model's own.
 LIBRARIES = ("None", "torch", "builtins", "lean_fx", "numpy", "collections", "functools")
-#: What a variable of a function around has before it is assigned.
+#: Stands for the value of a closure variable that is not assigned yet.
 ABSENT = object()
 
 
 def code_of_forward(module: nn.Module) -> list[CodeType]:
-    """The code that a module's forward may run, of its package, and what is within that code."""
+    """The code objects that a module's forward may run in its package, nested ones included."""
     return [inner for each in functions_of(module) for inner in _within(each.__code__)]
 
 
@@ -30,7 +30,7 @@ def _within(code: CodeType) -> Iterator[CodeType]:
 
 
 def functions_of(module: nn.Module) -> list[FunctionType]:
-    """The functions that a module's forward may run: of its class, and held by the module."""
+    """The functions that a module's forward may run: of its class, and set on the module."""
     kind: Any = type(module)
     own = [each for each in vars(module).values() if isinstance(each, FunctionType)]
     return list(dict.fromkeys((*_of_type(kind), *(reached_from(own, kind) if own else ()))))
@@ -43,7 +43,7 @@ def _of_type(kind: Any) -> tuple[FunctionType, ...]:
 
 
 def reached_from(functions: list[Any], kind: type) -> tuple[FunctionType, ...]:
-    """Functions, and those of their package that they name, also as attributes of a class."""
+    """The given functions, and those of their package that they name, also as class attributes."""
     homes = {package_of(each) for each in (*functions, *kind.__mro__) if each is not None}
     todo, found = list(functions), dict[FunctionType, None]()
     while todo:
@@ -75,7 +75,7 @@ def _behind(named: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> set[str]:
-    """The names that code uses, of what is within it too."""
+    """The names that code uses, nested code included."""
     return {name for each in _within(code) for name in each.co_names}
 
 
@@ -86,13 +86,13 @@ def globals_of(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
 
 def cells_of(module: nn.Module) -> list[Any]:
-    """The variables of functions around the code of a module that have a value."""
+    """The closure cells of a module's code that have a value."""
     cells = [cell for each in functions_of(module) for cell in each.__closure__ or ()]
     return [cell for cell in cells if value_of_cell(cell) is not ABSENT]
 
 
 def value_of_cell(cell: Any) -> Any:
-    """What a variable of a function around holds; or ABSENT."""
+    """The value of a closure cell, or ABSENT."""
     try:
         return cell.cell_contents
     except ValueError:  # it is empty

@@ -40,5 +40,5 @@ _DROPOUTS |= {*DROPOUT_CALLS, *ALPHA_DROPOUT_CALLS}
 
 
 def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node drops out (or does nothing): in eval it is the identity."""
+    """Whether a node is a dropout or an identity: in eval both return their input."""
     return called(node, modules) in _DROPOUTS

@@ -1,12 +1,13 @@
-"""What stands in a graph for the modules that it has looked into.
+"""Stand-ins for the modules that capture has traced into.
 
-A graph calls their layers itself, and torch.fx keeps of them no more than a place to hold these.
-The place shows what the module was:
+The graph calls their layers itself. torch.fx keeps only an empty module to hold these; here the
+stand-in shows what the module was:
 
 1. A Sequential, ModuleList or ModuleDict keeps its class, order, indexing and length.
-2. Numbers, strings and the like can be read. Assigning another one where forward has read it is an
-   error: it would change nothing.
-3. A hook on it never runs, and its forward cannot be called; both are told, as is what is missing.
+2. Numbers, strings and the like can be read. Assigning another value to one that forward has read
+   raises: it would change nothing.
+3. Its hooks never run, its forward cannot be called, and its other attributes are missing; an
+   error or a warning says so.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ _REMEDY = "leanify(model, inputs, form='module') keeps the class"
 
 @dataclass(frozen=True)
 class Part:
-    """A module as it was.
+    """What a module was before capture traced into it.
 
     Attributes:
         kind: the name of its class.
-        container: the class of torch's containers that it is, if any.
-        names: of the methods, attributes and modules that it had beyond a plain module's.
+        container: its class, if that is one of torch's containers.
+        names: the methods, attributes and children that it had beyond those of nn.Module.
         plain: its attributes that are numbers, strings, None, or tuples of these.
-        children: the names of its own modules, in order.
+        children: the names of its children, in order.
     """
 
     kind: str
@@ -48,18 +49,13 @@ class Part:
 
 
 def note_parts(graph: Graph, root: nn.Module) -> None:
-    """Note what the modules of a model are; copies of the graph know it too.
-
-    Args:
-        graph: of the model.
-        root: the model.
-    """
+    """Record in a graph what the modules of its model are; copies of the graph keep the record."""
     parts = {name: _part(module) for name, module in root.named_modules()}
     next(reversed(graph.nodes)).meta[_PARTS] = parts
 
 
 def parts_of(graph: Graph) -> dict[str, Part]:
-    """What :func:`note_parts` has noted."""
+    """The record of :func:`note_parts`."""
     last = next(iter(reversed(graph.nodes)), None)
     return {} if last is None else last.meta.get(_PARTS, {})
 
@@ -82,7 +78,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def missing(part: Part | None, name: str, error: AttributeError) -> AttributeError:
-    """The error for an attribute that a graph has not: by name, if the model had it."""
+    """The error for a missing attribute; it gives the remedy if the module had it before."""
     if part is None or name not in part.names:
         return error
     return AttributeError(
@@ -91,10 +87,10 @@ def missing(part: Part | None, name: str, error: AttributeError) -> AttributeErr
 
 
 def check_frozen(values: Mapping[str, Any], name: str, value: Any) -> None:
-    """Refuse to assign another value to an attribute that forward has read.
+    """Refuse another value for an attribute that forward has read.
 
     Raises:
-        CaptureError: the value is another one.
+        CaptureError: the value is not the one that forward has read.
     """
     before = values.get(name)
     same = value is before or (type(value) is type(before) and value == before)
@@ -106,12 +102,12 @@ def check_frozen(values: Mapping[str, Any], name: str, value: Any) -> None:
 
 
 def stand_for(place: nn.Module, part: Part | None, frozen: Mapping[str, Any]) -> None:
-    """Make a place in a graph show the module that was there.
+    """Turn an empty module into a stand-in.
 
     Args:
-        place: a plain module; changed in place.
+        place: the empty module; changed in place.
         part: what was there, if that is known.
-        frozen: its attributes that forward has read.
+        frozen: the attributes of it that forward has read.
     """
     place.__class__ = _STAND_INS.get(part.container, StandIn) if part else StandIn
     place.__dict__.update(_part=part, _frozen=frozen)
@@ -123,7 +119,7 @@ def stand_for(place: nn.Module, part: Part | None, frozen: Mapping[str, Any]) ->
 
 
 class StandIn(nn.Module):
-    """What stands in a graph for a module whose forward it has looked into."""
+    """Stands in a graph for a module that was traced into."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in vars(self).get("_modules", {}):

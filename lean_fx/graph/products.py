@@ -1,18 +1,18 @@
-"""Find calls that multiply a value with a weight that no layer holds, and that weight's parameters.
+"""Find calls that multiply a value with a weight outside any layer, and the weight's parameters.
 
 ::
 
     table = self.table[offsets]                              # a weight, computed from "table"
     scores = torch.einsum("bnc,nlc->bnl", x, table)          # a product of a value with it
-    mixed = scores @ y                                       # of two values: none
+    mixed = scores @ y                                       # a product of two values: not one
 
 Rules:
 
 1. A node counts as a weight if it is computed only from parameters, buffers and tensors that
    forward makes (``torch.arange``). It may also use the size, shape, dtype or device of a value.
 2. In ``w.to(x)`` and similar methods, only ``w`` is a source.
-3. A weight that a value is written into, in place, is a weight no longer; nor is any tensor that
-   it may be a view of.
+3. A weight into which a value is written in place is no longer one, nor is any tensor that it may
+   be a view of.
 4. Products are F.linear, convolutions, torch.matmul and its variants, and einsum of two operands
    that sums over an axis of both.
 5. A product of two weights is a weight. A product of a weight with a buffer, or with a tensor
@@ -34,7 +34,7 @@ from lean_fx.graph.facts import facts
 from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.skip_reason import SkipReason
 
-#: What layers of torch.nn call with their weight.
+#: The functions that layers of torch.nn call with their weight.
 CALLS = {*LAYER_OF_CALL, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _PRODUCTS: set[Any] = {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.inner}
 _PRODUCTS |= {torch.tensordot, "matmul", "mm", "bmm", "mv", "inner"}
@@ -46,7 +46,7 @@ SAME_AS_INPUT = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
 def source_parameters_of(graph_module: GraphModule) -> dict[Node, tuple[str, ...]]:
-    """For each node that depends on no value, the names of the parameters behind it.
+    """For each node that depends on no value, the names of the parameters it is computed from.
 
     ``TrackWrites`` must have run.
     """
@@ -69,7 +69,7 @@ def source_parameters_of(graph_module: GraphModule) -> dict[Node, tuple[str, ...
 
 
 def _sources(node: Node) -> list[Node]:
-    """The nodes whose values lead to that of ``node`` (rules 1 and 2)."""
+    """The nodes whose numbers ``node`` depends on (rules 1 and 2)."""
     if node.op == "call_method":
         given = node.all_input_nodes
         return (
@@ -88,12 +88,12 @@ def _forget(written: Node, known: dict[Node, tuple[str, ...]]) -> None:
 
 
 def operands(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What a call multiplies and sums (rule 4); nothing of other calls.
+    """The operands that a call multiplies and sums over (rule 4); empty for other calls.
 
     Args:
         called: a function, or the name of a method.
-        args: its positional arguments, with the one that a method is called on.
-        kwargs: its others.
+        args: its positional arguments; for a method, the object comes first.
+        kwargs: its keyword arguments.
 
     Example:
         >>> operands("matmul", ("x", "weight"), {})
@@ -123,7 +123,7 @@ def _sums_shared_axis(given: list[Any]) -> bool:
 
 
 def find_weight(node: Node, source_parameters: Mapping[Node, tuple[str, ...]]) -> Node | None:
-    """The weight that a call multiplies with something else than a weight, or None."""
+    """The weight that a call multiplies with something that is no weight, or None."""
     given = [
         each for each in operands(node.target, node.args, node.kwargs) if isinstance(each, Node)
     ]

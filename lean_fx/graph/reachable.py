@@ -1,7 +1,7 @@
-"""What the forward of a module can reach besides its inputs and submodules, and putting it back.
+"""Record and restore the state that the forward of a module can reach.
 
-That is what is in its attributes; the globals that its code reads, attributes of its class, and
-variables of functions around it; and what lists, dicts and objects there hold.
+That is the state in its attributes, in the globals that its code reads, in attributes of its class
+and in closure variables, and whatever lists, dicts and objects there hold.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _CONTAINERS = (list, tuple, dict, deque, set)
 _MANY = 1000  # a longer container is data, not state
 _INTERNALS = frozenset(vars(nn.Module()))
 
-#: A variable outside of a module: its path, its value, and what assigns another one.
+#: A variable outside a module: its path, its value, and a function that assigns another value.
 _Variable = tuple[str, Any, Callable[[Any], None]]
 
 
 @dataclass(frozen=True)
 class Reachable:
-    """What a module can reach at a time.
+    """What a module can reach at one time.
 
     Attributes:
         module: the module.
-        held: everything, by its path.
-        versions: of what changes in place, by its path: see :func:`version_of`.
-        holders: the dicts, lists and sets that hold it, each with a copy.
-        contents: what puts back what changes in place outside of the module.
+        held: the values, by path.
+        versions: the versions of values that can change in place, by path (:func:`version_of`).
+        holders: the dicts, lists and sets that hold the values, each with a copy.
+        contents: functions that restore values outside the module that can change in place.
     """
 
     module: nn.Module
@@ -61,7 +61,7 @@ class Reachable:
 
     @classmethod
     def of(cls, module: nn.Module, backup: bool = False) -> Reachable:
-        """What a module can reach now; ``backup`` is for :meth:`restore`."""
+        """Record what a module can reach now; :meth:`restore` needs ``backup``."""
         holders: list[Any] = []
         with torch._C.DisableTorchFunction():  # else a trace would record what is asked here
             held = _held_by(module, holders)
@@ -70,7 +70,7 @@ class Reachable:
         return cls(module, held, versions, copies, _backups(module) if backup else [])
 
     def restore(self) -> None:
-        """Put it back."""
+        """Restore what was recorded."""
         for path, value, assign in _variables_of(self.module):
             before = self.held.get(path, value)
             if before is not value and type(before) not in _CONTAINERS:
@@ -83,7 +83,7 @@ class Reachable:
 
 @contextmanager
 def leaving_state(root: nn.Module) -> Iterator[None]:
-    """Within it the forward of a copy of a model may run: globals and the like are put back."""
+    """Restore on exit the globals and the like that the forward of a model can change."""
     kept = reachable_from(root)
     try:
         yield
@@ -93,7 +93,7 @@ def leaving_state(root: nn.Module) -> Iterator[None]:
 
 
 def reachable_from(root: nn.Module) -> list[Reachable]:
-    """What the modules of a model that no library has written can reach now."""
+    """Record what the user's own modules in a model can reach now."""
     own = [each for each in root.modules() if package_of(type(each)) not in LIBRARIES]
     return [Reachable.of(each, backup=True) for each in own]
 
@@ -106,7 +106,7 @@ def reachable_holders(module: nn.Module) -> list[Any]:
 
 
 def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
-    """What functions can write to: modules, and the dicts, lists and sets that they can reach."""
+    """The objects that functions can write to: modules, dicts, lists and sets."""
     holders: list[Any] = []
     for function in reached_from(functions, object):
         home = function.__globals__
@@ -121,7 +121,7 @@ def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
 
 
 def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
-    """What a module can reach, by its path; ``holders`` get what holds it."""
+    """The values that a module can reach, by path; appends their holders to ``holders``."""
     found: dict[str, Any] = {}
     for key, value in vars(module).items():
         if key not in _INTERNALS:
@@ -135,7 +135,7 @@ def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
 
 
 def _add(found: dict[str, Any], holders: list[Any], path: str, value: Any, above: set[int]) -> None:
-    """Add what a value holds, or the value itself if it holds nothing."""
+    """Add the values that ``value`` holds, or ``value`` itself if it holds none."""
     items: Iterable[tuple[str, Any]] = ()
     if version_of(value) is None and len(above) < 4 and id(value) not in above:
         if isinstance(value, list | tuple | deque) and len(value) < _MANY:
@@ -161,9 +161,9 @@ def _contents(holder: Any) -> Any:
 
 
 def refill(holder: Any, contents: Any) -> None:
-    """Give a dict, list or set the contents that it had, if it has others.
+    """Restore the contents of a dict, list or set, if they have changed.
 
-    Another thread may read one that has not changed, and must not find it empty.
+    If they have not, another thread may be reading it, and must not find it empty.
     """
     if _is_as_before(_contents(holder), contents):
         return
@@ -185,7 +185,7 @@ def _is_as_before(now: Any, before: Any) -> bool:
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether a value is an instance of a class of the user's own, neither a module nor a type."""
+    """Whether a value is an object of a class of the user's, and no module."""
     kind = type(value)
     known = issubclass(kind, nn.Module | Tensor | type | Proxy | Enum | ModuleType | FunctionType)
     if known or package_of(kind) in LIBRARIES:
@@ -194,7 +194,7 @@ def is_plain_object(value: Any) -> bool:
 
 
 def fields_of(value: Any) -> list[tuple[str, Any]]:
-    """What an object holds, by name."""
+    """The attributes of an object, by name."""
     fields = [(name, getattr(value, name)) for name in _slots(type(value)) if hasattr(value, name)]
     return [*getattr(value, "__dict__", {}).items(), *fields]
 
@@ -205,7 +205,7 @@ def _slots(kind: type) -> list[str]:
 
 
 def _backups(module: nn.Module) -> list[Callable[[], Any]]:
-    """What puts back the contents of what the functions of a module can reach besides it."""
+    """Functions that restore the contents of variables outside a module."""
     found: dict[str, Any] = {}
     for path, value, _ in _variables_of(module):
         _add(found, [], path, value, set())
@@ -213,7 +213,7 @@ def _backups(module: nn.Module) -> list[Callable[[], Any]]:
 
 
 def _variables_of(module: nn.Module) -> Iterator[_Variable]:
-    """The globals that the code of a module reads, its classes' attributes, its closures."""
+    """The variables outside a module: globals that its code reads, class attributes, closures."""
     kind, seen = type(module), set()
     for function in functions_of(module):
         home = function.__globals__
@@ -246,7 +246,7 @@ def _variables_of(module: nn.Module) -> Iterator[_Variable]:
 
 
 def _may_be_state(value: Any, user: Any) -> bool:
-    """Whether a variable holds numbers, values, or what holds some, and is the user's own."""
+    """Whether a variable of the user's holds numbers or tensors, or something that may."""
     kind = type(value)
     if issubclass(kind, Proxy | Tensor) or value is None or kind in NUMBERS:
         return True

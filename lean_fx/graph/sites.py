@@ -1,4 +1,4 @@
-"""What InsertReductions acts on: a value, and the layers that read it."""
+"""A site: a value, and the layers that read it through one reduction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Consumer:
         layer: its qualified name.
         kind: its type, such as ``"Conv2d"``.
         node: the node that calls it; empty if the site has no value.
-        features_per_channel: the features it reads of each channel: 1, or H*W behind a flatten.
+        features_per_channel: its input features per channel: 1, or H*W behind a flatten.
         path: the nodes between the value and the layer, in order.
-        weights: the number of its weights that are multiplied with the input, before.
-        applied_by: the module whose forward applies the layer's weight in place of calling the
-            layer, such as ``F.linear(x, self.qkv.weight)``; None where the layer is called.
+        weights: how many of its weights multiply the input, before the reduction.
+        applied_by: the module whose forward applies the layer's weight without calling the layer,
+            such as ``F.linear(x, self.qkv.weight)``; None if the layer is called.
     """
 
     layer: str
@@ -34,20 +34,20 @@ class Site:
     """A value, and the layers that share one reduction of it.
 
     Attributes:
-        value: the node that gives the value; empty where the one layer of the site reduces its
-            own input at every call (``SwapLayers``).
-        dim: the axis of its channels.
-        in_channels: C_in; of one group, where there are several.
-        consumers: the layers, in the order in which they are called.
-        out_channels: C', or None while it is not decided; of one group too.
-        name: of the reduction: ``reductions.<name>`` in the result, unless that is taken.
-        packed: whether the value is packed sequences, whose data is reduced.
-        groups: of channels: each holds ``in_channels`` and is reduced for itself, as the grouped
-            convolutions that read it sum over one group each.
-        rms: the root mean square of the value for inputs of unit variance; 1 where not measured.
+        value: the node of the value; empty if the site's one layer reduces its own input at every
+            call (``SwapLayers``).
+        dim: the axis of the channels.
+        in_channels: C_in; in one group, if there are several.
+        consumers: the layers, in the order of their calls.
+        out_channels: C', also in one group; None until it is chosen.
+        name: the reduction's name; it becomes ``reductions.<name>``, unless that is taken.
+        packed: whether the value is a PackedSequence, whose data is reduced.
+        groups: the number of groups, each of ``in_channels``. Each is reduced separately, as the
+            grouped convolutions that read the value sum over one group each.
+        rms: the root mean square of the value for inputs of unit variance; 1 if not measured.
         nonnegative: whether the value is proved to have no element below 0.
-        macs: the multiply-adds of its reduction at one position, if the reduction tells.
-        note: what the user should know, such as the nearest divisor that was taken.
+        macs: the multiply-adds of the reduction at one position, if it tells.
+        note: a remark for the user, such as that the nearest divisor was taken.
     """
 
     value: str
@@ -65,7 +65,7 @@ class Site:
 
     @property
     def reduced_dim(self) -> int:
-        """The axis that the reduction itself is given; several groups get an axis before it."""
+        """The axis that the reduction is given: groups get an axis of their own before it."""
         return self.dim + 1 if self.groups > 1 and self.dim >= 0 else self.dim
 
     @property

@@ -1,7 +1,7 @@
-"""Transformation: a MultiheadAttention becomes its linear layers, and what lies between them.
+"""Split a MultiheadAttention into its linear layers and the rest of its forward.
 
-Its projections read weights by hand, so no node of the graph shows them. Before, with one value
-for queries, keys and values::
+It applies the weights of its projections itself, so the graph does not show these as layers.
+Before, with one value for queries, keys and values::
 
     x -> attention(x, x, x, masks) -> (out, weights)
 
@@ -10,18 +10,19 @@ After::
     x -> attention.in_proj -> chunk -> q, k, v
     q, k, v, masks -> attention.heads -> (y, weights)      y -> attention.out_proj -> out
 
-With several values, of widths of their own perhaps::
+With several values, perhaps of different widths::
 
     query -> attention.q_proj      key -> attention.k_proj      value -> attention.v_proj
 
 Rules:
 
-1. It acts on layers of exactly nn.MultiheadAttention that it is given by name, called once.
-2. Weights are those of the layer, so outputs and weights equal its own; dropout in training draws
-   other values from the same distribution.
-3. What is read of the result is handed over; where it is read whole, as the pair that it was.
-4. In a model that keeps its class there is no graph to change: a ``SplitAttention`` takes the
-   layer's place.
+1. The layer is exactly an nn.MultiheadAttention, and called once.
+2. The parts have its weights, so the outputs are equal. In training, dropout draws other numbers
+   from the same distribution.
+3. Readers of the output or of the attention weights read the new nodes; a reader of the whole
+   result gets a pair of them.
+4. In a model that keeps its class there is no graph to rewrite: a ``SplitAttention`` replaces the
+   layer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lean_fx.layers.attention import AttentionHeads, SplitAttention, attention_p
 
 
 def can_split(layer: Any) -> bool:
-    """Whether a module is exactly a MultiheadAttention, of parts that are exactly torch's."""
+    """Whether a module is exactly torch's MultiheadAttention, with torch's own parts, unaltered."""
     return (
         type(layer) is nn.MultiheadAttention
         and type(layer.out_proj) is NonDynamicallyQuantizableLinear
@@ -48,7 +49,7 @@ def can_split(layer: Any) -> bool:
 
 
 def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether ``name`` was a layer of attention, which is split already."""
+    """Whether the attention ``name`` has been split already."""
     return isinstance(modules.get(f"{name}.heads"), AttentionHeads)
 
 
@@ -88,12 +89,12 @@ def split(graph_module: GraphModule, node: Node) -> None:
 
 
 def split_module(layer: Any, name: str, planned: Collection[str]) -> nn.Module:
-    """The module that takes the place of a layer where there is no graph.
+    """The module that replaces an attention layer where there is no graph.
 
     Args:
-        layer: of attention.
-        name: of the layer.
-        planned: the names of the layers that a plan speaks of.
+        layer: the attention layer.
+        name: its name.
+        planned: the names of the layers in a plan.
     """
     separate = any(f"{name}.{part}_proj" in planned for part in "qkv")
     return SplitAttention(layer, itself=not separate and layer.in_proj_weight is not None)

@@ -1,7 +1,7 @@
-"""Transformation: a stack of n recurrent layers becomes n layers.
+"""Split a stack of n recurrent layers into n layers.
 
-What lies between the layers of ``nn.LSTM(..., num_layers=n)`` is an intermediate value like any
-other, but no node of the graph. Before::
+The values between the layers of ``nn.LSTM(..., num_layers=n)`` are intermediate values like any
+other, but the graph has no nodes for them. Before::
 
     x, (h0, c0) -> lstm -> (out, (h, c))
 
@@ -13,14 +13,13 @@ After, with D = 2 directions, or 1::
 
 Rules:
 
-1. It acts on the RNN, LSTM and GRU layers that it is given by name, of two layers or more, called
-   once and without hooks.
-2. Weights are those of the stack, so outputs and hidden states equal its own; dropout in training
-   draws other values from the same distribution. ``SequenceDropout`` stands between the layers if
-   the stack has dropout, and takes packed sequences too.
-3. Hidden states that are given are cut along their first axis; those that are read are joined.
-4. In a model that keeps its class there is no graph to change: a :class:`SplitStack` takes the
-   stack's place.
+1. The stack is an RNN, LSTM or GRU of two layers or more, called once and without hooks.
+2. The layers have its weights, so outputs and hidden states are equal. In training, dropout draws
+   other numbers from the same distribution. If the stack has dropout, a ``SequenceDropout`` stands
+   between the layers; it takes packed sequences too.
+3. Given hidden states are split along their first axis; final ones are concatenated.
+4. In a model that keeps its class there is no graph to rewrite: a :class:`SplitStack` replaces the
+   stack.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def can_split(layer: Any) -> bool:
 
 
 def is_split(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether ``name`` was a stack, which is split already."""
+    """Whether the stack ``name`` has been split already."""
     return type(modules.get(f"{name}.0")) in _STACKS
 
 
@@ -68,7 +67,7 @@ def split(graph_module: GraphModule, node: Node) -> None:
                 value = graph.call_module(f"{name}.dropout", (value,))
             begin: tuple[Any, ...] = ()
             if states is not None:
-                last = index == stack.num_layers - 1  # which refuses whatever is too many
+                last = index == stack.num_layers - 1  # gets all the rest, and refuses too many
                 ends_at = None if last else (index + 1) * directions
                 cut = (states, index * directions, ends_at)
                 cut_name = f"{node.name}_{index}_begin"
@@ -81,7 +80,7 @@ def split(graph_module: GraphModule, node: Node) -> None:
 
 
 def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> None:
-    """Give what read the stack's result the results of its layers."""
+    """Let the readers of the stack's result read the results of its layers."""
     graph, stack = node.graph, str(node.target)
 
     def joined(*path: int) -> Node:
@@ -114,21 +113,21 @@ def _hand_over(node: Node, output: Node, ends: list[Node], *, pair: bool) -> Non
 
 
 def split_module(layer: Any, name: str, planned: Collection[str]) -> nn.Module:
-    """The module that takes the place of a stack where there is no graph.
+    """The module that replaces a stack where there is no graph.
 
     Args:
         layer: the stack.
-        name: of the stack.
-        planned: the names of the layers that a plan speaks of.
+        name: its name.
+        planned: the names of the layers in a plan.
     """
     return SplitStack(layer)
 
 
 class SplitStack(nn.Module):
-    """An RNN, LSTM or GRU of several layers whose layers are modules, called one after the other.
+    """A stack of recurrent layers as modules ``0``, ``1``, ..., which forward calls in turn.
 
-    They are called ``0``, ``1``, ...; ``dropout`` lies between them if the stack has any. Weights
-    are those of the stack, and so are the settings that can be read.
+    Between them it calls ``dropout``, if the stack has any. The weights and the public attributes
+    are those of the stack.
 
     Args:
         stack: the RNN, LSTM or GRU.
@@ -164,7 +163,7 @@ class SplitStack(nn.Module):
         for index in range(self.num_layers):
             if index and "dropout" in self._modules:
                 input = self._modules["dropout"](input)  # type: ignore[misc]
-            last = index == self.num_layers - 1  # which refuses whatever is too many
+            last = index == self.num_layers - 1  # gets all the rest, and refuses too many
             stop = None if last else (index + 1) * directions
             states = layer_states(hx, index * directions, stop)
             input, end = self._modules[str(index)](input, states)  # type: ignore[misc]
@@ -174,13 +173,13 @@ class SplitStack(nn.Module):
         return input, torch.cat(ends)
 
     def flatten_parameters(self) -> None:
-        """Call that of each layer, as forward methods do for the stack."""
+        """Flatten the parameters of each layer; a forward may call this on the stack."""
         for index in range(self.num_layers):
             self._modules[str(index)].flatten_parameters()  # type: ignore[union-attr, operator]
 
 
 def stack_parts(stack: Any) -> Iterable[tuple[str, nn.Module]]:
-    """The parts of an RNN, LSTM or GRU by name, in order, with its weights."""
+    """The layers of a stack, with its weights, and its dropout, by name and in order."""
     for index in range(stack.num_layers):
         yield str(index), _layer(stack, index)
     if stack.dropout:

@@ -1,4 +1,4 @@
-"""What differs after a tensor, an array or a generator has been changed in place."""
+"""Tell whether a tensor, an array or a generator has been changed in place, and restore it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _MANY = 1_000_000  # a larger array is data, not state
 
 
 def version_of(value: Any) -> Any:
-    """What differs after a value has been changed in place: a tensor, an array or a generator.
+    """A version of a tensor, an array or a generator, which differs after it changes in place.
 
-    An iterator differs from itself at any time: to read it is to change it.
+    That of an iterator differs each time, since a check would have to advance it. None for values
+    that do not change in place, and for parameters.
     """
     if isinstance(value, nn.Parameter | Proxy):
         return None
@@ -34,7 +35,7 @@ def version_of(value: Any) -> Any:
 
 
 def backup_of(value: Any) -> Callable[[], Any] | None:
-    """What puts a value back as it is now; None if it cannot change in place."""
+    """A function that restores a value as it is now; None if it cannot change in place."""
     version = version_of(value)
     if isinstance(value, Tensor) and version is not None and not value.is_inference():
         copied = value.detach().clone()

@@ -1,11 +1,11 @@
-"""Calls of ``F.multi_head_attention_forward`` become linear layers, and what lies between them.
+"""Replace calls of ``F.multi_head_attention_forward`` by linear calls and the attention itself.
 
-Such a call takes the weights of a module's layers and projects by hand. Before, in a module that
-holds four linear layers::
+Such a call gets the weights of layers and applies them itself. Before, in a module that holds four
+linear layers::
 
     x, q.weight, k.weight, v.weight, c.weight -> multi_head_attention_forward -> (out, weights)
 
-After, where linear calls are written out at their weights::
+After, with a call of F.linear for each weight::
 
     x -> linear(q.weight) -> q      x -> linear(k.weight) -> k      x -> linear(v.weight) -> v
     q, k, v, masks -> calls.heads -> (y, weights)      y -> linear(c.weight) -> out
@@ -14,7 +14,7 @@ Rules:
 
 1. It acts on calls whose settings are constants, without ``bias_k``, ``bias_v``, ``static_k`` and
    ``static_v``, and without dropout.
-2. The weights are three, or one of all three projections of one value.
+2. There is a weight for each projection, or one weight that projects a single value three times.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _HANDED_ON = (
 
 
 def write_out(graph_module: GraphModule) -> bool:
-    """Write out the calls that can be; whether there is one."""
+    """Replace the calls that can be replaced; whether there were any."""
     calls = graph_module.graph.find_nodes(
         op="call_function", target=F.multi_head_attention_forward, sort=True
     )
@@ -107,7 +107,7 @@ def _one(graph: Graph, given: dict[str, Any]) -> tuple[Node, ...]:
 
 
 def _biases(graph: Graph, bias: Any) -> tuple[Any, ...]:
-    """The three parts of a bias: those that it was put together of, if it was."""
+    """The three parts of a bias; the operands themselves if it is a concatenation of three."""
     if bias is None:
         return (None,) * 3
     parts = bias.args[0] if bias.target in (torch.cat, torch.concat) else ()

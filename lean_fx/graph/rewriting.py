@@ -59,14 +59,14 @@ def item(graph: Graph, value: Any, index: Any, name: str | None = None) -> Node:
 
 
 def replace_node(node: Node, value: Any, rewritten: str) -> None:
-    """Put ``value``, a node or a tuple of nodes, in the place of ``node``, and erase that.
+    """Let the users of a node read another value, and erase the node.
 
-    A node that takes the place of another remembers its name, see :func:`replaced_names`.
+    The new node remembers the name of the old one, for :func:`replaced_names`.
 
     Args:
-        node: what is replaced.
-        value: what is read in its place.
-        rewritten: the layer or parameter whose rewriting this is.
+        node: the node to replace.
+        value: what its users read instead: a node, or a tuple of nodes.
+        rewritten: the layer or parameter that is being rewritten.
     """
     for user in list(node.users):
         if isinstance(value, tuple) and user.target is operator.getitem and user.args[0] is node:
@@ -79,26 +79,26 @@ def replace_node(node: Node, value: Any, rewritten: str) -> None:
 
 
 def take_place(node: Node, replaced: Node, rewritten: str) -> None:
-    """Let a node remember the name of the one whose place it takes."""
+    """Let a node remember the name of the node that it replaces."""
     node.meta[_REPLACES] = (rewritten, replaced.name)
 
 
 def replaced_names(graph: Graph, rewritten: Collection[str]) -> dict[str, str]:
-    """What nodes would be called had some layers and parameters not been rewritten.
+    """The names that nodes would have if some layers and parameters had not been rewritten.
 
     Args:
-        graph: after its rewriting.
+        graph: the rewritten graph.
         rewritten: the names of these layers and parameters.
 
     Returns:
-        By the name of a node, that of the node whose place it has taken.
+        For each node that replaced another, by its name, the name of the other.
     """
     places = {node.name: node.meta.get(_REPLACES, ("", "")) for node in graph.nodes}
     return {name: old for name, (layer, old) in places.items() if layer in rewritten}
 
 
 def rewire(user: Node, node: Node, value: Any) -> None:
-    """Give ``user`` ``value``, a node or a tuple of nodes, where it read ``node``."""
+    """Let ``user`` read ``value``, a node or a tuple of nodes, instead of ``node``."""
 
     def swapped(argument: Node) -> Any:
         return value if argument is node else argument
@@ -108,6 +108,6 @@ def rewire(user: Node, node: Node, value: Any) -> None:
 
 
 def numbered(name: str) -> Iterator[str]:
-    """A name, and the names with a number behind it."""
+    """``name``, ``name_1``, ``name_2``, ..."""
     yield name
     yield from (f"{name}_{number}" for number in itertools.count(1))

@@ -1,4 +1,4 @@
-"""The linear layers of :class:`torch.nn.MultiheadAttention`, and what lies between them."""
+"""A :class:`torch.nn.MultiheadAttention` as modules: its linear layers, and the heads between."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 
 class AttentionHeads(nn.Module):
-    """Attention of projected queries to projected keys and values, in several heads.
+    """A MultiheadAttention without its linear layers.
 
-    A MultiheadAttention without its linear layers: those of the queries, keys and values come
-    before it, the output projection behind it. Masks, flags, dropout and what is returned are as
-    there.
+    It reads queries, keys and values that are already projected; the output projection follows it.
+    Masks, flags, dropout and results are those of MultiheadAttention.
 
     Args:
-        attention: the layer whose settings, and ``bias_k`` and ``bias_v`` if any, it takes over.
+        attention: the layer that gives the settings, and ``bias_k`` and ``bias_v`` if it has them.
 
     Shape:
         - query: ``[L, E]``, ``[L, N, E]`` or, if ``batch_first``, ``[N, L, E]``
@@ -103,7 +102,7 @@ class AttentionHeads(nn.Module):
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
     ) -> Tensor | None:
-        """What is added to the scores ``[N, heads, L, S]``: both masks in one."""
+        """The sum of both masks, to be added to the scores ``[N, heads, L, S]``."""
         parts = []
         if attn_mask is not None:
             grouped = attn_mask.dim() == 3  # a mask for each head of each sequence
@@ -128,16 +127,15 @@ class AttentionHeads(nn.Module):
 
 
 class SplitAttention(nn.Module):
-    """A MultiheadAttention whose linear layers are modules: its parts, called one after the other.
+    """A MultiheadAttention whose linear layers are modules.
 
-    With one value for queries, keys and values the layers are ``in_proj`` and ``out_proj``, else
-    ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``; ``heads`` lies between them. Weights are
-    those of the layer, and so are the settings that can be read.
+    Its parts are ``in_proj``, or ``q_proj``, ``k_proj`` and ``v_proj``; then ``heads`` and
+    ``out_proj``. The weights and the attributes are those of the layer.
 
     Args:
         attention: the layer.
-        itself: whether one value is the queries, keys and values. Other calls are right too: then
-            each value is projected, and its third taken.
+        itself: whether it is self-attention, with one value as queries, keys and values: then it
+            has ``in_proj``. A call with several values is right too, but projects each three times.
 
     Shape:
         As the layer's.
@@ -162,7 +160,7 @@ class SplitAttention(nn.Module):
         for name, value in vars(attention).items():  # such as embed_dim and batch_first
             if name not in vars(self):
                 self.__dict__[name] = value
-        for name in ("in_proj_weight", "in_proj_bias"):  # torch's encoder layers ask for them
+        for name in ("in_proj_weight", "in_proj_bias"):  # torch's encoder layers read them
             self.register_parameter(name, None)
         for name, part in attention_parts(attention, itself=itself):
             self.add_module(name, part)
@@ -185,11 +183,11 @@ class SplitAttention(nn.Module):
 
 
 def attention_parts(layer: Any, *, itself: bool) -> Iterable[tuple[str, nn.Module]]:
-    """The parts of a MultiheadAttention by name, in order, with its own weights.
+    """The parts of a MultiheadAttention, with its weights, by name and in order.
 
     Args:
         layer: the MultiheadAttention.
-        itself: whether one value is its queries, keys and values.
+        itself: whether it is self-attention.
     """
     for name, weight, bias in _projections(layer, itself):
         yield name, _linear(weight, bias, layer.training)
@@ -198,7 +196,7 @@ def attention_parts(layer: Any, *, itself: bool) -> Iterable[tuple[str, nn.Modul
 
 
 def _projections(layer: Any, itself: bool) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
-    """The names, weights and biases of what comes before the heads."""
+    """The names, weights and biases of the projections before the heads."""
     bias = layer.in_proj_bias
     if itself:
         yield "in_proj", layer.in_proj_weight, bias
@@ -218,7 +216,7 @@ def _thirds(parameter: nn.Parameter) -> tuple[nn.Parameter, ...]:
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
-    """A linear layer of these very parameters."""
+    """A linear layer that holds the given parameters."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     made.weight, made.bias = weight, bias  # type: ignore[assignment]
     return made.train(training)

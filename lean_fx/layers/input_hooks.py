@@ -1,21 +1,22 @@
-"""The hooks by which a layer reduces what it reads, wherever the code of a model has it read.
+"""Hooks that reduce the input of a layer, in a model that keeps its class.
 
-A layer that is called has a forward pre-hook. But a forward may apply the weight of a layer that
-it never calls, perhaps in a function far from it::
+A layer that is called gets a forward pre-hook. But a forward may also apply the weight of a layer
+that it never calls::
 
     F.linear(x, self.qkv.weight, bias)                          before
     F.linear(self.qkv.reduction(x), self.qkv.weight, bias)      after
 
-There the hooks are of the module whose forward does so: for as long as that runs they turn on a
-TorchFunctionMode, which reduces what is given to a function of torch along with that very weight.
+Then the module with that forward gets hooks. While it runs, they turn on a TorchFunctionMode, which
+reduces the input of every call that gets this weight.
 
 Rules:
 
-1. The functions are F.linear and F.conv1d, conv2d, conv3d; the weight is known by its identity,
-   so a copy of it (``weight.half()``) is not.
-2. The mode is of the thread that runs the module, and is left when forward fails, too. After a
-   KeyboardInterrupt it stays on, which changes no number, as it acts only on those weights.
-3. A module that runs within itself reduces once.
+1. The calls are F.linear and F.conv1d, conv2d, conv3d. The weight is recognised by identity; a copy
+   (``weight.half()``) is not.
+2. The mode belongs to the thread that runs the module. It ends with the forward, also if that
+   raises. After a KeyboardInterrupt it stays on; since it acts on these weights only, no number
+   changes.
+3. A module that calls itself reduces once.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ Kwargs: TypeAlias = dict[str, Any]
 
 
 def with_first(args: Args, kwargs: Kwargs, change: Callable[[Any], Any]) -> tuple[Args, Kwargs]:
-    """The arguments of a layer's call, the first of them changed."""
+    """The arguments of a layer's call, with the first one changed."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "input": change(kwargs["input"])}
 
 
 def reduce_first(layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """The forward pre-hook of a layer that is called: its first argument, reduced."""
+    """The forward pre-hook of a layer that is called; it reduces the first argument."""
     return with_first(args, kwargs, lambda value: reduced(layer, value))
 
 
@@ -50,8 +51,7 @@ class ReduceFlattened:
     """The forward pre-hook of a linear layer that reads the flattened channels of a value.
 
     Args:
-        sizes: of the axes that were flattened: the channels and their positions, or the positions
-            and their channels.
+        sizes: the sizes of the flattened axes: channels and positions, or positions and channels.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ class ReduceFlattened:
 
 
 def reduced(layer: Any, value: Any) -> Any:
-    """What a layer that holds a ``reduction`` reads in the place of a value."""
+    """Reduce a value by the ``reduction`` that a layer holds, group by group if it has groups."""
     if isinstance(value, PackedSequence):
         return with_data(value, layer.reduction(value.data))
     if groups_of(layer) > 1:
@@ -84,7 +84,7 @@ def reduced(layer: Any, value: Any) -> Any:
 
 
 def reduce_within(module: nn.Module, layer: str) -> None:
-    """Let a module reduce what its forward applies the weight of a layer to.
+    """Let a module reduce the inputs to which its forward applies the weight of a layer.
 
     Args:
         module: gets the hooks.
@@ -113,7 +113,7 @@ def reduce_within(module: nn.Module, layer: str) -> None:
 
 
 def reduces_within(module: nn.Module) -> bool:
-    """Whether :func:`reduce_within` has given a module its hooks."""
+    """Whether a module has the hooks of :func:`reduce_within`."""
     return any(isinstance(hook, StartReducing) for hook in module._forward_pre_hooks.values())
 
 
@@ -128,7 +128,7 @@ class StartReducing:
         self.layers = layers
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Turn the mode on; an empty one if it is on already (rule 3)."""
+        """Turn the mode on; if it is on already, push one that does nothing (rule 3)."""
         stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         on = any(isinstance(mode, _Reducing) and mode.module is module for mode in stack)
         layers = () if on else [module.get_submodule(name) for name in self.layers]
@@ -136,16 +136,16 @@ class StartReducing:
 
 
 def stop_reducing(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The forward hook of a module that applies the weights of layers: turn the mode off."""
+    """The forward hook of a module that applies the weights of layers; it turns the mode off."""
     stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     mode = stack[-1] if stack else None
     if isinstance(mode, _Reducing) and mode.module is module:
-        # not if a hook before ours has failed
+        # Otherwise a hook before ours has raised, and the mode was never turned on.
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class _Reducing(TorchFunctionMode):
-    """Reduces what is given to a function of torch along with the weight of a layer."""
+    """Reduces the input of a call that gets the weight of one of some layers."""
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module]) -> None:
         super().__init__()

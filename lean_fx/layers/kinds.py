@@ -1,8 +1,8 @@
-"""The kinds of layers whose input can be reduced: what one reads, how it is rebuilt, what it costs.
+"""The kinds of layers whose input can be reduced: what they read, how to rebuild them, their cost.
 
-A layer is of the kind of its type. A layer of a subclass is of its base's kind, but its forward may
-do more, so :mod:`lean_fx.layers.rebuild` asks before it rebuilds one. :func:`register_layer` adds
-a kind for a type of your own.
+Each type has one kind. A subclass has the kind of its base; since its forward may do more,
+:mod:`lean_fx.layers.rebuild` tests it before rebuilding. :func:`register_layer` adds a kind for a
+type of your own.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from lean_fx.layers.known_layers import KNOWN
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What lean_fx knows of a type of layers.
+    """What lean_fx knows about a type of layer. The functions take a layer of the type first.
 
     Attributes:
-        layer_type: the type itself.
-        in_channels: of a layer, the number of its input channels.
-        macs: of a layer and the numbers of elements that it reads and writes, its multiply-adds.
+        layer_type: the type.
+        in_channels: returns the number of input channels.
+        macs: called with a layer and the numbers of elements that it reads and writes; returns its
+            multiply-adds.
         weights: the names of the parameters that multiply the input.
-        channel_dim: of a layer, the axis of the channels that it reads, and writes; negative if
-            counted from the end, as a batch may be missing.
-        groups: of a layer, the number of its groups; each reads channels of its own.
-        out_channels: of a layer, how many channels its output has, if that is one tensor.
-        rebuild: of a layer and a number, a new layer with so many input channels. If None, a
-            rebuilt layer is a copy with part of the weights.
-        width: the attribute that says ``in_channels``, which is set in such a copy.
-        calls: the functions that do with the weight of a layer what the layer does.
-        recurrent: whether it is an RNN, which may read packed sequences, or a cell of one.
-        registered: whether :func:`register_layer` has added it.
+        channel_dim: returns the axis of the channels in the input and the output; counted from
+            the end, since the batch axis may be missing.
+        groups: returns the number of groups, each of which reads its own channels.
+        out_channels: returns the number of output channels; None if the output is not one tensor.
+        rebuild: called with a layer and a number; returns a new layer with that many input
+            channels. If None, a rebuilt layer is a copy with part of the weights.
+        width: the attribute that holds ``in_channels``; it is set in such a copy.
+        calls: the functions that apply a weight as the layer does.
+        recurrent: whether it is an RNN, which may read packed sequences, or an RNN cell.
+        registered: whether :func:`register_layer` added it.
     """
 
     layer_type: type[nn.Module]
@@ -57,23 +58,23 @@ class LayerKind:
 
 
 def _macs_of_written(layer: Any, read: int, written: int) -> int:
-    """A layer multiplies each weight of an output channel once for an element that it writes."""
+    """Each element written takes one multiply-add per weight of its output channel."""
     return written * first_weight(layer)[0].numel()
 
 
 def _macs_of_read(layer: Any, read: int, written: int) -> int:
-    """A transposed convolution multiplies an element with all weights of its channel."""
+    """In a transposed convolution, each element read multiplies all weights of its channel."""
     return read * first_weight(layer)[0].numel()
 
 
 def _macs_of_steps(layer: Any, read: int, written: int) -> int:
-    """A recurrent layer multiplies each element of its matrices once in a step."""
+    """In a recurrent layer, each step multiplies every element of its matrices once."""
     matrices = sum(each.numel() for each in layer.parameters() if each.dim() == 2)
     return read // input_channels(layer) * int(matrices)
 
 
 def _kind_of_torch(layer_type: type[nn.Module], width: str, out: str, **others: Any) -> LayerKind:
-    """A kind of layers that say their channels by the attributes ``width`` and ``out``."""
+    """A kind whose layers hold their channels in the attributes ``width`` and ``out``."""
     given = {"macs": _macs_of_written, "in_channels": attrgetter(width), "width": width, **others}
     return LayerKind(layer_type, out_channels=attrgetter(out) if out else None, **given)
 
@@ -107,7 +108,7 @@ _OF_TORCH = (
 #: The kinds by their exact types.
 KINDS: dict[type[nn.Module], LayerKind] = {kind.layer_type: kind for kind in _OF_TORCH}
 
-#: The type of the layers that a function stands for when it is given the weight of one.
+#: For each function that applies a weight as a layer does, the type of that layer.
 LAYER_OF_CALL: dict[Any, type[nn.Module]] = {
     call: kind.layer_type for kind in _OF_TORCH for call in kind.calls
 }
@@ -126,30 +127,31 @@ def register_layer(
 ) -> None:
     """Let lean_fx reduce the input of layers of your own type, as it does for torch's.
 
-    The layers are called with their input first, and are not traced into. There are two ways:
+    Such layers become leaves of the graph; their input must be the first argument. There are two
+    ways:
 
-    - ``like=nn.Conv2d`` says that the type means what that type means, whatever its forward looks
-      like: a subclass, or a type with the same attributes and weights. A rebuilt layer is a copy
-      with part of the weights. Without it lean_fx runs a subclass to find out
-      (:mod:`lean_fx.layers.subclasses`), and leaves the layer alone if in doubt.
+    - ``like=nn.Conv2d`` says that the type behaves as that type does, whatever its forward looks
+      like. It may be a subclass, or have the same attributes and weights. A rebuilt layer is a copy
+      with part of the weights. A subclass that is not registered is tested instead
+      (:mod:`lean_fx.layers.subclasses`), and left alone if in doubt.
     - ``in_channels`` and ``rebuild`` describe any other layer that is linear in its input. In a
-      rebuilt layer lean_fx scales the ``weights`` to what they will read; all other parameters and
-      buffers get the old values where their shapes agree.
+      rebuilt layer lean_fx scales the ``weights`` to the reduced input; all other parameters and
+      buffers keep the old values if their shapes agree.
 
-    A plan that names such layers can be applied where their type is registered.
+    Register the type before you apply a plan that names such layers.
 
     Args:
         layer_type: the exact type; its subclasses are not registered with it.
         like: a conv, linear or recurrent type of torch.nn; then leave out what follows.
         in_channels: called with a layer; returns the number of its input channels.
-        rebuild: called with a layer and a number; returns a new layer of the same type with so
-            many input channels and the other settings of the old one, its weights drawn anew.
+        rebuild: called with a layer and a number; returns a new layer of the same type, with that
+            many input channels, newly drawn weights, and the other settings of the old one.
         weights: the names of the parameters that multiply the input.
         channel_dim: the axis of the channels in the input and in the output.
         out_channels: called with a layer; returns the number of channels of its output. Without
             it, a linear layer behind a flatten of this output is left alone.
         macs: called with a layer and the numbers of elements that it reads and writes; returns its
-            multiply-adds. By default each weight multiplies once where the layer reads a position.
+            multiply-adds. The default counts one for each weight and each position read.
 
     Raises:
         ArgumentError: the type is not a module class or is registered, or an argument is missing
@@ -230,13 +232,13 @@ def _checked(subject: str, function: Callable[..., Any], least: int | None) -> A
 
 
 def unregister_layer(layer_type: type[nn.Module]) -> None:
-    """Take a type back. Types that were never registered, and torch's own, are not an error."""
+    """Undo :func:`register_layer`. Types that were never registered, and torch's, are ignored."""
     if layer_type in KINDS and KINDS[layer_type].registered:
         del KINDS[layer_type]
 
 
 def _macs_of_positions(layer: Any, read: int, written: int) -> int:
-    """A layer multiplies each weight once where it reads a position."""
+    """Each position read takes one multiply-add per weight."""
     weights = sum(weight.numel() for weight in input_weights(layer).values())
     return read // input_channels(layer) * weights
 
@@ -244,7 +246,7 @@ def _macs_of_positions(layer: Any, read: int, written: int) -> int:
 def kind_of(layer: nn.Module | None) -> LayerKind | None:
     """The kind of a layer's type, or of the nearest base that has one; None if none has.
 
-    A type of :mod:`lean_fx.layers.known_layers` is registered on the way.
+    It registers the types of :mod:`lean_fx.layers.known_layers` when it first meets them.
 
     Example:
         >>> class Mine(nn.Linear):

@@ -1,14 +1,14 @@
 """Layers of other libraries that are linear in their input, by the names of their classes.
 
-So nothing of these libraries is imported: :func:`~lean_fx.layers.kinds.kind_of` registers such a
-class when it meets a layer of it.
+:func:`~lean_fx.layers.kinds.kind_of` registers such a class when it first meets a layer of it, so
+lean_fx imports none of these libraries.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-#: What :func:`~lean_fx.layers.kinds.register_layer` is told of each.
+#: For each class, the arguments of :func:`~lean_fx.layers.kinds.register_layer`.
 KNOWN: dict[str, dict[str, Any]] = {
     # A linear layer with its weight transposed, of GPT-2.
     "transformers.pytorch_utils.Conv1D": {

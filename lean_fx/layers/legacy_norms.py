@@ -1,7 +1,7 @@
-"""Layers with the weight norm or spectral norm that torch once made of hooks, by its own of today.
+"""Convert the hook-based weight norm and spectral norm to torch's parametrizations.
 
-``torch.nn.utils.weight_norm`` and ``spectral_norm`` compute a weight in a hook before every call;
-``torch.nn.utils.parametrizations`` have taken their place. A layer that is rebuilt gets these.
+``torch.nn.utils.weight_norm`` and ``spectral_norm`` compute the weight in a hook before every call;
+``torch.nn.utils.parametrizations`` supersedes them. A rebuilt layer gets the latter.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _HOOKS = (WeightNorm, SpectralNorm, SpectralNormStateDictHook, SpectralNormLoadS
 
 
 def as_parametrization(layer: nn.Module) -> nn.Module:
-    """A layer whose weight has a norm made of hooks, with torch's parametrization in their place.
+    """A layer with a hook-based norm of its weight, converted to the parametrization.
 
     Args:
-        layer: any; it is not changed.
+        layer: any layer; it is not changed.
 
     Returns:
-        A layer of the same parameters, which gives the same in evaluation; or, where there is no
-        such norm of its ``weight``, or more than one, ``layer`` itself.
+        A layer with the same parameters, which computes the same in evaluation. ``layer`` itself
+        if it has no hook-based norm of its ``weight``, or more than one.
 
     Example:
         >>> layer = torch.nn.utils.spectral_norm(nn.Linear(4, 2))
@@ -52,7 +52,7 @@ def as_parametrization(layer: nn.Module) -> nn.Module:
         for key, hook in [*getattr(twin, kind).items()]:
             if isinstance(getattr(hook, "hook", hook), _HOOKS):
                 del getattr(twin, kind)[key]
-    twin.__dict__.pop("weight", None)  # as it was computed last
+    twin.__dict__.pop("weight", None)  # the result of the last call
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if isinstance(norms[0], WeightNorm):
             _weight_normed(twin, norms[0])

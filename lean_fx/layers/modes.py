@@ -1,4 +1,4 @@
-"""Modules by which one graph does one thing in training and another in evaluation."""
+"""Modules that let one graph behave differently in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class InMode(nn.Module):
     """A part of a graph that runs in one mode only.
 
     Args:
-        part: a graph without parameters of its own: the modules that it calls are inputs of it, so
-            that they keep their names. It returns a tuple.
+        part: a graph that returns a tuple. The modules that it calls are among its inputs, so that
+            they keep their names in the model.
         mode: True for train mode, False for eval mode.
     """
 
@@ -37,7 +37,7 @@ class InMode(nn.Module):
         self.mode = mode
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        """What the part gives in its mode; in the other as many times None."""
+        """Run the part in its mode; in the other mode return as many Nones."""
         if self.training == self.mode:
             outputs: tuple[Any, ...] = self.part(*inputs)
             return outputs

@@ -1,18 +1,19 @@
-"""A layer made anew for fewer input channels, on the same device, in the same dtype and mode.
+"""Rebuild a layer for fewer input channels, on the same device, in the same dtype and mode.
 
-Everything but the number of input channels stays: the new layer is a copy with narrower weights, or
-what a user's own function makes (:func:`~lean_fx.layers.kinds.register_layer`). The weights that
-multiply the input are drawn anew by torch's own rule for the layer, since the net is trained
-from scratch, then brought to the scale of the layer replaced: for inputs that are ``gain`` times
-smaller than before, with a fan-in that is ``k`` times smaller, weights of root mean square
-``rms(old) gain sqrt(k)`` give outputs of the same variance. The biases of conv and linear layers
-are drawn anew too, and get the root mean square of the old ones; all else of a recurrent layer
-(recurrent weights, biases, further layers) keeps its values, and with them an initialisation that
-was chosen for it, such as orthogonal weights or a forget gate's bias of 1; so does all else of a
-layer of a subclass (:mod:`lean_fx.layers.subclasses`) or of a registered type.
+Only the number of input channels changes. The new layer is a copy with narrower weights, or comes
+from a user's own function (:func:`~lean_fx.layers.kinds.register_layer`).
 
-A layer with torch's weight norm or spectral norm is rebuilt without, and gets it anew; one whose
-norm is made of hooks gets the parametrization that has taken their place.
+The net is trained from scratch, so the weights that multiply the input are drawn by torch's own
+rule. They are then scaled so that the outputs keep their variance: for an input that is ``gain``
+times smaller, with a fan-in that is ``k`` times smaller, their root mean square becomes
+``rms(old) gain sqrt(k)``. The biases of conv and linear layers are drawn too, with the root mean
+square of the old ones. Everything else keeps its values, and with them any special initialisation:
+the recurrent weights, biases and further layers of a recurrent layer (orthogonal weights, a forget
+gate's bias of 1), and the other parameters of a subclass (:mod:`lean_fx.layers.subclasses`) or of a
+registered type.
+
+A layer with torch's weight norm or spectral norm is rebuilt without it, and then gets it again, as
+a parametrization.
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ def _parametrized(layer: Any) -> list[Any]:
 
 
 def _normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
-    """A layer with a norm of its weight, rebuilt without, and then normed anew."""
+    """Rebuild a layer with a norm of its weight: without the norm first, then add it again."""
     still = copy.deepcopy(layer).eval()  # the power iteration of spectral norm rests in eval mode
-    # Not remove_parametrizations: it would change the class, which copies share.
+    # remove_parametrizations would change the class, which copies share.
     bare = shallow(layer)
     bare.__class__ = base_type(layer)
     del bare.parametrizations
@@ -188,7 +189,7 @@ def _narrow_copy(layer: nn.Module, in_channels: int) -> nn.Module:
 
 
 def _renewed(layer: nn.Module, kind: LayerKind, in_channels: int) -> nn.Module:
-    """A new layer, as ``register_layer`` was told to make it."""
+    """A new layer from the ``rebuild`` function of a registered type."""
     assert kind.rebuild is not None
     name = type(layer).__name__
     subject = f"rebuild: the rebuild= registered for {name}"

@@ -1,19 +1,20 @@
-"""The hooks of layers that read one value: its reduction is computed once for all of them.
+"""A hook that computes a reduction once for all the layers that read the same value.
 
-In a graph several layers read one node. Here each layer has a forward pre-hook, and the hooks of
-the layers of a site are one object, which keeps the last result until all of them have read it::
+In a graph, several layers can read one node. In a model that keeps its class, each layer has a
+forward pre-hook. The layers of a site have the same hook object, which keeps the last result until
+all of them have read it::
 
     q, k, v = self.q(x), self.k(x), self.v(x)       q.reduction is k.reduction is v.reduction
 
 Rules:
 
-1. A result is given again for the same tensor object only, unchanged, to a layer that has not read
-   it, in the same thread; with the reduction's parameters unchanged, and in the same mode, grad
-   mode and autocast. Else the layer computes its own: that costs time, and is always right.
-2. What activation checkpointing computes again must save what it saved, so no result leaves its
-   region.
-3. While torch.compile traces, each layer computes its own; the compiler merges what is equal.
-4. A copy of the model shares among its own layers.
+1. A layer gets the kept result only if it has not read it before, and only for the same tensor
+   object, unchanged, in the same thread, with the reduction's parameters unchanged, and in the same
+   train, grad and autocast modes. Otherwise it computes its own, which is slower but always right.
+2. A result never leaves a region of activation checkpointing: the recomputation there must save the
+   same tensors as the first run.
+3. While torch.compile traces, each layer computes its own; the compiler merges equal results.
+4. A copy of the model shares results among its own layers.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class ReduceOnce:
 
 
 def _state(layer: Any, value: Tensor) -> tuple[Any, ...]:
-    """All that a reduction's result depends on, besides the value itself."""
+    """Everything that a reduction's result depends on besides the numbers of the value."""
     kind = value.device.type
     tensors = [value, *layer.reduction.parameters(), *layer.reduction.buffers()]
     return (

@@ -1,4 +1,4 @@
-"""A convolution that keeps out of the way of a fault of torch's."""
+"""A convolution that works around a bug in torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class StridedConv2d(nn.Conv2d):
-    """A 1 x 1 convolution of few channels and a stride, in contiguous memory when it is trained.
+    """A strided 1 x 1 convolution with few channels, which trains in contiguous memory.
 
-    In channels_last memory the backward of torch 2.13 on a CPU writes past the end of a block for
-    such a convolution of less than 8 input channels: the process crashes, or goes on with other
-    numbers. Reductions make such layers.
+    In channels_last memory, the CPU backward of torch 2.13 writes out of bounds for such a
+    convolution with less than 8 input channels: the process crashes, or goes on with wrong numbers.
+    Reductions make such layers.
 
     Example:
         >>> conv = StridedConv2d(4, 8, 1, stride=2).to(memory_format=torch.channels_last)
@@ -30,12 +30,12 @@ class StridedConv2d(nn.Conv2d):
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """``x`` with the strides of contiguous memory in axes of size 1 too, which torch looks at."""
+    """``x`` in contiguous memory, with the usual strides even in axes of size 1."""
     return x.contiguous().flatten().view(x.shape)
 
 
 def avoids_fault(layer: nn.Module) -> nn.Module:
-    """A layer, made a :class:`StridedConv2d` if it is a convolution of that kind."""
+    """Make a layer a :class:`StridedConv2d` if it is a convolution of that kind."""
     if type(layer) is not nn.Conv2d or layer.in_channels // layer.groups >= 8:
         return layer
     if set(layer.kernel_size) == {1} and max(layer.stride) > 1:

@@ -1,19 +1,19 @@
-"""Which subclasses of conv and linear layers may be rebuilt for fewer input channels.
+"""Decide which subclasses of conv and linear layers may be rebuilt for fewer input channels.
 
-A subclass may override what forward means, so it is asked: copies of the layer run on random
-numbers, in training and in eval mode, in float64, and one of them is narrower: it has half of the
-input channels (of each group), and a weight to match, all else as it is. It may be rebuilt if
+A subclass may change what forward computes, so it is tested. Two copies run on random numbers, in
+training and in evaluation, in float64: a wide one, and a narrow one with half of the input channels
+of each group and a weight to match. The layer may be rebuilt if
 
-1. both run, what they return has the same shape, and a gradient reaches every weight of the
-   narrower one; and
-2. channels that are zero do not matter: the narrower copy, with the weights of the channels that
-   it has, returns what the wide one does where the others are zero, and so do the gradients
-   (padding of its own, casts, masks over the kernel, scales); or
-3. both are affine in their input: f(x + y) + f(0) = f(x) + f(y). Such a layer may make its weight
-   of all its numbers (a standardised weight), and does so of fewer.
+1. both copies run, their outputs have the same shape, and a gradient reaches every weight of the
+   narrow one; and
+2. channels of zeros do not matter: the narrow copy, with the weights of its channels, returns what
+   the wide one returns where the other channels are zero, and gets the same gradients (layers that
+   pad, cast, mask the kernel or scale); or
+3. both are affine in their input: f(x + y) + f(0) = f(x) + f(y). Such a layer may compute its
+   weight from all its numbers (a standardised weight); the narrow one has fewer.
 
-What has a number for each input channel besides the weight fails the first rule. A type that is
-registered (:func:`~lean_fx.layers.kinds.register_layer`) is trusted, and not asked.
+A layer with another parameter per input channel fails rule 1. A registered type
+(:func:`~lean_fx.layers.kinds.register_layer`) is trusted, and not tested.
 """
 
 from __future__ import annotations
@@ -34,18 +34,15 @@ from lean_fx.layers.kinds import (
     kind_of,
 )
 
-_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # a layer is asked once
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # each layer is tested once
 
 
 def narrowed(layer: Any, in_channels: int) -> Any:
-    """A copy with fewer input channels, whose weight is that of the first ones of each group.
-
-    It shares all other state with the layer.
-    """
+    """A copy with only the first input channels of each group; it shares all other state."""
     made = shallow(layer)
     groups = groups_of(layer)
     axis = 0 if getattr(layer, "transposed", False) else 1
-    split = groups if axis == 0 else 1  # there the groups lie one behind the other
+    split = groups if axis == 0 else 1  # the channels of all groups are on that axis
     for name, weight in input_weights(layer).items():
         old = weight.detach()
         if old.shape[axis] * (1 if axis == 0 else groups) != input_channels(layer):
@@ -61,7 +58,7 @@ def narrowed(layer: Any, in_channels: int) -> Any:
 
 
 def is_channel_linear(layer: nn.Module) -> bool:
-    """Whether a layer of a subclass passes these rules; its device and mode do not matter.
+    """Whether a layer of a subclass passes the test; its device and mode do not matter.
 
     Args:
         layer: of a subclass of a conv, a transposed conv or a linear layer; it is not changed.
@@ -93,10 +90,10 @@ def _is_shown(layer: Any) -> bool:
 
 
 def scale_like(made: nn.Module, layer: nn.Module, gain: float) -> None:
-    """Bring a rebuilt layer to the output scale of the one replaced, if its weight cannot.
+    """Bring a rebuilt layer to the output scale of the old one if scaling its weight has not.
 
-    A weight that is standardised gives a fixed scale, whatever its own; another parameter that
-    scales the output takes the difference, if there is one.
+    A layer that standardises its weight has a fixed output scale. If another parameter scales the
+    output, it is multiplied by the difference.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -118,7 +115,7 @@ def scale_like(made: nn.Module, layer: nn.Module, gain: float) -> None:
 
 
 def shallow(layer: Any) -> Any:
-    """A copy that shares tensors with the layer, but not what forward sets."""
+    """A copy that shares tensors with the layer, but not the attributes that forward sets."""
     made = object.__new__(type(layer))
     for name, value in vars(layer).items():
         made.__dict__[name] = copy.copy(value) if isinstance(value, dict | list) else value
@@ -134,7 +131,7 @@ def _plain(layer: nn.Module) -> Any:
 
 
 def _inputs(layer: Any, channels: int) -> Tensor:
-    """Random numbers of a size that lets every weight play a part."""
+    """Random numbers, of a size that uses every weight."""
     if channel_axis(layer) == -1:
         return torch.randn(3, channels, dtype=torch.float64)
     padding = layer.padding if isinstance(layer.padding, tuple) else (0,) * len(layer.kernel_size)
@@ -151,7 +148,7 @@ def _channels(layer: Any) -> tuple[int, int, int]:
 
 def _run(layer: nn.Module, x: Tensor) -> Tensor:
     torch.manual_seed(1)
-    out: Tensor = shallow(layer)(x)  # what a forward keeps must not reach the next
+    out: Tensor = shallow(layer)(x)  # state that forward keeps must not reach the next run
     return out
 
 
@@ -196,7 +193,7 @@ def _affine(layer: Any) -> bool:
 
 
 def _rms(layer: Any, scale: float) -> float:
-    """Of what the layer makes of normal inputs, without what it makes of zeros."""
+    """The root mean square of the outputs for normal inputs, less the outputs for zeros."""
     groups, each, _ = _channels(layer)
     x = _inputs(layer, groups * each) * scale
     return float((_run(layer, x) - _run(layer, x * 0)).square().mean().sqrt())

@@ -1,14 +1,14 @@
-"""torch's Transformer modules in plain steps, which a graph can show.
+"""torch's Transformer modules without fused calls, so that a graph shows the layers inside.
 
-In evaluation torch may run a whole encoder layer as one fused call, and asks the inputs whether it
-may; torch.fx takes each such module for a leaf. The classes here compute the same by torch's other
-way, that of training, so that the layers inside are called one by one. Rules:
+In evaluation, torch may run a whole encoder layer as one fused call, depending on the inputs;
+torch.fx treats these modules as leaves. The classes here always take the path of training, which
+calls each layer. Rules:
 
-1. No nested tensors: at positions that ``src_key_padding_mask`` pads, outputs are what they are in
-   training, where torch in evaluation may give zeros. No other position reads them.
-2. Whether a mask is causal is not looked up in its numbers: ``is_causal`` is a hint to a faster
-   kernel, and without it the mask itself is used.
-3. A batch size or a width that does not fit is refused by the layer that reads it.
+1. They use no nested tensors. At positions padded by ``src_key_padding_mask`` the outputs are those
+   of training, where torch in evaluation may return zeros. No other position reads them.
+2. They do not search the numbers of a mask to see whether it is causal. ``is_causal`` is only a
+   hint to use a faster kernel; without it the mask itself is applied.
+3. They check no sizes: the layer that reads a wrong batch size or width raises.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PlainEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attention to itself, then two linear layers."""
+        """Self-attention, then two linear layers."""
         given = src_mask, src_key_padding_mask, is_causal
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), *given)
@@ -58,11 +58,11 @@ class PlainEncoder(nn.TransformerEncoder):
 
 
 class PlainDecoderLayer(nn.TransformerDecoderLayer):
-    """A :class:`torch.nn.TransformerDecoderLayer`, plain as it is, that torch.fx looks into."""
+    """A :class:`torch.nn.TransformerDecoderLayer`, which torch.fx does not treat as a leaf."""
 
 
 class PlainDecoder(nn.TransformerDecoder):
-    """A :class:`torch.nn.TransformerDecoder` that asks no mask whether it is causal."""
+    """A :class:`torch.nn.TransformerDecoder` that does not search masks for causality."""
 
     def forward(
         self,
@@ -91,7 +91,7 @@ class PlainDecoder(nn.TransformerDecoder):
 
 
 class PlainTransformer(nn.Transformer):
-    """A :class:`torch.nn.Transformer` that asks no input for its size."""
+    """A :class:`torch.nn.Transformer` that does not check the sizes of its inputs."""
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class PlainTransformer(nn.Transformer):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """The encoder, and the decoder, which reads what it gives."""
+        """The encoder, then the decoder, which reads its output."""
         memory = self.encoder(
             src,
             mask=src_mask,
@@ -127,7 +127,7 @@ class PlainTransformer(nn.Transformer):
         return decoded
 
 
-#: The plain class for each of torch's.
+#: For each of torch's classes, the one without fused calls.
 UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerEncoderLayer: PlainEncoderLayer,
     nn.TransformerEncoder: PlainEncoder,

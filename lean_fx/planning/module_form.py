@@ -1,16 +1,16 @@
-"""The plan of a model that keeps its class: its layers reduce their own input.
+"""Turn the plan of a graph into one for ``form="module"``, where each layer reduces its own input.
 
-The sites come from the model's graph, with what only a graph shows: what is shared, flattened, and
-never below 0. One run of the model on the example inputs then says what becomes of each layer:
+The sites come from the model's graph, which shows what layers share, what is flattened and what is
+never negative. One run of the model on the example inputs then decides for each layer:
 
-1. it is called: it gets its reduction, shared with the other layers of its site;
-2. its weight is applied by a forward that never calls it: it gets a reduction of its own there
-   (:mod:`lean_fx.layers.input_hooks`), unless it reads through a flatten;
-3. neither, or the channels that it reads cannot be told from its input alone, or the model fails
-   once they are reduced: it is left alone.
+1. If the model calls it, it gets its reduction, shared with the other layers of its site.
+2. If a forward applies its weight without calling it, it gets a reduction of its own there
+   (:mod:`lean_fx.layers.input_hooks`), unless it reads through a flatten.
+3. Otherwise it is left alone; so is a layer whose channels cannot be told from its input, and one
+   whose reduction makes the model fail.
 
-Stacks of recurrent layers and attention get modules in their places that call their layers; where
-the model then does something else, since its code asks more of them than to be called, they stay.
+Stacks of recurrent layers and attention are replaced by modules that call their layers, unless the
+model then computes something else: its code may do more with them than call them.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _UNKNOWN = SkipReason(
 def failing_splits(
     names: tuple[str, ...], model: nn.Module, inputs: tuple[Any, ...]
 ) -> dict[str, SkipReason]:
-    """The layers that change what a model does once they are split, and how.
+    """The stacks and attention layers that cannot be split, since the model's outputs change.
 
-    Its code may ask for their class, or read their weights.
+    The model's code may check their class, or read their weights.
 
     Args:
-        names: of stacks of recurrent layers and of attention.
+        names: the stacks of recurrent layers and the attention layers to try.
         model: it stays as it is.
         inputs: example inputs.
 
@@ -72,7 +72,7 @@ def failing_splits(
 
 
 def split_clone(model: nn.Module, rewritings: Rewritings, inputs: tuple[Any, ...]) -> nn.Module:
-    """A copy of a model without a graph in which layers are modules of their parts.
+    """A copy of a model, which has no graph, with some layers split into modules.
 
     Args:
         model: it stays as it is.
@@ -102,10 +102,10 @@ def _note_several(name: str, several: set[str]) -> Any:
 
 
 def in_module_form(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
-    """A plan of a graph as one for the model itself.
+    """The plan of a model's graph, as one for the model itself.
 
     Args:
-        made: without parameters to turn into layers.
+        made: the plan; it turns no parameters into layers.
         model: it stays as it is.
         inputs: example inputs.
 
@@ -145,6 +145,6 @@ def _why_not(site: Site, consumer: Consumer, seen: Seen) -> SkipReason | None:
 
 
 def _alone(site: Site, consumer: Consumer, applied_by: str | None) -> Site:
-    """The site of a layer that another module applies: no value, no sharing."""
+    """The site of a layer whose weight another module applies; it shares no reduction."""
     consumer = dataclasses.replace(consumer, node="", path=(), applied_by=applied_by)
     return dataclasses.replace(site, value="", packed=False, consumers=(consumer,))

@@ -1,9 +1,9 @@
-"""Rewrite a graph so that layers which it hides become visible; keep only the rewritings in use.
+"""Rewrite a graph so that hidden layers become visible; keep only the rewritings in use.
 
 Stacks of recurrent layers and attention are split into their layers. Parameters that multiply
-values become layers. This happens on a copy of the captured graph, on which the plan is made. The
-plan keeps the rewritings that one of its sites uses; everything else in it gets the name that it
-has in the captured graph.
+values become layers. This happens on a copy of the captured graph, and the plan is made on that
+copy. The plan keeps the rewritings that one of its sites needs; everything else in it goes by its
+name in the captured graph.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rewritings:
 
     @classmethod
     def of_module(cls, model: nn.Module, options: Options) -> Rewritings:
-        """The layers of a model without a graph that can be split, likewise."""
+        """The layers of a model without a graph that can be split, with the same exceptions."""
         owners = owners_of(model)
         split = (
             name
@@ -69,7 +69,7 @@ class Rewritings:
         Pipeline([ModularizeWeights(self.weights), SplitLayers(self.split_layers)])(graph_module)
 
     def used_by(self, sites: tuple[Site, ...]) -> Rewritings:
-        """The rewritings that a site needs: of a stack, all sites but that of its first layer."""
+        """The rewritings that the sites need; a stack's first layer can do without the split."""
         reduced = {layer for site in sites for layer in site.layers}
         split = [
             name for name in self.split_layers if any(_is_inside(layer, name) for layer in reduced)
@@ -77,7 +77,7 @@ class Rewritings:
         return Rewritings(tuple(split), tuple(name for name in self.weights if name in reduced))
 
     def without_weights(self, sites: Iterable[Site]) -> tuple[list[Site], list[LeftAlone]]:
-        """The sites without the layers that are made of parameters, and those layers."""
+        """The sites without the layers that were parameters, and these layers as left alone."""
         kept, hidden = [], []
         for site in sites:
             inside = [each for each in site.consumers if each.layer in self.weights]
@@ -183,7 +183,7 @@ def _undone(consumer: Consumer, unused: Rewritings, names: dict[str, str]) -> Co
 
 
 def _is_inside(layer: str, stack: str) -> bool:
-    """Whether a layer is inside a split one, and not the first, which reads the input."""
+    """Whether a layer is inside a split one, but not its first, which reads the stack's input."""
     return layer.startswith(f"{stack}.") and layer != f"{stack}.0"
 
 

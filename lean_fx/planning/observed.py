@@ -1,15 +1,15 @@
-"""The records of what cannot be traced, a model or modules in it: layers reduce their own input.
+"""Make the planner's records from one observed run, for a model or a module without a graph.
 
-Without a graph there is no knowing what else reads a value, or its sign; what the layers read is
-seen in one forward pass on the example inputs. A layer is left alone by the rules of
-:class:`~lean_fx.passes.FindConsumers` that speak of the layer itself, and where
+The run shows what each layer reads, but not what else reads that value, nor its sign. So each layer
+reduces its own input. A layer is left alone by the rules of
+:class:`~lean_fx.passes.FindConsumers` about the layer itself, and if
 
-1. the pass neither calls it nor applies its weight as the layer would (a function that gets
-   ``self.qkv.weight`` and calls F.linear), or it reads the model's input itself (or a view of it);
+1. the run neither calls it nor applies its weight as the layer would (as does a function that gets
+   ``self.qkv.weight`` and calls F.linear), or it reads the model's input or a view of it;
 2. it belongs to a module of torch.nn that reads its weights (attention that cannot be split);
-3. the model fails once it reduces its input: its code asks more of it than to be called.
+3. the model fails once the layer reduces its input: its code does more with it than call it.
 
-Parameters of no layer that multiply values are named, and stay
+Parameters outside any layer that multiply values are listed as left alone
 (:mod:`lean_fx.planning.product_uses`).
 """
 
@@ -52,11 +52,11 @@ class Seen:
     """What a layer read in one forward pass.
 
     Attributes:
-        calls: of the layer, or in place of it.
-        squares: the sum of the mean squares of what they read.
-        is_input: whether one read the model's input.
+        calls: how often the layer was called, or its weight applied.
+        squares: the sum over the calls of the mean square of the input.
+        is_input: whether a call read the model's input.
         applied_by: the module whose forward applies the weight, if the layer is not called.
-        otherwise: whether forward reads the weight for something else.
+        otherwise: whether a forward uses the weight in another way.
     """
 
     calls: int = 0
@@ -71,10 +71,10 @@ class Seen:
         return self.calls > 0 and self.applied_by is None
 
     def add(self, value: Any, own: set[int]) -> None:
-        """Add what a call reads."""
+        """Add the input of a call."""
         value = value.data if isinstance(value, PackedSequence) else value
         if not isinstance(value, Tensor):
-            return  # of a subclass that is called otherwise
+            return  # a subclass with other arguments
         while functorch.is_functorch_wrapped_tensor(value):  # within torch.func.vmap and the like
             value = functorch.get_unwrapped(value)
         self.calls += 1
@@ -93,8 +93,8 @@ def observed_records(
     Args:
         model: it stays as it is.
         inputs: example inputs, which it must take.
-        options: what the user asked for.
-        only: the names of the layers that are asked for; all if left out.
+        options: the user's.
+        only: the names of the layers to record; all by default.
 
     Raises:
         ArgumentError: the model fails on the inputs or has no values.
@@ -163,21 +163,21 @@ def _record(
 
 
 def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen], list[LeftAlone]]:
-    """What every layer reads, for inputs of unit variance, else for the inputs themselves.
+    """Observe what every layer reads, on inputs of unit variance or else on the inputs themselves.
 
     Args:
         model: it stays as it is.
         inputs: example inputs.
 
     Returns:
-        What each layer reads, by its name, and the parameters of no layer that multiply values.
+        What each layer reads, by name, and the parameters outside layers that multiply values.
 
     Raises:
         ArgumentError: the model fails on the inputs or has no values.
         CaptureError: it cannot be copied.
     """
     check_values(model)
-    model = clone(model)  # what cannot be copied is told as that
+    model = clone(model)  # outside the try below: an error here is about copying
     with torch.random.fork_rng(), leaving_state(model):
         torch.manual_seed(0)
         try:
@@ -199,7 +199,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen],
 
 
 def _scale_as_in_training(seen: dict[str, Seen], model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Take the scale of what layers read from a run in training, as ``MeasureScale`` does."""
+    """Replace the scale of the inputs by that of a run in training, as ``MeasureScale`` does."""
     try:
         trained, _ = _seen(model, tuple(unit_variances(inputs)), training=True)
     except Exception:  # as batch norm raises on a single value
@@ -229,7 +229,7 @@ def _seen(
 
 
 def _applied(uses: list[Use], own: set[int]) -> Seen:
-    """What a layer that is never called read where its weight is used."""
+    """What a layer that is never called reads where forward uses its weight."""
     if any(use.input is None for use in uses):
         return Seen(otherwise=True)
     holders = set.intersection(*(set(use.within) for use in uses))
@@ -258,7 +258,7 @@ def _inside(name: str, modules: dict[str, nn.Module]) -> SkipReason | None:
 
 
 def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Plan:
-    """The plan without the layers whose reduction the model's code does not take (rule 3).
+    """The plan without the layers whose reduction makes the model fail (rule 3).
 
     Args:
         made: from observed records.
@@ -282,7 +282,7 @@ def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pl
 
 def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """Why a model fails with its layers swapped, in one line; empty if it does not."""
-    sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # at no scale: faster
+    sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # measures no scale
     tried = dataclasses.replace(made, sites=sites)
     with torch.random.fork_rng(), torch.no_grad(), leaving_state(model):
         try:

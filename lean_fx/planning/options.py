@@ -28,8 +28,8 @@ from lean_fx.skip_reason import SkipReason
 class Options:
     """The options of :func:`lean_fx.leanify`, checked.
 
-    ``modules`` holds the modules of the model by name: a graph does not know the types of the
-    modules around its layers.
+    ``modules`` holds the model's modules by name: a graph does not have the modules that were
+    traced into.
 
     Raises:
         ArgumentError: an option is out of range.
@@ -68,7 +68,7 @@ class Options:
 def unwanted(read: ChannelRead, name: str, layer: nn.Module, options: Options) -> SkipReason | None:
     """Why the user does not want this layer to be reduced, or None."""
     reason = named_by_user(name, layer, options)
-    if getattr(layer, "num_layers", 1) > 1:  # of a stack that stays whole, the first layer reads
+    if getattr(layer, "num_layers", 1) > 1:  # in a whole stack, layer 0 is the one that reads
         reason = reason or named_by_user(f"{name}.0", layer, options)
     if reason:
         return reason

@@ -1,4 +1,4 @@
-"""A plan as JSON, and back: what is read is checked, as a file may come from anywhere."""
+"""Write a plan as JSON, and read it back; a file may come from anywhere, so reading checks it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lean_fx.reduction.registry import reduction_name, reductions, registered_na
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
 _VERSION = 4
-_MOST_AXES = 64  # as most of torch's functions take
+_MOST_AXES = 64  # the limit of most functions of torch
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -36,10 +36,10 @@ def plan_to_json(plan: Plan) -> str:
 
 
 def plan_from_json(text: str) -> Plan:
-    """The plan of a text.
+    """Read a plan.
 
     Args:
-        text: what :func:`plan_to_json` gave.
+        text: the result of :func:`plan_to_json`.
 
     Raises:
         PlanError: the text is not a plan, its version is unknown, or its reduction is not

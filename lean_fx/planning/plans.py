@@ -47,16 +47,16 @@ class Plan:
     Attributes:
         model: the name of the model's class.
         sites: the values to reduce, and the layers that share each reduction.
-        left_alone: every other conv, linear, recurrent and attention layer, with its reason.
+        left_alone: every other conv, linear, recurrent and attention layer, with the reason.
         reduction: a registered name, or a factory.
-        parameters: how many the model has before.
+        parameters: the number of parameters of the model, before.
         split_layers: the stacks of recurrent layers and the attention layers to split first
             (:class:`~lean_fx.passes.SplitLayers`): into ``<stack>.0``, ``<stack>.1``, ..., and into
             ``<attention>.in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``.
         weights: the parameters outside any layer to turn into layers first
             (:class:`~lean_fx.passes.ModularizeWeights`).
-        traced: whether the model can be captured as a graph, which the sites are of; if not, they
-            are of one observed run, and none has a value.
+        traced: whether the sites come from a graph of the model. If not, they come from one
+            observed run, and have no values.
         form: of the result: ``"graph"``, a GraphModule whose reductions are nodes; or
             ``"module"``, the model's own class, in which each layer reduces its own input.
         sensitivity: how far noise on the inputs moves the outputs (:func:`lean_fx.sensitivity`) of
@@ -159,7 +159,7 @@ class Plan:
         return graph_module
 
     def hold_by(self, lean: nn.Module) -> None:
-        """Make a reduced model hold its plan, where :func:`lean_fx.plan_of` finds it."""
+        """Store the plan in a reduced model, where :func:`lean_fx.plan_of` finds it."""
         held = getattr(lean, "meta", None)
         if held is None:
             lean.meta = {PLAN: self}  # type: ignore[assignment]
@@ -181,7 +181,7 @@ class Plan:
                 )
 
     def named(self) -> set[str]:
-        """The names of the layers that the plan speaks of."""
+        """The names of all layers in the plan."""
         reduced = {layer for site in self.sites for layer in site.layers}
         return reduced | {each.layer for each in self.left_alone}
 

@@ -1,6 +1,6 @@
-"""Watch a model run for the products that its own code makes with weights of no layer.
+"""Watch a model run for products that its code makes with weights outside any layer.
 
-Where there is no graph this does what :mod:`lean_fx.graph.products` does with one, by its rules.
+It follows the rules of :mod:`lean_fx.graph.products`, for models without a graph.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
 class ProductUses(Watch):
-    """See which parameters of no layer a model multiplies values with, and why they stay.
+    """Finds the parameters outside layers by which a model multiplies values, and why they stay.
 
     Args:
-        model: gets hooks, so give a copy. If it is a graph, what that itself calls is left out.
+        model: gets hooks, so give a copy. If it is a graph, its own calls do not count.
 
     Attributes:
         left_alone: the parameters, by name, each with its reason and its function.
@@ -77,7 +77,7 @@ class ProductUses(Watch):
         return result
 
     def _judge(self, called: str, given: list[Any]) -> None:
-        """Note a product of a weight with something else than a weight."""
+        """Record a product of a weight with something that is no weight."""
         weights = [each for each in given if self._source_parameters.get(each)]
         if not 0 < len(weights) < len(given) or not self._running or self._is_known():
             return

@@ -1,4 +1,4 @@
-"""What a model and its options must be; what is not is refused by name."""
+"""Checks of models and options; each error names what is wrong."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _OBSERVING = ("torch.ao.quantization.fake_quantize", "torch.ao.quantization.obse
 
 
 def check_int(subject: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """Check that a value is an int, of Python or NumPy but no bool, and in its range.
+    """Check that a value is an int of Python or NumPy, not a bool, and in its range.
 
     Args:
-        subject: whose value it is and its name, for the error.
-        value: to check.
+        subject: the owner and name of the value, for the error.
+        value: the value.
         least: the smallest that is allowed, or None.
         most: the greatest that is allowed, or None; it needs ``least``.
 
@@ -29,7 +29,7 @@ def check_int(subject: str, value: Any, least: int | None = None, most: int | No
         The value, as an int of Python.
 
     Raises:
-        ArgumentError: it is none.
+        ArgumentError: it is not.
 
     Example:
         >>> check_int("time_onnx: threads", 0, 1)
@@ -66,10 +66,10 @@ more; leave it out for none
 
 
 def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
-    """Check that a value is a sequence of one int or more, each as :func:`check_int` takes it.
+    """Check that a value is a sequence of one or more ints, as :func:`check_int` does.
 
     Raises:
-        ArgumentError: it is none.
+        ArgumentError: it is not.
 
     Example:
         >>> check_ints("PaperNet: widths", [50, 0], 1)
@@ -86,10 +86,10 @@ def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
 
 
 def whole_numbers(subject: str, text: str, least: int) -> list[int]:
-    """Read whole numbers that are separated by commas; one that comes again counts once.
+    """Read whole numbers separated by commas, without duplicates.
 
     Args:
-        subject: what they are, for the error.
+        subject: what the numbers are, for the error.
         text: the numbers.
         least: the smallest that is allowed, 0 or more.
 
@@ -107,7 +107,7 @@ def whole_numbers(subject: str, text: str, least: int) -> list[int]:
 
 
 def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
-    """Check that an option is one of the words that are known.
+    """Check that an option is one of its choices.
 
     Raises:
         ArgumentError: it is not.
@@ -125,7 +125,7 @@ interleaved
 
 
 def one_of(words: Sequence[object]) -> str:
-    """One word or more, as a sentence lists them.
+    """Join words as a sentence does: ``a, b or c``.
 
     Example:
         >>> one_of((1, 2, 4)), one_of(["sum"])
@@ -136,10 +136,10 @@ def one_of(words: Sequence[object]) -> str:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Check that a model is the model itself, and not what was made of it to run.
+    """Check that neither a model nor a part of it is compiled, scripted or a parallel wrapper.
 
     Raises:
-        ArgumentError: it or a part is of TorchScript, compiled, or wrapped for several devices.
+        ArgumentError: one is; names it.
 
     Example:
         >>> check_plain(nn.DataParallel(nn.Linear(4, 2)))
@@ -174,7 +174,7 @@ itself, its module
 
 
 def check_shapes(model: nn.Module, subject: str = "model") -> None:
-    """Check that no layer waits for a batch to know its shape.
+    """Check that no layer is lazy, waiting for a batch to know its shape.
 
     Raises:
         ArgumentError: one does; names it.
@@ -229,7 +229,7 @@ def first_without_values(model: nn.Module) -> str:
 
 
 def quantized_by_torch(module: nn.Module) -> bool:
-    """Whether a module computes in integers, or pretends to: of torch.ao.quantization.
+    """Whether a module is of torch.ao.quantization: it computes in integers, or simulates that.
 
     Example:
         >>> from torch.ao.quantization import FakeQuantize

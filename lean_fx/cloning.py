@@ -1,13 +1,12 @@
-"""Copies of models that are all that the models are.
+"""Deep copies of models, where ``copy.deepcopy`` fails or loses something.
 
-``copy.deepcopy`` refuses a weight that a hook computes before every call, drops the hooks of
-parameters, and gives a parameter memory of its own where it shared some. Here
-
-1. a weight that torch's own hooks compute anew at every call (weight norm, spectral norm and
-   pruning of :mod:`torch.nn.utils`) is copied with the value that it has now;
-2. the hooks of the gradients of parameters stay;
-3. parameters and buffers that share memory in the model share memory in the copy;
-4. what a forward has left in a list or dict, such as a cache, is copied without its gradient.
+1. A weight that torch's own hooks compute before every call (weight norm, spectral norm and pruning
+   of :mod:`torch.nn.utils`) is copied with its present value; deepcopy raises.
+2. The gradient hooks of parameters are copied; deepcopy drops them.
+3. Parameters and buffers that share memory in the model share it in the copy; deepcopy gives each
+   its own.
+4. A tensor that a forward has left in a list or dict, such as a cache, is copied without its
+   gradient; deepcopy raises.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import CaptureError, one_line
 
 _INTERNALS = frozenset(vars(nn.Module()))
-#: Torch's own hooks that compute a weight anew before every call.
+#: The hooks of torch that compute a weight before every call.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
@@ -68,10 +67,10 @@ def clone(model: nn.Module) -> nn.Module:
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
-    """The storage of a tensor, and the first byte and the end of what it has of it.
+    """The storage of a tensor, and the range of bytes that it occupies there.
 
     Returns:
-        None of what has no plain storage, such as sparse tensors and subclasses of tensors.
+        None if it has no plain storage, as sparse tensors and subclasses of Tensor.
 
     Example:
         >>> flat = torch.zeros(6)
@@ -103,7 +102,7 @@ def _computed_by_hooks(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _cached(model: nn.Module) -> Iterator[Tensor]:
-    """Results of computations in lists and dicts of modules: what a forward has left there."""
+    """Non-leaf tensors in lists and dicts of modules, which a forward has left there."""
     for module in model.modules():
         held = [value for name, value in vars(module).items() if name not in _INTERNALS]
         for value in pytree.tree_leaves([each for each in held if isinstance(each, dict | list)]):
@@ -112,7 +111,7 @@ def _cached(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _computed(model: nn.Module) -> str:
-    """The name of an attribute that holds the result of a computation; empty if there is none."""
+    """The name of an attribute that holds a non-leaf tensor; empty if there is none."""
     for path, module in model.named_modules():
         held = {**vars(module), **module._buffers}
         for name, value in held.items():
@@ -122,7 +121,7 @@ def _computed(model: nn.Module) -> str:
 
 
 def _share_memory(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Let copies share memory where the tensors that they are copies of do."""
+    """Let copies share memory if their originals do."""
     sharing: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for old, new in pairs:
         memory = memory_of(old)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _HIDDEN = ".lean_fx"
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path of the same name in a hidden folder; rename it to ``path`` at the block's end.
+    """Yield a path of the same name in a hidden folder; rename it to ``path`` at the end.
 
-    Should the block raise, or the process be killed, an existing file at ``path`` stays whole. Of
-    files that belong together the others, written beside the one yielded, go to their places
-    before it; while they do there is nothing at ``path``, so that no reader meets old with new.
-    Hidden folders that killed processes have left beside ``path`` are removed.
+    If the block raises or the process is killed, an existing file at ``path`` stays whole. Further
+    files that the block writes beside the yielded path are moved first; meanwhile there is no file
+    at ``path``, so that no reader sees old and new files together. Hidden folders left beside
+    ``path`` by killed processes are removed.
 
     Args:
         path: the file to make; its folder must exist.
@@ -78,13 +78,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _hidden_folder(target: Path) -> tuple[Path, int | None]:
-    """A hidden folder beside a file, and its lock, which tells others that its maker lives."""
+    """A hidden folder beside a file, and a lock by which others see that its maker is alive."""
     while True:
         prefix = f".{target.stem[:32]}."
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=_HIDDEN))
         try:
             lock = _lock(folder)
-        except BlockingIOError:  # another writer has met it unlocked, and is removing it
+        except BlockingIOError:  # another writer has found it unlocked, and is removing it
             continue
         if folder.exists():
             return folder, lock
@@ -92,11 +92,11 @@ def _hidden_folder(target: Path) -> tuple[Path, int | None]:
 
 
 def _remove_left_folders(parent: Path) -> None:
-    """Remove the hidden folders of processes that live no more."""
+    """Remove the hidden folders of processes that have ended."""
     for folder in parent.glob(f".*{_HIDDEN}"):
         try:
             lock = _lock(folder)
-        except BlockingIOError:  # its maker lives
+        except BlockingIOError:  # its maker is alive
             continue
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -118,7 +118,7 @@ def _lock(folder: Path) -> int | None:
     except BlockingIOError:
         _unlock(handle)
         raise
-    except OSError:  # it is gone, or its file system knows no locks
+    except OSError:  # it is gone, or its file system has no locks
         _unlock(handle)
         return None
     return handle
@@ -140,7 +140,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Check that files can be made in a folder, before long work that ends in one.
+    """Check that files can be made in a folder, before the long work that makes them.
 
     Raises:
         WriteError: they cannot.
@@ -170,7 +170,7 @@ def as_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder and those above it, if they are not there yet, to write files into.
+    """Make a folder, and those above it, unless they exist; check that files can be written.
 
     Raises:
         ArgumentError: it is not a path.

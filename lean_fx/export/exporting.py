@@ -1,4 +1,4 @@
-"""From a module to an ONNX file."""
+"""Export a module to an ONNX file."""
 
 from __future__ import annotations
 
@@ -9,30 +9,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.checks import (
-    check_choice,
-    check_int,
-    check_shapes,
-    check_values,
-    quantized_by_torch,
-)
 from lean_fx.cloning import clone
 from lean_fx.errors import (
     ArgumentError,
     CaptureError,
-    ExportError,
     LeanWarning,
     one_line,
     require,
 )
 from lean_fx.export.inputs import (
+    Axes,
     batch_axes,
     check_axes,
     sizes_to_check,
@@ -41,6 +34,13 @@ from lean_fx.export.inputs import (
 )
 from lean_fx.export.lean_function import DOMAIN, INLINED
 from lean_fx.export.of_tensors import of_tensors
+from lean_fx.export.options import (
+    Batch,
+    Functions,
+    check_int8_options,
+    check_model,
+    check_options,
+)
 from lean_fx.export.parity import check_parity
 from lean_fx.export.program import PACKED, exported_program
 from lean_fx.export.quantization import (
@@ -48,16 +48,12 @@ from lean_fx.export.quantization import (
     Quantize,
     accuracy_of,
     check_int8,
-    gives_batches,
     quantize_onnx,
 )
 from lean_fx.export.stored_plan import held_plan
 from lean_fx.files import replacing
 from lean_fx.locks import SHARED_STATE
 from lean_fx.planning.plans import PLAN
-
-Batch = Literal["dynamic", "static"]
-Functions = Literal["keep", "inline"]
 
 
 def export_onnx(
@@ -77,58 +73,56 @@ def export_onnx(
 ) -> Exported:
     """Write a model to an ONNX file, in eval mode.
 
-    Every reduction is one node ``LEAN`` of the domain ``lean_fx``, defined in the same file by a
-    function of standard operators. Inputs are named ``input`` (or ``input_0``, ``input_1``, ...);
-    the first axis of each is the batch, unless ``dynamic_shapes`` says otherwise: of layers that
-    take sequences first, as recurrent ones do by default, it is the length. A reduced model's plan
-    is stored with it, see :func:`~lean_fx.plan_of`. The model's own mode is restored, and so is the
-    state of the CPU's random numbers. A file at ``path`` is replaced only when the new one is whole
-    and gives what the model gives. Weights of more than 1.5 GB, which such a file cannot hold,
-    stand beside it: ``net.onnx.data`` for ``net.onnx``.
+    Every reduction becomes one node ``LEAN`` of the domain ``lean_fx``; a function in the same file
+    defines it by standard operators. Inputs are named ``input`` (or ``input_0``, ``input_1``, ...).
+    A reduced model's plan is stored in the file (:func:`~lean_fx.plan_of`). The model's mode and
+    the CPU's random state are restored. A file at ``path`` is replaced only when the new one is
+    complete and computes what the model computes. Weights of more than 1.5 GB do not fit into the
+    file; they go beside it, into ``net.onnx.data`` for ``net.onnx``.
 
-    ONNX has no packed sequences, and ONNX Runtime's CPU no RNN, LSTM or GRU of float64.
+    ONNX has no packed sequences, and ONNX Runtime's CPU has no RNN, LSTM or GRU in float64.
 
     Args:
         model: a module, such as leanify's result.
         path: where to write; its folder must exist.
-        example_inputs: a tensor, or a tuple of the positional inputs or a mapping of their names,
-            batch first. A batch of 1,
-            or any axis of ``dynamic_shapes`` that is 1, is doubled, since torch's exporter would
-            freeze it. The tensors in lists, tuples, dicts and dataclasses are the inputs of the
-            file, one after another; None and numbers are part of it.
-        batch: ``"dynamic"``, any batch, checked at 1, 2 and 5; or ``"static"``, that of the
-            example inputs alone.
-        dynamic_shapes: for each input the axes that may have any size, by name, such as
-            ``({0: "batch", 1: "length"}, {1: "batch"})``: in place of axis 0 of all. One name is
-            one size. ``"batch"`` is checked at 1, 2 and 5, other names at half, once and twice the
-            size in the example inputs.
-        opset: the ONNX opset, 18 or more, or None for the exporter's own.
-        functions: ``"keep"`` for LEAN nodes, ``"inline"`` for only standard operators, for
-            runtimes that know no functions, or no overloads of them, as onnx's own
-            ``ReferenceEvaluator``: reductions of different forms share the name LEAN.
-        quantize: ``"dynamic"`` or ``"static"`` to write an INT8 twin beside the file too, see
+        example_inputs: a tensor, a tuple of the positional inputs, or a mapping of their names,
+            batch first. Tensors inside lists, tuples, dicts and dataclasses become inputs of the
+            file, in order; None and numbers become part of it. A batch of 1, or any axis of
+            ``dynamic_shapes`` that is 1, is doubled, since torch's exporter would freeze it.
+        batch: ``"dynamic"`` for any batch, checked at 1, 2 and 5; ``"static"`` for that of the
+            example inputs.
+        dynamic_shapes: for each input, names of the axes that may have any size, such as
+            ``({0: "batch", 1: "length"}, {1: "batch"})``; by default axis 0 is the batch. Recurrent
+            layers, for one, read the length on axis 0 by default. Equal names mean equal sizes.
+            ``"batch"`` is checked at 1, 2 and 5, other names at half, once and twice the size in
+            the example inputs.
+        opset: the ONNX opset, 18 or more; None for the exporter's own.
+        functions: ``"keep"`` for LEAN nodes; ``"inline"`` for standard operators only. Inline for
+            runtimes without functions, or without overloads of functions such as onnx's
+            ``ReferenceEvaluator``: the forms of the reduction are overloads of LEAN.
+        quantize: ``"dynamic"`` or ``"static"`` to also write an INT8 twin beside the file, see
             :func:`~lean_fx.export.quantization.quantize_onnx`.
-        calibration: batches of inputs, only for ``"static"``.
-        evaluation: batches ``(inputs, labels)``, to say what the twin costs in accuracy.
-        int8_target: the processors that a static twin is for: ``"portable"``, all of them; or
-            ``"vnni"``, those that multiply 8-bit weights exactly, see
-            :mod:`lean_fx.export.quantization`. A twin that differs from the file by more than a
-            tenth of the mean output, on the data given, brings a LeanWarning.
-        tolerance: the greatest difference from the model's own outputs, as a fraction of their
-            greatest magnitude, above 0; None to write the file unchecked. Where rounding alone,
-            measured against float64, moves the outputs by more than a quarter of what the file
-            differs, and each node keeps to the tolerance, a LeanWarning says so in place of an
-            error: the model is ill-conditioned.
+        calibration: batches of inputs, for ``"static"`` only.
+        evaluation: batches ``(inputs, labels)``, to measure the accuracy that the twin loses.
+        int8_target: the processors for a static twin: ``"portable"`` for all of them, or
+            ``"vnni"`` for those that multiply 8-bit weights exactly
+            (:mod:`lean_fx.export.quantization`). A LeanWarning says if the twin's outputs differ
+            from the file's by more than a tenth of their mean magnitude on the given data.
+        tolerance: the greatest allowed difference from the model's outputs, as a fraction of their
+            greatest magnitude, above 0; None to skip the check. If the file exceeds it although
+            each node keeps to it, and rounding alone (measured against float64) accounts for a
+            quarter of the difference or more, the model is ill-conditioned: then a LeanWarning
+            takes the place of the error.
 
     Returns:
-        Where the files are, and their accuracy if that was asked for.
+        Where the files are, and their accuracy if evaluation data were given.
 
     Raises:
-        ArgumentError: the inputs are neither a tensor nor a tuple, or one is not a batch; or an
+        ArgumentError: the inputs are neither a tensor nor a tuple, or one has no batch; or an
             option or ``dynamic_shapes`` does not fit; or the model is on the meta device, or has
             lazy layers without a shape.
-        ExportError: torch cannot export the model, such as quantised layers; says why. Or the file
-            differs from the model; names the first node that does.
+        ExportError: torch cannot export the model, for example quantised layers; the message says
+            why. Or the file differs from the model; the message names the first node that does.
         MissingDependencyError: onnx or onnxscript is not installed; or onnxruntime, for the check.
         WriteError: the path cannot be written.
 
@@ -139,62 +133,23 @@ def export_onnx(
         >>> exported.path.exists()
         True
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"export_onnx: model={type(model).__name__} object is not a module")
-    check_shapes(model, "export_onnx")
-    check_values(model, "export_onnx")
-    _check_float(model)
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"export_onnx: path={path!r} is not a path; give the name of a file")
-    if opset is not None:
-        opset = check_int("export_onnx: opset", opset, 18)
-    check_choice("export_onnx: batch", batch, get_args(Batch))
-    check_choice("export_onnx: functions", functions, get_args(Functions))
-    if quantize is not None:
-        check_choice("export_onnx: quantize", quantize, get_args(Quantize))
-    elif calibration is not None or evaluation is not None:
-        raise ArgumentError(
-            "export_onnx: calibration and evaluation are for quantize; give that too, or neither"
-        )
-    if quantize == "static" and calibration is None:
-        raise ArgumentError("export_onnx: quantize='static' needs calibration; give batches")
-    if quantize == "dynamic" and calibration is not None:
-        raise ArgumentError(
-            "export_onnx: calibration is for quantize='static'; give that, or leave calibration out"
-        )
-    for name, batches in (("calibration", calibration), ("evaluation", evaluation)):
-        if batches is not None and not gives_batches(batches):
-            raise ArgumentError(
-                f"export_onnx: {name}={type(batches).__name__} object gives no batches; give them "
-                "in a list or a loader"
-            )
-    check_choice("export_onnx: int8_target", int8_target, get_args(Int8Target))
-    if int8_target != "portable" and quantize != "static":
-        raise ArgumentError(
-            f"export_onnx: int8_target={int8_target!r} is for quantize='static'; give that, or "
-            "leave int8_target out"
-        )
-    if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
-        raise ArgumentError(f"export_onnx: tolerance={tolerance!r} is not a float above 0 or None")
-    for package in ("onnx", "onnxscript") + ("onnxruntime",) * (
-        tolerance is not None or quantize is not None
-    ):
+    check_model(model)
+    check_options(path, batch, functions, opset, tolerance)
+    check_int8_options(quantize, calibration, evaluation, int8_target)
+    for package in ("onnx", "onnxscript"):
         require(package, purpose="export")
+    if tolerance is not None or quantize is not None:
+        require("onnxruntime", purpose="export")
     whole, (model, given) = model, of_tensors(model, as_inputs(example_inputs, model))
     if any(isinstance(value, PackedSequence) for value in given):
         raise ArgumentError(f"example_inputs: {PACKED}")
-    if dynamic_shapes is None:
-        axes = batch_axes(given, batch == "dynamic")
-    elif batch == "static":
-        raise ArgumentError("export_onnx: batch='static' and dynamic_shapes exclude each other")
-    else:
-        axes = check_axes(given, dynamic_shapes)
+    axes = _free_axes(given, batch, dynamic_shapes)
     inputs = without_ones(given, axes)
     with SHARED_STATE, _evaluating(model):
         _check_runs(model, inputs)
     remark = ""
     with SHARED_STATE, replacing(path) as part, _evaluating(model):
-        program = exported_program(model, inputs, axes, opset)
+        program = exported_program(model, inputs, axes, None if opset is None else int(opset))
         plan = held_plan(whole)
         if plan is not None and isinstance(plan.reduction, str):
             program.model.metadata_props[PLAN] = plan.to_json()
@@ -208,19 +163,12 @@ def export_onnx(
                 remark = remark or found
     if remark:
         warnings.warn(remark, LeanWarning, stacklevel=2)
-    target = Path(path)
-    if quantize is None:
-        return Exported(target)
-    # Both may be iterators, and are read more than once.
-    calibrating, tried = ([] if data is None else list(data) for data in (calibration, evaluation))
-    twin = quantize_onnx(target, quantize, calibrating, int8_target)
-    made = Exported(target, twin, int8_target=int8_target)
-    if evaluation is not None:
-        made = dataclasses.replace(
-            made, accuracy=accuracy_of(target, tried), int8_accuracy=accuracy_of(twin, tried)
-        )
-    seen = calibrating or [batch[0] for batch in tried] or [inputs]
-    return dataclasses.replace(made, int8_difference=check_int8(target, twin, seen, int8_target))
+    exported = Exported(Path(path))
+    if quantize is not None:
+        # Both may be iterators, and are read more than once.
+        seen, tried = (None if data is None else list(data) for data in (calibration, evaluation))
+        exported = _with_int8_twin(exported, quantize, seen or [], tried, int8_target, inputs)
+    return exported
 
 
 @dataclass(frozen=True)
@@ -229,12 +177,12 @@ class Exported:
 
     Attributes:
         path: the file.
-        int8_path: its INT8 twin, if that was asked for.
-        accuracy: of the file, in [0, 1], if evaluation data were given.
-        int8_accuracy: of the twin.
-        int8_target: the processors that the twin is for, if there is one.
-        int8_difference: of the twin from the file on this machine and the data given: the mean
-            difference of the outputs, as a fraction of their mean magnitude.
+        int8_path: its INT8 twin, if there is one.
+        accuracy: the accuracy of the file, in [0, 1], if evaluation data were given.
+        int8_accuracy: the accuracy of the twin.
+        int8_target: the processors that the twin is for.
+        int8_difference: how far the twin's outputs differ from the file's on this machine and the
+            given data: the mean difference, as a fraction of the mean magnitude.
     """
 
     path: Path
@@ -245,6 +193,43 @@ class Exported:
     int8_difference: float | None = None
 
 
+def _free_axes(inputs: Sequence[Any], batch: Batch, dynamic_shapes: Any) -> Axes:
+    if dynamic_shapes is None:
+        return batch_axes(inputs, batch == "dynamic")
+    if batch == "static":
+        raise ArgumentError("export_onnx: batch='static' and dynamic_shapes exclude each other")
+    return check_axes(inputs, dynamic_shapes)
+
+
+def _with_int8_twin(
+    exported: Exported,
+    quantize: Quantize,
+    calibrating: list[Any],
+    tried: list[Any] | None,
+    int8_target: Int8Target,
+    inputs: tuple[torch.Tensor, ...],
+) -> Exported:
+    """Write the INT8 twin of a file, and measure what it loses.
+
+    Args:
+        exported: the file.
+        quantize: as in :func:`export_onnx`.
+        calibrating: batches of inputs.
+        tried: batches of inputs and labels; None to measure no accuracy.
+        int8_target: as in :func:`export_onnx`.
+        inputs: the example inputs, for comparing the two if there are no batches.
+    """
+    path = exported.path
+    twin = quantize_onnx(path, quantize, calibrating, int8_target)
+    made = dataclasses.replace(exported, int8_path=twin, int8_target=int8_target)
+    if tried is not None:
+        made = dataclasses.replace(
+            made, accuracy=accuracy_of(path, tried), int8_accuracy=accuracy_of(twin, tried)
+        )
+    seen = calibrating or [batch[0] for batch in tried or []] or [inputs]
+    return dataclasses.replace(made, int8_difference=check_int8(path, twin, seen, int8_target))
+
+
 def _inline(part: Path) -> None:
     onnx, inliner = require("onnx", purpose="export"), require("onnx.inliner", purpose="export")
     model = inliner.inline_local_functions(onnx.load(part, load_external_data=False))
@@ -252,23 +237,12 @@ def _inline(part: Path) -> None:
     del model.opset_import[:]
     model.opset_import.extend(kept)
     for node in model.graph.node:
-        node.name = node.name or INLINED + node.output[0]  # those of functions have none
+        node.name = node.name or INLINED + node.output[0]  # nodes of functions have no names
     onnx.save(model, part)
 
 
-def _check_float(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if quantized_by_torch(module):
-            kind = type(module)
-            raise ExportError(
-                f"export_onnx: layer {name!r} ({kind.__module__}.{kind.__qualname__}) is of "
-                "torch.ao.quantization, which has no ONNX form; export the float model, with "
-                "quantize='dynamic' or 'static' for an INT8 file"
-            )
-
-
 def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    """Run a copy once: the exporter's own word on inputs that do not fit is hard to read."""
+    """Run a copy once: the exporter's own error for inputs that do not fit is hard to read."""
     try:
         with torch.no_grad():
             _copy(model)(*(value.clone() for value in inputs))
@@ -282,7 +256,7 @@ def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy, whose buffers may change; of what cannot be copied, the model itself."""
+    """A copy, whose buffers may change; the model itself if it cannot be copied."""
     try:
         return clone(model)
     except CaptureError:

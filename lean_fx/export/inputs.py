@@ -1,4 +1,4 @@
-"""The inputs of an export: which axes may have any size, and at which sizes it is checked."""
+"""The inputs of an export: which axes may have any size, and the sizes to check."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def sizes_to_check(inputs: Sequence[Tensor], axes: Axes) -> Iterator[dict[str, i
 def with_sizes(
     inputs: Sequence[Tensor], axes: Axes, sizes: Mapping[str, int]
 ) -> tuple[Tensor, ...]:
-    """The inputs with named axes of these sizes, their own values over and over."""
+    """The inputs with named axes resized; their values repeat."""
     made = []
     for value, of in zip(inputs, axes, strict=True):
         for axis, name in of.items():
@@ -137,7 +137,7 @@ def with_sizes(
 
 
 def resized(value: Tensor, size: int | None, axis: int = 0) -> Tensor:
-    """An input with ``size`` rows, its own over and over; as it is for None.
+    """An input with ``size`` rows, which repeat its own; unchanged if ``size`` is None.
 
     Example:
         >>> resized(torch.tensor([7, 8]), 3)

@@ -1,19 +1,18 @@
-"""LEAN as a function of standard ONNX operators, by :mod:`lean_fx.reduction.functional`.
+"""LEAN as a function of standard ONNX operators; formulas of :mod:`lean_fx.reduction.functional`.
 
-In a file each reduction is one node ``LEAN`` of the domain ``lean_fx``; what it computes stands in
-the same file as a function, which a runtime puts in the node's place. Three forms, chosen by
-profile on ONNX Runtime's CPU:
+In a file, each reduction is one node ``LEAN`` of the domain ``lean_fx``. A function in the same
+file says what it computes; a runtime without the kernel inlines it. There are three forms, chosen
+by profiling ONNX Runtime's CPU:
 
-- *planes*, where positions lie behind the channels (pictures) and no value is below 0: products
-  and sums over whole planes. Sums over the outer axis are products with ones, since ReduceSum is
+- *planes*, if positions lie behind the channels (images) and no value is negative: products and
+  sums over whole planes. Sums over the outer axis are matrix products with ones, since ReduceSum is
   about four times slower there at batch 1.
-- *pairs*, planes of any sign: ``G`` is made of the products of all pairs of rows, C' times the
-  numbers of ``x``, which suits maps of many positions and few channels.
-- *rows*, where the channels come last, or the maps are small, large or unknown: one small matrix
-  product a position.
+- *pairs*, for planes of any sign with many positions and few channels: ``G`` is the products of all
+  pairs of rows, which takes C' times the numbers of ``x``.
+- *rows*, if the channels come last, or the maps are small, large or of unknown size: one small
+  matrix product for each position.
 
-A divisor that may be zero has the least value added that a product with it survives: it is lost
-in any other divisor.
+A tiny number is added to each divisor that may be zero; it is lost in any other divisor.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 DOMAIN = "lean_fx"
 OPERATOR = "LEAN"
 
-#: How the names of the nodes begin that stand in the place of a LEAN node.
+#: The prefix of the names of nodes that inlining puts in the place of a LEAN node.
 INLINED = f"{OPERATOR}/"
 
 
@@ -34,7 +33,7 @@ class LeanFunction:
     Attributes:
         preserved: C'.
         reducible: C''.
-        rows: whether nothing lies behind the channels.
+        rows: whether the channels are on the last axis.
         normalize: as in :func:`~lean_fx.lean_reduction`, like the next four.
         scale: of the output.
         layout: of the channels.
@@ -42,11 +41,11 @@ class LeanFunction:
         nonnegative: whether no value is below 0.
         matrix: whether the seed has a value for each channel.
         dtype: of ``x``: ``"float"``, ``"double"``, ``"float16"`` or ``"bfloat16"``.
-        axis: of the channels, where the shapes are not known before the run; None where the
-            node's attributes ``matrix_shape`` and ``output_shape`` hold them.
+        axis: the axis of the channels, if shapes are known only at run time; None if the node's
+            attributes ``matrix_shape`` and ``output_shape`` hold the shapes.
         damping: as in :func:`~lean_fx.lean_reduction`, like ``norm_floor``.
         norm_floor: added to ``sum |y|``.
-        pairs: whether ``G`` is made of the products of all pairs of rows.
+        pairs: whether ``G`` is computed as the products of all pairs of rows.
     """
 
     preserved: int
@@ -66,7 +65,7 @@ class LeanFunction:
 
     @property
     def overload(self) -> str:
-        """A name for it, unlike any other's.
+        """A unique name for this form.
 
         Example:
             >>> LeanFunction(
@@ -158,7 +157,7 @@ class _Body:
         return self.put(name, f"Constant<value = {self.real} {{{value!r}}}>()")
 
     def axis(self, number: int) -> str:
-        """The name of a constant; its line is written where it is first used."""
+        """The name of a constant, which is written at its first use."""
         name = f"axis{number}".replace("-", "_")
         if name not in self.names():
             self.ints(name, [number])
@@ -199,7 +198,7 @@ class _Body:
         return self.put("output_shape", "Concat<axis = 0>(leading, preserved, trailing)")
 
     def seed(self, seed: str) -> str:
-        """``V`` so that it multiplies ``X``."""
+        """``V``, shaped to multiply ``X``."""
         preserved, reducible = self.spec.preserved, self.spec.reducible
         shape = [preserved, reducible if self.spec.matrix else 1]
         if self.planes:
@@ -240,7 +239,7 @@ class _Body:
         return f"{'Max' if self.real == 'double' else 'Add'}({sums}, tiny)"
 
     def walk(self, v: str, number: str) -> str:
-        """One step, and its l1 norm brought to 1."""
+        """One step, divided by its l1 norm."""
         spec = self.spec
         weights = self.put(f"r{number}", f"Div({v}, d)") if spec.normalize == "column" else v
         self.over_i(f"u{number}", weights, spec.matrix and v == "V")

@@ -14,7 +14,8 @@ from lean_fx.export.lean_function import DOMAIN, OPERATOR, LeanFunction
 #: Where a LEAN node keeps the name that its value has in torch's graph.
 TORCH_NAME = "lean_fx.torch_name"
 
-#: Of a sample, for products of pairs of rows: positions for each row, and numbers in all.
+#: When products of pairs of rows are used: at least so many positions for each row of a sample, and
+#: at most so many numbers in all.
 LEAST_POSITIONS, MOST_NUMBERS = 8, 2**21
 
 _DTYPES = {"FLOAT": "float", "DOUBLE": "double", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
@@ -65,7 +66,7 @@ def define_functions(model: Any) -> None:
 
 
 def _suit_pairs(behind: list[int | None], function: LeanFunction) -> bool:
-    """Whether maps are known to be of a size for which the products of pairs of rows are faster.
+    """Whether products of pairs of rows are faster, as the sizes of the maps are known and fit.
 
     ``MOST_NUMBERS`` bounds their memory, which is C' times that of the input.
     """
@@ -77,7 +78,7 @@ def _suit_pairs(behind: list[int | None], function: LeanFunction) -> bool:
 
 
 def _free(wanted: str, taken: set[str]) -> str:
-    """``wanted``, or with a number behind it; taken from now on."""
+    """The name ``wanted``, with a number if that is taken; adds it to ``taken``."""
     names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(1)))
     name = next(name for name in names if name not in taken)
     taken.add(name)
@@ -85,7 +86,7 @@ def _free(wanted: str, taken: set[str]) -> str:
 
 
 def _module_of(node: Any) -> str:
-    """The qualified name of the reduction that a node was exported from, or nothing."""
+    """The qualified name of the reduction that a node was exported from, or an empty string."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
@@ -93,7 +94,7 @@ def _module_of(node: Any) -> str:
 def _shapes(
     shape: list[int | None], axis: int, function: LeanFunction
 ) -> tuple[list[int], list[int]] | None:
-    """What to reshape the input and the output to; None if a length more than one is unknown."""
+    """The shapes for reshaping the input and the output; None if two or more sizes are unknown."""
     behind = shape[axis + 1 :]
     matrix = [function.preserved, function.reducible]
     if function.layout == "interleaved":

@@ -1,4 +1,4 @@
-"""A model of tensors, made of one that takes lists, dicts, dataclasses or None too."""
+"""Wrap a model that takes lists, dicts, dataclasses or None, so that all its inputs are tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 class OfTensors(nn.Module):
-    """Calls a model with tensors in the places that they have in its example inputs.
-
-    All else in these stays what it is.
+    """Calls a model with its example inputs, in which it replaces the tensors.
 
     Args:
         model: the model.
-        inputs: its positional inputs.
+        inputs: its positional example inputs.
 
     Example:
         >>> class Summed(nn.Module):
@@ -35,10 +33,10 @@ class OfTensors(nn.Module):
         self.model = model
         self.inputs = inputs
         names = ", ".join(f"x{place}" for place, _ in enumerate(tensors_in(inputs)))
-        # torch.fx and torch's exporter ask the code of forward for the number of its inputs.
+        # torch.fx and torch's exporter read the number of inputs from the code of forward.
         forward = eval(f"lambda self, {names}: self.call({names})")
         self.__class__ = type(type(model).__name__, (type(self),), {"forward": forward})
-        self.training = model.training  # and not train(), which would change those of its parts
+        self.training = model.training  # train() would change the modes of its parts
 
     def call(self, *tensors: Tensor) -> Any:
         """Call the model."""
@@ -46,7 +44,7 @@ class OfTensors(nn.Module):
 
 
 def of_tensors(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A model of tensors, and these; the model itself if all of its inputs are tensors."""
+    """A model whose inputs are all tensors, and these inputs; the model itself if they are."""
     found = tuple(tensors_in(inputs))
     plain = len(found) == len(inputs) and all(map(_is_tensor, inputs))
     return (model, inputs) if plain or not found else (OfTensors(model, inputs), found)
@@ -81,7 +79,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _with(value: Any, tensors: Iterator[Any]) -> Any:
-    """The value with other tensors in their places."""
+    """The value with its tensors replaced, in order."""
     if _is_tensor(value):
         return next(tensors)
     parts = [_with(each, tensors) for each in _parts(value)]

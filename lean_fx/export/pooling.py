@@ -1,7 +1,7 @@
-"""1-D max pooling of sequences of any length, which torch's exporter would freeze.
+"""Keep the length of sequences dynamic in 1-D max pooling, where torch's exporter would freeze it.
 
-On a CPU ``max_pool1d`` reads the length as a number. Its twin that returns indices too does not,
-gives the same values, and is the same ONNX node MaxPool where nobody reads the indices.
+On a CPU, ``max_pool1d`` reads the length as a number. Its variant that returns indices too does
+not. It returns the same values, and exports to the same node MaxPool if the indices are not used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WITH_INDICES: dict[Any, Any] = {
 
 
 class PoolsAnyLength(TorchFunctionMode):
-    """Within it, 1-D max pooling does not read the length as a number.
+    """In this mode, 1-D max pooling does not read the length as a number.
 
     Example:
         >>> with PoolsAnyLength():
@@ -30,7 +30,7 @@ class PoolsAnyLength(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call the twin of a function that has one."""
+        """Call the variant with indices, if there is one."""
         if func in _WITH_INDICES:
             return _WITH_INDICES[func](*args, **(kwargs or {}))[0]
         return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""From a module to torch's ONNX program, for :mod:`lean_fx.export.exporting` to write."""
+"""Make torch's ONNX program of a module, for :mod:`lean_fx.export.exporting` to write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lean_fx.graph.model_code import globals_of
 from lean_fx.graph.patching import patching
 from lean_fx.reduction.functional import as_onnx_nodes
 
-#: What is said of models that take or make packed sequences.
+#: The error for models that take or make packed sequences.
 PACKED = (
     "ONNX has no packed sequences; give the recurrent layers padded tensors, batch and length as "
     "they are"
@@ -34,21 +34,21 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 def exported_program(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], axes: Axes, opset: int | None
 ) -> torch.onnx.ONNXProgram:
-    """Let torch's exporter make an ONNX program, whose reductions are nodes with a function.
+    """Let torch's exporter make an ONNX program whose reductions are LEAN nodes with a function.
 
     Args:
         model: in eval mode.
         inputs: example inputs.
-        axes: of each input those that may have any size, by name.
+        axes: for each input, the names of the axes that may have any size.
         opset: as in :func:`~lean_fx.export_onnx`.
 
     Raises:
-        ExportError: it cannot; says why.
+        ExportError: torch cannot export it; the message says why.
     """
-    # Names, not Dims, which would promise sizes from 1 on: many nets have a least one.
+    # Names, not Dims: those promise every size from 1 on, and many nets need larger ones.
     shapes = axes if any(axes) else None
     try:
-        # Code that is not a graph may ask for its batch by len().
+        # The code of a module that is no graph may read its batch by len().
         sizes = counting_items(globals_of(model.modules()))
         with _quiet(), as_onnx_nodes(), PoolsAnyLength(), patching(sizes):
             program = torch.onnx.export(
@@ -61,7 +61,7 @@ def exported_program(
                 verbose=False,
             )
     except Exception as error:
-        cause: BaseException = error  # the exporter's own words are about itself
+        cause: BaseException = error  # the exporter's own message is about itself
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if "PackedSequence" in str(cause):
@@ -84,7 +84,7 @@ def exported_program(
 
 
 def _name_apart(model: Any) -> None:
-    """Rename an output that the exporter gave the name of an input that it copies."""
+    """Rename an output to which the exporter gave the name of the input that it copies."""
     taken = {value.name for value in model.graph.inputs}
     for index, value in enumerate(model.graph.outputs):
         if value.name in taken:
@@ -99,7 +99,7 @@ def _names(stem: str, count: int, taken: Container[str]) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on its own insides off the terminal."""
+    """Silence the exporter's remarks on its internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,6 +1,6 @@
-"""Running the graph that was exported: its values one by one, in float64, or moved by rounding.
+"""Run an exported graph: keep all its values, run it in float64, or perturb its rounding.
 
-Reductions and recurrent layers are symbols in such a graph; here they compute.
+Reductions and recurrent layers are symbols in such a graph; here they are computed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def in_float64(program: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def moved_by_rounding(program: Any, inputs: tuple[Tensor, ...], seed: int) -> list[Tensor]:
     """The outputs of the captured graph with every value moved by one unit in the last place.
 
-    Up or down by the chance of ``seed``: Monte Carlo arithmetic, in the dtypes of the graph.
+    Each moves up or down at random, by ``seed``: Monte Carlo arithmetic, in the dtypes of the
+    graph.
 
     References:
         Parker: Monte Carlo Arithmetic, exploiting randomness in floating-point arithmetic, UCLA
@@ -49,7 +50,7 @@ def moved_by_rounding(program: Any, inputs: tuple[Tensor, ...], seed: int) -> li
 
 
 class _Replay(torch.fx.Interpreter):
-    """Runs an exported graph; reductions, which are symbols in it, compute."""
+    """Runs an exported graph, and computes the reductions in it."""
 
     def outputs(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         with torch.no_grad():
@@ -118,7 +119,7 @@ def _widened(value: Any) -> Any:
 
 
 def _symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an ONNX node of ours stands for; the exporter's own operator computes nothing."""
+    """Compute a symbolic node; the exporter's own operator returns no numbers."""
     inputs, operator, *_ = args
     stored = {"i": kwargs["attr_ints"], "f": kwargs["attr_floats"], "s": kwargs["attr_strs"]}
     places = zip(kwargs["attr_keys"], kwargs["attr_types"], kwargs["attr_pos"], strict=True)

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions on the CPU, with the options under which files are timed."""
+"""ONNX Runtime sessions on the CPU, with the options for timing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Flush denormal numbers to zero on this thread within the block.
+    """Flush denormal numbers to zero on this thread.
 
-    A session's own option sets its pool of threads. The calling thread takes the option of the
-    first session of the process, and keeps it for good.
+    A session's own option is for its pool of threads. For the calling thread, ONNX Runtime applies
+    the option of the first session of the process, and never changes it again.
     """
     before = sys.float_info.min / 2 == 0.0
     torch.set_flush_denormal(True)
@@ -80,7 +80,7 @@ def open_session(
     """Load a file into ONNX Runtime as it is timed: CPU, all optimisations, no spinning threads.
 
     Args:
-        name: what an error calls it.
+        name: the name of the file in errors.
         file: the model.
         threads: of a call, 1 or more.
         optimised: where to write the graph as it is run, or None.

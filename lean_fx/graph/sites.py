@@ -65,7 +65,7 @@ class Site:
 
     @property
     def reduced_dim(self) -> int:
-        """The axis that the reduction is given: groups get an axis of their own before it."""
+        """The axis that the reduction is given; groups get an axis of their own before it."""
         return self.dim + 1 if self.groups > 1 and self.dim >= 0 else self.dim
 
     @property

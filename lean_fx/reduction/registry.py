@@ -181,5 +181,5 @@ def make_reduction(
 
 def is_reduction(module: Any) -> bool:
     """Whether a module is a reduction: one of the registered classes, or one that we made."""
-    classes = tuple(factory for factory in _FACTORIES.values() if isinstance(factory, type))
-    return isinstance(module, classes) or getattr(module, "is_lean_reduction", False) is True
+    registered = not {*type(module).__mro__}.isdisjoint(_FACTORIES.values())
+    return registered or getattr(module, "is_lean_reduction", False) is True

@@ -55,30 +55,29 @@ def compare(
     """Measure models side by side: cost, latency, memory, and energy if asked for.
 
     Copies of the models are measured on the CPU. They need no training, but latency depends a
-    little on the weights. Times and energies are measured round by round, one model after another.
+    little on the weights. Times and energies are measured in rounds, each with one turn per model.
 
     Args:
-        models: by name; the first is the baseline that ratios refer to.
-        example_inputs: a tensor, or a tuple of the positional inputs or a mapping of their names,
-            batch first. PyTorch is
-            timed, and its memory measured, at their batch.
+        models: the models by name; ratios refer to the first, the baseline.
+        example_inputs: a tensor, a tuple of the positional inputs, or a mapping of their names,
+            batch first. PyTorch's times and memory are measured at their batch.
         batches: the batch sizes at which ONNX Runtime is timed, each 1 or more.
-        threads: of ONNX Runtime and PyTorch, from 1 to four a core.
+        threads: the threads of ONNX Runtime and PyTorch, from 1 to four a core.
         rounds: samples of each time, 2 or more.
-        energy_s: how many seconds to meter calls of each file at the first batch, and again
+        energy_s: for how many seconds to meter calls of each file at the first batch, and then
             training steps of each model. 0 meters nothing; estimates need 30 or more.
-        country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
+        country: the ISO 3166 code of three letters, for the carbon intensity of a joule.
         folder: where to keep the ONNX files; it is made if missing. None keeps no files. Files of
             an earlier comparison are replaced once all models are exported.
-        kernel: whether ONNX Runtime computes LEAN nodes by :func:`~lean_fx.onnx_kernel`, or by the
-            function in the file. None: by the kernel where it is built. The table says which.
+        kernel: whether ONNX Runtime computes LEAN nodes with :func:`~lean_fx.onnx_kernel` or with
+            the function in the file. None takes the kernel if it is built. The table says which.
 
     Returns:
         The figures: ``print(comparison.to_markdown())``, ``comparison.save(folder)``.
 
     Raises:
-        ArgumentError: an argument is out of its range, or the outputs of the models differ in
-            form.
+        ArgumentError: an argument is out of its range, or the models' outputs differ in structure
+            or shape.
         ExportError: a model cannot be exported.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed, or codecarbon
             where energy is asked for, or the kernel is asked for and is not built.
@@ -126,7 +125,7 @@ def compare(
         for name, arm in arms.items():
             export_onnx(arm, files[name], inputs)
             step_done()
-        if kept is not None:  # only now, so that a failed export leaves the earlier files
+        if kept is not None:  # only now: a failed export must leave the earlier files
             for file in files.values():
                 with replacing(kept / file.name) as part:
                     shutil.copyfile(file, part)
@@ -262,7 +261,7 @@ def _copy(name: str, model: nn.Module) -> nn.Module:
 
 
 def _files(home: Path, names: Iterable[str]) -> Iterator[Path]:
-    """A file for each name; no two are equal, even on a disk that ignores case."""
+    """A path for each name, unique even on a file system that ignores case."""
     taken: set[str] = set()
     for name in names:
         stem = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:64] or "model"
@@ -274,7 +273,7 @@ def _files(home: Path, names: Iterable[str]) -> Iterator[Path]:
 
 
 def _held(arm: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a model; a shared one once."""
+    """The parameters and buffers of a model, shared ones once."""
     return [*arm.parameters(), *arm.buffers()]
 
 

@@ -82,26 +82,26 @@ def ratio_of(latency: Latency, baseline: Latency) -> Ratio:
 
 @dataclass(frozen=True)
 class Compared:
-    """What was measured of one model.
+    """The figures of one model.
 
     Attributes:
-        name: what the caller calls it.
-        parameters: elements of all parameters.
-        weight_bytes: of parameters and buffers.
+        name: the model's name in the comparison.
+        parameters: the number of elements of all parameters.
+        weight_bytes: the bytes of parameters and buffers.
         macs: multiply-adds of one sample.
         moved_bytes: bytes of activations and weights that the layers read and write for one
             sample; None if torch.fx cannot capture the model.
         peak_inference_bytes: the most bytes of tensors alive at once in a forward pass of the
             example inputs.
         peak_training_bytes: the same in a training step, gradients included.
-        onnx_bytes: size of the exported file.
+        onnx_bytes: the size of the exported file.
         reorders: how many nodes of ONNX Runtime's optimised graph only change the memory layout.
-        off_path: layers that miss ONNX Runtime's fast convolution, and why.
-        latencies: of the file, one for each batch.
-        eager: of a forward pass in PyTorch.
-        step: of a training step in PyTorch: forward, backward, SGD.
-        energy: of one call of the file at the first batch; None if it was not metered.
-        step_energy: of the training step that ``step`` times; None if it was not metered.
+        off_path: the layers that miss ONNX Runtime's fast convolution, and why.
+        latencies: the latencies of the file, one for each batch.
+        eager: the latency of a forward pass in PyTorch.
+        step: the latency of a training step in PyTorch: forward, backward, SGD.
+        energy: the energy of one call of the file at the first batch; None if not metered.
+        step_energy: the energy of the training step that ``step`` times; None if not metered.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Comparison:
     """Models side by side; the first is the baseline of every ratio.
 
     Attributes:
-        models: what was measured of each.
+        models: the figures of each model.
         machine: processor, instruction set, cores and versions.
     """
 
@@ -174,7 +174,7 @@ class Comparison:
         return rows
 
     def footnotes(self) -> list[str]:
-        """What the figures rest on, in sentences."""
+        """How the figures were measured, in sentences."""
         base = self.models[0]
         timed = base.latencies[0]
         notes = [

@@ -1,4 +1,4 @@
-"""What a model and the nodes of its graph cost: parameters, multiply-adds (MACs), bytes moved."""
+"""Count the parameters, the multiply-adds (MACs) and the bytes moved of a model, node by node."""
 
 from __future__ import annotations
 
@@ -103,9 +103,8 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
 
     Args:
         model: a module that torch.fx can trace; it stays as it is.
-        example_inputs: the input, or the tuple of positional inputs or a mapping of their names.
-            The costs are of the whole
-            batch: give a batch of 1 for those of one sample.
+        example_inputs: the input, the tuple of positional inputs, or a mapping of their names. The
+            costs are those of the whole batch: give a batch of 1 for those of one sample.
 
     Returns:
         The costs of each node and in total: ``print(costs.to_markdown())``.
@@ -132,7 +131,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
 
 
 def _calling(layer: nn.Module, inputs: int) -> GraphModule:
-    """A model of one layer, which the tracer would otherwise look into."""
+    """A graph that calls one layer, which the tracer would otherwise trace into."""
     graph = Graph()
     holes = tuple(graph.placeholder(f"input_{number}") for number in range(inputs))
     graph.output(graph.call_module("layer", holes))
@@ -145,11 +144,11 @@ def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _to_count(model: _Model, inputs: tuple[Any, ...]) -> tuple[_Model, tuple[Any, ...]]:
-    """Make a copy of a model ready to be counted, and its inputs with it.
+    """Prepare a copy of a model and its inputs for counting.
 
-    Both go to the meta device if a part of them is there already, else to the CPU. No parameter
-    asks for a gradient: FlopCounterMode hooks the gradients of the inputs of modules, and fails on
-    views of parameters, which ask for one but have none while gradients are off.
+    Both go to the meta device if a part of them is there already, else to the CPU. The parameters
+    get no gradients: FlopCounterMode hooks the gradients of modules' inputs, and fails on views of
+    parameters, which require one but get none while gradients are off.
     """
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     tensors += [*model.parameters(), *model.buffers()]
@@ -187,7 +186,7 @@ def costs_of_graph(captured: GraphModule, inputs: tuple[Any, ...], name: str) ->
 
 
 class _Run(Interpreter):
-    """Runs a graph and notes the cost of every call."""
+    """Runs a graph and records the cost of every call."""
 
     def __init__(self, graph_module: GraphModule, counter: Counter) -> None:
         super().__init__(graph_module)
@@ -200,7 +199,7 @@ class _Run(Interpreter):
             self._unread.setdefault(_storage(each), []).append(each)
 
     def run_node(self, n: Node) -> Any:
-        """Run a node, and note its cost if it calls something."""
+        """Run a node, and record its cost if it calls something."""
         if n.op not in ("call_module", "call_function", "call_method"):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -244,7 +243,7 @@ class _Run(Interpreter):
 def _moved(
     called: Any, given: list[Tensor], changed: list[Tensor], output: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What a call reads and writes; nothing, if it only gives another view."""
+    """The tensors that a call reads and writes; none if it only returns a view."""
     known = {_storage(each) for each in given}
     fresh = [each for each in _distinct(_tensors(output)) if _storage(each) not in known]
     written = fresh + _written(changed, output)
@@ -255,12 +254,12 @@ def _moved(
 
 
 def _written(changed: list[Tensor], output: Any) -> list[Tensor]:
-    """Those written to: of views that share a storage, and so a version, the one returned."""
+    """The tensors written to; of views of one storage, and so of one version, the one returned."""
     returned = {_part(each) for each in _tensors(output)}
     sharing: dict[int, list[Tensor]] = {}
     for each in _distinct(changed):
         sharing.setdefault(_storage(each), []).append(each)
-    # What is assigned to returns nothing, and is given first.
+    # An assignment returns nothing, and writes to its first argument.
     return [
         each
         for views in sharing.values()
@@ -269,7 +268,7 @@ def _written(changed: list[Tensor], output: Any) -> list[Tensor]:
 
 
 def _read_bytes(called: Any, read: list[Tensor]) -> int:
-    """Its bytes; of a table, only those of the rows that are looked up."""
+    """The bytes that a call reads; of a table only the rows that are looked up."""
     total = sum(map(_bytes, read))
     if isinstance(called, nn.Embedding | nn.EmbeddingBag) or called in _LOOK_UPS:
         indices, table = read[0], read[-1] if isinstance(called, nn.Module) else read[1]
@@ -291,9 +290,9 @@ def _registered_kind(called: Any) -> LayerKind | None:
 
 
 def _may_do_more(called: Any) -> bool:
-    """Whether a module with weights has code of its own, which may do products element by element.
+    """Whether a module with weights may multiply element by element in its own code.
 
-    Torch's own layers do their products by operators that are counted.
+    Torch's own layers multiply by operators that are counted.
     """
     if not isinstance(called, nn.Module) or isinstance(called, _WITHOUT_SUMS):
         return False

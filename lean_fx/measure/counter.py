@@ -1,4 +1,4 @@
-"""The multiply-adds (MACs) of the operators that run, as PyTorch's own counter sees them.
+"""Count the multiply-adds (MACs) of the operators that run, with PyTorch's own counter.
 
 One multiply-add is one product that is summed into a result. Biases, activations, gates,
 normalisation, softmax, pooling and element-wise arithmetic count nothing. The counter is
@@ -45,12 +45,12 @@ _MORE_FORMULAS: dict[Any, Callable[..., int]] = {
     _aten._sparse_addmm: _sparse_by_dense,
 }
 
-#: How the names of those of PyTorch's operators begin whose products have no formula at all.
+#: Prefixes of PyTorch's operators that multiply but have no formula.
 _UNKNOWN = ("_fft", "_cdist", "cholesky", "triangular_solve", "lu_", "ormqr", "linalg_", "_linalg")
 
 
 class Counter:
-    """What operators did since counting began.
+    """The work of the operators since counting began.
 
     Attributes:
         foreign: names of the operators whose products, if they do any, are not counted.
@@ -87,7 +87,7 @@ class Counter:
 
 
 def has_mac_count(module: nn.Module | None) -> bool:
-    """Whether a module says how many multiply-adds it does at a position, as reductions do.
+    """Whether a module has the multiply-adds of one position as an attribute, as reductions do.
 
     Example:
         >>> has_mac_count(nn.Linear(3, 2))
@@ -112,7 +112,7 @@ def counting() -> Iterator[Counter]:
 
 
 class _Foreign(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operators that are not PyTorch's own, and those whose products have no formula."""
+    """Records the operators that are not PyTorch's own, and those that have no formula."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -134,7 +134,7 @@ class _Foreign(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def _countable_kernels() -> Iterator[None]:
-    """Switch off the fused kernels that the counter takes for no work at all.
+    """Switch off the fused kernels, which the counter counts as nothing.
 
     On the CPU these are oneDNN's LSTM, the fast path of nn.TransformerEncoderLayer and flash
     attention. The plain kernels in their place are matrix products, which are counted.

@@ -1,4 +1,4 @@
-"""A model's calls in PyTorch: a forward pass and a training step, to be timed or metered."""
+"""A forward pass and a training step of a model in PyTorch, for timing and metering."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def time_eager(
 
 @contextlib.contextmanager
 def using_threads(threads: int) -> Iterator[None]:
-    """Let PyTorch compute with so many threads within the block.
+    """Let PyTorch compute with a number of threads.
 
     Example:
         >>> with using_threads(1):

@@ -1,4 +1,4 @@
-"""Energy and CO2 of a stretch of code, by CodeCarbon, without the network."""
+"""Measure the energy and CO2 of a stretch of code by CodeCarbon, without the network."""
 
 from __future__ import annotations
 
@@ -190,8 +190,8 @@ def energy_in_turn(
 ) -> dict[str, Energy]:
     """Measure the mean energy of a call of each, all in turn, round by round.
 
-    So a machine that grows slower or busier meanwhile meets them all alike. The first call of each
-    is for warming up and is not metered.
+    So a machine that becomes slower or busier affects them all alike. The first call of each warms
+    up, and is not metered.
 
     Args:
         calls: what to meter, by name.

@@ -1,4 +1,4 @@
-"""How well a file fits ONNX Runtime's blocked memory layout, its fast path for convolutions."""
+"""Tell how well a file fits ONNX Runtime's blocked layout, its fast path for convolutions."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def _optimised(file: Path, kernel: bool) -> Any:
 
 
 def blocked_layout(file: Path, *, kernel: bool = False) -> tuple[int, tuple[str, ...]]:
-    """What ONNX Runtime's blocked layout, its fast path for convolutions, makes of a file.
+    """How ONNX Runtime uses its blocked layout, the fast path for convolutions, for a file.
 
     Args:
         file: the model.
         kernel: whether LEAN nodes run by :func:`~lean_fx.onnx_kernel`.
 
     Returns:
-        The nodes that only change the layout, and the convolutions that miss it, with the reason:
-        it takes two-dimensional ones in float32 of one group whose input channels are fewer than a
-        block (16 numbers with AVX-512, 8 without) or a multiple of 4, and some with more groups.
+        How many nodes only change the layout; and the convolutions that miss it, with the reason.
+        It is for two-dimensional convolutions in float32 with one group, whose input channels are
+        fewer than a block (16 numbers with AVX-512, 8 without) or a multiple of 4, and for some
+        with more groups.
     """
     nodes = _optimised(file, kernel).graph.node
     reorders = sum(node.op_type in ("ReorderInput", "ReorderOutput") for node in nodes)

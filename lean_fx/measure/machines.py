@@ -1,4 +1,4 @@
-"""The machine that a timing rests on."""
+"""Name the machine of a timing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lean_fx.errors import require
 
 
 def machine() -> str:
-    """Name the machine and the versions that a timing rests on, in one line.
+    """The machine and the versions of a timing, in one line.
 
     Example:
         >>> "onnxruntime" in machine()

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work in PyTorch, counted tensor by tensor."""
+"""Measure the peak memory of work in PyTorch, by counting tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def peak_bytes(work: Callable[[], object], held: Iterable[torch.Tensor] = ()) -> int:
     """The most bytes of tensors that are alive at once while ``work`` runs.
 
-    Every storage that an operator returns counts from then until it is freed, ``held`` throughout
-    (such as parameters). Scratch memory within an operator is not seen, so the figure does not
+    A storage counts from when an operator returns it until it is freed; ``held`` tensors, such as
+    parameters, always count. Scratch memory within an operator does not, so the figure does not
     depend on the machine.
 
     Example:

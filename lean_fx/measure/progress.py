@@ -1,4 +1,4 @@
-"""The progress bar of long work that is counted."""
+"""A progress bar for long work in steps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def counted_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr with the time that is left, to be told how much is done.
+    """Show a progress bar on stderr, with the remaining time; yield a function that advances it.
 
-    It is silent where stderr is not a terminal, or rich is not installed.
+    Nothing is shown if stderr is not a terminal, or rich is not installed.
 
     Args:
-        name: of the work.
-        total: how many steps it has.
+        name: the name of the work.
+        total: the number of its steps.
 
     Example:
         >>> with counted_bar("counting", 2) as show:

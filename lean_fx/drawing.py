@@ -29,6 +29,7 @@ from lean_fx.measure.costs import costs_of_graph
 from lean_fx.measure.costs_table import NodeCost
 from lean_fx.measure.pictures import colour, new_figure, short
 from lean_fx.passes import PropagateShapes
+from lean_fx.planning.plans import Plan
 from lean_fx.reduction.registry import is_reduction
 
 _SUFFIXES = (".svg", ".png", ".pdf")
@@ -37,7 +38,7 @@ _MARGIN = 1.1  # inches beside the boxes, for the arcs
 
 
 def draw(
-    models: nn.Module | Mapping[str, nn.Module],
+    models: nn.Module | Plan | Mapping[str, nn.Module | Plan],
     path: str | os.PathLike[str],
     example_inputs: Any,
     *,
@@ -49,7 +50,8 @@ def draw(
     innermost first, until a column has no more than ``max_boxes``.
 
     Args:
-        models: a model, or models by title, such as the original and the reduced one.
+        models: a model, or models by title, such as the original and the reduced one. In the place
+            of the latter its plan will do: it is applied to the first model.
         path: the file to make, named ``*.svg``, ``*.png`` or ``*.pdf``.
         example_inputs: as for :func:`~lean_fx.leanify`; MACs are those of the whole batch.
         max_boxes: of a column, 1 or more; what is outside any module is not folded.
@@ -57,6 +59,7 @@ def draw(
     Raises:
         ArgumentError: there is no model, the file's name ends otherwise, or the inputs do not fit.
         CaptureError: a model cannot be traced.
+        PlanError: a plan does not fit the first model.
         MissingDependencyError: matplotlib is not installed.
         WriteError: the file cannot be written.
 
@@ -72,10 +75,27 @@ def draw(
     named = dict(models) if isinstance(models, Mapping) else {"": models}
     if not named:
         raise ArgumentError("draw: models is empty; give a model, or models by title")
-    columns = {title: _boxes(model, example_inputs, most) for title, model in named.items()}
+    columns = {
+        title: _boxes(model, example_inputs, most)
+        for title, model in _with_plans_applied(named, example_inputs).items()
+    }
     figure = _picture(columns)
     with replacing(file) as part:
         figure.savefig(part, format=file.suffix[1:], dpi=110)
+
+
+def _with_plans_applied(
+    named: Mapping[str, nn.Module | Plan], example_inputs: Any
+) -> dict[str, nn.Module]:
+    model = next((each for each in named.values() if not isinstance(each, Plan)), None)
+    if model is None:
+        raise ArgumentError(
+            "draw: a plan does not hold its model; give both: {'before': model, 'after': plan}"
+        )
+    return {
+        title: each.apply(model, example_inputs) if isinstance(each, Plan) else each
+        for title, each in named.items()
+    }
 
 
 @dataclass(frozen=True)

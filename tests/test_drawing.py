@@ -82,6 +82,18 @@ def test_files(tmp_path, suffix, start):
     lean_fx.draw(model, path, X)
 
 
+def test_a_plan_is_drawn_as_what_it_makes_of_the_first_model(tmp_path):
+    model = Net()
+    made = lean_fx.plan(model, X)
+    after = drawing._with_plans_applied({"before": model, "after": made}, X)["after"]
+    assert boxes(after, 99) == boxes(lean_fx.leanify(model, X), 99)
+    lean_fx.draw({"before": model, "after": made}, tmp_path / "net.svg", X)
+    message = "^draw: a plan does not hold its model; give both: {'before': model, 'after': plan}$"
+    for alone in (made, {"after": made}):
+        with pytest.raises(ArgumentError, match=message):
+            lean_fx.draw(alone, tmp_path / "plan.svg", X)
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(
         ArgumentError, match=r"^draw: path='net.gif' does not end in .svg, .png, .pdf$"

@@ -165,6 +165,25 @@ def test_a_variable_of_a_function_around_is_read_at_every_call():
     torch.testing.assert_close(lean(X), model(X))
 
 
+def test_globals_named_as_attributes_are_not_read():
+    """A notebook has a list ``layers`` and a model with an attribute of that name."""
+    code = (
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layers, self.config = nn.Linear(32, 32), 2.0\n"
+        "    def forward(self, x):\n"
+        "        return self.layers(x).tanh() * self.config\n"
+        "layers, config, tanh = [64, 128], {'rate': 0.1}, collections.deque()\n"
+    )
+    home = {"nn": nn, "collections": collections, "__name__": "notebook"}
+    exec(code, home)
+    lean = lean_fx.leanify(home["Net"](), X)
+    assert isinstance(lean, GraphModule)
+    home["layers"].append(256)
+    lean(X)
+
+
 def test_numbers_and_tuples_outside_the_model_are_constants():
     sizes, factor = (1, 2), 2.0
 

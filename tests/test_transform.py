@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -32,6 +33,22 @@ class PaperForm(nn.Module):
 
     def forward(self, x):
         return self.classifier(torch.flatten(self.features(x), 1))
+
+
+class Backwards(nn.Module):
+    """Layers that run in another order than they are held in, and some that are split."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.rand(32))
+        self.last, self.first = nn.Linear(32, 4), nn.Linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.register_buffer("scale", torch.ones(32))
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x):
+        h = torch.relu(self.first(x - self.mean) * self.scale + self.shift)
+        return self.last(self.attention(h, h, h)[0])
 
 
 def parameters(model):
@@ -159,6 +176,16 @@ def test_shapes_with_and_without_example_inputs_agree():
         plan = lean_fx.plan(model, torch.rand(shape))
         sites = tuple(dataclasses.replace(site, rms=1.0) for site in plan.sites)
         assert lean_fx.plan(model) == dataclasses.replace(plan, sites=sites)
+
+
+def test_copies_and_pickles_keep_the_order_of_parameters():
+    """The state of an optimizer goes by the place of a parameter."""
+    lean = lean_fx.leanify(Backwards(), torch.rand(2, 5, 32))
+    names = [name for name, _ in lean.named_parameters()]
+    for copied in (copy.deepcopy(lean), pickle.loads(pickle.dumps(lean))):
+        assert [name for name, _ in copied.named_parameters()] == names
+        assert [name for name, _ in copied.named_buffers()] == [n for n, _ in lean.named_buffers()]
+        assert [*copied.state_dict()] == [*lean.state_dict()]
 
 
 def test_an_ordinary_module():

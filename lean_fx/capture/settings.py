@@ -13,7 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from lean_fx.graph.model_code import cells_of, code_of_forward, functions_of, names_in, package_of
+from lean_fx.graph.model_code import (
+    cells_of,
+    code_of_forward,
+    functions_of,
+    global_names_in,
+    names_in,
+    package_of,
+)
 from lean_fx.graph.reachable import NUMBERS, fields_of, is_plain_object
 
 _ENVIRONMENT = ("environ", "getenv")
@@ -43,10 +50,10 @@ def reads_settings(module: nn.Module) -> bool:
 def _outer_variables(module: nn.Module) -> Iterator[tuple[Any, str]]:
     """The globals and closure variables that a module's code names, each with its package."""
     for function in functions_of(module):
-        names, home = names_in(function.__code__), function.__globals__
-        for name in names:
+        home = function.__globals__
+        for name in global_names_in(function.__code__):
             value = home.get(name)
-            if value is os and names.intersection(_ENVIRONMENT):
+            if value is os and names_in(function.__code__).intersection(_ENVIRONMENT):
                 value = os.environ
             yield value, package_of(function)
     for cell in cells_of(module):

@@ -16,6 +16,9 @@ ROOT_HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks"),
 )
+_HELD = ("_modules", "_parameters", "_buffers")
+#: For each module of a tree, the names of what it holds, in order.
+_Order = dict[str, list[list[str]]]
 _FROZEN = "lean_fx.frozen"
 _MODE_READERS = "lean_fx.mode_readers"
 
@@ -25,9 +28,10 @@ class CapturedModule(GraphModule):
 
     1. Copies keep the hooks of the model itself.
     2. Buffers that the model leaves out of its state_dict stay out of it in copies and pickles.
-    3. A number or function that forward reads is part of the graph. Assigning another one raises:
+    3. Copies and pickles keep the order of parameters, on which the state of optimizers depends.
+    4. A number or function that forward reads is part of the graph. Assigning another one raises:
        it would change nothing.
-    4. A module that was traced into leaves a stand-in that shows what it was
+    5. A module that was traced into leaves a stand-in that shows what it was
        (:mod:`lean_fx.graph.parts`).
 
     Example:
@@ -66,6 +70,7 @@ its graph; set it on the model, and capture that again
         for hooks in ROOT_HOOKS:
             setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
         keep_unsaved(copied, self)
+        _sort(copied, _order(self))
         guard_parts(copied)
         return copied
 
@@ -75,15 +80,36 @@ its graph; set it on the model, and capture that again
             for name, module in self.named_modules()
             if module._non_persistent_buffers_set
         }
-        return _restored, (super().__reduce__(), unsaved)
+        return _restored, (super().__reduce__(), unsaved, _order(self))
 
 
-def _restored(reduced: tuple[Any, ...], unsaved: dict[str, list[str]]) -> nn.Module:
+def _restored(reduced: tuple[Any, ...], unsaved: dict[str, list[str]], order: _Order) -> nn.Module:
     make, arguments = reduced[:2]
     made: nn.Module = make(*arguments)
     for name, buffers in unsaved.items():
         made.get_submodule(name)._non_persistent_buffers_set |= set(buffers)
+    _sort(made, order)
     return made
+
+
+def _order(module: nn.Module) -> _Order:
+    """The order of the children, parameters and buffers of each module in a tree, by its name."""
+    return {
+        name: [[*vars(each)[held]] for held in _HELD]
+        for name, each in module.named_modules(remove_duplicate=False)
+    }
+
+
+def _sort(module: nn.Module, order: _Order) -> None:
+    """Sort a tree of modules in place; torch.fx makes it anew in the order of the nodes."""
+    for name, each in module.named_modules(remove_duplicate=False):
+        for held, keys in zip(_HELD, order.get(name, ()), strict=False):
+            items = vars(each)[held]
+            place = {key: index for index, key in enumerate(keys)}
+            kept = sorted(items.items(), key=lambda item: place.get(item[0], len(place)))
+            if [key for key, _ in kept] != [*items]:
+                items.clear()
+                items.update(kept)
 
 
 def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
@@ -11,6 +12,11 @@ from torch import nn
 
 #: The type of what functools.lru_cache and functools.cache return.
 CACHE: Any = type(lru_cache(lambda: None))
+# What code in a function, and in a class within one, does with globals.
+_OF_GLOBALS = (
+    *("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"),
+    *("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"),
+)
 #: Packages whose code and objects are not a model's own.
 LIBRARIES = ("None", "torch", "builtins", "lean_fx", "numpy", "collections", "functools")
 #: Stands for the value of a closure variable that is not assigned yet.
@@ -55,7 +61,8 @@ def reached_from(functions: list[Any], kind: type) -> tuple[FunctionType, ...]:
         found[function] = None
         names = names_in(function.__code__)
         todo += [getattr(kind, name, None) for name in names]
-        used = [function.__globals__[name] for name in names if name in function.__globals__]
+        home = function.__globals__
+        used = [home[name] for name in global_names_in(function.__code__) if name in home]
         todo += used
         for each in used:  # utils.scale(x)
             if isinstance(each, ModuleType) and each.__name__.partition(".")[0] in homes:
@@ -75,8 +82,15 @@ def _behind(named: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> set[str]:
-    """The names that code uses, nested code included."""
+    """The names that code uses, globals and attributes, nested code included."""
     return {name for each in _within(code) for name in each.co_names}
+
+
+@lru_cache(maxsize=4096)
+def global_names_in(code: CodeType) -> set[str]:
+    """The names of globals that code uses, nested code included."""
+    steps = (step for each in _within(code) for step in dis.get_instructions(each))
+    return {str(step.argval) for step in steps if step.opname in _OF_GLOBALS}
 
 
 def globals_of(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:

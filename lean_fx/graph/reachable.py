@@ -25,7 +25,7 @@ from lean_fx.graph.model_code import (
     ABSENT,
     LIBRARIES,
     functions_of,
-    names_in,
+    global_names_in,
     package_of,
     reached_from,
     value_of_cell,
@@ -110,7 +110,7 @@ def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
     holders: list[Any] = []
     for function in reached_from(functions, object):
         home = function.__globals__
-        named = [home[name] for name in names_in(function.__code__) if name in home]
+        named = [home[name] for name in global_names_in(function.__code__) if name in home]
         cells = [value_of_cell(cell) for cell in function.__closure__ or ()]
         for value in (*named, *cells, *(function.__defaults__ or ())):
             if isinstance(value, nn.Module):
@@ -217,7 +217,7 @@ def _variables_of(module: nn.Module) -> Iterator[_Variable]:
     kind, seen = type(module), set()
     for function in functions_of(module):
         home = function.__globals__
-        for name in names_in(function.__code__):
+        for name in global_names_in(function.__code__):
             if (
                 name in home
                 and (id(home), name) not in seen

@@ -70,8 +70,8 @@ its graph; set it on the model, and capture that again
         for hooks in ROOT_HOOKS:
             setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
         keep_unsaved(copied, self)
-        _sort(copied, _order(self))
         guard_parts(copied)
+        _sort(copied, _order(self))
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:

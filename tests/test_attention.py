@@ -112,6 +112,16 @@ def test_dropout_of_weights_follows_the_mode():
     assert not heads.eval()(x, x, x)[1].eq(0).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"need_weights": False}, {"key_padding_mask": None}])
+def test_an_empty_batch(options):
+    layer = nn.MultiheadAttention(E, H, batch_first=True)
+    x = torch.rand(0, L, E)
+    for found, wanted in zip(
+        split(AttendsItself(layer, **options))(x), layer(x, x, x, **options), strict=True
+    ):
+        assert wanted is None or found.shape == wanted.shape
+
+
 def test_the_hint_needs_a_mask():
     heads, x = AttentionHeads(nn.MultiheadAttention(E, H)), torch.rand(L, N, E)
     with pytest.raises(RuntimeError, match="^Need attn_mask if specifying the is_causal hint"):

@@ -58,7 +58,7 @@ class OneWeight(nn.Module):
         (Separate(), (X,), "qkvc"),
         (Separate(need_weights=False), (X,), "qkvc"),
         (Separate(average_attn_weights=False), (X, torch.rand(1, 5)), "qkvc"),
-        (Separate(), (X, torch.rand(1, 5) > 0.5), "qkvc"),
+        (Separate(), (X, torch.arange(5)[None] > 2), "qkvc"),
         (OneWeight(), (X,), ["qkv", "c"]),
     ],
 )

@@ -4,10 +4,10 @@ A model may hold weights that belong to no layer, and multiply with them itself.
 parameter becomes the layer that it stands for, of the same name::
 
     matmul = x @ self.projection                  # before: a parameter, C_in x C_out
-    projection = self.projection(x)               # after: nn.Linear(C_in, C_out, bias=False)
+    projection_call = self.projection(x)          # after: nn.Linear(C_in, C_out, bias=False)
 
     conv2d = torch.nn.functional.conv2d(x, self.kernel, self.shift, stride = 2)
-    kernel = self.kernel(x);  add = kernel + self.shift.reshape(-1, 1, 1)
+    kernel_call = self.kernel(x);  add = kernel_call + self.shift.reshape(-1, 1, 1)
 
 Rules:
 
@@ -193,7 +193,9 @@ def _call(graph_module: GraphModule, product: Product) -> None:
     reads = node.all_input_nodes
     source, _, bias = operands(node)
     with node.graph.inserting_before(node):
-        call = node.graph.call_module(name, (source,))
+        # Its name must not depend on which other parameters become layers.
+        call_name = f"{product.weight.name}_call"
+        call = node.graph.create_node("call_module", name, (source,), name=call_name)
         if bias is not None:
             call = add_bias(call, bias, product.layer)
     replace_node(node, call, name)

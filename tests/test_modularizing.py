@@ -127,19 +127,19 @@ x = x()
 stem = stem(x)  # Conv2d(3, 16, kernel_size=(1, 1), stride=(1, 1))
 relu = relu(stem, inplace=False)
 inner_shift = inner.shift()
-inner_kernel_1 = inner.kernel(relu)  # Conv2d(16, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=2, bias=False)
-inner_kernel_1_bias = reshape(inner_shift, (-1, 1, 1))
-inner_kernel_1_biased = add(inner_kernel_1, inner_kernel_1_bias)
-relu_1 = relu(inner_kernel_1_biased, inplace=False)
+inner_kernel_call = inner.kernel(relu)  # Conv2d(16, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=2, bias=False)
+inner_kernel_call_bias = reshape(inner_shift, (-1, 1, 1))
+inner_kernel_call_biased = add(inner_kernel_call, inner_kernel_call_bias)
+relu_1 = relu(inner_kernel_call_biased, inplace=False)
 mean = mean(relu_1, (2, 3))
-product_1 = product(mean)  # Linear(in_features=16, out_features=32, bias=False)
-relu_2 = relu(product_1, inplace=False)
-transposed_1 = transposed(relu_2)  # Linear(in_features=32, out_features=16, bias=False)
+product_call = product(mean)  # Linear(in_features=16, out_features=32, bias=False)
+relu_2 = relu(product_call, inplace=False)
+transposed_call = transposed(relu_2)  # Linear(in_features=32, out_features=16, bias=False)
 getitem = getitem(inner_shift, slice(None, 1, None))
-added_1 = added(transposed_1)  # Linear(in_features=16, out_features=24, bias=False)
-added_1_biased = add(added_1, getitem)
-linear_2 = linear(added_1_biased)  # Linear(in_features=24, out_features=5, bias=False)
-output = output(linear_2)
+added_call = added(transposed_call)  # Linear(in_features=16, out_features=24, bias=False)
+added_call_biased = add(added_call, getitem)
+linear_call = linear(added_call_biased)  # Linear(in_features=24, out_features=5, bias=False)
+output = output(linear_call)
 """,
     )
     torch.testing.assert_close(captured(inputs), model(inputs))
@@ -192,3 +192,27 @@ def test_parameters_that_are_no_layers_weight_stay(forward):
     Net.forward = forward
     model = Net()
     assert not weights_of_products(capture(model))
+
+
+class ListedWeights(nn.Module):
+    """Weights in a list, whose names end with numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.ParameterList([nn.Parameter(torch.randn(32, 32)) for _ in range(3)])
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x):
+        for weight in self.w:
+            x = torch.relu(x @ weight)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.rand(2, 32)])
+def test_names_do_not_depend_on_which_parameters_become_layers(inputs):
+    """The plan is made with all of them as layers, and applied with those that are reduced."""
+    lean = lean_fx.leanify(ListedWeights(), inputs)
+    made = lean_fx.plan_of(lean)
+    assert made.weights == ("w.1", "w.2")
+    assert [site.layers for site in made.sites] == [("w.1",), ("w.2",), ("last",)]
+    assert lean(torch.rand(5, 32)).shape == (5, 4)

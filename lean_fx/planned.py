@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 from torch import nn
@@ -195,18 +195,39 @@ def _plan_graph(
 
 
 def _plan_without_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> Plan:
-    """Plan from observed runs; stacks and attention are split where a site is inside."""
-    from lean_fx.planning.module_form import failing_splits, split_clone  # when it is used
-
     whole = unfused_clone(model)
     check_named_layers(options, [*layer_names(whole), *part_names(whole)])
-    found = Rewritings.of_module(whole, options)
+    return _plan_from_runs(model, inputs, options)
+
+
+def _plan_from_runs(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    options: Options,
+    only: Callable[[nn.Module], Collection[str] | None] = lambda _: None,
+) -> Plan:
+    """Plan from observed runs; stacks and attention are split if a site is inside.
+
+    Args:
+        model: it stays as it is.
+        inputs: example inputs.
+        options: the user's.
+        only: gives the names of the layers to plan, of the model and of copies with split layers;
+            None plans all.
+    """
+    from lean_fx.planning.module_form import failing_splits, split_clone  # when it is used
+
+    def observed(splits: Rewritings) -> Plan:
+        runnable = split_clone(model, splits, inputs)
+        return _plan_observed(model, runnable, inputs, options, only(runnable))
+
+    whole = unfused_clone(model)
+    found = Rewritings.of_module(whole, options, only(whole))
     failing = failing_splits(found.split_layers, model, inputs)
     found = found.without(Rewritings(tuple(failing)))
-    made = _plan_observed(model, split_clone(model, found, inputs), inputs, options)
+    made = observed(found)
     used = found.used_by(made.sites)
-    if used != found:
-        made = _plan_observed(model, split_clone(model, used, inputs), inputs, options)
+    made = observed(used) if used != found else made
     made = dataclasses.replace(made, split_layers=used.split_layers)
     return _with_whole_layers(without_failing(made, whole, inputs), failing, whole)
 
@@ -229,7 +250,7 @@ def _plan_observed(
     runnable: nn.Module,
     inputs: tuple[Any, ...],
     options: Options,
-    only: frozenset[str] | None = None,
+    only: Collection[str] | None,
 ) -> Plan:
     """Plan from one observed run: each layer reduces its own input."""
     records = observed_records(runnable, inputs, options, only)
@@ -252,11 +273,13 @@ def _with_layers_inside_leaves(
     inside = layers_inside_leaves(captured)
     if first_without_values(captured) or not (inside or has_weights_inside_leaves(captured)):
         return made  # planning them needs a run with real values
-    within = _plan_observed(captured, captured, inputs, options, inside)
-    within = without_failing(within, captured, inputs)
+    within = _plan_from_runs(captured, inputs, options, layers_inside_leaves)
     seen = [each for each in made.left_alone if each.layer not in inside]
     return dataclasses.replace(
-        made, sites=(*made.sites, *within.sites), left_alone=(*seen, *within.left_alone)
+        made,
+        sites=(*made.sites, *within.sites),
+        left_alone=(*seen, *within.left_alone),
+        split_layers=(*made.split_layers, *within.split_layers),
     )
 
 

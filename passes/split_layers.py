@@ -6,8 +6,9 @@ MultiheadAttention its projections and what lies between them
 
 Rules:
 
-1. It acts on the layers that it is given by name. Each is called once, and is of a kind that one
-   of the splitters takes.
+1. It acts on the layers that it is given by name. Each is of a kind that one of the splitters
+   takes. It is called once; or it is inside a module that the graph calls as a whole, where a
+   module that calls its parts takes its place (:func:`split_modules`).
 2. A layer that is split already is left alone.
 """
 
@@ -33,31 +34,37 @@ class SplitLayers(Pass):
 
     Args:
         layers: their qualified names.
+        planned: the names of all layers in the plan, for layers that no node calls.
 
     Raises:
-        PlanError: a name is neither that of a stack nor of attention, or not called exactly once.
+        PlanError: a name is neither that of a stack nor of attention, or called more than once.
     """
 
-    def __init__(self, layers: Iterable[str]) -> None:
+    def __init__(self, layers: Iterable[str], planned: Collection[str] = ()) -> None:
         self.layers = tuple(layers)
+        self.planned = planned
 
     def requires(self, graph_module: GraphModule) -> None:
-        """Every layer is split already, or can be and is called once."""
-        calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+        """Every layer is split already, or can be; it is called once, or inside of a leaf."""
+        calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
         modules = modules_by_name(graph_module)
         for name in self._unsplit(modules):
-            if calls.count(name) != 1 or splitter_of(modules.get(name)) is None:
+            inside = any(name.startswith(f"{each}.") for each in calls)
+            once = calls.count(name) == (0 if inside else 1)
+            if not once or splitter_of(modules.get(name)) is None:
                 raise _not_split(name)
 
     def run(self, graph_module: GraphModule) -> bool:
         """Split them one by one."""
         modules = modules_by_name(graph_module)
         unsplit = self._unsplit(modules)
-        for node in list(graph_module.graph.nodes):
-            if node.op == "call_module" and node.target in unsplit:
-                splitter = splitter_of(modules[node.target])
-                assert splitter is not None
-                splitter.split(graph_module, node)
+        calls = [node for node in graph_module.graph.nodes if node.op == "call_module"]
+        called = {str(node.target): node for node in calls}
+        split_modules(graph_module, [name for name in unsplit if name not in called], self.planned)
+        for name in unsplit:
+            splitter = splitter_of(modules[name])
+            if name in called and splitter is not None:
+                splitter.split(graph_module, called[name])
         if unsplit:
             forget_facts(graph_module)
         return bool(unsplit)

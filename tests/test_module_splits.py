@@ -9,8 +9,10 @@ from torch import nn
 
 import lean_fx
 from graphs import both_forms
+from lean_fx.capture.capturing import capture
 from lean_fx.errors import ArgumentError
 from lean_fx.layers.attention import SplitAttention
+from lean_fx.passes import SplitLayers
 
 X = torch.rand(2, 6, 5)
 
@@ -117,17 +119,9 @@ def asks_for_an_attribute(rnn, attention, x):
 ATTENTION = ["attention.in_proj", "attention.out_proj"]
 
 
-@pytest.mark.parametrize("branches", [False, True])
-@pytest.mark.parametrize(
-    ("code", "layers", "reason"),
-    [
-        (reads_a_weight, ["rnn", *ATTENTION], "it fails with AttributeError"),
-        (reads_a_bias, ["rnn.0", "rnn.1"], "it fails with TypeError"),
-        (asks_for_its_class, ["rnn", *ATTENTION], "its outputs differ"),
-        (asks_for_an_attribute, ["rnn.0", "rnn.1", *ATTENTION], ""),
-    ],
-)
-def test_what_code_looks_into_stays_whole(code, layers, reason, branches):
+def looking(code, branches):
+    """A model whose code does more with its layers than call them, and may branch on numbers."""
+
     class Looks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -141,7 +135,25 @@ def test_what_code_looks_into_stays_whole(code, layers, reason, branches):
             x = self.attention(x, x, x, need_weights=False)[0]
             return code(self.rnn, self.attention, x)
 
-    plan = lean_fx.plan(Looks(), X, form="module")
+    return Looks()
+
+
+LOOKS = pytest.mark.parametrize(
+    ("code", "layers", "reason"),
+    [
+        (reads_a_weight, ["rnn", *ATTENTION], "it fails with AttributeError"),
+        (reads_a_bias, ["rnn.0", "rnn.1"], "it fails with TypeError"),
+        (asks_for_its_class, ["rnn", *ATTENTION], "its outputs differ"),
+        (asks_for_an_attribute, ["rnn.0", "rnn.1", *ATTENTION], ""),
+    ],
+)
+
+
+@LOOKS
+@pytest.mark.parametrize("branches", [False, True])
+def test_what_code_looks_into_stays_whole(code, layers, reason, branches):
+    model = looking(code, branches)
+    plan = lean_fx.plan(model, X, form="module")
     assert plan.traced != branches
     assert [layer for site in plan.sites for layer in site.layers] == layers
     left = {each.layer: str(each.reason) for each in plan.left_alone}
@@ -151,4 +163,30 @@ def test_what_code_looks_into_stays_whole(code, layers, reason, branches):
         if code is reads_a_bias and not branches:  # the graph shows it
             text = "its parameter is used elsewhere: attention.in_proj_bias, read by attention_in"
         assert left[told].startswith(text)
-    assert plan.apply(Looks(), X)(X).shape == (2, 6, 32)
+    assert plan.apply(model, X)(X).shape == (2, 6, 32)
+
+
+@LOOKS
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_layers_inside_of_what_is_not_traced_are_split_too(code, layers, reason, form):
+    model = nn.Sequential(nn.Linear(5, 5), looking(code, True), nn.Linear(32, 4)).eval()
+    plan = lean_fx.plan(model, X, form=form)
+    assert plan.traced
+    reduced = [layer for site in plan.sites for layer in site.layers]
+    assert reduced == ["2", *(f"1.{layer}" for layer in layers)]
+    left = {each.layer: str(each.reason) for each in plan.left_alone}
+    told = left.keys() & {"1.rnn.1", "1.attention"}
+    assert all(reason in left[each] for each in told)
+    assert bool(told) == bool(reason)
+    lean = lean_fx.Plan.from_json(plan.to_json()).apply(model, X)
+    assert lean(X).shape == (2, 6, 4)
+
+
+def test_splitting_inside_of_what_is_not_traced_keeps_the_numbers():
+    model = nn.Sequential(nn.Linear(5, 5), looking(asks_for_an_attribute, True)).double().eval()
+    x, captured = X.double(), capture(model, (X.double(),))
+    split = SplitLayers(["1.rnn", "1.attention"], ["1.attention.in_proj"])
+    assert split(captured).modified
+    torch.testing.assert_close(captured(x), model(x), rtol=1e-12, atol=1e-14)
+    assert not split(captured).modified
+    assert type(captured.get_submodule("1.attention")) is SplitAttention

@@ -97,7 +97,7 @@ class AttentionHeads(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """``[N, L, E]`` as ``[N, heads, L, E / heads]``."""
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, 2, (self.num_heads, -1)).transpose(1, 2)
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor

@@ -9,7 +9,7 @@ name in the captured graph.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,13 +49,16 @@ class Rewritings:
         return cls(split, tuple(weights_of_products(captured)))
 
     @classmethod
-    def of_module(cls, model: nn.Module, options: Options) -> Rewritings:
+    def of_module(
+        cls, model: nn.Module, options: Options, only: Collection[str] | None = None
+    ) -> Rewritings:
         """The layers of a model without a graph that can be split, with the same exceptions."""
         owners = owners_of(model)
         split = (
             name
             for name, layer in model.named_modules()
-            if name and _may_be_split(name, layer, owners, options)
+            if name and (only is None or name in only)
+            if _may_be_split(name, layer, owners, options)
         )
         return cls(tuple(split))
 

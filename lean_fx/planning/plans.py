@@ -138,7 +138,8 @@ class Plan:
             proved: frozenset[str] = frozenset()
             if captured is not None:
                 shown = clone_graph(captured)
-                Pipeline([SplitLayers(self.split_layers), TrackWrites(), InferSign()])(shown)
+                split = SplitLayers(self.split_layers, self.named())
+                Pipeline([split, TrackWrites(), InferSign()])(shown)
                 InsertReductions(self.sites, self.reduction).requires(shown)
                 proved = proved_layers(shown)
             copied = unfused_clone(model)
@@ -152,7 +153,8 @@ class Plan:
         self._check_depths(graph_module)
         swap = SwapLayers(self.sites, self.reduction)
         insert = InsertReductions(self.sites, self.reduction)
-        rewrite = ModularizeWeights(self.weights), SplitLayers(self.split_layers)
+        split = SplitLayers(self.split_layers, self.named())
+        rewrite = ModularizeWeights(self.weights), split
         with SHARED_STATE, torch.inference_mode(False):
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
         self.hold_by(graph_module)

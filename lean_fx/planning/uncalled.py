@@ -49,14 +49,19 @@ def uncalled_layers(
     return left
 
 
-def layers_inside_leaves(graph_module: GraphModule) -> frozenset[str]:
-    """The layers inside modules that are not traced, by name."""
+def layers_inside_leaves(graph_module: nn.Module) -> frozenset[str]:
+    """The layers inside modules that are not traced, by name.
+
+    Args:
+        graph_module: a GraphModule.
+    """
+    assert isinstance(graph_module, GraphModule)
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     modules = dict(graph_module.named_modules())
     return frozenset(
         name
         for name, layer in modules.items()
-        if type(layer) in KINDS
+        if type(layer) in (*KINDS, nn.MultiheadAttention)
         and (holder := _holder(name, called))
         and not LeanTracer().is_leaf_module(modules[holder], holder)
     )

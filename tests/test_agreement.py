@@ -9,6 +9,7 @@ from torch import nn
 import lean_fx
 from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.capturing import capture
+from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import CaptureError
 
 X = torch.rand(2, 32)
@@ -55,6 +56,16 @@ def test_a_part_that_differs_is_whole(between):
 def test_a_model_that_differs_itself_is_refused(between):
     with pytest.raises(CaptureError, match="^Net: a graph would not do what it does"):
         capture(Net(between), (X,))
+
+
+def test_the_random_numbers_of_gpus_are_put_back_too(monkeypatch):
+    put_back = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["state"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", put_back.append)
+    with keeping_rng_state():
+        assert put_back == []
+    assert put_back == [["state"]]
 
 
 def test_what_is_asked_leaves_no_trace():

@@ -155,12 +155,15 @@ def rng_states() -> Any:
 def keeping_rng_state() -> Iterator[None]:
     """Restore the random generators of torch, Python and NumPy on exit."""
     state, ours = torch.default_generator.get_state(), random.getstate()
+    initialised: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if initialised else []
     numpy = sys.modules.get("numpy")
     theirs = numpy.random.get_state() if numpy else None
     try:
         yield
     finally:
         torch.default_generator.set_state(state)
+        torch.cuda.set_rng_state_all(cuda)
         random.setstate(ours)
         if numpy:
             numpy.random.set_state(theirs)

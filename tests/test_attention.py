@@ -241,3 +241,10 @@ def test_shared_and_hooked_attention_is_left_alone():
     model.attention.register_forward_hook(lambda module, args, out: out)
     (left,) = (e for e in lean_fx.plan(model).left_alone if e.layer == "attention")
     assert left.reason.text == "it has hooks, which a rebuilt layer would lose"
+
+
+def test_torchs_own_tracer_takes_a_split_layer():
+    model = split(AttendsItself(nn.MultiheadAttention(E, H, batch_first=True))).eval()
+    x = torch.rand(N, L, E)
+    for found, wanted in zip(torch.fx.symbolic_trace(model)(x), model(x), strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# torch.fx's own tracer meets one call, not what is inside: it depends on the rank of the query.
+torch.fx.wrap("attend")
 
 
 class AttentionHeads(nn.Module):
@@ -63,60 +67,22 @@ class AttentionHeads(nn.Module):
         """
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = (each.unsqueeze(0) for each in (query, key, value))
-            if key_padding_mask is not None:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            query, key, value = (each.transpose(0, 1) for each in (query, key, value))
-        if self.bias_k is not None and self.bias_v is not None:
-            key = torch.cat([key, self.bias_k.expand(key.shape[0], -1, -1)], 1)
-            value = torch.cat([value, self.bias_v.expand(value.shape[0], -1, -1)], 1)
-
-        q, k, v = (self._heads(each) for each in (query, key, value))
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        hint = is_causal and key_padding_mask is None and not need_weights
-        mask = None if hint else self._mask(attn_mask, key_padding_mask, q, k)
-
-        dropout = self.dropout if self.training else 0.0
-        weights: Tensor | None = None
-        if need_weights:
-            scores = q * q.shape[-1] ** -0.5 @ k.mT
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            weights = F.dropout(weights, dropout, self.training)
-            out = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=hint)
-        out = out.transpose(1, 2).flatten(2)
-        if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), weights
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """``[N, L, E]`` as ``[N, heads, L, E / heads]``."""
-        return torch.unflatten(x, 2, (self.num_heads, -1)).transpose(1, 2)
-
-    def _mask(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
-    ) -> Tensor | None:
-        """The sum of both masks, to be added to the scores ``[N, heads, L, S]``."""
-        parts = []
-        if attn_mask is not None:
-            grouped = attn_mask.dim() == 3  # a mask for each head of each sequence
-            each = (-1, self.num_heads, *attn_mask.shape[1:])
-            parts.append(attn_mask.reshape(each) if grouped else attn_mask)
-        if key_padding_mask is not None:
-            parts.append(key_padding_mask[:, None, None])
-        masks = []
-        for part in parts:
-            if part.dtype == torch.bool:
-                part = torch.zeros_like(part, dtype=q.dtype).masked_fill_(part, -torch.inf)
-            more = k.shape[2] - part.shape[-1]  # keys of bias_k, and of zeros
-            masks.append(F.pad(part, (0, more)) if more else part)
-        return sum(masks[1:], masks[0]) if masks else None
+        return attend(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            attn_mask,
+            self.bias_k,
+            self.bias_v,
+            num_heads=self.num_heads,
+            dropout=self.dropout if self.training else 0.0,
+            batch_first=self.batch_first,
+            add_zero_attn=self.add_zero_attn,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
 
     def extra_repr(self) -> str:
         """The settings that differ from the default."""
@@ -124,6 +90,78 @@ class AttentionHeads(nn.Module):
         options["add_zero_attn"] = (self.add_zero_attn, False)
         changed = [f", {name}={now!r}" for name, (now, usual) in options.items() if now != usual]
         return f"num_heads={self.num_heads}{''.join(changed)}"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    *,
+    num_heads: int,
+    dropout: float,
+    batch_first: bool,
+    add_zero_attn: bool,
+    need_weights: bool,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of :class:`AttentionHeads`, whose arguments and attributes it takes."""
+    batched = query.dim() == 3
+    if not batched:
+        query, key, value = (each.unsqueeze(0) for each in (query, key, value))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+    elif not batch_first:
+        query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    if bias_k is not None and bias_v is not None:
+        key = torch.cat([key, bias_k.expand(key.shape[0], -1, -1)], 1)
+        value = torch.cat([value, bias_v.expand(value.shape[0], -1, -1)], 1)
+
+    # [N, L, E] as [N, heads, L, E / heads]
+    parts = (torch.unflatten(each, 2, (num_heads, -1)) for each in (query, key, value))
+    q, k, v = (each.transpose(1, 2) for each in parts)
+    if add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    hint = is_causal and key_padding_mask is None and not need_weights
+    mask = None if hint else _mask(attn_mask, key_padding_mask, q, k)
+
+    weights: Tensor | None = None
+    if need_weights:
+        scores = q * q.shape[-1] ** -0.5 @ k.mT
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        weights = F.dropout(weights, dropout, dropout > 0)
+        out = weights @ v
+        weights = weights.mean(1) if average_attn_weights else weights
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=hint)
+    out = out.transpose(1, 2).flatten(2)
+    if not batched:
+        return out.squeeze(0), None if weights is None else weights.squeeze(0)
+    return out if batch_first else out.transpose(0, 1), weights
+
+
+def _mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
+) -> Tensor | None:
+    """The sum of both masks, to be added to the scores ``[N, heads, L, S]``."""
+    parts = []
+    if attn_mask is not None:
+        grouped = attn_mask.dim() == 3  # a mask for each head of each sequence
+        each = (-1, q.shape[1], *attn_mask.shape[1:])
+        parts.append(attn_mask.reshape(each) if grouped else attn_mask)
+    if key_padding_mask is not None:
+        parts.append(key_padding_mask[:, None, None])
+    masks = []
+    for part in parts:
+        if part.dtype == torch.bool:
+            part = torch.zeros_like(part, dtype=q.dtype).masked_fill_(part, -torch.inf)
+        more = k.shape[2] - part.shape[-1]  # keys of bias_k, and of zeros
+        masks.append(F.pad(part, (0, more)) if more else part)
+    return sum(masks[1:], masks[0]) if masks else None
 
 
 class SplitAttention(nn.Module):

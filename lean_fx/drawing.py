@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import capture, clone_graph
 from lean_fx.capture.example_inputs import as_inputs
@@ -126,6 +128,7 @@ class Box:
 
 def _boxes(model: nn.Module, example_inputs: Any, most: int) -> list[Box]:
     inputs = as_inputs(example_inputs, model)
+    inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
     if isinstance(model, GraphModule):
         copied = clone(model)  # counting changes it
         assert isinstance(copied, GraphModule)

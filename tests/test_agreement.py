@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,6 +80,37 @@ def test_what_is_asked_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert torch.equal(x, X)
+
+
+def by_torch(self):
+    return torch.rand(()) < 0.5
+
+
+def by_python(self):
+    return random.random() < 0.5
+
+
+def by_numpy(self):
+    return np.random.rand() < 0.5
+
+
+@pytest.mark.parametrize("chance", [by_torch, by_python, by_numpy])
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_a_plan_moves_no_generator_whatever_forward_draws(chance, form):
+    class Draws(Net):
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h.relu() if chance(self) else h)
+
+    model = Draws()
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1:3]
+
+    before = states()
+    lean_fx.plan(model, X, form=form)
+    np.testing.assert_equal(states(), before)
 
 
 class Fixed(nn.Module):

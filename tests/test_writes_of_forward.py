@@ -64,6 +64,13 @@ def adds_through_a_view_of_a_view(h):
     return rows.flatten(1)
 
 
+def adds_to_an_attribute_that_is_a_view(h):
+    h = h.clone()
+    turned = h.T
+    turned -= 1
+    return h
+
+
 def adds_to_a_list(h):
     parts = [h]
     both = parts
@@ -80,6 +87,7 @@ def counts(h):
 
 WRITES = [accumulates, accumulates_in_a_value, fills_a_tensor, adds_to_a_view]
 WRITES += [adds_by_another_name, adds_through_a_view_of_a_view, adds_to_a_list, counts]
+WRITES += [adds_to_an_attribute_that_is_a_view]
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -125,3 +133,22 @@ def test_the_callers_input_is_written_too():
     torch.testing.assert_close(lean(x), model(y))
     torch.testing.assert_close(x, y)
     torch.testing.assert_close(x, X + 1)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_example_inputs_are_not_written(form, branches, tmp_path):
+    class Writes(Residual):
+        def forward(self, x):
+            x += 1
+            return self.b(self.a(x)) if branches and x.sum() > 0 else self.a(x)
+
+    model, x = Writes(), X.clone()
+    made = lean_fx.plan(model, x, form=form)
+    lean_fx.leanify(model, x, form=form)
+    made.apply(model, x)
+    lean_fx.sensitivity(model, x)
+    if not branches:
+        lean_fx.costs_of(model, x)
+        lean_fx.draw(model, tmp_path / "net.svg", x)
+    torch.testing.assert_close(x, X, rtol=0, atol=0)

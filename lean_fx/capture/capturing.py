@@ -22,7 +22,7 @@ from lean_fx.capture.finishing import keep_hooks, keep_layers, name_items
 from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
 from lean_fx.capture.own_code import Purpose, own_loading
 from lean_fx.capture.retries import trace_copy, whole_modules
-from lean_fx.capture.side_effects import SideEffect
+from lean_fx.capture.side_effects import SideEffect, keeping_rng_state
 from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
@@ -72,7 +72,7 @@ def capture(
         raise ArgumentError(
             f"model={type(model).__name__} is a single layer; wrap it in torch.nn.Sequential"
         )
-    with SHARED_STATE:
+    with SHARED_STATE, keeping_rng_state():  # forward may draw numbers while it is traced
         root = unfused_clone(model)
         if purpose == "evaluation":
             root.eval()

@@ -93,8 +93,8 @@ class KeepsData(AugmentedAssignments):
         return super().__format__(spec) if spec else repr(self)
 
 
-class KeyedAttribute(Attribute):
-    """An attribute of a proxy, which refuses to be a key as the proxy does."""
+class KeyedAttribute(AugmentedAssignments, Attribute):
+    """An attribute of a proxy, which may be a view, and refuses to be a key as the proxy does."""
 
     __hash__ = KeepsData.__hash__
     __str__ = KeepsData.__str__

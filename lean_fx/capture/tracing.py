@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -185,7 +186,13 @@ class LeanTracer(Tracer):
         return function, args
 
     def create_arg(self, a: Any) -> Any:
-        """As the base class, but a container of the user's own class keeps its class."""
+        """As the base class, but a container of the user's own class keeps its class.
+
+        Scalars of NumPy become Python's: generated code could not name them.
+        """
+        numpy = sys.modules.get("numpy")
+        if numpy and isinstance(a, numpy.generic):
+            a = a.item()
         if not is_own_container(a):
             return super().create_arg(a)
         args, kwargs = arguments_of(a)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ _OF_GLOBALS = (
     *("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"),
     *("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"),
 )
+_METHODS = (MethodType, staticmethod, classmethod)
 #: Packages whose code and objects are not a model's own.
 LIBRARIES = ("None", "torch", "builtins", "lean_fx", "numpy", "collections", "functools")
 #: Stands for the value of a closure variable that is not assigned yet.
@@ -77,7 +78,7 @@ def _behind(named: Any) -> Any:
         return named.fget
     if isinstance(named, CACHE):
         return named.__wrapped__
-    return getattr(named, "__func__", named)
+    return named.__func__ if isinstance(named, _METHODS) else named
 
 
 @lru_cache(maxsize=4096)

@@ -29,9 +29,9 @@ def version_of(value: Any) -> Any:
         return value.getstate()
     if isinstance(value, Iterator):
         return object()
-    if hasattr(value, "__array_interface__") and value.size < _MANY:
+    if _is_array(value) and value.size < _MANY:
         return value.tobytes()
-    return str(value.bit_generator.state) if hasattr(value, "bit_generator") else None
+    return str(value.bit_generator.state) if _is_generator(value) else None
 
 
 def backup_of(value: Any) -> Callable[[], Any] | None:
@@ -45,10 +45,23 @@ def backup_of(value: Any) -> Callable[[], Any] | None:
         return lambda: value.set_state(state)
     if isinstance(value, random.Random):
         return lambda: value.setstate(version)
-    if hasattr(value, "__array_interface__"):
+    if _is_array(value) and version is not None:
         array = value.copy()
         return lambda: value.__setitem__(..., array)
-    if hasattr(value, "bit_generator"):
+    if _is_generator(value):
         kept = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", kept)
     return None
+
+
+# What a type has is asked, as an object of the user's own may answer for any attribute.
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array of NumPy or the like; NumPy's scalars are immutable."""
+    return hasattr(type(value), "__array_interface__") and hasattr(type(value), "__setitem__")
+
+
+def _is_generator(value: Any) -> bool:
+    """Whether a value is a generator of NumPy's."""
+    return hasattr(type(value), "bit_generator")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import as_inputs
+from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
@@ -106,7 +107,7 @@ def compare(
         check_country("compare", country)
     with (
         tempfile.TemporaryDirectory() as temporary,
-        torch.random.fork_rng(devices=[]),
+        keeping_rng_state(),
         torch.inference_mode(False),
         torch.enable_grad(),  # of training steps, wherever it is called
         counted_bar("compare", len(models) + len(batches) * rounds) as show,

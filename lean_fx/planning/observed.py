@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
+from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
@@ -178,7 +180,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen],
     """
     check_values(model)
     model = clone(model)  # outside the try below: an error here is about copying
-    with torch.random.fork_rng(), leaving_state(model):
+    with torch.random.fork_rng(), keeping_rng_state(), leaving_state(model):
         torch.manual_seed(0)
         try:
             seen, products = _seen(model, tuple(unit_variances(inputs)))
@@ -188,7 +190,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen],
             _scale_as_in_training(seen, model, inputs)
             return seen, products
     try:
-        with leaving_state(model):
+        with keeping_rng_state(), leaving_state(model):
             return _seen(model, inputs)
     except Exception as error:
         reason = one_line(error)
@@ -214,6 +216,7 @@ def _seen(
     model: nn.Module, inputs: tuple[Any, ...], *, training: bool = False
 ) -> tuple[dict[str, Seen], list[LeftAlone]]:
     copied = clone(model).train(training)
+    inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     called: dict[str, Seen] = {}
     for name, layer in copied.named_modules():
@@ -284,9 +287,10 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """Why a model fails with its layers swapped, in one line; empty if it does not."""
     sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # measures no scale
     tried = dataclasses.replace(made, sites=sites)
-    with torch.random.fork_rng(), torch.no_grad(), leaving_state(model):
+    own = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
+    with torch.random.fork_rng(), keeping_rng_state(), torch.no_grad(), leaving_state(model):
         try:
-            tried.apply_to_copy(model, None).eval()(*inputs)
+            tried.apply_to_copy(model, None).eval()(*own)
         except Exception as error:  # the model's own code
             return f"{type(error).__name__}: {one_line(error, 200)}"
     return ""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lean_fx
+from lean_fx.graph.reachable import Reachable
 
 X = torch.rand(2, 32)
 STEP = torch.zeros(())
@@ -149,3 +150,24 @@ def test_a_model_that_was_run_is_as_good_as_a_fresh_one(nested):
     torch.testing.assert_close(lean(X), wanted)
     for mode in (True, False):
         torch.testing.assert_close(lean.train(mode)(X), model.train(mode)(X))
+
+
+def test_a_table_of_tables_is_data_and_what_is_held_after_it_is_state():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.table = nn.Linear(32, 4), [[float(i)] * 100 for i in range(100)]
+            self.state = {"step": 0}
+
+        def forward(self, x):
+            self.state["step"] += 1
+            return self.a(x) * self.table[1][2] + self.state["step"]
+
+    model = Counts()
+    assert len(Reachable.of(model).held) < 2000
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lean_fx.LeanWarning)
+        lean = lean_fx.leanify(model, X, min_channels=10**9)
+    assert model.state == {"step": 0}
+    for _ in range(3):
+        torch.testing.assert_close(lean(X), model(X))

@@ -134,8 +134,28 @@ def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
     return found
 
 
-def _add(found: dict[str, Any], holders: list[Any], path: str, value: Any, above: set[int]) -> None:
-    """Add the values that ``value`` holds, or ``value`` itself if it holds none."""
+def _add(
+    found: dict[str, Any],
+    holders: list[Any],
+    path: str,
+    value: Any,
+    above: set[int],
+    most: int | None = None,
+) -> None:
+    """Add the values that ``value`` holds, or ``value`` itself if it holds none.
+
+    Args:
+        found: gets the values, by path.
+        holders: gets what holds them.
+        path: of the value.
+        value: the value.
+        above: the ids of what holds the value.
+        most: stop at so many values in ``found``; by default after ``_MANY`` further ones, as a
+            table of tables is data too.
+    """
+    most = len(found) + _MANY if most is None else most
+    if len(found) >= most:
+        return
     items: Iterable[tuple[str, Any]] = ()
     if version_of(value) is None and len(above) < 4 and id(value) not in above:
         if isinstance(value, list | tuple | deque) and len(value) < _MANY:
@@ -151,7 +171,7 @@ def _add(found: dict[str, Any], holders: list[Any], path: str, value: Any, above
             holders.append(value)
     count = len(found)
     for name, each in items:
-        _add(found, holders, name, each, above | {id(value)})
+        _add(found, holders, name, each, above | {id(value)}, most)
     if len(found) == count and not isinstance(value, _CONTAINERS):
         found[path] = value
 

@@ -24,6 +24,7 @@ from lean_fx.errors import PlanError
 from lean_fx.graph import split_attention, split_recurrent
 from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import forget_facts
+from lean_fx.graph.rewriting import become
 from lean_fx.passes.base import Pass
 
 _SPLITTERS: tuple[ModuleType, ...] = (split_recurrent, split_attention)
@@ -107,9 +108,7 @@ def split_modules(model: nn.Module, layers: Iterable[str], planned: Collection[s
         splitter = splitter_of(layer)
         if splitter is None:
             raise _not_split(name)
-        made = splitter.split_module(layer, name, planned)
-        for each in [each for each, there in modules.items() if there is layer]:
-            model.set_submodule(each, made)
+        become(modules[name], splitter.split_module(layer, name, planned))
 
 
 def _not_split(name: str) -> PlanError:

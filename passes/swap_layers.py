@@ -31,6 +31,7 @@ from torch.fx import GraphModule
 from lean_fx.errors import PlanError
 from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.facts import facts
+from lean_fx.graph.rewriting import become
 from lean_fx.graph.site_reductions import check_layer, reduction_for
 from lean_fx.graph.sites import Site
 from lean_fx.layers.input_hooks import ReduceFlattened, reduce_first, reduce_within
@@ -110,9 +111,6 @@ def swap_layers(
     """
     sites = tuple(sites)
     modules = modules_by_name(model)
-    names: dict[int, list[str]] = {}  # a layer may have several
-    for name, module in modules.items():
-        names.setdefault(id(module), []).append(name)
     for site in sites:
         for consumer in site.consumers:
             check_layer(modules.get(consumer.layer), consumer, site)
@@ -123,33 +121,29 @@ def swap_layers(
 
     for site in sites:
         if not site.value:
-            _swap(model, names, site, *made(site))
+            _swap(model, site, *made(site))
     shared = [(site, *made(site)) for site in sites if site.value]
     for each in shared:
-        _swap(model, names, *each)
+        _swap(model, *each)
 
 
-def _swap(
-    model: nn.Module, names: dict[int, list[str]], site: Site, reduction: nn.Module, gain: float
-) -> None:
+def _swap(model: nn.Module, site: Site, reduction: nn.Module, gain: float) -> None:
     assert site.out_channels is not None
     readers = sum(consumer.features_per_channel == 1 for consumer in site.consumers)
     once = ReduceOnce(readers) if readers > 1 else reduce_first
     for consumer in site.consumers:
         features = consumer.features_per_channel
         layer = model.get_submodule(consumer.layer)
-        made = rebuild(layer, site.out_channels * features * site.groups, gain)
-        made.add_module("reduction", reduction)
-        for name in names[id(layer)]:
-            model.set_submodule(name, made)
+        become(layer, rebuild(layer, site.out_channels * features * site.groups, gain))
+        layer.add_module("reduction", reduction)
         if consumer.applied_by is not None:
             _reduce_within(model, consumer.applied_by, consumer.layer)
         elif features == 1:
-            made.register_forward_pre_hook(once, with_kwargs=True)
+            layer.register_forward_pre_hook(once, with_kwargs=True)
         else:
             last = site.dim == -1
             sizes = (features, site.in_channels) if last else (site.in_channels, features)
-            made.register_forward_pre_hook(ReduceFlattened(sizes), with_kwargs=True)
+            layer.register_forward_pre_hook(ReduceFlattened(sizes), with_kwargs=True)
 
 
 def _reduce_within(model: nn.Module, applied_by: str, layer: str) -> None:

@@ -461,3 +461,33 @@ def test_a_method_that_breaks_a_promise_of_forward_is_found():
         lean(X)
         with pytest.raises(lean_fx.LeanError, match="the least value is -"):
             lean.decode(torch.randn(2, 32))
+
+
+class Listed(nn.Module):
+    """Calls its layers from a list that holds them too."""
+
+    def __init__(self, branches):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.rnn = nn.GRU(32, 32, 2, batch_first=True)
+        self.steps, self.branches = [self.a, self.b, {"last": (self.rnn, self.c)}], branches
+
+    def forward(self, x):
+        if self.branches and x.sum() > 1e9:
+            return x
+        first, second, held = self.steps
+        rnn, last = held["last"]
+        return last(rnn(second(first(x).relu()).relu())[0])
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_lists_of_layers_hold_the_reduced_ones(branches):
+    x = torch.rand(2, 6, 5)
+    lean = lean_fx.leanify(Listed(branches), x, form="module")
+    reduced = {name for site in lean_fx.plan_of(lean).sites for name in site.layers}
+    assert reduced == {"b", "rnn.0", "rnn.1", "c"}
+    assert lean.steps[1] is lean.b
+    assert lean.steps[2]["last"][0] is lean.rnn
+    lean(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in lean.parameters())

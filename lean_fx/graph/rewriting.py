@@ -47,6 +47,22 @@ def add_module(
     return f"{inside}.{home}.{free}".removeprefix(".")
 
 
+def become(module: nn.Module, made: nn.Module) -> None:
+    """Turn a module into another one in place, which must not be used any more.
+
+    So whatever refers to it, by another name or from a list in the model's code, refers to the new
+    one.
+
+    Example:
+        >>> layers = [nn.Linear(4, 2)]
+        >>> become(layers[0], nn.Linear(3, 2))
+        >>> layers
+        [Linear(in_features=3, out_features=2, bias=True)]
+    """
+    module.__class__ = type(made)
+    object.__setattr__(module, "__dict__", vars(made))
+
+
 def home_of(node: Node) -> str:
     """The name of the module whose forward made a call; the root's is empty."""
     stack = node.meta.get("nn_module_stack", {})

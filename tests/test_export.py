@@ -488,3 +488,23 @@ def test_a_model_that_was_not_reduced_holds_no_plan():
     text = "plan_of: Linear object holds no plan; give what leanify gave, not a pickle of it"
     with pytest.raises(ArgumentError, match=f"^{text}$"):
         lean_fx.plan_of(nn.Linear(2, 2))
+
+
+class Doubles(nn.Module):
+    """Branches on its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(16, 8)
+
+    def forward(self, x):
+        h = self.a(x)
+        return h * 2 if x.shape[0] > 2 else h
+
+
+def test_a_branch_on_the_batch_is_told(tmp_path):
+    message = "^export_onnx: Doubles takes another branch at batch 1 than for the example inputs"
+    with pytest.raises(ExportError, match=message):
+        lean_fx.export_onnx(Doubles(), tmp_path / "net.onnx", torch.rand(4, 16))
+    assert list(tmp_path.iterdir()) == []
+    lean_fx.export_onnx(Doubles(), tmp_path / "net.onnx", torch.rand(4, 16), batch="static")

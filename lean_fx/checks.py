@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -133,6 +134,22 @@ def one_of(words: Sequence[object]) -> str:
     """
     *most, last = map(str, words)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_path(subject: str, path: Any) -> None:
+    """Check that a value is a path.
+
+    Raises:
+        ArgumentError: it is not.
+
+    Example:
+        >>> check_path("save", None)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: save: path=None is not a path; give the name of a file
+    """
+    if not isinstance(path, str | os.PathLike) or "\0" in str(os.fspath(path)):
+        raise ArgumentError(f"{subject}: path={path!r} is not a path; give the name of a file")
 
 
 def check_plain(model: nn.Module) -> None:

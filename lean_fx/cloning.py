@@ -105,9 +105,12 @@ def _cached(model: nn.Module) -> Iterator[Tensor]:
     """Non-leaf tensors in lists and dicts of modules, which a forward has left there."""
     for module in model.modules():
         held = [value for name, value in vars(module).items() if name not in _INTERNALS]
-        for value in pytree.tree_leaves([each for each in held if isinstance(each, dict | list)]):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                yield value
+        for holder in (each for each in held if isinstance(each, dict | list)):
+            try:
+                leaves = pytree.tree_leaves(holder)
+            except RecursionError:  # it holds itself
+                continue
+            yield from (x for x in leaves if isinstance(x, Tensor) and not x.is_leaf)
 
 
 def _computed(model: nn.Module) -> str:

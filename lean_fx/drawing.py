@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import capture, clone_graph
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.checks import check_int
+from lean_fx.capture.side_effects import keeping_rng_state
+from lean_fx.checks import check_int, check_path
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, require
 from lean_fx.files import replacing
@@ -70,6 +71,7 @@ def draw(
         lean = lean_fx.leanify(model, inputs, channels=10)
         lean_fx.draw({"before": model, "after": lean}, "net.svg", inputs)
     """
+    check_path("draw", path)
     file = Path(path)
     if file.suffix not in _SUFFIXES:
         raise ArgumentError(f"draw: path={str(path)!r} does not end in {', '.join(_SUFFIXES)}")
@@ -77,10 +79,11 @@ def draw(
     named = dict(models) if isinstance(models, Mapping) else {"": models}
     if not named:
         raise ArgumentError("draw: models is empty; give a model, or models by title")
-    columns = {
-        title: _boxes(model, example_inputs, most)
-        for title, model in _with_plans_applied(named, example_inputs).items()
-    }
+    with keeping_rng_state():
+        columns = {
+            title: _boxes(model, example_inputs, most)
+            for title, model in _with_plans_applied(named, example_inputs).items()
+        }
     figure = _picture(columns)
     with replacing(file) as part:
         figure.savefig(part, format=file.suffix[1:], dpi=110)

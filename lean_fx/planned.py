@@ -87,7 +87,7 @@ def planned(
         made_form = "module" if error else form
         made = _plan_captured(model, captured, inputs, options, keep, kernel, made_form)
     if form == "graph" and error:
-        reason = str(error).partition("; ")[0]
+        reason = _without_remedy(str(error))
         warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
     elif form == "graph" and captured is not None:
         _warn_of_sizes(model, captured, inputs)
@@ -118,10 +118,15 @@ def _warn_of_sizes(model: nn.Module, captured: GraphModule, inputs: tuple[Any, .
     checks = any(node.target is check_branch for node in captured.graph.nodes)
     for reason in refusing_modules(model, captured, inputs).values() if checks and inputs else ():
         warnings.warn(
-            f"{reason.partition('; ')[0]}; form='module' takes what the model takes",
+            f"{_without_remedy(reason)}; form='module' takes what the model takes",
             LeanWarning,
             stacklevel=4,
         )
+
+
+def _without_remedy(text: str) -> str:
+    """A message up to its remedy, behind the last semicolon: quoted code may hold others."""
+    return text.rpartition("; ")[0] or text
 
 
 def _plan_captured(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lean_fx.checks import check_path, first_without_values
 from lean_fx.errors import ArgumentError, DataError, WriteError, one_line, require
 from lean_fx.export.stored_plan import plan_of
 from lean_fx.files import replacing
@@ -51,6 +52,7 @@ def save(lean: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Reference: https://github.com/huggingface/safetensors
     """
+    check_path("save", path)
     if not isinstance(lean, nn.Module):
         raise ArgumentError(
             f"save: {type(lean).__name__} object is not a module; give a reduced one"
@@ -81,7 +83,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any = N
     Args:
         path: the file.
         model: the model that was reduced, or another instance of it; it is copied. Its weights do
-            not matter; its mode, device and dtype are those of the result.
+            not matter; its mode, device and dtype are those of the result, or the device is the
+            CPU if it is on the meta device.
         example_inputs: what :func:`~lean_fx.leanify` was called with.
 
     Returns:
@@ -98,11 +101,12 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any = N
 
     Example: see :func:`save`.
     """
+    check_path("load", path)
     plan, state = _read_checkpoint(path) if zipfile.is_zipfile(path) else _read(path)
     lean = plan.apply(model, example_inputs)
     state = _without_prefix(state, lean.state_dict())
     _check_fits(path, state, lean.state_dict())
-    lean.load_state_dict(state)
+    lean.load_state_dict(state, assign=bool(first_without_values(lean)))
     return lean
 
 

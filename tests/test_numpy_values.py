@@ -1,5 +1,7 @@
 """Models whose forward reads values of NumPy, or objects that answer for any attribute."""
 
+import enum
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,14 @@ from torch.fx import GraphModule
 
 import lean_fx
 from lean_fx.capture.capturing import capture
+from lean_fx.errors import CaptureError
 
 X = torch.rand(2, 32)
 ROOT, COUNT, FLAG = np.sqrt(2.0), np.int64(3), np.bool_(True)
+
+
+class Way(enum.Enum):
+    THERE, BACK = 1, 2
 
 
 class AttrDict(dict):
@@ -52,6 +59,30 @@ def test_scalars_are_constants_of_the_graph(scale, inputs):
     captured = capture(model, inputs)
     torch.testing.assert_close(captured(X), model(X))
     assert isinstance(lean_fx.leanify(model, *inputs), GraphModule)
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_an_array_that_is_read_only_stays(form):
+    held = np.broadcast_to(np.float32(2), (32,))
+    lean = lean_fx.leanify(Net(lambda self, h: h * float(held[0])), X, form=form)
+    assert lean(X).shape == (2, 4)
+
+
+@pytest.mark.parametrize("value", [np.float64(9.0), Way.BACK, frozenset((1,))])
+def test_another_constant_is_refused(value):
+    def scale(self, h):
+        known = self.held
+        return h * 2 if known is not None else h
+
+    lean = lean_fx.leanify(
+        Net(scale, type(value)(value) if value is not Way.BACK else Way.THERE), X
+    )
+    lean.held = lean.held
+    other = frozenset((2,)) if isinstance(value, frozenset) else value
+    if isinstance(value, np.float64):
+        other = np.float64(1.0)
+    with pytest.raises(CaptureError, match="^held was .* when the model was captured"):
+        lean.held = other
 
 
 def test_objects_that_answer_for_any_attribute():

@@ -1,5 +1,6 @@
 """save and load: one file, no pickle, the same numbers in another process."""
 
+import copy
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import safe_open, save_file
 from torch import nn
 
 import lean_fx
+from lean_fx.errors import ArgumentError
 
 X = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -266,3 +268,20 @@ def test_checkpoints_that_are_refused(tmp_path):
     torch.save(checkpoint(lean, model=lean), file)  # a pickle of a class
     with pytest.raises(lean_fx.DataError, match="is not a checkpoint of Lightning"):
         lean_fx.load(file, net, x)
+
+
+def test_a_model_without_values_gets_those_of_the_file(tmp_path):
+    net, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), torch.rand(4, 16)
+    lean = lean_fx.leanify(net, x)
+    lean_fx.save(lean, tmp_path / "net.safetensors")
+    loaded = lean_fx.load(tmp_path / "net.safetensors", copy.deepcopy(net).to("meta"))
+    torch.testing.assert_close(loaded(x), lean(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", [None, 3, "a\0b"])
+def test_what_is_no_path_is_refused(path):
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    lean = lean_fx.leanify(net)
+    for call in (lambda: lean_fx.save(lean, path), lambda: lean_fx.load(path, net)):
+        with pytest.raises(ArgumentError, match="is not a path; give the name of a file$"):
+            call()

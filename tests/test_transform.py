@@ -15,6 +15,7 @@ from cases import slow_unless
 from graphs import CHANGED, UNCHANGED, Flattened, MyConv, Residual, graph_text
 from lean_fx.capture.capturing import capture
 from lean_fx.errors import ArgumentError, CaptureError
+from lean_fx.planned import _without_remedy
 from lean_fx.reduction.controls import SliceReduction
 from lean_fx.reduction.registry import reductions
 
@@ -453,3 +454,36 @@ def test_models_that_cannot_be_captured():
 
     with pytest.raises(CaptureError, match=r"^Stuck: cannot be copied \(RuntimeError: no copies\)"):
         lean_fx.leanify(Stuck())
+
+
+class Unusual(nn.Module):
+    """Holds a container that holds itself, and refuses attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.held = nn.Linear(16, 32), nn.Linear(32, 4), {"scale": 2.0}
+        self.held["root"] = self.held
+
+    def __setattr__(self, name, value):
+        if name == "meta":
+            raise TypeError("frozen")
+        super().__setattr__(name, value)
+
+    def forward(self, x):
+        return torch.stack([self.last(v) for v in self.first(x).relu()]) * 2
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_an_unusual_model(form):
+    lean = lean_fx.leanify(Unusual(), torch.rand(3, 16), form=form)
+    assert lean(torch.rand(3, 16)).shape == (3, 4)
+    assert lean_fx.plan_of(lean).form == form
+
+
+def test_a_warning_has_the_whole_of_the_code_that_it_quotes():
+    told = (
+        "Net (net.py:6: h = f(x); return h): gives 6, but the model was captured where it gives 4"
+    )
+    assert _without_remedy(f"{told}; capture it with inputs of these sizes") == told
+    assert _without_remedy("Net: a graph would not do") == "Net: a graph would not do"

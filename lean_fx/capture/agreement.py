@@ -129,9 +129,13 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if one.dtype != other.dtype or one.is_nested != other.is_nested:
         return False
-    if one.layout is not torch.strided or one.is_nested or not one.numel():
+    if one.layout is not torch.strided or one.is_nested:
+        return True
+    if one.shape != other.shape:
+        return False
+    if not one.numel():
         return True
     if not one.is_floating_point():
         return torch.equal(one, other)

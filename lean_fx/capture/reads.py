@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from lean_fx.capture.side_effects import LEARNING, SideEffect, asked_by_model
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), range, slice, frozenset)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 #: Attributes of a parameter that do not depend on its numbers.
@@ -60,6 +61,8 @@ class AttributeReads:
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, Enum) or type(value).__module__ == "numpy":
+        return not hasattr(type(value), "__setitem__")  # scalars, and no arrays
     return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 
 

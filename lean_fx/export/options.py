@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lean_fx.checks import check_choice, check_int, check_shapes, check_values, quantized_by_torch
+from lean_fx.checks import (
+    check_choice,
+    check_int,
+    check_path,
+    check_shapes,
+    check_values,
+    quantized_by_torch,
+)
 from lean_fx.errors import ArgumentError, ExportError
 from lean_fx.export.quantization import Int8Target, Quantize, gives_batches
 
@@ -42,8 +48,7 @@ def check_options(path: Any, batch: Any, functions: Any, opset: Any, tolerance: 
     Raises:
         ArgumentError: one is out of its range.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"export_onnx: path={path!r} is not a path; give the name of a file")
+    check_path("export_onnx", path)
     check_choice("export_onnx: batch", batch, get_args(Batch))
     check_choice("export_onnx: functions", functions, get_args(Functions))
     if opset is not None:

@@ -45,7 +45,7 @@ def backup_of(value: Any) -> Callable[[], Any] | None:
         return lambda: value.set_state(state)
     if isinstance(value, random.Random):
         return lambda: value.setstate(version)
-    if _is_array(value) and version is not None:
+    if _is_array(value) and version is not None and value.flags.writeable:
         array = value.copy()
         return lambda: value.__setitem__(..., array)
     if _is_generator(value):

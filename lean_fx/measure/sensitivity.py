@@ -57,7 +57,9 @@ def sensitivity(model: nn.Module, example_inputs: Any, *, noise: float = _NOISE)
         >>> 0.9 < sensitivity(nn.Linear(16, 16), torch.randn(64, 16)) < 1.1
         True
     """
-    if not noise > 0 or not math.isfinite(noise):
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"sensitivity: model={type(model).__name__} object is not a module")
+    if type(noise) not in (int, float) or not noise > 0 or not math.isfinite(noise):
         raise ArgumentError(f"sensitivity: noise={noise!r} is not above 0")
     inputs = as_inputs(example_inputs, model)
     if not any(_is_numbers(each) for each in pytree.tree_leaves(inputs)):

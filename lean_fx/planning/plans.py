@@ -164,7 +164,7 @@ class Plan:
         """Store the plan in a reduced model, where :func:`lean_fx.plan_of` finds it."""
         held = getattr(lean, "meta", None)
         if held is None:
-            lean.meta = {PLAN: self}  # type: ignore[assignment]
+            vars(lean)["meta"] = {PLAN: self}  # a class may refuse attributes
         elif isinstance(held, dict):
             held[PLAN] = self
         else:  # the model has a meta of its own

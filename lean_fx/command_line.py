@@ -8,6 +8,7 @@ command line itself is wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "leanify" and not (args.out or args.onnx):
         parser.error("leanify: give -o FILE.safetensors, --onnx FILE.onnx, or both")
+    if args.command == "leanify" and args.out == args.onnx:
+        parser.error(f"leanify: -o and --onnx both name {args.out}; give two files")
     if args.command == "leanify" and args.onnx and not args.input:
         parser.error(
             "leanify: --onnx needs the shape of an example input; give --input 1,3,224,224"
@@ -97,6 +100,8 @@ def compare(args: argparse.Namespace) -> str:
     from lean_fx.measure.timing import time_onnx
     from lean_fx.onnx_files import onnx_bytes
 
+    if twice := [file for file in args.files if args.files.count(file) > 1]:
+        raise ArgumentError(f"compare: {twice[0]} is given twice; give another file, or a copy")
     files = {file: Path(file) for file in args.files}
     inputs = _onnx_inputs(args.files[0], args.input)
     found = time_onnx(
@@ -229,8 +234,12 @@ def _number(text: str) -> int | float | str:
 
 
 def _model_and_inputs(args: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
-    torch.manual_seed(args.seed)
-    model = _model(args.model)
+    try:
+        torch.manual_seed(args.seed)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentError(f"--seed {args.seed} is not an int of 64 bits; give 0") from error
+    with contextlib.redirect_stdout(sys.stderr):  # the user's code may print
+        model = _model(args.model)
     return model, tuple(map(_tensor, args.input)) if args.input else None
 
 
@@ -267,7 +276,12 @@ def _tensor(text: str) -> Tensor:
             f"--input {text!r} is not a shape; give 1,3,224,224, or 8,16:int64 with a dtype of "
             "torch"
         ) from None
-    return torch.rand(shape).to(kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
+    try:
+        return (
+            torch.rand(shape).to(kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise ArgumentError(f"--input {text!r} cannot be made ({one_line(error, 100)})") from error
 
 
 def _onnx_inputs(file: str, shapes: Sequence[str] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and returns."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,36 @@ def test_it_runs_as_a_module_and_finds_files_beside_it(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Plan for Linear: 0 reductions")
+
+
+def loud():
+    print("hello")
+    return net()
+
+
+def test_what_a_factory_prints_is_not_in_the_output(capsys):
+    assert main(["plan", "test_command_line:loud", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert lean_fx.Plan.from_json(out) == lean_fx.plan(net())
+    assert err.startswith("hello\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", NET, "--seed", "9" * 30], "--seed 9{30} is not an int of 64 bits; give 0"),
+        (["plan", NET, "--input", "99999999999,3,8,8"], "--input '9+,3,8,8' cannot be made"),
+        (["plan", NET, "--input", "1,3,8,8:qint8"], "--input '1,3,8,8:qint8' cannot be made"),
+        (["compare", "a.onnx", "a.onnx"], "compare: a.onnx is given twice; give another file"),
+    ],
+)
+def test_absurd_values_are_told_in_one_line(arguments, message, capsys):
+    assert main(arguments) == 1
+    assert re.match(f"error: {message}", capsys.readouterr().err)
+
+
+def test_one_file_for_two_outputs_is_a_wrong_command_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["leanify", NET, *INPUT, "-o", "same.onnx", "--onnx", "same.onnx"])
+    assert ended.value.code == 2
+    assert "-o and --onnx both name same.onnx; give two files" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx import kernel
-from lean_fx.errors import DataError, MissingDependencyError
+from lean_fx.errors import ArgumentError, DataError, MissingDependencyError
 from lean_fx.measure.timing import Latency, time_onnx
 
 X = torch.rand(2, 32)
@@ -103,3 +103,8 @@ def test_words():
     latency = Latency((1.0, 2.0), batch=1, threads=1)
     assert latency.lean_nodes == "by the function in the file"
     assert dataclasses.replace(latency, kernel=True).lean_nodes == "by lean_fx's kernel"
+
+
+def test_what_is_no_choice_of_kernel_is_refused():
+    with pytest.raises(ArgumentError, match="^kernel='x' is not True, False or None$"):
+        kernel.uses_kernel("x")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from lean_fx.errors import MissingDependencyError
+from lean_fx.errors import ArgumentError, MissingDependencyError
 
 
 def onnx_kernel() -> str:
@@ -44,12 +44,15 @@ def uses_kernel(wanted: bool | None) -> bool:
         wanted: True or False; None is True where the kernel is built.
 
     Raises:
+        ArgumentError: ``wanted`` is something else.
         MissingDependencyError: it is wanted, and was not built.
 
     Example:
         >>> uses_kernel(False)
         False
     """
+    if wanted not in (True, False, None):
+        raise ArgumentError(f"kernel={wanted!r} is not True, False or None")
     if wanted:
         onnx_kernel()
     return library_path() is not None if wanted is None else wanted

@@ -148,7 +148,7 @@ def check_path(subject: str, path: Any) -> None:
         ...
         lean_fx.errors.ArgumentError: save: path=None is not a path; give the name of a file
     """
-    if not isinstance(path, str | os.PathLike) or "\0" in str(os.fspath(path)):
+    if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"{subject}: path={path!r} is not a path; give the name of a file")
 
 

@@ -102,6 +102,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any = N
     Example: see :func:`save`.
     """
     check_path("load", path)
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r}: is not a path; give a file that lean_fx.save wrote")
     plan, state = _read_checkpoint(path) if zipfile.is_zipfile(path) else _read(path)
     lean = plan.apply(model, example_inputs)
     state = _without_prefix(state, lean.state_dict())

@@ -278,10 +278,12 @@ def test_a_model_without_values_gets_those_of_the_file(tmp_path):
     torch.testing.assert_close(loaded(x), lean(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("path", [None, 3, "a\0b"])
+@pytest.mark.parametrize("path", [None, 3])
 def test_what_is_no_path_is_refused(path):
     net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     lean = lean_fx.leanify(net)
     for call in (lambda: lean_fx.save(lean, path), lambda: lean_fx.load(path, net)):
         with pytest.raises(ArgumentError, match="is not a path; give the name of a file$"):
             call()
+    with pytest.raises(lean_fx.DataError, match="is not a path; give a file that lean_fx.save"):
+        lean_fx.load("a\0b", net)

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import capture, clone_graph
-from lean_fx.capture.example_inputs import as_inputs
+from lean_fx.capture.example_inputs import as_inputs, copied_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_int, check_path
 from lean_fx.cloning import clone
@@ -130,12 +128,11 @@ class Box:
 
 
 def _boxes(model: nn.Module, example_inputs: Any, most: int) -> list[Box]:
-    inputs = as_inputs(example_inputs, model)
-    inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
+    inputs = copied_inputs(as_inputs(example_inputs, model))
     if isinstance(model, GraphModule):
-        copied = clone(model)  # counting changes it
-        assert isinstance(copied, GraphModule)
-        captured = clone_graph(copied)
+        own = clone(model)  # counting changes it
+        assert isinstance(own, GraphModule)
+        captured = clone_graph(own)
     else:
         captured = capture(model, inputs, purpose="evaluation")
     PropagateShapes(inputs)(captured)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lean_fx.capture.example_inputs import copied_inputs
 from lean_fx.capture.fed_by_hooks import CALL_HOOKS, is_users
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
@@ -91,9 +92,8 @@ def results(
             copied.train(training)
         for given in variations:
             _seed()
-            own = pytree.tree_map_only(Tensor, torch.clone, list(given))  # a forward may write
             try:
-                found.append(copied(*own))
+                found.append(copied(*copied_inputs(given)))
             except Exception as error:  # the model's own code
                 found.append(error)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +50,17 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any,
         Tensor, lambda x: x.clone() if x.is_inference() else x, inputs
     )
     return own
+
+
+def copied_inputs(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Inputs with tensors of their own, for a run: a forward may write to them.
+
+    Example:
+        >>> x = Tensor([1.0])
+        >>> copied_inputs([x])[0] is x, copied_inputs([x])[0] == x
+        (False, tensor([True]))
+    """
+    return tuple(pytree.tree_map_only(Tensor, Tensor.clone, list(inputs)))
 
 
 def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
+from lean_fx.capture.example_inputs import copied_inputs
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
@@ -115,9 +115,7 @@ def _larger(value: Any, axes: Sequence[int], more: int) -> Any:
 
 def _run_real(module: nn.Module, inputs: Sequence[Any]) -> None:
     with leaving_state(module), keeping_rng_state(), torch.no_grad():
-        run_on(
-            module, torch.clone, tuple(pytree.tree_map_only(Tensor, torch.clone, list(inputs))), {}
-        )
+        run_on(module, torch.clone, copied_inputs(inputs), {})
 
 
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 
+from lean_fx.capture.example_inputs import copied_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_values
 from lean_fx.cloning import clone
@@ -216,7 +216,7 @@ def _seen(
     model: nn.Module, inputs: tuple[Any, ...], *, training: bool = False
 ) -> tuple[dict[str, Seen], list[LeftAlone]]:
     copied = clone(model).train(training)
-    inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
+    inputs = copied_inputs(inputs)
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     called: dict[str, Seen] = {}
     for name, layer in copied.named_modules():
@@ -287,10 +287,9 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """Why a model fails with its layers swapped, in one line; empty if it does not."""
     sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # measures no scale
     tried = dataclasses.replace(made, sites=sites)
-    own = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
     with torch.random.fork_rng(), keeping_rng_state(), torch.no_grad(), leaving_state(model):
         try:
-            tried.apply_to_copy(model, None).eval()(*own)
+            tried.apply_to_copy(model, None).eval()(*copied_inputs(inputs))
         except Exception as error:  # the model's own code
             return f"{type(error).__name__}: {one_line(error, 200)}"
     return ""

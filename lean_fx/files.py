@@ -23,7 +23,8 @@ _HIDDEN = ".lean_fx"
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path of the same name in a hidden folder; rename it to ``path`` at the end.
 
-    If the block raises or the process is killed, an existing file at ``path`` stays whole. Further
+    If the block raises or the process is killed, an existing file at ``path`` stays whole. The new
+    one has its permissions; behind a symbolic link the file that it points to is replaced. Further
     files that the block writes beside the yielded path are moved first; meanwhile there is no file
     at ``path``, so that no reader sees old and new files together. Hidden folders left beside
     ``path`` by killed processes are removed.
@@ -49,6 +50,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise WriteError(
                 f"{target}: is not a file but a device or the like; give the name of a file"
             )
+        target = target.resolve() if target.is_symlink() else target
         _remove_left_folders(target.parent)
         folder, lock = _hidden_folder(target)
     except WriteError:
@@ -58,12 +60,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"{target}: cannot be written ({error.strerror}); give a path in a folder that exists "
             "and that you may write to"
         ) from error
-    except ValueError as error:  # a null byte
+    except (ValueError, RuntimeError) as error:  # a null byte, a loop of links
         raise WriteError(f"{str(target)!r}: is not a path ({error}); give another") from error
     part = folder / target.name
     try:
         yield part
         others = [each for each in folder.iterdir() if each != part]
+        if target.exists():
+            shutil.copymode(target, part)
         if others:
             target.unlink(missing_ok=True)
         for each in [*others, part]:

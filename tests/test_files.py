@@ -55,6 +55,33 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     assert modes[0] == modes[1]
 
 
+def test_permissions_and_links_of_an_existing_file_are_kept(tmp_path):
+    (tmp_path / "shared").mkdir()
+    file = tmp_path / "shared" / "net.onnx"
+    file.write_text("old")
+    file.chmod(0o640)
+    link = tmp_path / "latest.onnx"
+    link.symlink_to(file)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_to_a_file_that_is_yet_to_be_made(tmp_path):
+    link = tmp_path / "latest.onnx"
+    link.symlink_to(tmp_path / "net.onnx")
+    write_text(link, "new")
+    assert (tmp_path / "net.onnx").read_text() == "new"
+
+
+def test_links_in_a_loop(tmp_path):
+    link = tmp_path / "loop"
+    link.symlink_to(link)
+    with pytest.raises(WriteError, match="loop"):
+        write_text(link, "new")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []

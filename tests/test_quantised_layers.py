@@ -9,7 +9,7 @@ from torch import nn
 
 import lean_fx
 from graphs import reasons
-from lean_fx.errors import ExportError
+from lean_fx.errors import ExportError, PlanError
 from odd_models import PICTURES, Recurrent, X, dynamic, mlp, prepared, with_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning", "ignore::FutureWarning")
@@ -65,6 +65,14 @@ def test_quantised_layers_are_not_exported(make, inputs, layer, tmp_path, capfd)
 def test_quantised_layers_have_no_formula():
     model = quantization.quantize_dynamic(Recurrent(), {nn.LSTM, nn.Linear})
     assert lean_fx.costs_of(model, torch.rand(2, 5, 32)).without_formula == ("a", "lstm", "b")
+
+
+def test_a_reduced_graph_is_quantised_and_a_reduced_module_says_that_it_is_not():
+    graph, module = (lean_fx.leanify(mlp().eval(), X, form=form) for form in ("graph", "module"))
+    quantised = quantization.quantize_dynamic(graph, {nn.Linear})
+    torch.testing.assert_close(quantised(X), graph(X), rtol=0.1, atol=0.1)
+    with pytest.raises(PlanError, match="^Linear: it took the place of a layer that reduces its "):
+        quantization.quantize_dynamic(module, {nn.Linear})(X)
 
 
 class Scaled(nn.Parameter):

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from lean_fx.errors import PlanError
 from lean_fx.layers.kinds import LAYER_OF_CALL, channel_axis, groups_of
 from lean_fx.reduction.packed import with_data
 
@@ -35,16 +36,28 @@ Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
 
 
-def with_first(args: Args, kwargs: Kwargs, change: Callable[[Any], Any]) -> tuple[Args, Kwargs]:
-    """The arguments of a layer's call, with the first one changed."""
+def with_first(
+    layer: nn.Module, args: Args, kwargs: Kwargs | None, change: Callable[[Any], Any]
+) -> tuple[Args, Kwargs]:
+    """The arguments of a layer's call, with the first one changed.
+
+    Raises:
+        PlanError: ``kwargs`` is None: other code has registered the hook anew, on another layer.
+    """
+    if kwargs is None:
+        raise PlanError(
+            f"{type(layer).__name__}: it took the place of a layer that reduces its input, and has "
+            "not the reduction (torch.ao.quantization fuses and swaps layers so); quantise the "
+            "exported file by export_onnx(quantize=...), or a model of form='graph'"
+        )
     if args:
         return (change(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "input": change(kwargs["input"])}
 
 
-def reduce_first(layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+def reduce_first(layer: Any, args: Args, kwargs: Kwargs | None = None) -> tuple[Args, Kwargs]:
     """The forward pre-hook of a layer that is called; it reduces the first argument."""
-    return with_first(args, kwargs, lambda value: reduced(layer, value))
+    return with_first(layer, args, kwargs, lambda value: reduced(layer, value))
 
 
 class ReduceFlattened:
@@ -65,11 +78,13 @@ class ReduceFlattened:
     def __init__(self, sizes: tuple[int, int]) -> None:
         self.sizes = sizes
 
-    def __call__(self, layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def __call__(self, layer: Any, args: Args, kwargs: Kwargs | None = None) -> tuple[Args, Kwargs]:
         """The layer's arguments, the first of them reduced."""
-        return with_first(
-            args, kwargs, lambda x: layer.reduction(x.unflatten(-1, self.sizes)).flatten(-2)
-        )
+
+        def change(value: Any) -> Any:
+            return layer.reduction(value.unflatten(-1, self.sizes)).flatten(-2)
+
+        return with_first(layer, args, kwargs, change)
 
 
 def reduced(layer: Any, value: Any) -> Any:

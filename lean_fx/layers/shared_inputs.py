@@ -66,9 +66,11 @@ class ReduceOnce:
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles hold no result
         return ReduceOnce, (self.readers,)
 
-    def __call__(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def __call__(
+        self, layer: nn.Module, args: Args, kwargs: Kwargs | None = None
+    ) -> tuple[Args, Kwargs]:
         """The layer's arguments, the first of them reduced."""
-        return with_first(args, kwargs, lambda value: self._reduced(layer, value))
+        return with_first(layer, args, kwargs, lambda value: self._reduced(layer, value))
 
     def _reduced(self, layer: nn.Module, value: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():

@@ -31,6 +31,7 @@ class Scheduled(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
         self._s, self.mask, self.weights, self.activation = 1.0, None, (1.0, 2.0), torch.tanh
+        self.powers, self.gains = [1, 2], {"a": [1.0]}
 
     @property
     def scale(self):
@@ -42,6 +43,7 @@ class Scheduled(nn.Module):
 
     def forward(self, x):
         h = self.activation(self.a(x)) * self.scale * self.weights[0] / self.tau
+        h = sum(h**power for power in self.powers) * self.gains["a"][0]
         return self.b(h if self.mask is None else h * self.mask)
 
 
@@ -52,6 +54,8 @@ LATER = {
     "mask": torch.zeros(32),
     "weights": (3.0, 1.0),
     "activation": torch.sigmoid,
+    "powers": [1, 3],
+    "gains": {"a": [2.0]},
 }
 
 

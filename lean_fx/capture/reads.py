@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
 
 _PLAIN = (bool, int, float, str, type(None), range, slice, frozenset)
+_MANY = 100  # more are data
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 #: Attributes of a parameter that do not depend on its numbers.
@@ -33,7 +34,7 @@ _WATCHED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class AttributeReads:
-    """The numbers, strings, tuples, functions and Nones that a forward reads of modules."""
+    """The numbers, strings, functions, Nones and lists of such that a forward reads of modules."""
 
     def __init__(self) -> None:
         self._read: dict[int, dict[str, Any]] = {}
@@ -63,7 +64,11 @@ class AttributeReads:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Enum) or type(value).__module__ == "numpy":
         return not hasattr(type(value), "__setitem__")  # scalars, and no arrays
-    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+    if type(value) in (tuple, list):
+        return len(value) < _MANY and all(map(_is_plain, value))
+    if type(value) is dict:
+        return len(value) < _MANY and all(map(_is_plain, value.values()))
+    return type(value) in _PLAIN
 
 
 def _watched(kind: Any) -> Any:

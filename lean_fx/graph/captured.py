@@ -162,8 +162,12 @@ def guard_parts(graph_module: GraphModule) -> None:
             stand_for(module, parts.get(path), frozen.get(path, {}))
     for path in {*parts, *frozen} & modules.keys():
         plain = parts[path].plain if path in parts else {}
-        # A schedule may look for them; a function could not be pickled.
-        read = {key: each for key, each in frozen.get(path, {}).items() if not callable(each)}
+        # A schedule may look for them; a function could not be pickled, a list changed in silence.
+        read = {
+            key: each
+            for key, each in frozen.get(path, {}).items()
+            if not (callable(each) or isinstance(each, list | dict))
+        }
         if path == "" or isinstance(modules[path], StandIn):
             names = (plain | read).keys() - dir(modules[path])
             modules[path].__dict__.update({name: (plain | read)[name] for name in names})

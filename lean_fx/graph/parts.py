@@ -12,6 +12,7 @@ stand-in shows what the module was:
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ def check_frozen(values: Mapping[str, Any], name: str, value: Any) -> None:
     same = value is before or (type(value) is type(before) and value == before)
     if name in values and not same:
         raise CaptureError(
-            f"{name} was {before!r} when the model was captured, and is part of its graph; "
-            "set it on the model, and capture that again"
+            f"{name} was {reprlib.repr(before)} when the model was captured, and is part of its "
+            "graph; set it on the model, and capture that again"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import lean_fx
-from lean_fx.errors import ArgumentError, LeanError, LeanWarning, one_line
+from lean_fx.errors import ArgumentError, LeanError, LeanWarning, WriteError, one_line
 from lean_fx.importing import import_object, split_place
 
 _EXAMPLES = """examples:
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", LeanWarning)
         try:
-            print(args.run(args))
+            _print(args.run(args))
         except LeanError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -302,6 +303,20 @@ def _onnx_inputs(file: str, shapes: Sequence[str] | None) -> dict[str, Any]:
         given = shapes[place] if shapes is not None else f"{own}:{kinds.get(value.type, 'bool')}"
         inputs[value.name] = _tensor(given).numpy()
     return inputs
+
+
+def _print(text: str) -> None:
+    """Print a result; whoever reads it may stop early, as ``head`` does.
+
+    Raises:
+        WriteError: it cannot be written, as on a full disk.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        if not isinstance(error, BrokenPipeError):
+            raise WriteError(f"stdout: cannot be written ({error.strerror})") from error
 
 
 def _show_round(done: int, rounds: int) -> None:

@@ -162,6 +162,27 @@ def loud():
     return net()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written():
+    command = [sys.executable, "-m", "lean_fx", "plan", NET, *INPUT]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"error: stdout: cannot be written (No space left on device)\n"
+
+
+def test_a_reader_that_stops_early():
+    command = [sys.executable, "-m", "lean_fx", "plan", NET, *INPUT]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_what_a_factory_prints_is_not_in_the_output(capsys):
     assert main(["plan", "test_command_line:loud", "--json"]) == 0
     out, err = capsys.readouterr()

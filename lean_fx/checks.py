@@ -107,7 +107,7 @@ def whole_numbers(subject: str, text: str, least: int) -> list[int]:
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
-def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(subject: str, value: Any, choices: Iterable[object]) -> None:
     """Check that an option is one of its choices.
 
     Raises:

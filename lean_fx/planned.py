@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
@@ -72,10 +73,12 @@ def planned(
     """
     check_choice("keep", keep, get_args(Keep))
     check_choice("form", form, get_args(Form))
+    check_choice("kernel", kernel, (True, False, None))
     if form == "module" and example_inputs is None:
         raise ArgumentError(
             "form='module' needs example_inputs: one run on them shows which layers are called"
         )
+    _check_not_exported(model)
     inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
     captured, error = _captured(model, inputs, form)
     if captured is None and keep != "all":
@@ -92,6 +95,16 @@ def planned(
     elif form == "graph" and captured is not None:
         _warn_of_sizes(model, captured, inputs)
     return made, captured
+
+
+def _check_not_exported(model: nn.Module) -> None:
+    """Check that a graph is not one of torch.export, in which no layers are left to rebuild."""
+    for node in model.graph.nodes if isinstance(model, GraphModule) else ():
+        if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
+            raise ArgumentError(
+                f"model={type(model).__name__} object calls operators ({node.target}), as graphs "
+                "of torch.export do, and no layers; give the model that was exported"
+            )
 
 
 def _captured(

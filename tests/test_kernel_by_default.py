@@ -108,3 +108,5 @@ def test_words():
 def test_what_is_no_choice_of_kernel_is_refused():
     with pytest.raises(ArgumentError, match="^kernel='x' is not True, False or None$"):
         kernel.uses_kernel("x")
+    with pytest.raises(ArgumentError, match="^kernel='x' is not known; use True, False or None$"):
+        lean_fx.plan(mlp(), X, kernel="x")

@@ -26,7 +26,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.graph.clones import runnable_parts
+from lean_fx.graph.clones import runnable_parts, without_gradients
 from lean_fx.graph.facts import facts
 from lean_fx.graph.reachable import leaving_state
 from lean_fx.passes.base import Pass
@@ -57,7 +57,7 @@ class MeasureScale(Pass):
         if any(tensor.is_meta for tensor in (*tensors, *held)):
             return False
         cuda = {each.device for each in tensors if each.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
+        with torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(0)
             found = self._found(graph_module)
         for node in graph_module.graph.nodes:
@@ -76,7 +76,7 @@ class MeasureScale(Pass):
                 if found.rms and all(map(math.isfinite, found.rms.values())):
                     return found
         with contextlib.suppress(NotImplementedError):  # such as half precision on a CPU
-            return _measure(graph_module, map(_fresh, self.example_inputs), None)
+            return _measure(graph_module, self.example_inputs, None)
         return _Measure(graph_module, graph_module.graph)
 
 
@@ -85,10 +85,15 @@ def _measure(graph_module: GraphModule, inputs: Iterable[Any], training: bool | 
     parts = runnable_parts(graph_module, _copy_of_buffer)
     for module in parts.modules():
         module.training = module.training if training is None else training
-    measure = _Measure(parts, graph_module.graph)
+    given = list(inputs)
+
+    def run() -> _Measure:
+        measure = _Measure(parts, graph_module.graph)
+        measure.run(*map(_fresh, given))
+        return measure
+
     with leaving_state(graph_module):
-        measure.run(*inputs)
-    return measure
+        return without_gradients(run)
 
 
 def _copy_of_buffer(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,5 +148,5 @@ class _Measure(Interpreter):
         if isinstance(found, torch.Tensor):
             self.shapes[n.name] = tuple(found.shape)
             if found.is_floating_point() and found.numel():
-                self.rms[n.name] = float(found.float().square().mean().sqrt())
+                self.rms[n.name] = float(found.detach().float().square().mean().sqrt())
         return value

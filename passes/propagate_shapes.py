@@ -25,7 +25,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError, one_line
-from lean_fx.graph.clones import fake_of, runnable_parts
+from lean_fx.graph.clones import fake_of, runnable_parts, without_gradients
 from lean_fx.graph.facts import facts
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import leaving_state
@@ -67,10 +67,9 @@ class PropagateShapes(Pass):
                 leaving_state(graph_module),
                 patching(without_caches(graph_module)),
                 mode,
-                torch.no_grad(),
                 contextlib.suppress(*_UNKNOWN),
             ):
-                _ShapeWriter(parts, graph_module.graph).run(*fakes)
+                without_gradients(lambda: _ShapeWriter(parts, graph_module.graph).run(*fakes))
         finally:
             logger.setLevel(level)
         return False

@@ -12,6 +12,7 @@ from torch import nn
 import lean_fx
 from graphs import Again
 from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, PlanError
+from lean_fx.planning import observed
 
 UNTRACED = "cannot trace its forward .*; each layer reduces its own input"
 
@@ -207,6 +208,31 @@ def test_what_is_left_alone_and_why():
         "hooked": "it has hooks, which a rebuilt layer would lose",
         "hooked.out_proj": "inside MultiheadAttention, which reads its weights itself",
     }
+
+
+def test_the_few_layers_that_fail_are_found_in_a_few_runs(monkeypatch):
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(33))
+
+        def forward(self, x):
+            if float(x.sum()) < 0:
+                return x
+            for place, layer in enumerate(self.layers):
+                x = layer(x)
+                if place == 20:
+                    x = x + F.linear(x, layer.weight)
+            return x
+
+    runs = []
+    failure = observed._failure
+    monkeypatch.setattr(observed, "_failure", lambda *args: runs.append(1) or failure(*args))
+    plan = untraced(Deep(), torch.rand(2, 32)).meta["lean_fx.plan"]
+    failing = [each.layer for each in plan.left_alone if each.reason.code == "fails_reduced"]
+    assert failing == ["layers.20"]
+    assert len(plan.sites) == 31
+    assert len(runs) <= 2 * 6 + 1  # a pair for each halving of 32
 
 
 class Sequences(nn.Module):

@@ -21,6 +21,7 @@ from lean_fx.capture.fed_by_hooks import CALL_HOOKS, is_users
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
 from lean_fx.errors import BranchError
+from lean_fx.graph.clones import without_gradients
 from lean_fx.graph.reachable import leaving_state
 
 _SCALE = 0.7  # of the second inputs: they stay positive, or probabilities, if the first ones are
@@ -85,7 +86,7 @@ def results(
         CaptureError: the module cannot be copied.
     """
     found: list[Any] = []
-    with leaving_state(module), keeping_rng_state(), torch.no_grad(), warnings.catch_warnings():
+    with leaving_state(module), keeping_rng_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         copied = _without_hooks(clone(module))
         if training is not None:
@@ -93,10 +94,16 @@ def results(
         for given in variations:
             _seed()
             try:
-                found.append(copied(*copied_inputs(given)))
+                found.append(_called(copied, given))
             except Exception as error:  # the model's own code
                 found.append(error)
     return found
+
+
+def _called(module: nn.Module, given: Sequence[Any]) -> Any:
+    """What a call returns, without the memory of its gradients."""
+    found = without_gradients(lambda: module(*copied_inputs(given)))
+    return pytree.tree_map_only(Tensor, Tensor.detach, found)
 
 
 def _seed() -> None:

@@ -40,6 +40,7 @@ def refusing_functions(
     - Gradient checkpointing: the graph would keep the values that checkpointing drops.
     - Questions about gradients, inference mode and autocast: the graph would freeze the answers.
     - Autocast, enable_grad and inference_mode as contexts: the graph would leave them out.
+    - Gradients of values (torch.autograd.grad): analyses run without them.
     - Seeds: the graph records the calls that draw numbers, but not those that set a seed.
 
     Args:
@@ -90,7 +91,11 @@ def refusing_functions(
         for home in (torch, torch.random)
         if hasattr(home, name)
     ]
-    gradients = [(torch, "set_grad_enabled", "forward calls torch.set_grad_enabled")]
+    gradients = [
+        (torch, "set_grad_enabled", "forward calls torch.set_grad_enabled"),
+        (torch.autograd, "grad", "forward computes gradients"),
+        (torch.autograd, "backward", "forward computes gradients"),
+    ]
     for home, name, effect in (*asking, *seeding, *gradients):
         function = getattr(home, name)
         replaced[id(function)] = refused(function, effect)

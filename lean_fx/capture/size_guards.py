@@ -18,7 +18,7 @@ from lean_fx.capture.guards import check_branch
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
 from lean_fx.graph.calls import modules_by_name
-from lean_fx.graph.clones import fake_of, run_on
+from lean_fx.graph.clones import fake_of, run_on, without_gradients
 from lean_fx.graph.reachable import leaving_state
 
 
@@ -114,15 +114,17 @@ def _larger(value: Any, axes: Sequence[int], more: int) -> Any:
 
 
 def _run_real(module: nn.Module, inputs: Sequence[Any]) -> None:
-    with leaving_state(module), keeping_rng_state(), torch.no_grad():
-        run_on(module, torch.clone, copied_inputs(inputs), {})
+    with leaving_state(module), keeping_rng_state():
+        without_gradients(lambda: run_on(module, torch.clone, copied_inputs(inputs), {}))
 
 
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = [fake_of(each, mode) if isinstance(each, Tensor) else each for each in inputs]
-    with mode, torch.no_grad(), _quiet():
-        run_on(module, lambda tensor: fake_of(tensor, mode), tuple(given), {})
+    with mode, _quiet():
+        without_gradients(
+            lambda: run_on(module, lambda tensor: fake_of(tensor, mode), tuple(given), {})
+        )
 
 
 @contextmanager

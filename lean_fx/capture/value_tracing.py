@@ -50,7 +50,7 @@ from lean_fx.capture.guards import (
 )
 from lean_fx.capture.proxies import FIXED, UNKNOWN, drop_value, keep_value, value_of, value_proxy
 from lean_fx.capture.side_effects import keeping_rng_state
-from lean_fx.graph.clones import fake_of, run_on, runnable
+from lean_fx.graph.clones import fake_of, run_on, runnable, without_gradients
 
 _CALLS = ("call_function", "call_method")
 _NO_VALUE = (
@@ -184,8 +184,8 @@ class ValueTracer(AnsweringTracer):
         args, kwargs = (map_aggregate(each, _value) for each in (node.args, node.kwargs))
         before, self.computing = self.computing, True
         try:
-            with self._fakes, torch.no_grad(), torch._C.DisableTorchFunction():
-                return self._run(node, args, kwargs)
+            with self._fakes, torch._C.DisableTorchFunction():
+                return without_gradients(lambda: self._run(node, args, kwargs))
         except _NO_VALUE:
             return UNKNOWN
         finally:

@@ -1,11 +1,11 @@
-"""Copies of modules to run without a trace left, and tensors to run them on."""
+"""Run modules without a trace left: on copies, on other tensors, without gradients."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.fx import GraphModule
 from lean_fx.graph.calls import BACKWARD_HOOKS
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.layers.input_hooks import stop_reducing
+
+_T = TypeVar("_T")
 
 
 def runnable(module: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -52,6 +54,32 @@ def run_on(module: nn.Module, tensor: Callable[[Tensor], Tensor], args: Any, kwa
     """Call a module as :func:`runnable`, and without the caches of its code."""
     with patching(without_caches(module)):
         return runnable(module, tensor)(*args, **kwargs)
+
+
+def without_gradients(call: Callable[[], _T]) -> _T:
+    """Call a function without gradients; with them if it fails so, since a forward may ask for any.
+
+    Forces, which are the gradient of an energy, and networks that solve differential equations are
+    computed so.
+
+    Args:
+        call: runs a model; it may be called twice.
+
+    Example:
+        >>> def slope():
+        ...     x = torch.tensor(3.0, requires_grad=True)
+        ...     return torch.autograd.grad(x**2, x)[0]
+        >>> without_gradients(slope)
+        tensor(6.)
+    """
+    try:
+        with torch.no_grad():
+            return call()
+    except Exception as error:  # the model's own code
+        if "grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return call()
 
 
 def clone_sharing_state(

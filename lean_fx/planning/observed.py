@@ -31,6 +31,7 @@ from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
+from lean_fx.graph.clones import without_gradients
 from lean_fx.graph.context import owners_of
 from lean_fx.graph.facts import ChannelRead
 from lean_fx.graph.reachable import leaving_state
@@ -80,7 +81,7 @@ class Seen:
         while functorch.is_functorch_wrapped_tensor(value):  # within torch.func.vmap and the like
             value = functorch.get_unwrapped(value)
         self.calls += 1
-        self.squares += float(value.float().square().mean())
+        self.squares += float(value.detach().float().square().mean())
         self.is_input |= value.untyped_storage().data_ptr() in own
 
 
@@ -215,15 +216,21 @@ def _scale_as_in_training(seen: dict[str, Seen], model: nn.Module, inputs: tuple
 def _seen(
     model: nn.Module, inputs: tuple[Any, ...], *, training: bool = False
 ) -> tuple[dict[str, Seen], list[LeftAlone]]:
-    copied = clone(model).train(training)
-    inputs = copied_inputs(inputs)
+    return without_gradients(
+        lambda: _seen_once(clone(model).train(training), copied_inputs(inputs))
+    )
+
+
+def _seen_once(
+    copied: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[dict[str, Seen], list[LeftAlone]]:
     own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     called: dict[str, Seen] = {}
     for name, layer in copied.named_modules():
         seen = called[name] = Seen()
         if kind_of(layer):
             layer.register_forward_pre_hook(_recording_hook(seen, own), with_kwargs=True)
-    with torch.no_grad(), WeightUses(copied) as watch, ProductUses(copied) as products:
+    with WeightUses(copied) as watch, ProductUses(copied) as products:
         copied(*inputs)
     for name, uses in watch.uses.items():
         if not called[name].calls:
@@ -268,18 +275,24 @@ def without_failing(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pl
         model: it stays as it is.
         inputs: example inputs.
     """
-    if not _failure(made, model, inputs):
-        return made
     kept: list[Site] = []
     left = list(made.left_alone)
-    for site in made.sites:
-        reason = _failure(dataclasses.replace(made, sites=(*kept, site)), model, inputs)
-        if reason:
+
+    def add(sites: tuple[Site, ...]) -> None:
+        """Keep those of some sites that run, by halves: few of many fail."""
+        reason = _failure(dataclasses.replace(made, sites=(*kept, *sites)), model, inputs)
+        if not reason:
+            kept.extend(sites)
+        elif len(sites) == 1:
             text = f"the model fails where it reduces its input: {reason}"
             refused = SkipReason("fails_reduced", text)
-            left += [LeftAlone(each.layer, each.kind, refused) for each in site.consumers]
+            left.extend(LeftAlone(each.layer, each.kind, refused) for each in sites[0].consumers)
         else:
-            kept.append(site)
+            half = len(sites) // 2
+            add(sites[:half])
+            add(sites[half:])
+
+    add(made.sites)
     return dataclasses.replace(made, sites=tuple(kept), left_alone=tuple(left))
 
 
@@ -287,9 +300,10 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """Why a model fails with its layers swapped, in one line; empty if it does not."""
     sites = tuple(dataclasses.replace(site, rms=0.0) for site in made.sites)  # measures no scale
     tried = dataclasses.replace(made, sites=sites)
-    with torch.random.fork_rng(), keeping_rng_state(), torch.no_grad(), leaving_state(model):
+    with keeping_rng_state(), leaving_state(model):
         try:
-            tried.apply_to_copy(model, None).eval()(*copied_inputs(inputs))
+            copied = tried.apply_to_copy(model, None).eval()
+            without_gradients(lambda: copied(*copied_inputs(inputs)))
         except Exception as error:  # the model's own code
             return f"{type(error).__name__}: {one_line(error, 200)}"
     return ""

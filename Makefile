@@ -1,6 +1,6 @@
 # make demo: leanify, train, export and time a small CNN.    make test: run the tests.
 # make docs: write the site to build/docs.    make house: how large and how straight the code is.
-# make sanitize: the kernel's tests, checked.
+# make sanitize: the kernel's tests under the address and undefined-behaviour sanitizers.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

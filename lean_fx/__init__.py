@@ -6,7 +6,7 @@ Example:
     >>> lean_fx.leanify(model)(torch.rand(5, 8)).shape
     torch.Size([5, 2])
 
-What the functions return, and what a plan holds, has its home in its module:
+The types of results, and of the parts of a plan, are in their own modules:
 
 - :class:`lean_fx.passes.Site` and :class:`lean_fx.passes.Consumer`, the rows of a plan, and
   :class:`lean_fx.skip_reason.LeftAlone`, the layers that it leaves alone;

@@ -1,8 +1,8 @@
 """The command line: ``lean_fx plan``, ``leanify``, ``compare`` and ``ablate``.
 
 Each command is a call of the function of its name; it adds no meaning of its own. Results go to
-stdout, warnings and progress to stderr. Status 0: done; 1: an error of lean_fx, in one line; 2: the
-command line itself is wrong.
+stdout, lean_fx's warnings and progress to stderr. Status 0: done; 1: an error of lean_fx, in one
+line; 2: the command line itself is wrong; 130: Ctrl-C.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def weights_beside(path: str | os.PathLike[str]) -> Path:
 
 
 def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The files that an ONNX file has weights in; an older file's, which may lie there, are none.
+    """The files beside an ONNX file that hold its weights; leftovers of an older file do not count.
 
     Raises:
         MissingDependencyError: onnx is not installed.

@@ -11,14 +11,14 @@ Values are taken to be real and floating, as everything is that a reduction read
    or picks elements (flatten, view, permute, chunk, index, ...) keep what their input is; so do
    sums and means. Pooling does not if it divides by a negative number, or if dilated, when a
    window may lie in the padding alone and give minus infinity.
-3. Sums, products and maxima of non-negative values (and numbers) are, and their quotients by
-   positive numbers (by a value they are not: 1 / -0.0 is minus infinity); a product of a value
-   with itself is; a maximum is if one of its operands is.
+3. Sums, products and minima of non-negative values and numbers are non-negative. So is a quotient
+   by a positive number, but not one by a value: 1 / -0.0 is minus infinity. A product of a value
+   with itself is non-negative, and so is a maximum of which one operand is.
 4. An RNN of ReLUs gives values and hidden states that are never negative; packing and padding
    with 0 or more keep what their input is.
 5. A concatenation or stack is if all its parts are.
-6. A value that an in-place operation may change afterwards, itself or through a view, is only if
-   the result of that operation is proved too.
+6. If an in-place operation may later change a value, directly or through a view, the value is
+   proved only if the result of that operation is proved too.
 7. Of a module with hooks, or with a forward of its own, nothing is known.
 """
 

@@ -40,9 +40,9 @@ Rules:
 3. A ``view`` or ``reshape`` on that way may hold the old number of features: it becomes a
    ``reshape`` that holds the new one, or -1.
 4. A site whose reduction is there already is left alone.
-5. The rebuilt layers are initialised to the scale of the reduction's output: with the mean square
-   of the value known for inputs of unit variance, and that of the output found on a sample of
-   that size, the layer starts at the output variance of the one that it replaces.
+5. A rebuilt layer starts at the output variance of the layer that it replaces. ``MeasureScale`` has
+   measured the root mean square of the value. That of the reduction's output is measured on a
+   random sample with the same root mean square.
 """
 
 from __future__ import annotations

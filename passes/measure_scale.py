@@ -5,13 +5,12 @@ that it replaces started. How large the values are depends on the whole net befo
 normalisation they shrink from layer to layer), so it is measured: one forward pass, without
 gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
 It is a pass of training, whatever the mode of the model: the statistics that an untrained batch
-norm would use in evaluation are those of no data. Where the model cannot take such inputs (it
-fails, or gives values that are not finite), the example inputs themselves are taken; where it
-cannot train on them, as batch norm on a single value, it runs in its own mode. Nothing is known of
-what has no numbers, on the meta device, and of what the device has no code for.
-What depends on values, and ``PropagateShapes`` cannot know (some shapes, and which values are
-packed sequences), is written on the way.
-Neither the modules' buffers nor torch's random numbers are changed by it.
+norm would use in evaluation are those of no data. If that fails or
+gives values that are not finite, the model runs on the same inputs in its own mode (batch norm
+cannot train on a single value), and then on the example inputs themselves. Nothing is measured on
+the meta device, which has no numbers, or where the device lacks an operation.
+The pass also writes what only real values show and ``PropagateShapes`` cannot know: some shapes,
+and which values are packed sequences. It changes neither buffers nor torch's random numbers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ And a layer whose forward is written out at its parameters is seen as the layer 
 
 Rules:
 
-1. It acts on calls that capture found to follow the mode (``facts(node).follows_mode``).
+1. It acts on calls whose ``training`` flag capture found to follow the mode of a module
+   (``facts(node).mode_home``).
    ``F.dropout(x, training=True)``, which always drops out, stays.
 2. It acts on F.dropout, dropout1d, dropout2d, dropout3d, alpha_dropout and feature_alpha_dropout.
 3. The module starts in the mode that the call was captured in.

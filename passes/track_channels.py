@@ -17,8 +17,8 @@ Rules:
    three may be a sequence, whose channels are last, or a picture without a batch).
 2. Elementwise layers and dropout keep what their input has; batch, instance, group and layer norms
    too. Pooling does if the channels are on axis 1 (or 0, without a batch), not where it pools.
-3. Sums and products of values, and what is one value in training and another in evaluation, keep
-   what those whose channels are known agree on.
+3. Arithmetic on values (sums, differences, products, quotients), and a ``ByMode`` that chooses
+   between two values, have the channels on which all operands with known channels agree.
 4. ``cat`` along the channel axis adds up.
 5. A permutation or transposition moves the axis.
 6. Flattening all axes but the first (``nn.Flatten``, ``flatten(x, 1)``,

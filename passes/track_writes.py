@@ -4,7 +4,7 @@ torch.fx shows a value as one node, but an in-place call changes the values of o
 one that it is called on, and every view of the same storage. Later passes ask here whether the
 value that they see is still what it was.
 
-Rules, where nothing but what is known to be harmless is taken for harmless:
+Rules; a call that is not known to be harmless counts as harmful:
 
 1. A call makes new storage if it is a layer of torch.nn or a function of torch that computes
    (arithmetic, convolution, activation, reduction, concatenation, ...). Any other call may return

@@ -33,7 +33,7 @@ _IN_PLACE: dict[Any, Callable[[Any, Any], Any]] = {
 
 
 def write_in_place(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Make those marked calls in-place after which something else reads what they write.
+    """Make a marked call in-place if something else reads, after it, the storage that it writes.
 
     Args:
         graph: as it was traced.

@@ -5,11 +5,10 @@ The attempts, in turn:
 1. :class:`~lean_fx.capture.tracing.LeanTracer`, torch.fx's tracer with more leaves;
 2. given example inputs, the tracer that follows branches on sizes
    (:mod:`lean_fx.capture.value_tracing`);
-3. the same, with the modules as leaves that cannot be traced (the innermost that suffice), and
-   those whose size guards reject inputs that the model accepts
-   (:mod:`lean_fx.capture.size_guards`);
-4. the same, with the modules as leaves that pass the weight of a layer to a function that
-   torch.fx.wrap made a node: no pass could see into it.
+3. the same tracer, treating as leaves the innermost modules that cannot be traced, and the modules
+   whose size guards reject inputs that the model accepts (:mod:`lean_fx.capture.size_guards`);
+4. the same tracer, treating as leaves the modules that pass a layer's weight to a function that
+   torch.fx.wrap made a node, since no pass can see into such a function.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ def _without_refusals(
     graph: Graph,
     opaque: frozenset[str],
 ) -> tuple[nn.Module, Graph]:
-    """Retrace with the modules as leaves whose branches reject sizes that the model accepts."""
+    """Retrace with leaves for modules whose branches reject sizes that the model accepts."""
     names = {name for name, _ in root.named_modules() if name}
     while any(node.target is check_branch for node in graph.nodes):
         refusing = refusing_modules(root, GraphModule(copied, graph), inputs).keys() & names

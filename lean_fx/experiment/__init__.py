@@ -1,1 +1,1 @@
-"""Nets, data sets and training for the examples; needs the extra ``lean_fx[examples]``."""
+"""Training, ablations and their reports; needs the extra ``lean_fx[examples]``."""

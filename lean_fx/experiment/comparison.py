@@ -53,8 +53,8 @@ def run(
     torchrun all processes train; then the first goes on alone, and the others exit.
 
     Args:
-        arms: by seed the models by name, the same names for each, with their first weights; the
-            first model is what the ratios refer to. They end trained.
+        arms: for each seed, the untrained models by name; every seed has the same names. Ratios
+            refer to the first model. The models are trained in place.
         data: what to train and test on.
         settings: of the training, the same for all but for the seed.
         folder: for the checkpoints, the ONNX files and the report; made if it is missing.

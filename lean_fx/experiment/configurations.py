@@ -16,10 +16,10 @@ from lean_fx.reduction.registry import reduction_factory, reductions
 
 Channels: TypeAlias = "int | float | str"
 
-#: The controls that are not reductions: what they do is told in :mod:`lean_fx.experiment.arms`.
+#: The controls that are not reductions; :class:`Space` says what each of them does.
 CONTROLS = ("narrow", "narrow_macs", "narrow_latency", "low_rank", "depthwise")
 
-#: What the arms do not read that are not reductions to C' channels.
+#: The fields of a configuration that some arms ignore, by arm.
 _UNREAD = {"baseline": ("channels", "sites"), "depthwise": ("channels",)}
 
 

@@ -1,8 +1,8 @@
 """Architecture ablations on Optuna: a grid or a search over configurations, by many workers.
 
 Each trial trains a model from scratch in a process of its own. The database keeps every finished
-trial; what a killed worker was at, another takes up from the last epoch, and equal configurations
-run once.
+trial. If a worker is killed, another resumes its trial at the last epoch. Equal configurations run
+once.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class Study:
         """Run what is missing; several workers may call it at once, on one machine or many.
 
         Args:
-            trials: how many the study is to have in all, 1 or more, at most the grid; none for a
-                grid, which ends when every configuration has run.
+            trials: how many trials the study has in the end, 1 or more, and at most the grid.
+                Leave it out with ``sampler="grid"``, which runs every configuration.
             sampler: ``"grid"``, ``"random"``, or ``"tpe"``, the tree-structured Parzen estimator,
                 of one objective or several.
             prune: whether a trial ends early whose accuracy after an epoch, from the third on,

@@ -117,7 +117,7 @@ def _without_password(url: str) -> str:
 def run_one(
     study: optuna.Study, objective: Callable[[optuna.Trial], Any], caught: type[Exception]
 ) -> None:
-    """Run one trial, unless another worker has taken this one for dead and the trial with it.
+    """Run one trial; if another worker took it for dead and has finished it, drop the result.
 
     Args:
         study: the study.

@@ -118,7 +118,7 @@ def export_onnx(
         Where the files are, and their accuracy if evaluation data were given.
 
     Raises:
-        ArgumentError: the inputs are neither a tensor nor a tuple, or one has no batch; or an
+        ArgumentError: the inputs are not a tensor, tuple or mapping, or one has no batch; or an
             option or ``dynamic_shapes`` does not fit; or the model is on the meta device, or has
             lazy layers without a shape.
         ExportError: torch cannot export the model, for example quantised layers; the message says

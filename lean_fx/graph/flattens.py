@@ -21,7 +21,7 @@ def source_of(node: Node) -> Node | None:
 
 
 def is_flatten(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node flattens all axes but the first (rule 6)."""
+    """Whether a node flattens all axes but the first."""
     if called(node, modules) is nn.Flatten:
         module = modules[str(node.target)]
         return _flattens_all(node, module.start_dim, module.end_dim)

@@ -105,7 +105,7 @@ def reduction_for(
 
 
 def _lost_scale(module: nn.Module, site: Site) -> float:
-    """Of a sample that is normal, or what ReLU makes of that, brought to the rms of the value."""
+    """How many times larger the value is than the reduction's output, on a random sample."""
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors) or not site.rms:
         return 1.0

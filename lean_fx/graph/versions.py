@@ -54,7 +54,7 @@ def backup_of(value: Any) -> Callable[[], Any] | None:
     return None
 
 
-# What a type has is asked, as an object of the user's own may answer for any attribute.
+# The type is asked, not the object: an object of a user's class may claim any attribute.
 
 
 def _is_array(value: Any) -> bool:

@@ -16,8 +16,8 @@ def onnx_kernel() -> str:
     the function; the file stays the same. It computes in 32 bits what is stored in 16, and gives
     what the function gives up to rounding.
 
-    The library is built when lean_fx is installed, if a compiler of C++17 is there that knows the
-    vectors of GCC and Clang; ONNX Runtime 1.17 or later loads it.
+    The library is built when lean_fx is installed, if there is a C++17 compiler with GCC's vector
+    extensions, such as g++ or clang. ONNX Runtime 1.17 or later loads it.
 
     Raises:
         MissingDependencyError: it was not built.

@@ -1,1 +1,1 @@
-"""Layers of torch rebuilt, told from subclasses or made plain, and some that graphs need."""
+"""The kinds of layers, how to rebuild each for fewer channels, and modules that graphs call."""

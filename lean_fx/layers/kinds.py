@@ -329,7 +329,7 @@ def input_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     """
     kind = kind_of(layer)
     names = set(kind.weights if kind else ())
-    if "weight" in names:  # of torch's norms: as parametrizations, and made of hooks
+    if "weight" in names:  # torch's norms rename it, by parametrization or by hooks
         names |= {f"parametrizations.weight.original{end}" for end in ("", "1")}
         names |= {"weight_orig", "weight_v"}
     return {name: value for name, value in layer.named_parameters() if name in names}

@@ -1,8 +1,8 @@
 """How far a model amplifies small changes of its inputs.
 
-A net whose outputs move far for a change of its inputs that does not matter trains badly: its
-gradients are as large. Literal LEAN is such a net's part where it is used many times in a row,
-because it divides by small numbers (:mod:`lean_fx.reduction.functional`).
+A net trains badly if a negligible change of its inputs moves its outputs far: its gradients are as
+large. Many literal LEAN reductions in a row do that, because each divides by small numbers
+(:mod:`lean_fx.reduction.functional`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lean_fx.locks import SHARED_STATE
 from lean_fx.planning.plans import Plan
 
 _NOISE = 1e-3
-#: From how many times the original's on a result is worth a warning.
+#: Warn if the reduced model is at least this many times as sensitive as the original.
 _MUCH = 10
 
 

@@ -1,1 +1,1 @@
-"""What is reduced, where and to how many channels, or why not: policies, decisions and plans."""
+"""What is reduced, where and to how many channels, or why not: options, records, planner, Plan."""

@@ -104,7 +104,7 @@ class Plan:
 
         Raises:
             ArgumentError: ``model`` is not a module that can be captured, or the example inputs are
-                neither a tensor nor a tuple.
+                not a tensor, a tuple or a mapping.
             CaptureError: the model cannot be copied or traced; or it branches on sizes, and there
                 are no example inputs.
             PlanError: the plan does not fit the model.

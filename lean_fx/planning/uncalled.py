@@ -1,4 +1,4 @@
-"""The layers of a model that its graph does not show: never called, or inside of what is a leaf."""
+"""Find layers that the graph of a model does not show: never called, or inside a leaf module."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def uncalled_layers(
             continue
         holder = _holder(name, called)
         if holder and LeanTracer().is_leaf_module(graph_module.get_submodule(holder), holder):
-            continue  # it is of the module that is called, which speaks for itself
+            continue  # part of a leaf layer, which has a record of its own
         reason = SkipReason("not_called", "not called in forward")
         if name in owners:
             reason = WEIGHT_READ

@@ -95,7 +95,7 @@ class Reduction(nn.Module):
         return 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reduce ``x``, of packed sequences their data.
+        """Reduce ``x``; for packed sequences, reduce their data.
 
         Contiguous values are reduced to contiguous ones, unless these are a view of them, so that
         a ``view`` that follows still works.

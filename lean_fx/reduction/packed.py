@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 def with_data(packed: PackedSequence | Tensor, data: Tensor) -> PackedSequence | Tensor:
-    """The same sequences with other values; of a tensor, the values themselves.
+    """The same sequences with other data; ``data`` itself if ``packed`` is a plain tensor.
 
     Args:
         packed: the sequences, which stay as they are.
@@ -32,7 +32,7 @@ def with_data(packed: PackedSequence | Tensor, data: Tensor) -> PackedSequence |
 
 
 def layer_states(states: Any, start: int, stop: int | None) -> Any:
-    """The hidden states of some layers of a stack: rows of each tensor; None of none.
+    """The hidden states of some layers of a stack: rows of each state; None stays None.
 
     Example:
         >>> import torch

@@ -66,6 +66,23 @@ more; leave it out for none
         )
 
 
+def check_positive(subject: str, value: Any, remedy: str) -> None:
+    """Check that a value is a finite number above 0, and no bool.
+
+    Raises:
+        ArgumentError: it is not.
+
+    Example:
+        >>> check_positive("sensitivity: noise", 0, "give 1e-3")
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: sensitivity: noise=0 is not a finite number above 0; give 1e-3
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 < value < float("inf"):
+        raise ArgumentError(f"{subject}={value!r} is not a finite number above 0; {remedy}")
+
+
 def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
     """Check that a value is a sequence of one or more ints, as :func:`check_int` does.
 

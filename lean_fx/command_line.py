@@ -296,11 +296,12 @@ def _onnx_inputs(file: str, shapes: Sequence[str] | None) -> dict[str, Any]:
             f"--input is given {len(shapes)} times; {file} has {len(wanted)} inputs: "
             f"{', '.join(value.name for value in wanted)}"
         )
-    kinds = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64"}
+    kinds = {"float": "float32", "double": "float64"}  # other names are the same in torch
     inputs = {}
     for place, value in enumerate(wanted):
         own = ",".join(str(size if isinstance(size, int) else 1) for size in value.shape)
-        given = shapes[place] if shapes is not None else f"{own}:{kinds.get(value.type, 'bool')}"
+        kind = value.type.removeprefix("tensor(").removesuffix(")")
+        given = shapes[place] if shapes is not None else f"{own}:{kinds.get(kind, kind)}"
         inputs[value.name] = _tensor(given).numpy()
     return inputs
 

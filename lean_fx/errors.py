@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from types import ModuleType
+import sys
+import warnings
+from types import FrameType, ModuleType
 
 
 class LeanError(Exception):
@@ -49,6 +51,19 @@ class ExportError(LeanError):
 
 class LeanWarning(UserWarning):
     """Something that the user should know, though the result is right."""
+
+
+def warn(text: str) -> None:
+    """Give a :class:`LeanWarning` that names the line of the user's own code."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and _is_ours(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, LeanWarning, stacklevel=level)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__"))
+    return name.partition(".")[0] in ("lean_fx", "torch", "contextlib")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -6,7 +6,6 @@ If torch.fx cannot trace a model, one observed run replaces the graph. The plann
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
@@ -19,7 +18,7 @@ from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.checks import check_choice, first_without_values
-from lean_fx.errors import ArgumentError, CaptureError, LeanWarning
+from lean_fx.errors import ArgumentError, CaptureError, warn
 from lean_fx.passes import (
     FindConsumers,
     InferSign,
@@ -91,7 +90,7 @@ def planned(
         made = _plan_captured(model, captured, inputs, options, keep, kernel, made_form)
     if form == "graph" and error:
         reason = _without_remedy(str(error))
-        warnings.warn(f"{reason}; each layer reduces its own input", LeanWarning, stacklevel=3)
+        warn(f"{reason}; each layer reduces its own input")
     elif form == "graph" and captured is not None:
         _warn_of_sizes(model, captured, inputs)
     return made, captured
@@ -130,11 +129,7 @@ def _warn_of_sizes(model: nn.Module, captured: GraphModule, inputs: tuple[Any, .
     """Tell a user whose graph refuses sizes that the model takes."""
     checks = any(node.target is check_branch for node in captured.graph.nodes)
     for reason in refusing_modules(model, captured, inputs).values() if checks and inputs else ():
-        warnings.warn(
-            f"{_without_remedy(reason)}; form='module' takes what the model takes",
-            LeanWarning,
-            stacklevel=4,
-        )
+        warn(f"{_without_remedy(reason)}; form='module' takes what the model takes")
 
 
 def _without_remedy(text: str) -> str:

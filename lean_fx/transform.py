@@ -6,7 +6,6 @@ All but the last is in :mod:`lean_fx.planned`.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture.side_effects import keeping_rng_state
-from lean_fx.errors import LeanWarning
+from lean_fx.errors import warn
 from lean_fx.locks import SHARED_STATE
 from lean_fx.planned import planned
 from lean_fx.planning.options import Options
@@ -118,20 +117,16 @@ def leanify(
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
-        warnings.warn(
+        warn(
             f"leanify: {made.model} has no layer to reduce ({reasons or 'no layers'}{more}); "
-            "print(lean_fx.plan(model)) tells why for each",
-            LeanWarning,
-            stacklevel=2,
+            "lean_fx.plan_of(result) tells why for each"
         )
     methods = _own_methods(model) if captured is not None and made.form == "graph" else []
     if methods:
         shown = ", ".join(methods[:3]) + (", ..." if len(methods) > 3 else "")
-        warnings.warn(
+        warn(
             f"leanify: the graph of {made.model} is without its methods ({shown}); form='module' "
-            "keeps the class",
-            LeanWarning,
-            stacklevel=2,
+            "keeps the class"
         )
     lean = _applied(made, model, captured)
     from lean_fx.measure.sensitivity import with_sensitivity  # loaded when it is used

@@ -1,10 +1,9 @@
 """What a pass is, and how passes are chained.
 
 An **analysis** learns about a graph and writes what it learns into the facts of its nodes
-(:mod:`lean_fx.graph.facts`); it
-leaves the graph as it is. A **transformation** rewrites the graph and reads such facts; it never
-writes them. After every pass the graph lints and runs: a rewrite that inserts and one that rebuilds
-are one pass if only both together make a graph that runs.
+(:mod:`lean_fx.graph.facts`); it leaves the graph as it is. A **transformation** rewrites the graph
+and reads such facts; it never writes them. After every pass the graph lints and runs: a rewrite
+that inserts and one that rebuilds are one pass if only both together make a graph that runs.
 
 Four laws hold for every pass, and one test checks them all:
 

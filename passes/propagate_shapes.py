@@ -81,19 +81,19 @@ def check_count(graph_module: GraphModule, inputs: Sequence[Any]) -> None:
     Raises:
         ArgumentError: it takes fewer or more, or any number of them.
     """
-    holes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    for node in holes:
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
         if str(node.target).startswith("*"):
             raise ArgumentError(
                 f"example_inputs: {type(graph_module).__name__} takes {node.target}, any number of "
                 "inputs, and a graph takes a fixed one; wrap it in a module that names its inputs"
             )
-    needed = [node for node in holes if not node.args]
+    needed = [node for node in placeholders if not node.args]
     given = len(inputs)
-    if not len(needed) <= given <= len(holes):
-        names = ", ".join(node.name for node in holes)
+    if not len(needed) <= given <= len(placeholders):
+        names = ", ".join(str(node.target) for node in placeholders)
         raise ArgumentError(
-            f"example_inputs: {given} given, but the model takes {len(holes)} ({names}); "
+            f"example_inputs: {given} given, but the model takes {len(placeholders)} ({names}); "
             "give one tensor, or a tuple of them"
         )
 

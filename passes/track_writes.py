@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from lean_fx.graph.calls import argument, called, modules_by_name
+from lean_fx.graph.calls import META_ATTRIBUTES, argument, called, modules_by_name
 from lean_fx.graph.facts import facts
 from lean_fx.graph.ops import (
     ALPHA_DROPOUT_CALLS,
@@ -112,7 +112,7 @@ def _is_fresh(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return isinstance(target, type) and _within(target, "torch.nn") and target not in _VIEWS
     if node.op == "call_function" and target is getattr:
-        return argument(node, 1, "name") in ("shape", "ndim", "dtype", "device")
+        return argument(node, 1, "name") in META_ATTRIBUTES
     if node.op == "call_function" and not _within(target, *_TRUSTED):
         return False
     if node.op == "call_function" and getattr(F, _name(node), None) is target:

@@ -83,6 +83,18 @@ def test_compare_times_files(files, tmp_path, capsys):
     assert rows[1]["bytes"] == Path(files[1]).stat().st_size
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.bool, torch.uint8])
+def test_inputs_are_of_the_dtypes_of_the_file(dtype, tmp_path, capsys):
+    class Cast(nn.Module):
+        def forward(self, x):
+            return x.float() + 1
+
+    file = tmp_path / "net.onnx"
+    lean_fx.export_onnx(Cast(), file, torch.ones(2, 3).to(dtype))
+    assert main(["compare", str(file), "--rounds", "2"]) == 0
+    assert "[1, 3]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

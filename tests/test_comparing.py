@@ -8,7 +8,7 @@ import platform
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +283,12 @@ def test_every_file_is_fed_by_the_names_of_its_own_inputs():
     models = {"plain": nn.Linear(4, 2), "named": Named()}
     result = lean_fx.compare(models, torch.rand(2, 4), rounds=2, energy_s=0.01)
     assert [len(model.latencies) for model in result.models] == [2, 2]
+
+
+def test_any_mapping_of_models_takes_named_inputs():
+    models = MappingProxyType({"plain": nn.Linear(4, 2)})
+    (one,) = lean_fx.compare(models, {"input": torch.rand(2, 4)}, rounds=2).models
+    assert one.name == "plain"
 
 
 def test_shared_weights_and_other_buffers_count_once(tmp_path):

@@ -297,6 +297,28 @@ def test_a_reduction_without_a_count_is_told():
     assert lean_fx.costs_of(net, X(1, 3)).without_formula == ("reductions._0",)
 
 
+def test_a_reduction_of_a_users_own_counts_by_operators_unless_it_tells():
+    class Halved(lean_fx.Reduction):
+        def __init__(self, in_channels, out_channels, dim=1):
+            super().__init__(in_channels, out_channels, dim)
+            self.weight = nn.Parameter(torch.rand(out_channels, in_channels))
+
+        def reduce(self, x):
+            return F.linear(x, self.weight)
+
+    class Counted(Halved):
+        @property
+        def macs_per_position(self):
+            return 7
+
+    net = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 4))
+    for reduction, macs in ((Halved, 64 * 8), (Counted, 7)):
+        lean = lean_fx.leanify(net, X(2, 3), reduction=reduction, channels=8)
+        costs = lean_fx.costs_of(lean, X(2, 3))
+        assert [each.macs for each in costs.nodes] == [2 * 3 * 64, 2 * macs, 2 * 8 * 4]
+    assert lean_fx.plan(net, reduction=Halved).sites[0].macs is None
+
+
 # Reductions.
 
 

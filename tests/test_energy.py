@@ -209,7 +209,7 @@ def test_an_unknown_country_is_told(country: str) -> None:
 
 
 def test_an_interval_out_of_range_is_told() -> None:
-    with pytest.raises(ArgumentError, match=r"interval_s=0 is not above 0"):
+    with pytest.raises(ArgumentError, match=r"interval_s=0 is not a finite number above 0"):
         EnergyMeter(interval_s=0)
 
 

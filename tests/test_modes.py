@@ -108,8 +108,11 @@ def test_modes_that_cannot_be_one_are_told():
         return self.a(self.b(x)) if self.training else self.b(self.a(x))
 
     model = Net(swapped, a=nn.Linear(32, 32), b=nn.Linear(32, 32)).eval()
-    with pytest.warns(lean_fx.LeanWarning, match="^Net: does what it does in eval mode after"):
+    with pytest.warns(lean_fx.LeanWarning, match="^Net: its graph acts as in eval mode"):
         captured = capture(model)
+    with pytest.warns(lean_fx.LeanWarning) as told:
+        lean_fx.plan(model)
+    assert [each.filename for each in told] == [__file__]  # the user's own line
     x = X(2, 32)
     torch.testing.assert_close(captured.train()(x), model(x), rtol=0, atol=0)
 

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import lean_fx
 from lean_fx import LeanError
 from lean_fx.passes import Consumer, Site
 from lean_fx.planning.policy import (
@@ -92,6 +93,18 @@ def test_channels_that_do_not_fit_a_site(channels, message):
     with pytest.raises(LeanError) as caught:
         wanted_channels(channels, SITE, "conv")
     assert str(caught.value) == message
+
+
+def test_a_policy_is_asked_once_for_each_layer():
+    asked = []
+
+    def policy(site):
+        asked.append(site.layers)
+        return 6 + len(asked)
+
+    plan = lean_fx.plan(nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 4)), channels=policy)
+    assert asked == [("1",)]
+    assert plan.sites[0].note == "7 wanted, 8 is the nearest divisor"
 
 
 def test_skip():

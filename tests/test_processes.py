@@ -213,7 +213,7 @@ def test_more_processes_than_devices_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError) as caught:
         train(net(), some_digits(), Settings(accelerator="gpu"), tmp_path)
     assert str(caught.value) == (
-        "Settings: accelerator='gpu' is not to be had here for 4 processes; use fewer or 'cpu'"
+        "Settings: accelerator='gpu' is not available here for 4 processes; use fewer or 'cpu'"
     )
 
 

@@ -269,7 +269,7 @@ def test_compiled_gradients_are_the_eager_ones(shape, dim, layout, nonnegative):
             {"seed_init": "x"},
             "LeanReduction: seed_init='x' is not known; use normal, uniform, ones or near_one",
         ),
-        ({"tol": 0}, "LeanReduction: tol=0 is not a number above 0; leave it out for none"),
+        ({"tol": 0}, "LeanReduction: tol=0 is not a finite number above 0; leave it out for none"),
         (
             {"seed_init": "ones", "normalize": "row"},
             "LeanReduction: seed_init='ones' with normalize='row' is a dead layer, as the walk keeps a "
@@ -312,7 +312,7 @@ FUNCTION_ERRORS = [
     ({"layout": None}, "layout=None is not known; use contiguous or interleaved"),
     ({"iterations": 0}, "iterations=0 is not an int of 1 or more"),
     ({"iterations": True}, "iterations=True is not an int of 1 or more"),
-    ({"tol": -1.0}, "tol=-1.0 is not a number above 0; leave it out for none"),
+    ({"tol": -1.0}, "tol=-1.0 is not a finite number above 0; leave it out for none"),
 ]
 
 

@@ -93,8 +93,18 @@ def test_the_model_and_the_random_numbers_stay_as_they_are():
 @pytest.mark.parametrize(
     ("model", "inputs", "noise", "message"),
     [
-        (nn.Linear(4, 2), torch.rand(2, 4), 0, "sensitivity: noise=0 is not above 0"),
-        (nn.Linear(4, 2), torch.rand(2, 4), math.nan, "sensitivity: noise=nan is not above 0"),
+        (
+            nn.Linear(4, 2),
+            torch.rand(2, 4),
+            0,
+            "sensitivity: noise=0 is not a finite number above 0",
+        ),
+        (
+            nn.Linear(4, 2),
+            torch.rand(2, 4),
+            math.nan,
+            "sensitivity: noise=nan is not a finite number above 0",
+        ),
         (
             nn.Embedding(4, 2),
             torch.tensor([1, 2]),

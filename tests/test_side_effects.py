@@ -198,6 +198,15 @@ def test_what_forward_stores_for_a_trainer_is_there(stored, before):
     torch.testing.assert_close(lean.get_submodule("1").aux, model[1].aux)
 
 
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_a_size_that_forward_stores_is_no_state():
+    def measuring(self, x):
+        self.count, self.step = x.nelement(), x.stride(0)
+        return self.a(x)
+
+    assert isinstance(lean_fx.leanify(Net(measuring), X, min_channels=10**9), GraphModule)
+
+
 def test_a_cache_within_what_cannot_be_traced_holds_values():
     def caching(self, x):
         if self.made is None:

@@ -144,7 +144,7 @@ def test_a_reason_survives_json():
 def test_json_with_another_kind_of_reason_is_refused(reason):
     content = json.loads(lean_fx.plan(stack(nn.Linear(32, 4)), X).to_json())
     content["left_alone"][0]["reason"] = reason
-    with pytest.raises(PlanError, match="a part is missing or unknown"):
+    with pytest.raises(PlanError, match="a part is missing or wrong"):
         Plan.from_json(json.dumps(content))
 
 

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path: Path) -> None:
         ({"threads": 0}, "time_onnx: threads=0 is not an int of 1 or more"),
         ({"threads": 1.0}, "time_onnx: threads=1.0 is not an int of 1 or more"),
         ({"rounds": 1}, "time_onnx: rounds=1 is not an int of 2 or more"),
-        ({"min_round_ms": 0.0}, "min_round_ms=0.0 is not above 0"),
+        ({"min_round_ms": 0.0}, "min_round_ms=0.0 is not a finite number above 0"),
         ({"files": {}}, "files is empty"),
     ],
 )

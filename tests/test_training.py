@@ -324,7 +324,7 @@ def test_settings_out_of_range_are_refused(wrong, message):
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has an mps device")
 def test_an_accelerator_that_is_not_there_is_refused(tmp_path, data):
-    with pytest.raises(ArgumentError, match=r"accelerator='mps' is not to be had here; use 'auto'"):
+    with pytest.raises(ArgumentError, match=r"accelerator='mps' is not available here; use 'auto'"):
         train(net(), data, Settings(epochs=1, accelerator="mps"), tmp_path)
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from lean_fx.capture.retries import trace_copy, whole_modules
 from lean_fx.capture.side_effects import SideEffect, keeping_rng_state
 from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
-from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
+from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
 from lean_fx.graph.calls import is_altered
 from lean_fx.graph.captured import ROOT_HOOKS, CapturedModule, guard_parts, keep_unsaved
 from lean_fx.graph.clones import clone_sharing_state
@@ -78,11 +77,9 @@ def capture(
             root.eval()
         captured = _captured_with(root, inputs, frozenset(), purpose)
         if purpose == "graph" and (own := own_loading(root)):
-            warnings.warn(
+            warn(
                 f"{type(root).__name__}: its graph is without its {own}; give it state_dicts of "
-                "the model's present version",
-                LeanWarning,
-                stacklevel=5,
+                "the model's present version"
             )
         if not inputs or first_without_values(root):
             return captured
@@ -230,12 +227,10 @@ def _follow_mode(
         for module in modules:
             module.training = not module.training
     mode = "train" if root.training else "eval"
-    warnings.warn(
-        f"{type(root).__name__}: does what it does in {mode} mode after train() and eval() alike, "
-        f"since its graph in the other mode cannot be joined to it ({reason}); capture it in the "
-        "mode that you need",
-        LeanWarning,
-        stacklevel=7,
+    warn(
+        f"{type(root).__name__}: its graph acts as in {mode} mode, whatever train() and eval() "
+        f"set, because the graphs of the two modes cannot be merged ({reason}); capture it in the "
+        "mode that you need"
     )
     return frozenset()
 

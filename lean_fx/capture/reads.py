@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from lean_fx.capture.side_effects import LEARNING, SideEffect, asked_by_model
+from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
 
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
@@ -21,11 +22,7 @@ _PLAIN = (bool, int, float, str, type(None), range, slice, frozenset)
 _MANY = 100  # more are data
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
-#: Attributes of a parameter that do not depend on its numbers.
-_ASKED = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_meta"))
-_ASKING = frozenset(
-    ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
-) | frozenset(("is_contiguous", "element_size", "data_ptr", "register_hook", "__hash__"))
+_ASKING = META_METHODS | {"data_ptr", "register_hook", "__hash__"}
 #: What the class of a watched module defines itself.
 _OWN = frozenset(("__getattribute__", "__module__", "__qualname__", "__doc__"))
 #: What has been read of the modules that are being watched, by id.
@@ -108,7 +105,9 @@ class ParameterReads(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         getter = getattr(getattr(func, "__self__", None), "__name__", "")
-        asking = name in _ASKING or (name in ("__get__", "__set__") and getter in _ASKED | LEARNING)
+        asking = name in _ASKING or (
+            name in ("__get__", "__set__") and getter in META_ATTRIBUTES | LEARNING
+        )
         learning = name == "__get__" and getter in LEARNING
         if learning and not self._tracer.computing and asked_by_model(1):
             raise SideEffect(f"forward asks for {getter} of a parameter")

@@ -76,10 +76,10 @@ def trace_copy(
 
 
 def _same_without(
-    hole: Any, graph: Graph, root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+    placeholder: Any, graph: Graph, root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
 ) -> bool:
     """Whether forward makes the same calls with None in the place of an input."""
-    place = graph.find_nodes(op="placeholder").index(hole)
+    place = graph.find_nodes(op="placeholder").index(placeholder)
     try:
         other = _trace_seeing(root, [*inputs[:place], None, *inputs[place + 1 :]], opaque)[1]
     except Exception:  # the model's own code
@@ -88,7 +88,7 @@ def _same_without(
     pairs = zip(_without_guards(graph), _without_guards(other), strict=False)
     for node, twin in pairs:
         arguments = torch.fx.map_arg(
-            (node.args, node.kwargs), lambda each: None if each is hole else twins[each]
+            (node.args, node.kwargs), lambda each: None if each is placeholder else twins[each]
         )
         alike = (node.op, node.target) == (twin.op, twin.target)
         if not alike or (node.op != "placeholder" and arguments != (twin.args, twin.kwargs)):

@@ -25,11 +25,15 @@ from torch.fx.proxy import Attribute, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lean_fx.capture.in_place import AugmentedAssignments
+from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
 
 # Attributes and methods whose result carries no gradient.
-_WITHOUT_GRADIENT = frozenset(
-    ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "detach", "argmax", "argmin")
-) | frozenset(("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "bool", "long"))
+_WITHOUT_GRADIENT = (
+    META_ATTRIBUTES
+    | META_METHODS
+    | {"detach", "argmax", "argmin", "isnan", "isinf", "isfinite", "bool", "long"}
+    | {"eq", "ne", "lt", "le", "gt", "ge"}
+)
 #: Attributes that tell whether a value has a gradient.
 LEARNING = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 
 from lean_fx.capture.side_effects import Draws, SideEffect, rng_states
+from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
 from lean_fx.graph.reachable import NUMBERS, Reachable, reachable_from, refill
 
-_SIZES = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")
 _ABSENT = object()
 _ATTRIBUTE = re.compile(r"\w+")
 
@@ -108,6 +108,6 @@ def _depends_on_values(node: Node) -> bool:
         if node.op == "placeholder":
             return True
         asked = node.args[1] if node.target is getattr else node.target
-        if asked not in _SIZES:
+        if asked not in META_ATTRIBUTES and asked not in META_METHODS:
             todo += node.all_input_nodes
     return False

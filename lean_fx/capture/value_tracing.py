@@ -50,6 +50,7 @@ from lean_fx.capture.guards import (
 )
 from lean_fx.capture.proxies import FIXED, UNKNOWN, drop_value, keep_value, value_of, value_proxy
 from lean_fx.capture.side_effects import keeping_rng_state
+from lean_fx.graph.calls import META_METHODS
 from lean_fx.graph.clones import fake_of, run_on, runnable, without_gradients
 
 _CALLS = ("call_function", "call_method")
@@ -71,7 +72,6 @@ _DECIDING = {getattr(operator, name) for name in operator.__all__} | {
     has_attribute,
 }
 _DECIDING -= {operator.setitem, operator.delitem}
-_DECIDING_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"}
 
 
 class ValueTracer(AnsweringTracer):
@@ -267,5 +267,5 @@ def _only_decides(node: Node) -> bool:
     if isinstance(value_of(node), Tensor) or value_of(node) is UNKNOWN:
         return False
     if node.op == "call_method":
-        return node.target in _DECIDING_METHODS
+        return node.target in META_METHODS
     return node.op == "call_function" and node.target in _DECIDING

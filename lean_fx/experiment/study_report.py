@@ -128,7 +128,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """A list of the trials; what was not measured is null."""
+    """A list of the trials; what was not measured is null, or missing if the trial failed."""
     every = [dataclasses.asdict(row) for row in rows]
     for row in every:
         row["outcome"] = {

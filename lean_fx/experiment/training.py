@@ -236,7 +236,7 @@ def _trainer(
     except MisconfigurationException as error:
         many = f" for {here.per_machine} processes" if here.per_machine > 1 else ""
         raise ArgumentError(
-            f"Settings: accelerator={settings.accelerator!r} is not to be had here{many}; use "
+            f"Settings: accelerator={settings.accelerator!r} is not available here{many}; use "
             f"{'fewer' if many else repr('auto')} or 'cpu'"
         ) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.cloning import clone
-from lean_fx.errors import (
-    ArgumentError,
-    CaptureError,
-    LeanWarning,
-    one_line,
-    require,
-)
+from lean_fx.errors import ArgumentError, CaptureError, one_line, require, warn
 from lean_fx.export.inputs import (
     Axes,
     batch_axes,
@@ -162,7 +155,7 @@ def export_onnx(
                 found = check_parity(_copy(model), program, part, values, checked, tolerance)
                 remark = remark or found
     if remark:
-        warnings.warn(remark, LeanWarning, stacklevel=2)
+        warn(remark)
     exported = Exported(Path(path))
     if quantize is not None:
         # Both may be iterators, and are read more than once.

@@ -10,6 +10,7 @@ from lean_fx.checks import (
     check_choice,
     check_int,
     check_path,
+    check_positive,
     check_shapes,
     check_values,
     quantized_by_torch,
@@ -53,8 +54,8 @@ def check_options(path: Any, batch: Any, functions: Any, opset: Any, tolerance: 
     check_choice("export_onnx: functions", functions, get_args(Functions))
     if opset is not None:
         check_int("export_onnx: opset", opset, 18)
-    if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
-        raise ArgumentError(f"export_onnx: tolerance={tolerance!r} is not a float above 0 or None")
+    if tolerance is not None:
+        check_positive("export_onnx: tolerance", tolerance, "give 1e-3, or None for no check")
 
 
 def check_int8_options(quantize: Any, calibration: Any, evaluation: Any, int8_target: Any) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,14 +34,7 @@ from typing import Any, Literal
 import torch
 
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.errors import (
-    ArgumentError,
-    DataError,
-    ExportError,
-    LeanWarning,
-    one_line,
-    require,
-)
+from lean_fx.errors import ArgumentError, DataError, ExportError, one_line, require, warn
 from lean_fx.export.lean_function import INLINED
 from lean_fx.export.sessions import open_session
 from lean_fx.files import replacing
@@ -199,11 +191,9 @@ def check_int8(
             if target == "vnni"
             else "calibrate with more data, or use the float file"
         )
-        warnings.warn(
+        warn(
             f"export_onnx: the INT8 twin differs from {Path(path).name} by {apart:.2g} of the mean "
-            f"output on this machine, bound {INT8_BOUND:g}; {remedy}",
-            LeanWarning,
-            stacklevel=3,
+            f"output on this machine, bound {INT8_BOUND:g}; {remedy}"
         )
     return apart
 

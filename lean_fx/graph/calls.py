@@ -8,6 +8,11 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+#: The attributes and methods of a tensor that do not depend on its numbers.
+META_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_meta"))
+META_METHODS = frozenset(
+    ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
+) | frozenset(("is_contiguous", "element_size"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 

@@ -13,7 +13,6 @@ stand-in shows what the module was:
 from __future__ import annotations
 
 import reprlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph
 
-from lean_fx.errors import CaptureError, LeanWarning
+from lean_fx.errors import CaptureError, warn
 
 _PARTS = "lean_fx.parts"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -164,11 +163,9 @@ class StandIn(nn.Module):
         return self._registered(super().register_full_backward_pre_hook, args, kwargs)
 
     def _registered(self, register: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        warnings.warn(
+        warn(
             f"{self._get_name()}: a hook on it never runs, as the graph calls its layers itself; "
-            f"hook these, or {_REMEDY}",
-            LeanWarning,
-            stacklevel=3,
+            f"hook these, or {_REMEDY}"
         )
         return register(*args, **kwargs)
 

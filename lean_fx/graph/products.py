@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from lean_fx.graph.calls import argument
+from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS, argument
 from lean_fx.graph.facts import facts
 from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.skip_reason import SkipReason
@@ -39,8 +39,6 @@ CALLS = {*LAYER_OF_CALL, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpos
 _PRODUCTS: set[Any] = {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.inner}
 _PRODUCTS |= {torch.tensordot, "matmul", "mm", "bmm", "mv", "inner"}
 _ADDED: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, "addmm", "addbmm", "baddbmm"}
-_ASKED = {"shape", "ndim", "dtype", "device"}
-_ASKING = {"size", "dim", "numel", "ndimension"}
 #: The methods whose result is their first argument, made like the second.
 SAME_AS_INPUT = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
@@ -72,10 +70,10 @@ def _sources(node: Node) -> list[Node]:
     """The nodes whose numbers ``node`` depends on (rules 1 and 2)."""
     if node.op == "call_method":
         given = node.all_input_nodes
-        return (
-            [] if node.target in _ASKING else given[:1] if node.target in SAME_AS_INPUT else given
-        )
-    if node.target is getattr and argument(node, 1, "name") in _ASKED:
+        if node.target in META_METHODS:
+            return []
+        return given[:1] if node.target in SAME_AS_INPUT else given
+    if node.target is getattr and argument(node, 1, "name") in META_ATTRIBUTES:
         return []
     return node.all_input_nodes
 

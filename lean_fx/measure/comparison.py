@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_int, check_ints, check_shapes, check_values
 from lean_fx.cloning import clone
-from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line, require
+from lean_fx.errors import ArgumentError, CaptureError, one_line, require, warn
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.inputs import resized
 from lean_fx.export.of_tensors import of_tensors, tensors_in
@@ -93,7 +92,7 @@ def compare(
         comparison = lean_fx.compare(models, inputs)
         print(comparison.to_markdown())
     """
-    first = next(iter(models.values()), None) if isinstance(models, dict) else None
+    first = next(iter(models.values()), None) if isinstance(models, Mapping) else None
     given = as_inputs(example_inputs, first)
     inputs = tuple(tensors_in(given))
     _check(models, inputs, batches, threads, rounds, energy_s)
@@ -150,7 +149,7 @@ def compare(
         for name, arm in arms.items():
             reorders, off_path = blocked_layout(files[name], kernel=by_kernel)
             for text in off_path:
-                warnings.warn(f"{name}: {text}", LeanWarning, stacklevel=2)
+                warn(f"{name}: {text}")
             compared.append(
                 Compared(
                     name=name,

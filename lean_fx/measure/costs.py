@@ -133,8 +133,8 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
 def _calling(layer: nn.Module, inputs: int) -> GraphModule:
     """A graph that calls one layer, which the tracer would otherwise trace into."""
     graph = Graph()
-    holes = tuple(graph.placeholder(f"input_{number}") for number in range(inputs))
-    graph.output(graph.call_module("layer", holes))
+    placeholders = tuple(graph.placeholder(f"input_{number}") for number in range(inputs))
+    graph.output(graph.call_module("layer", placeholders))
     return GraphModule({"layer": layer}, graph)
 
 

@@ -11,7 +11,8 @@ from operator import add
 from types import TracebackType
 from typing import Any
 
-from lean_fx.errors import ArgumentError, LeanError
+from lean_fx.checks import check_positive
+from lean_fx.errors import LeanError
 from lean_fx.measure.tracker import (
     ESTIMATES,
     JOULES_PER_KWH,
@@ -110,8 +111,7 @@ class EnergyMeter:
     """
 
     def __init__(self, country: str = "USA", interval_s: float = 1.0) -> None:
-        if not interval_s > 0:
-            raise ArgumentError(f"EnergyMeter: interval_s={interval_s} is not above 0; use 1.0")
+        check_positive("EnergyMeter: interval_s", interval_s, "use 1.0")
         check_country("EnergyMeter", country)
         self.country = country
         self.interval_s = interval_s

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.agreement import COMPUTED, results
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.checks import first_without_values
-from lean_fx.errors import ArgumentError, CaptureError, LeanWarning, one_line
+from lean_fx.checks import check_positive, first_without_values
+from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
 from lean_fx.locks import SHARED_STATE
 from lean_fx.planning.plans import Plan
 
@@ -59,8 +58,7 @@ def sensitivity(model: nn.Module, example_inputs: Any, *, noise: float = _NOISE)
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"sensitivity: model={type(model).__name__} object is not a module")
-    if type(noise) not in (int, float) or not noise > 0 or not math.isfinite(noise):
-        raise ArgumentError(f"sensitivity: noise={noise!r} is not above 0")
+    check_positive("sensitivity: noise", noise, "give 1e-3, say")
     inputs = as_inputs(example_inputs, model)
     if not any(_is_numbers(each) for each in pytree.tree_leaves(inputs)):
         raise ArgumentError(
@@ -108,11 +106,9 @@ def with_sensitivity(plan: Plan, model: nn.Module, lean: nn.Module, inputs: Any)
         remedy = "reduction='lean_damped' does not amplify noise"
         if plan.reduction == "lean_damped":
             remedy = "give more channels, or more example inputs if these are few"
-        warnings.warn(
+        warn(
             f"{plan.model}: noise on its inputs moves the outputs of the reduced model "
-            f"{after / before:.0f} times as far as its own, so it may train badly; {remedy}",
-            LeanWarning,
-            stacklevel=3,
+            f"{after / before:.0f} times as far as its own, so it may train badly; {remedy}"
         )
     return dataclasses.replace(plan, sensitivity=(before, after))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lean_fx.checks import check_int
+from lean_fx.checks import check_int, check_positive
 from lean_fx.errors import ArgumentError
 from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.kernel import uses_kernel, what_computes
@@ -114,8 +114,7 @@ def time_onnx(
         raise ArgumentError("time_onnx: files is empty; give at least one name and file")
     threads = check_int("time_onnx: threads", threads, 1)
     rounds = check_int("time_onnx: rounds", rounds, 2)
-    if not min_round_ms > 0:
-        raise ArgumentError(f"time_onnx: min_round_ms={min_round_ms} is not above 0; use 5.0, say")
+    check_positive("time_onnx: min_round_ms", min_round_ms, "use 5.0, say")
     names, by_kernel = list(files), uses_kernel(kernel)
     with flushing_denormals():
         calls = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from typing import Any
 
 from lean_fx.errors import ArgumentError, PlanError
@@ -78,7 +79,7 @@ def plan_from_json(text: str) -> Plan:
         if plan.form == "graph" and not plan.traced:
             raise TypeError("traced=False has form='module'")
     except (TypeError, KeyError, AttributeError, ArgumentError) as error:
-        raise PlanError(f"plan: a part is missing or unknown ({error}); make it anew") from error
+        raise PlanError(f"plan: a part is missing or wrong ({error}); make it anew") from error
     if plan.reduction not in reductions():
         raise PlanError(
             f"plan: the reduction {plan.reduction!r} is not registered; call "
@@ -99,7 +100,7 @@ def _check_types(part: Any) -> None:
 
 def _names(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(n, str) and n for n in value):
-        raise TypeError(f"{key}= is not a list of names of layers")
+        raise TypeError(f"{key}={reprlib.repr(value)} is not a list of names of layers")
     return tuple(value)
 
 
@@ -142,9 +143,9 @@ def _site_from(entry: dict[str, Any]) -> Site:
         raise TypeError(f"site {site.value!r} has no consumers, or a part without a name")
     check_channels("site", site.in_channels, site.out_channels or 0)
     if site.groups < 1:
-        raise TypeError(f"site {site.value!r} has groups={site.groups}")
+        raise TypeError(f"site {site.value!r} has groups={site.groups}, below 1")
     if not -_MOST_AXES <= site.dim < _MOST_AXES:
         raise TypeError(f"site {site.value!r} has dim={site.dim}, which no tensor has")
     if not 0 <= site.rms < math.inf:
-        raise TypeError(f"site {site.value!r} has rms={site.rms}")
+        raise TypeError(f"site {site.value!r} has rms={site.rms}, which no value has")
     return site

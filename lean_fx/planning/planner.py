@@ -162,12 +162,12 @@ def _choose_channels(site: Site, options: Options) -> tuple[list[Site], list[Lef
     notes: dict[int, str] = {}
     refused = []
     for consumer in site.consumers:
-        count = _channels(site, consumer.layer, options)
-        if isinstance(count, SkipReason):
-            refused.append(LeftAlone(consumer.layer, consumer.kind, count))
+        found = _channels(site, consumer.layer, options)
+        if isinstance(found, SkipReason):
+            refused.append(LeftAlone(consumer.layer, consumer.kind, found))
         else:
+            count, notes[found[0]] = found
             by_channels.setdefault(count, []).append(consumer)
-            notes[count] = _note(site, consumer.layer, count, options)
     chosen = [
         dataclasses.replace(
             site,
@@ -190,8 +190,8 @@ def _macs(site: Site, out_channels: int, reduction: str | ReductionFactory) -> i
     return macs if isinstance(macs, int) else None
 
 
-def _channels(site: Site, layer: str, options: Options) -> int | SkipReason:
-    """The channels to keep for one layer, or why none can be saved."""
+def _channels(site: Site, layer: str, options: Options) -> tuple[int, str] | SkipReason:
+    """The channels to keep for one layer and a note on them, or why none can be saved."""
     wanted = wanted_channels(options.channels, site, layer)
     if wanted is None:
         return SkipReason("channels", "not named in channels")
@@ -204,13 +204,11 @@ def _channels(site: Site, layer: str, options: Options) -> int | SkipReason:
     if found == site.in_channels:
         text = f"channels={found} equals in_channels: nothing to reduce"
         return SkipReason("nothing_to_reduce", text)
-    return found
+    return found, _note(site, found, wanted, options)
 
 
-def _note(site: Site, layer: str, found: int, options: Options) -> str:
+def _note(site: Site, found: int, wanted: float, options: Options) -> str:
     """Say if the number of channels is not the one that the user asked for."""
-    wanted = wanted_channels(options.channels, site, layer)
-    assert wanted is not None
     missed = bool(options.round_to and found % options.round_to)
     notes = []
     if abs(found - wanted) >= 1:

@@ -90,9 +90,13 @@ class Reduction(nn.Module):
         self.dim = check_int(f"{owner}: dim", dim)
 
     @property
-    def macs_per_position(self) -> int:
-        """Multiply-adds of one position."""
-        return 0
+    def macs_per_position(self) -> int | None:
+        """Multiply-adds of one position; None, unless overridden: those of torch's operators count.
+
+        Override it where the products are element by element, which no counter can tell from other
+        arithmetic.
+        """
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Reduce ``x``; for packed sequences, reduce their data.

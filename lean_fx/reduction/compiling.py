@@ -14,9 +14,9 @@ def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
     """Let torch.compile make a kernel of each LEAN reduction, forward and backward.
 
     Eager PyTorch runs the formulas of :mod:`lean_fx.reduction.functional` as one pass over memory
-    each; a compiler fuses them. The first call takes seconds
-    for every reduction, and again for a new size; then the values are the eager ones, to rounding.
-    A model that ``torch.compile`` takes as a whole needs no more than that.
+    each; a compiler fuses them. The first call takes seconds for every reduction, and again for a
+    new size; then the values are the eager ones, to rounding. A model that ``torch.compile`` takes
+    as a whole needs no more than that.
 
     Args:
         model: with one LeanReduction or more. They are compiled in place, as by

@@ -17,7 +17,14 @@ def _grouped(reduction: Reduction, x: Tensor) -> Tensor:
     return torch.unflatten(x.movedim(reduction.dim, -1), -1, (reduction.out_channels, -1))
 
 
-class SliceReduction(Reduction):
+class _WithoutProducts(Reduction):
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds of one position."""
+        return 0
+
+
+class SliceReduction(_WithoutProducts):
     """Keep the first C' channels: free, so the ceiling of what any reduction can save.
 
     Example:
@@ -32,7 +39,7 @@ class SliceReduction(Reduction):
         return x.narrow(self.dim, 0, self.out_channels)
 
 
-class MeanReduction(Reduction):
+class MeanReduction(_WithoutProducts):
     """The mean over the reducible channels: ``y[i] = mean_k X[i, k]``.
 
     Example:
@@ -45,7 +52,7 @@ class MeanReduction(Reduction):
         return _grouped(self, x).mean(-1).movedim(-1, self.dim)
 
 
-class MaxReduction(Reduction):
+class MaxReduction(_WithoutProducts):
     """The maximum over the reducible channels: ``y[i] = max_k X[i, k]``.
 
     Example:

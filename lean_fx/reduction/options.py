@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lean_fx.checks import check_choice, check_int, check_not_negative
+from lean_fx.checks import check_choice, check_int, check_not_negative, check_positive
 from lean_fx.errors import ArgumentError
 
 Normalize = Literal["column", "row", "none"]
@@ -33,8 +33,8 @@ def check_options(
     check_choice(f"{owner}: scale", scale, get_args(Scale))
     check_choice(f"{owner}: layout", layout, get_args(Layout))
     check_int(f"{owner}: iterations", iterations, 1)
-    if tol is not None and not (type(tol) in (int, float) and tol > 0):
-        raise ArgumentError(f"{owner}: tol={tol!r} is not a number above 0; leave it out for none")
+    if tol is not None:
+        check_positive(f"{owner}: tol", tol, "leave it out for none")
     check_not_negative(f"{owner}: damping", damping)
     check_not_negative(f"{owner}: norm_floor", norm_floor)
     if damping and normalize == "none":

@@ -7,12 +7,18 @@
    its own.
 4. A tensor that a forward has left in a list or dict, such as a cache, is copied without its
    gradient; deepcopy raises.
+5. A function that a module holds and that closes over modules, as ``lambda x: self.gain * x`` does
+   or what wraps ``block.forward``, closes over their copies; deepcopy keeps the function.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +30,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import CaptureError, one_line
 
 _INTERNALS = frozenset(vars(nn.Module()))
+_DEEPEST = 6  # closures within closures
 #: The hooks of torch that compute a weight before every call.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -43,7 +50,7 @@ def clone(model: nn.Module) -> nn.Module:
     """
     name = type(model).__name__
     computed = (*_computed_by_hooks(model), *_cached(model))
-    memo = {id(value): value.detach().clone() for value in computed}
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a module's own __deepcopy__ raises
@@ -57,6 +64,7 @@ def clone(model: nn.Module) -> nn.Module:
             f"{name}: cannot be copied ({type(error).__name__}: "
             f"{one_line(error, 200)}); give a model that copy.deepcopy can copy"
         ) from error
+    rebind_functions(copied, memo)
     old, new = _state(model), _state(copied)
     pairs = [(old[each], new[each]) for each in old if each in new]
     _share_memory(pairs)
@@ -64,6 +72,72 @@ def clone(model: nn.Module) -> nn.Module:
         for hook in (before._backward_hooks or {}).values():
             after.register_hook(hook)  # type: ignore[no-untyped-call]
     return copied
+
+
+def rebind_functions(copied: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Let the functions that the modules of a deep copy hold close over copies (rule 5).
+
+    Args:
+        copied: what ``copy.deepcopy`` has made; changed in place.
+        memo: that of the deepcopy.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> model[0].forward = (lambda forward: lambda x: 2 * forward(x))(model[0].forward)
+        >>> memo = {}
+        >>> copied = copy.deepcopy(model, memo)
+        >>> rebind_functions(copied, memo)
+        >>> copied[0].forward.__closure__[0].cell_contents.__self__ is copied[0]
+        True
+    """
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                vars(module)[name] = _rebound(value, memo, ())
+
+
+def _rebound(value: Any, memo: Mapping[int, Any], above: tuple[int, ...]) -> Any:
+    """A value that refers to copies; the value itself if it does not refer to what was copied.
+
+    Args:
+        value: the value; lists and dicts are changed in place.
+        memo: that of the deepcopy.
+        above: the ids of what holds the value.
+    """
+    if id(value) in above or len(above) > _DEEPEST:
+        return value
+    inner = partial(_rebound, memo=memo, above=(*above, id(value)))
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, MethodType):
+        owner = inner(value.__self__)
+        return value if owner is value.__self__ else MethodType(value.__func__, owner)
+    if isinstance(value, FunctionType) and value.__closure__:
+        cells = tuple(_rebound_cell(cell, inner) for cell in value.__closure__)
+        return value if cells == value.__closure__ else _with_cells(value, cells)
+    if type(value) is list:
+        value[:] = map(inner, value)
+    if type(value) in (dict, OrderedDict):
+        value.update({key: inner(each) for key, each in value.items()})
+    return value
+
+
+def _rebound_cell(cell: CellType, inner: Callable[[Any], Any]) -> CellType:
+    try:
+        before = cell.cell_contents
+    except ValueError:  # it is empty
+        return cell
+    after = inner(before)
+    return cell if after is before else CellType(after)
+
+
+def _with_cells(function: FunctionType, cells: tuple[CellType, ...]) -> FunctionType:
+    made = FunctionType(
+        *(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made.__dict__.update(function.__dict__)
+    return made
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:

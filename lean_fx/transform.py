@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import warn
-from lean_fx.locks import SHARED_STATE
+from lean_fx.locks import SHARED_STATE, load_compiler
 from lean_fx.planned import planned
 from lean_fx.planning.options import Options
 from lean_fx.planning.plans import Form, Plan
@@ -112,6 +112,8 @@ def leanify(
         workshop on Neural Compression.
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
+    if example_inputs is not None:
+        load_compiler()
     with SHARED_STATE, torch.inference_mode(False):  # the copies will be trained
         made, captured = planned(model, example_inputs, options, keep, kernel, form)
     if not made.sites:
@@ -170,6 +172,8 @@ def plan(
         0  Linear  in_channels=8 is below min_channels=16
     """
     options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
+    if example_inputs is not None:
+        load_compiler()
     with SHARED_STATE, torch.inference_mode(False):
         made, captured = planned(model, example_inputs, options, keep, kernel, form)
     if not made.sites or example_inputs is None:  # nothing to measure

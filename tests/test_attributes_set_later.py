@@ -72,6 +72,45 @@ def test_another_value_is_refused(name, nested):
             setattr(each, name, LATER[name])
 
 
+class Asking(nn.Module):
+    """Asks for what it may get later, in four ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.register_buffer("mask", None)
+        self.register_parameter("gain", None)
+
+    def forward(self, x):
+        h = self.a(x) * getattr(self, "scale", 1.0)
+        h = h if self.mask is None else h * self.mask
+        h = h if self.gain is None else h * self.gain
+        return self.b(h + self.shift if hasattr(self, "shift") else h)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_not_there_yet_cannot_be_set_in_silence(nested):
+    lean = lean_fx.leanify(nn.Sequential(Asking()) if nested else Asking(), X)
+    part = copy.deepcopy(lean).get_submodule("0" if nested else "")
+    later = {"scale": 2.0, "shift": 1.0, "mask": torch.ones(32), "gain": nn.Parameter(X[0])}
+    for name, value in later.items():
+        with pytest.raises(CaptureError, match=f"^{name} was (missing|None) when the model was"):
+            setattr(part, name, value)
+
+
+def test_a_forward_that_reads_the_dict_of_its_module_is_not_traced():
+    class Vars(Asking):
+        def forward(self, x):
+            return self.b(self.a(x) + self.__dict__["scale"] * x)
+
+    model = nn.Sequential(Vars())
+    model[0].scale = 1.0
+    lean = lean_fx.leanify(model, X)
+    before = lean(X)
+    lean.get_submodule("0").scale = 2.0
+    assert not torch.equal(lean(X), before)
+
+
 def test_a_schedule_over_modules_finds_what_it_sets():
     lean = lean_fx.leanify(nn.Sequential(Scheduled(), nn.ReLU()), X)
     lean = pickle.loads(pickle.dumps(lean))

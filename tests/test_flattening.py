@@ -135,6 +135,16 @@ def test_an_in_place_dropout_that_others_see_is_refused(forward):
         assert reasons(model, inputs)["b"].startswith("an in-place operation stands between")
 
 
+@pytest.mark.parametrize("view", [lambda y: y.view(1, 1), lambda y: y.flatten(0, -1)])
+def test_a_number_that_is_given_axes_is_no_flatten(view):
+    def scaled(self, x):
+        return self.b(self.a(x)) * view(x.mean())
+
+    model, x = Net(scaled, a=nn.Linear(8, 32), b=nn.Linear(32, 4)), torch.rand(2, 8)
+    assert sites(model, x) == [("a", -1, 32, ("b",))]
+    assert lean_fx.leanify(model, x)(x).shape == (2, 4)
+
+
 def test_the_flatten_of_one_position_changes_nothing():
     model = Net(
         lambda self, x: self.b(self.a(x).roll(1, 1).mean((2, 3), keepdim=True).flatten(1)),

@@ -109,6 +109,20 @@ def test_they_are_compared():
     assert compared.models[0].macs == 32 * 32 + 32 * 4
 
 
+class Timed(Net):
+    def forward(self, time, x):
+        return self.reduced(x) * time
+
+
+@pytest.mark.parametrize("batch", ["dynamic", "static"])
+def test_an_input_without_axes_is_exported_and_compared(batch, tmp_path):
+    inputs = (torch.tensor(3.0), X)
+    lean = lean_fx.leanify(Timed(), inputs)
+    lean_fx.export_onnx(lean, tmp_path / "net.onnx", inputs, batch=batch)
+    (one,) = lean_fx.compare({"lean": lean}, inputs, batches=(4,), rounds=2).models
+    assert one.latencies[0].batch == 4
+
+
 def test_exporting_leaves_the_modes_of_parts(tmp_path):
     model = FromDict().train()
     model.b.eval()

@@ -89,7 +89,7 @@ def edited(change):
         ),
         (
             edited(lambda c: c.update(sites=c["sites"] * 2)),
-            "plan: a part is missing or wrong (layer ",
+            "plan: layer '2' is at two sites; leave one out",
         ),
     ],
 )

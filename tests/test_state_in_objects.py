@@ -87,6 +87,7 @@ KINDS = {
     "function": lambda: Net(counted),
     "Random": lambda: Net(lambda self, _: self.held.random(), random.Random(0)),
     "numpy": lambda: Net(lambda self, _: float(self.held.random()), np.random.default_rng(0)),
+    "RandomState": lambda: Net(lambda self, _: self.held.rand(), np.random.RandomState(0)),
     "Generator": lambda: Net(global_generator),
     "tensor": lambda: Net(tensor, torch.zeros(())),
     "average": lambda: Net(average, torch.zeros(32)),

@@ -118,6 +118,27 @@ def test_subclasses_that_may_mean_more(layer):
         rebuild(layer, 8)
 
 
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_layers_inside_of_a_layer_are_in_the_plan(form):
+    class Gated(nn.Linear):
+        def __init__(self):
+            super().__init__(32, 32)
+            self.gate = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return super().forward(x) * self.gate(x).sigmoid()
+
+    model, x = (
+        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Gated(), nn.Linear(32, 2)),
+        torch.rand(2, 8),
+    )
+    lean = lean_fx.leanify(model, x, form=form)
+    plan = lean_fx.plan_of(lean)
+    assert [site.layers for site in plan.sites] == [("3",), ("2.gate",)]
+    assert [each.layer for each in plan.left_alone] == ["0", "2"]
+    lean(x).sum().backward()
+
+
 def test_a_standardised_weight_keeps_the_scale_of_the_layer():
     torch.manual_seed(0)
     layer = StandardConv(64, 32, 3)

@@ -272,7 +272,7 @@ def test_nothing_to_reduce_warns_and_returns_an_equal_model():
         lean = lean_fx.leanify(model)
     assert str(caught[0].message) == (
         "leanify: Sequential has no layer to reduce (0: in_channels=3 is below min_channels=16; "
-        "1: in_channels=8 is below min_channels=16); print(lean_fx.plan(model)) tells why for each"
+        "1: in_channels=8 is below min_channels=16); lean_fx.plan_of(result) tells why for each"
     )
     inputs = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(lean(inputs), model(inputs), rtol=0, atol=0)

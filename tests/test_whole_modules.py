@@ -1,6 +1,7 @@
 """Which modules are called whole, and what is captured around them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -136,6 +137,73 @@ def test_modules_without_parameters_that_forward_makes_are_traced(given):
 def test_layers_that_forward_makes_are_not_traced():
     with pytest.raises(CaptureError, match="module is not installed as a submodule"):
         capture(Net(lambda self, x: nn.Linear(4, 4)(self.a(x)), a=nn.Linear(4, 4)))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.a(x)))
+
+
+def doubled(forward):
+    return lambda x: 2 * forward(x)
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.parametrize(
+    "wrapped", [doubled, partial(torch.compile, backend="eager")], ids=["closure", "compile"]
+)
+def test_what_wraps_the_forward_of_a_part_calls_the_part_of_the_result(wrapped, form):
+    block = Block()
+    block.forward = wrapped(block.forward)
+    block.functions = [lambda x: block.a(x)]
+    model, x = nn.Sequential(nn.Linear(8, 32), block, nn.Linear(32, 4)), torch.rand(2, 8)
+    torch.testing.assert_close(
+        lean_fx.leanify(model, x, min_channels=10**9, form=form)(x), model(x)
+    )
+    lean = lean_fx.leanify(model, x, form=form)
+    lean(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in lean.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if form == "module":
+        (function,) = lean.get_submodule("1").functions
+        assert function.__closure__[0].cell_contents is lean.get_submodule("1")
+
+
+@torch.compile(fullgraph=True, backend="eager")
+def gated(x, weight):
+    return torch.relu(x) * weight.sigmoid()
+
+
+def helper(x, weight):
+    return gated(x, weight)
+
+
+def either(x, weight):
+    return torch.cond(x.sum() > 0, lambda y: 2 * y, lambda y: 3 * y, (x * weight,))
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.parametrize("between", [helper, either])
+def test_compiled_functions_run_as_written_while_a_model_is_planned(between, form):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+            self.weight = nn.Parameter(torch.rand(32))
+
+        def forward(self, x):
+            return self.b(between(self.a(x), self.weight))
+
+    model, x = Between(), torch.rand(2, 8)
+    lean = lean_fx.leanify(model, x, form=form)
+    assert [site.layers for site in lean_fx.plan_of(lean).sites] == [("b",)]
+    assert lean(x).shape == model(x).shape == (2, 4)
 
 
 class Activated(nn.Module):

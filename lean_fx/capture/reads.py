@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from lean_fx.capture.side_effects import LEARNING, SideEffect, asked_by_model
 from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
+from lean_fx.graph.parts import NO_ATTRIBUTE
 
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
@@ -24,14 +26,17 @@ _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _ASKING = META_METHODS | {"data_ptr", "register_hook", "__hash__"}
 #: What the class of a watched module defines itself.
-_OWN = frozenset(("__getattribute__", "__module__", "__qualname__", "__doc__"))
+_OWN = frozenset(("__getattribute__", "__getattr__", "__module__", "__qualname__", "__doc__"))
 #: What has been read of the modules that are being watched, by id.
 _READS: dict[int, dict[str, Any]] = {}
 _WATCHED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class AttributeReads:
-    """The numbers, strings, functions, Nones and lists of such that a forward reads of modules."""
+    """The numbers, strings, functions, Nones and lists of such that a forward reads of modules.
+
+    It may also ask for what is not there, by hasattr.
+    """
 
     def __init__(self) -> None:
         self._read: dict[int, dict[str, Any]] = {}
@@ -77,12 +82,30 @@ def _watched(kind: Any) -> Any:
                 held = name in object.__getattribute__(self, "__dict__")
                 if _is_plain(value) or (held and type(value) in _FUNCTIONS):
                     _READS[id(self)].setdefault(name, value)
+            elif name == "__dict__" and id(self) in _READS and asked_by_model(1):
+                raise SideEffect("forward reads the __dict__ of a module")
             return value
 
-        body = {"__getattribute__": read, "__module__": kind.__module__}
+        def read_held(self: Any, name: str) -> Any:  # a parameter, buffer or module, or nothing
+            value = NO_ATTRIBUTE
+            try:
+                value = kind.__getattr__(self, name)
+            finally:
+                absent = value is None or value is NO_ATTRIBUTE
+                if absent and id(self) in _READS and _asked_by_model():
+                    _READS[id(self)].setdefault(name, value)
+            return value
+
+        body = {"__getattribute__": read, "__getattr__": read_held, "__module__": kind.__module__}
         body["__qualname__"] = kind.__qualname__
         _WATCHED[kind] = type(kind.__name__, (kind,), body)
     return _WATCHED[kind]
+
+
+def _asked_by_model() -> bool:
+    """Whether the model's code reads the attribute, perhaps by hasattr or getattr."""
+    answers = sys._getframe(2).f_globals.get("__name__") == "lean_fx.capture.questions"
+    return asked_by_model(3 if answers else 2)
 
 
 class ParameterReads(TorchFunctionMode):

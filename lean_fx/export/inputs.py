@@ -15,29 +15,28 @@ Axes = tuple[dict[int, str], ...]
 
 
 def batch_axes(inputs: Sequence[Any], dynamic: bool) -> Axes:
-    """Axis 0 of every input, or none of them.
+    """Axis 0 of every input that has axes, or none of them.
 
     Raises:
-        ArgumentError: an input has no batch, or the batches differ.
+        ArgumentError: an input is not a tensor, or has no rows, or the batches differ.
 
     Example:
         >>> batch_axes((torch.rand(2, 3),), True)
         ({0: 'batch'},)
     """
-    if not all(isinstance(value, Tensor) and value.dim() for value in inputs):
-        raise ArgumentError(
-            "example_inputs: an input is not a tensor with a batch axis; give tensors, batch first"
-        )
-    if any(value.shape[0] == 0 for value in inputs):
+    if not all(isinstance(value, Tensor) for value in inputs):
+        raise ArgumentError("example_inputs: an input is not a tensor; give tensors, batch first")
+    batches = [value.shape[0] for value in inputs if value.dim()]
+    if 0 in batches:
         raise ArgumentError("export_onnx: example_inputs have no rows; give one or more")
     if not dynamic:
         return tuple({} for _ in inputs)
-    if len({value.shape[0] for value in inputs}) > 1:
-        sizes = ", ".join(str(value.shape[0]) for value in inputs)
+    if len({*batches}) > 1:
+        sizes = ", ".join(map(str, batches))
         raise ArgumentError(
             f"example_inputs: batches of {sizes} differ; give one batch size, or dynamic_shapes"
         )
-    return tuple({0: "batch"} for _ in inputs)
+    return tuple({0: "batch"} if value.dim() else {} for value in inputs)
 
 
 def check_axes(inputs: Sequence[Any], shapes: Any) -> Axes:
@@ -137,12 +136,12 @@ def with_sizes(
 
 
 def resized(value: Tensor, size: int | None, axis: int = 0) -> Tensor:
-    """An input with ``size`` rows, which repeat its own; unchanged if ``size`` is None.
+    """An input with ``size`` rows, which repeat its own; unchanged without a size or an axis.
 
     Example:
         >>> resized(torch.tensor([7, 8]), 3)
         tensor([7, 8, 7])
     """
-    if size is None:
+    if size is None or not value.dim():
         return value
     return value.index_select(axis, torch.arange(size, device=value.device) % value.shape[axis])

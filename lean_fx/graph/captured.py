@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from lean_fx.cloning import rebind_functions
 from lean_fx.graph.parts import StandIn, check_frozen, missing, parts_of, stand_for
 
 #: The hooks of calls of a model, and of gradients that reach it.
@@ -69,6 +70,7 @@ its graph; set it on the model, and capture that again
         memo[id(self)] = copied
         for hooks in ROOT_HOOKS:
             setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
+        rebind_functions(copied, memo)
         keep_unsaved(copied, self)
         guard_parts(copied)
         _sort(copied, _order(self))
@@ -166,7 +168,7 @@ def guard_parts(graph_module: GraphModule) -> None:
         read = {
             key: each
             for key, each in frozen.get(path, {}).items()
-            if not (callable(each) or isinstance(each, list | dict))
+            if not (callable(each) or isinstance(each, list | dict))  # nor one that is missing
         }
         if path == "" or isinstance(modules[path], StandIn):
             names = (plain | read).keys() - dir(modules[path])

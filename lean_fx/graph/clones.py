@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
+from lean_fx.cloning import rebind_functions
 from lean_fx.graph.calls import BACKWARD_HOOKS
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.layers.input_hooks import stop_reducing
@@ -92,9 +93,11 @@ def clone_sharing_state(
         tensor: gives what takes the place of a parameter or buffer.
     """
     state = [*module.parameters(), *module.buffers()]
-    replaced = {id(each): tensor(each) for each in state}
+    replaced: dict[int, Any] = {id(each): tensor(each) for each in state}
     with unset_fake_temporarily():  # which cannot copy other tensors
-        return copy.deepcopy(module, replaced)
+        copied = copy.deepcopy(module, replaced)
+    rebind_functions(copied, replaced)
+    return copied
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

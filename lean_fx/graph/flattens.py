@@ -48,6 +48,8 @@ def view_sizes(node: Node) -> tuple[Any, ...] | None:
 def _flattens_all(node: Node, start: Any, end: Any) -> bool:
     source = source_of(node)
     shape = facts(source).shape if source else None
+    if shape == ():
+        return False
     if shape is not None and isinstance(start, int) and isinstance(end, int):
         return (start % len(shape), end % len(shape)) == (1, len(shape) - 1)
     return (start, end) == (1, -1)
@@ -59,7 +61,7 @@ def _keeps_first_axis(node: Node, sizes: tuple[Any, ...]) -> bool:
     before = facts(source).shape if source else None
     after = facts(node).shape
     if before is not None and after is not None:
-        return before[0] == after[0]
+        return before[:1] == after[:1]
     return _is_first_size(sizes[0])
 
 

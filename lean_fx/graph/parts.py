@@ -12,6 +12,7 @@ stand-in shows what the module was:
 
 from __future__ import annotations
 
+import inspect
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch.fx import Graph
 from lean_fx.errors import CaptureError, warn
 
 _PARTS = "lean_fx.parts"
+#: Stands for an attribute that forward asks for and a module does not have.
+NO_ATTRIBUTE = inspect.Parameter.empty  # it is the same in another process
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _INTERNALS = frozenset(vars(nn.Module()))
 _OF_ANY = frozenset(dir(nn.Module))
@@ -95,8 +98,9 @@ def check_frozen(values: Mapping[str, Any], name: str, value: Any) -> None:
     before = values.get(name)
     same = value is before or (type(value) is type(before) and value == before)
     if name in values and not same:
+        known = "missing" if before is NO_ATTRIBUTE else reprlib.repr(before)
         raise CaptureError(
-            f"{name} was {reprlib.repr(before)} when the model was captured, and is part of its "
+            f"{name} was {known} when the model was captured, and is part of its "
             "graph; set it on the model, and capture that again"
         )
 

@@ -31,6 +31,9 @@ def version_of(value: Any) -> Any:
         return object()
     if _is_array(value) and value.size < _MANY:
         return value.tobytes()
+    if _is_legacy_generator(value):
+        name, key, *rest = value.get_state()
+        return name, key.tobytes(), *rest
     return str(value.bit_generator.state) if _is_generator(value) else None
 
 
@@ -48,6 +51,9 @@ def backup_of(value: Any) -> Callable[[], Any] | None:
     if _is_array(value) and version is not None and value.flags.writeable:
         array = value.copy()
         return lambda: value.__setitem__(..., array)
+    if _is_legacy_generator(value):
+        before = value.get_state()
+        return lambda: value.set_state(before)
     if _is_generator(value):
         kept = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", kept)
@@ -60,6 +66,11 @@ def backup_of(value: Any) -> Callable[[], Any] | None:
 def _is_array(value: Any) -> bool:
     """Whether a value is an array of NumPy or the like; NumPy's scalars are immutable."""
     return hasattr(type(value), "__array_interface__") and hasattr(type(value), "__setitem__")
+
+
+def _is_legacy_generator(value: Any) -> bool:
+    """Whether a value is a RandomState of NumPy's."""
+    return hasattr(type(value), "_bit_generator") and hasattr(type(value), "set_state")
 
 
 def _is_generator(value: Any) -> bool:

@@ -189,7 +189,8 @@ def _check(
             raise ArgumentError(f"compare: {name!r} is a {type(model).__name__}; give a module")
         check_shapes(model, f"compare: {name!r}")
         check_values(model, f"compare: {name!r}")
-    if not inputs or not all(isinstance(value, Tensor) and value.dim() for value in inputs):
+    sizes = {value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim()}
+    if not sizes or not all(isinstance(value, Tensor) for value in inputs):
         raise ArgumentError(
             "compare: example_inputs are not tensors with a batch axis; give tensors"
         )
@@ -197,12 +198,12 @@ def _check(
         raise ArgumentError(
             "compare: example_inputs are on the meta device and have no values; give real tensors"
         )
-    if any(value.shape[0] == 0 for value in inputs):
+    if 0 in sizes:
         raise ArgumentError("compare: example_inputs have no rows; give one or more")
-    if len({value.shape[0] for value in inputs}) > 1:
-        sizes = ", ".join(str(value.shape[0]) for value in inputs)
+    if len(sizes) > 1:
+        shown = ", ".join(str(value.shape[0]) for value in inputs if value.dim())
         raise ArgumentError(
-            f"compare: example_inputs: batches of {sizes} differ; give one batch, the first axis "
+            f"compare: example_inputs: batches of {shown} differ; give one batch, the first axis "
             "of all inputs (hidden states have it second: let the model make its own)"
         )
     check_ints("compare: batches", batches, 1)

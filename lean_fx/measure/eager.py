@@ -64,7 +64,7 @@ def time_eager(
     with using_threads(threads):
         forward = time_in_turn(forwards, rounds=rounds)
         step = time_in_turn(steps, rounds=rounds)
-    batch = inputs[0].shape[0]
+    batch = next(value.shape[0] for value in inputs if value.dim())
     return (
         {name: Latency(samples, batch, threads) for name, samples in forward.items()},
         {name: Latency(samples, batch, threads) for name, samples in step.items()},

@@ -123,8 +123,8 @@ def time_onnx(
         }
         samples = time_in_turn(calls, rounds=rounds, min_round_ms=min_round_ms, progress=progress)
     arrays = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
-    first = arrays[0] if isinstance(arrays, tuple) else arrays
-    batch = int(first.shape[0]) if first.ndim else 1
+    each_input = arrays if isinstance(arrays, tuple) else (arrays,)
+    batch = next((int(value.shape[0]) for value in each_input if value.ndim), 1)
     return {name: Latency(samples[name], batch, threads, by_kernel) for name in names}
 
 

@@ -60,7 +60,6 @@ def plan_from_json(text: str) -> Plan:
         )
     try:
         sites = [_site_from(entry) for entry in content.pop("sites")]
-        _check_different(sites)
         left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
         split, weights = (_names(key, content.pop(key, ())) for key in ("split_layers", "weights"))
         sensitivity = _sensitivity(content.pop("sensitivity"))
@@ -80,6 +79,7 @@ def plan_from_json(text: str) -> Plan:
             raise TypeError("traced=False has form='module'")
     except (TypeError, KeyError, AttributeError, ArgumentError) as error:
         raise PlanError(f"plan: a part is missing or wrong ({error}); make it anew") from error
+    plan.check()
     if plan.reduction not in reductions():
         raise PlanError(
             f"plan: the reduction {plan.reduction!r} is not registered; call "
@@ -116,15 +116,6 @@ def _sensitivity(value: Any) -> tuple[float, float] | None:
 
 def _left_alone_from(entry: dict[str, Any]) -> LeftAlone:
     return LeftAlone(**{**entry, "reason": SkipReason(**entry["reason"])})
-
-
-def _check_different(sites: list[Site]) -> None:
-    seen: set[tuple[str, Consumer]] = set()
-    for site in sites:
-        for consumer in site.consumers:
-            if (site.value, consumer) in seen:
-                raise TypeError(f"layer {consumer.layer!r} reads {site.value!r} at two sites")
-            seen.add((site.value, consumer))
 
 
 def _site_from(entry: dict[str, Any]) -> Site:

@@ -109,6 +109,7 @@ class Plan:
                 are no example inputs.
             PlanError: the plan does not fit the model.
         """
+        self.check()
         if isinstance(model, nn.Module):
             check_registered(model, self.sites)
         with (
@@ -120,6 +121,18 @@ class Plan:
                 return self.apply_to_graph(capture(model, inputs))
             shown = capture(model, inputs, purpose="facts") if self.traced else None
             return self.apply_to_copy(model, shown)
+
+    def check(self) -> None:
+        """Check that every layer is at one site.
+
+        Raises:
+            PlanError: one is at two.
+        """
+        seen: set[str] = set()
+        for site in self.sites:
+            if twice := seen.intersection(site.layers):
+                raise PlanError(f"plan: layer {min(twice)!r} is at two sites; leave one out")
+            seen.update(site.layers)
 
     def apply_to_copy(self, model: nn.Module, captured: GraphModule | None) -> nn.Module:
         """Like :meth:`apply` for ``form="module"``.

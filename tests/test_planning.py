@@ -58,6 +58,20 @@ def edited(change):
     return json.dumps(content)
 
 
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_the_plan_in_a_result_has_the_signs_of_the_result(form):
+    def net(activation):
+        return nn.Sequential(nn.Linear(8, 32), activation(), nn.Linear(32, 4))
+
+    x = torch.rand(2, 8)
+    plan = lean_fx.plan(net(nn.ReLU), x, form=form)
+    lean = plan.apply(net(nn.Tanh), x)
+    (site,) = lean_fx.plan_of(lean).sites
+    (module,) = (each for each in lean.modules() if isinstance(each, lean_fx.LeanReduction))
+    assert (site.nonnegative, site.macs) == (False, module.macs_per_position)
+    assert lean_fx.plan_of(plan.apply(net(nn.ReLU), x)) == plan
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -89,7 +103,7 @@ def edited(change):
         ),
         (
             edited(lambda c: c.update(sites=c["sites"] * 2)),
-            "plan: layer '2' is at two sites; leave one out",
+            "plan: layer 'left' is at two sites; leave one out",
         ),
     ],
 )

@@ -134,6 +134,26 @@ def test_modules_without_parameters_that_forward_makes_are_traced(given):
     assert (site.in_channels, site.layers) == (32, ("b",))
 
 
+def test_a_slice_of_the_models_own_layers_is_traced():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                *(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+            )
+
+        def forward(self, x):
+            middle = self.layers[:2](x)
+            return self.layers[2:](middle), middle
+
+    plan = lean_fx.plan(Sliced(), X(2, 8))
+    assert plan.traced
+    assert [(each.layers, each.nonnegative) for each in plan.sites] == [
+        (("layers.2",), True),
+        (("layers.4",), True),
+    ]
+
+
 def test_layers_that_forward_makes_are_not_traced():
     with pytest.raises(CaptureError, match="module is not installed as a submodule"):
         capture(Net(lambda self, x: nn.Linear(4, 4)(self.a(x)), a=nn.Linear(4, 4)))

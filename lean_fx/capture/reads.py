@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from lean_fx.capture.side_effects import LEARNING, SideEffect, asked_by_model
 from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
-from lean_fx.graph.parts import NO_ATTRIBUTE
+from lean_fx.graph.parts import NO_ATTRIBUTE, OBJECT
+from lean_fx.graph.reachable import is_plain_object
 
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
@@ -82,6 +83,8 @@ def _watched(kind: Any) -> Any:
                 held = name in object.__getattribute__(self, "__dict__")
                 if _is_plain(value) or (held and type(value) in _FUNCTIONS):
                     _READS[id(self)].setdefault(name, value)
+                elif held and is_plain_object(value):
+                    _READS[id(self)].setdefault(name, OBJECT)
             elif name == "__dict__" and id(self) in _READS and asked_by_model(1):
                 raise SideEffect("forward reads the __dict__ of a module")
             return value

@@ -304,14 +304,15 @@ class LeanTracer(Tracer):
     ) -> Any:
         """Make a node for a leaf; trace into any other module.
 
-        That includes a module without parameters that the model's forward has made itself.
+        That includes a module that the model's forward has made itself, of no parameters or the
+        model's own.
         """
         if self._is_other_thread():
             return forward(*args, **kwargs)
         try:
             path = self.path_of_module(m)
-        except NameError:  # forward has made the module
-            if next(itertools.chain(m.parameters(), m.buffers()), None) is not None:
+        except NameError:  # forward has made the module, as self.layers[:2] does
+            if not all(map(self.is_held, itertools.chain(m.parameters(), m.buffers()))):
                 raise
             return forward(*args, **kwargs)
         depth = len(self.module_stack)

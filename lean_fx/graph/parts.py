@@ -26,6 +26,9 @@ from lean_fx.errors import CaptureError, warn
 _PARTS = "lean_fx.parts"
 #: Stands for an attribute that forward asks for and a module does not have.
 NO_ATTRIBUTE = inspect.Parameter.empty  # it is the same in another process
+#: Stands for an object of the user's own that forward reads.
+OBJECT = object
+_KNOWN = {NO_ATTRIBUTE: "missing", OBJECT: "another object"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _INTERNALS = frozenset(vars(nn.Module()))
 _OF_ANY = frozenset(dir(nn.Module))
@@ -98,7 +101,8 @@ def check_frozen(values: Mapping[str, Any], name: str, value: Any) -> None:
     before = values.get(name)
     same = value is before or (type(value) is type(before) and value == before)
     if name in values and not same:
-        known = "missing" if before is NO_ATTRIBUTE else reprlib.repr(before)
+        known = _KNOWN.get(before) if callable(before) else None
+        known = known or reprlib.repr(before)
         raise CaptureError(
             f"{name} was {known} when the model was captured, and is part of its "
             "graph; set it on the model, and capture that again"

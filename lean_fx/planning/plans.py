@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -158,7 +159,7 @@ class Plan:
             copied = unfused_clone(model)
             split_modules(copied, self.split_layers, self.named())
             swap_layers(copied, self.sites, self.reduction, proved=proved)
-        self.hold_by(copied)
+        self._as_made(copied).hold_by(copied)
         return copied
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
@@ -170,7 +171,7 @@ class Plan:
         rewrite = ModularizeWeights(self.weights), split
         with SHARED_STATE, torch.inference_mode(False):
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
-        self.hold_by(graph_module)
+        self._as_made(graph_module).hold_by(graph_module)
         return graph_module
 
     def hold_by(self, lean: nn.Module) -> None:
@@ -182,6 +183,19 @@ class Plan:
             held[PLAN] = self
         else:  # the model has a meta of its own
             lean.__dict__[PLAN] = self
+
+    def _as_made(self, lean: nn.Module) -> Plan:
+        """The plan with the signs that were proved of the model that it was applied to."""
+        modules = modules_by_name(lean)
+        sites = []
+        for site in self.sites:
+            layer = modules[site.layers[0]]
+            made = modules.get(f"reductions.{site.name}", getattr(layer, "reduction", None))
+            if site.nonnegative and not getattr(made, "nonnegative", True):
+                macs = getattr(made, "macs_per_position", None)
+                site = dataclasses.replace(site, nonnegative=False, macs=macs)
+            sites.append(site)
+        return dataclasses.replace(self, sites=tuple(sites))
 
     def _check_depths(self, graph_module: GraphModule) -> None:
         """Check that every stack to split has as many layers as the plan names."""

@@ -9,7 +9,6 @@ packed sequences, it knows no shape.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError, one_line
-from lean_fx.graph.clones import fake_of, runnable_parts, without_gradients
+from lean_fx.graph.clones import fake_errors_unlogged, fake_of, runnable_parts, without_gradients
 from lean_fx.graph.facts import facts
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import leaving_state
@@ -58,20 +57,15 @@ class PropagateShapes(Pass):
             _fake_input(value, place, mode) if isinstance(value, torch.Tensor) else value
             for place, value in enumerate(self.example_inputs)
         ]
-        logger = logging.getLogger("torch._subclasses.fake_tensor")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
-        try:
-            parts = runnable_parts(graph_module, lambda tensor: fake_of(tensor, mode))
-            with (
-                leaving_state(graph_module),
-                patching(without_caches(graph_module)),
-                mode,
-                contextlib.suppress(*_UNKNOWN),
-            ):
-                without_gradients(lambda: _ShapeWriter(parts, graph_module.graph).run(*fakes))
-        finally:
-            logger.setLevel(level)
+        parts = runnable_parts(graph_module, lambda tensor: fake_of(tensor, mode))
+        with (
+            fake_errors_unlogged(),
+            leaving_state(graph_module),
+            patching(without_caches(graph_module)),
+            mode,
+            contextlib.suppress(*_UNKNOWN),
+        ):
+            without_gradients(lambda: _ShapeWriter(parts, graph_module.graph).run(*fakes))
         return False
 
 

@@ -114,6 +114,22 @@ def test_a_forward_that_reads_the_dict_of_its_module_is_not_traced():
     assert not torch.equal(lean(X), before)
 
 
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_constants_of_a_graph_keep_their_dtype(cast):
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.a(x).float() * torch.tensor([3e5, 1.0, 257.0])
+
+    model = Constant()
+    lean = copy.deepcopy(lean_fx.leanify(model, X, min_channels=10**9))
+    x = cast(nn.ParameterList([X]))[0]
+    assert torch.equal(cast(lean)(x), cast(model)(x))
+
+
 def test_a_schedule_over_modules_finds_what_it_sets():
     lean = lean_fx.leanify(nn.Sequential(Scheduled(), nn.ReLU()), X)
     lean = pickle.loads(pickle.dumps(lean))

@@ -78,6 +78,16 @@ def test_mistakes(given, text):
         lean_fx.leanify(Encoder(), given)
 
 
+def test_what_is_only_taken_by_its_name_is_told():
+    class Scaled(nn.Linear):
+        def forward(self, x, *, scale=1.0):
+            return super().forward(x) * scale
+
+    lean_fx.plan(nn.Sequential(nn.Linear(4, 4), Scaled(4, 2)), {"input": torch.rand(2, 4)})
+    with pytest.raises(ArgumentError, match="^example_inputs: 'scale' can only be given by its na"):
+        lean_fx.plan(nn.Sequential(Scaled(4, 2))[0], {"x": torch.rand(2, 4), "scale": 2.0})
+
+
 def test_an_input_without_a_default_must_be_given():
     class Two(nn.Linear):
         def forward(self, x, y):

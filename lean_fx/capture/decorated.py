@@ -20,21 +20,11 @@ def called_by_position(wrapper: Callable[..., Any], bare: Callable[..., Any]) ->
         >>> called_by_position(forward, forward)(2, 3)
         6
     """
-    kinds = [each.kind for each in inspect.signature(bare).parameters.values()]
-    names = list(inspect.signature(bare).parameters)
+    signature = inspect.signature(bare)
 
     def called(*args: Any) -> Any:
-        given: list[Any] = []
-        named: dict[str, Any] = {}
-        for name, kind, value in zip(names, kinds, args, strict=False):
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                given += value
-            elif kind is inspect.Parameter.VAR_KEYWORD:
-                named |= value
-            elif kind is inspect.Parameter.KEYWORD_ONLY:
-                named[name] = value
-            else:
-                given.append(value)
-        return wrapper(*given, **named)
+        given = dict(zip(signature.parameters, args, strict=False))
+        bound = inspect.BoundArguments(signature, given)
+        return wrapper(*bound.args, **bound.kwargs)
 
     return called

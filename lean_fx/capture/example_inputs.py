@@ -72,6 +72,12 @@ def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
         if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
     ]
     unknown = [name for name in given if name not in places]
+    if unknown and not known.keys().isdisjoint(unknown):
+        raise ArgumentError(
+            f"example_inputs: {unknown[0]!r} can only be given by its name in the forward of "
+            f"{kind}, and a graph takes inputs by position; wrap the model in a module that names "
+            "it among its positional parameters"
+        )
     if unknown:
         raise ArgumentError(
             f"example_inputs: {unknown[0]!r} is not a positional parameter of the forward of "

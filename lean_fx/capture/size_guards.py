@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from lean_fx.capture.guards import check_branch
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
 from lean_fx.graph.calls import modules_by_name
-from lean_fx.graph.clones import fake_of, run_on, without_gradients
+from lean_fx.graph.clones import fake_errors_unlogged, fake_of, run_on, without_gradients
 from lean_fx.graph.reachable import leaving_state
 
 
@@ -121,19 +119,7 @@ def _run_real(module: nn.Module, inputs: Sequence[Any]) -> None:
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = [fake_of(each, mode) if isinstance(each, Tensor) else each for each in inputs]
-    with mode, _quiet():
+    with mode, fake_errors_unlogged():
         without_gradients(
             lambda: run_on(module, lambda tensor: fake_of(tensor, mode), tuple(given), {})
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's log of failures on fake tensors: here they are expected."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

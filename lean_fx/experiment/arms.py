@@ -59,18 +59,6 @@ def model_of(
     return depthwise_separable(model, ranks)
 
 
-def site_names(make: MakeWidth, inputs: Tensor) -> tuple[str, ...]:
-    """The numbers of all sites, to choose them one by one in a space.
-
-    Example:
-        >>> def make(width: float) -> nn.Module:
-        ...     return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> site_names(make, torch.rand(2, 8))
-        ('0',)
-    """
-    return tuple(str(number) for number in range(len(plan(make(1.0), inputs).sites)))
-
-
 def _reduced(
     configuration: Configuration, reduction: str, model: nn.Module, inputs: Tensor
 ) -> nn.Module:

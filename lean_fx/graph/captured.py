@@ -32,7 +32,9 @@ class CapturedModule(GraphModule):
     3. Copies and pickles keep the order of parameters, on which the state of optimizers depends.
     4. A number or function that forward reads is part of the graph. Assigning another one raises:
        it would change nothing.
-    5. A module that was traced into leaves a stand-in that shows what it was
+    5. ``half()`` and the like leave constants of the graph in their dtype, as they leave a
+       ``torch.tensor([0.5])`` in forward.
+    6. A module that was traced into leaves a stand-in that shows what it was
        (:mod:`lean_fx.graph.parts`).
 
     Example:
@@ -65,6 +67,15 @@ its graph; set it on the model, and capture that again
             part = parts_of(graph).get("") if graph is not None else None
             raise missing(part, name, error) from None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        constants = {name: each for name, each in self._buffers.items() if _is_constant(name)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in constants.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and before.dtype != after.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         copied = super().__deepcopy__(memo)
         memo[id(self)] = copied
@@ -83,6 +94,10 @@ its graph; set it on the model, and capture that again
             if module._non_persistent_buffers_set
         }
         return _restored, (super().__reduce__(), unsaved, _order(self))
+
+
+def _is_constant(name: str) -> bool:
+    return name.startswith("_tensor_constant")
 
 
 def _restored(reduced: tuple[Any, ...], unsaved: dict[str, list[str]], order: _Order) -> nn.Module:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -98,6 +100,18 @@ def clone_sharing_state(
         copied = copy.deepcopy(module, replaced)
     rebind_functions(copied, replaced)
     return copied
+
+
+@contextmanager
+def fake_errors_unlogged() -> Iterator[None]:
+    """Silence torch's log of what fails on fake tensors: it is raised, and told in one line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

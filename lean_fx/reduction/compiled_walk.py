@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lean_fx.kernel import eager
-from lean_fx.reduction.options import Layout
-from lean_fx.reduction.reference import reference_walk
+from lean_fx.reduction.reference import gradient_with_a_graph, reference_walk
 
 
 def compiled_walk(x: Tensor, seed: Tensor, axis: int, options: eager.Options) -> Tensor:
@@ -30,7 +29,7 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, options: eager.Options) ->
         - output: ``[..., C', ...]``
 
     Example:
-        >>> from lean_fx.reduction.reference import reference_walk
+        >>> from lean_fx.reduction.reference import gradient_with_a_graph, reference_walk
         >>> x, seed = torch.rand(2, 6, 3), torch.tensor([1.0, 2.0])
         >>> wanted = reference_walk(x, seed, 1, True, "column", "contiguous", 1, None, 0.0, 0.0)
         >>> options = eager.Options(True, False, 0.0, 0.0)
@@ -114,17 +113,9 @@ class _CompiledWalk(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seed = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted
-            return *_differentiable(x, seed, grad, ctx.needs_input_grad[:2], ctx.options), None
+            own = ctx.options
+            layout = "interleaved" if own.interleaved else "contiguous"
+            walk = (own.nonnegative, "column", layout, 1, None, own.damping, own.norm_floor)
+            out = reference_walk(x, seed, 1, *walk)
+            return *gradient_with_a_graph(out, (x, seed), grad, ctx.needs_input_grad), None
         return *eager.gradient(x, seed, grad, ctx.options), None
-
-
-def _differentiable(
-    x: Tensor, seed: Tensor, grad: Tensor, needed: tuple[bool, bool], options: eager.Options
-) -> tuple[Tensor | None, ...]:
-    """The gradient by way of plain operations, which have gradients of their own."""
-    layout: Layout = "interleaved" if options.interleaved else "contiguous"
-    walk = (options.nonnegative, "column", layout, 1, None)
-    out = reference_walk(x, seed, 1, *walk, options.damping, options.norm_floor)
-    wanted = [value for value, need in zip((x, seed), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in needed)

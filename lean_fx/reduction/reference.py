@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,19 @@ def reference_walk(
         if tol is not None and bool((v - before).detach().abs().lt(tol).all()):
             break
     return v.squeeze(k)
+
+
+def gradient_with_a_graph(
+    out: Tensor, inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of what plain operations have computed, which have gradients of their own.
+
+    Args:
+        out: what was computed.
+        inputs: the tensors that it was computed from.
+        grad: of ``out``.
+        needed: whether each input needs its gradient; there may be more.
+    """
+    wanted = [value for value, need in zip(inputs, needed, strict=False) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]

@@ -47,6 +47,7 @@ from torch import Tensor
 from lean_fx.reduction.reference import (
     absolute_affinity_sums,
     damped,
+    gradient_with_a_graph,
     reference_walk,
     without_zeros,
 )
@@ -154,7 +155,10 @@ class _BlockedWalk(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seed, y_all, d_all, s_all, t_all, u_all = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient is to be differentiated itself
-            return *_differentiable(ctx, x, seed, grad), None, None, None
+            walk = (ctx.nonnegative, "column", "contiguous", 1, None, ctx.damping, ctx.norm_floor)
+            out = reference_walk(x.flatten(1, 2), seed, 1, *walk).unsqueeze(2)
+            needed = ctx.needs_input_grad
+            return *gradient_with_a_graph(out, (x, seed), grad, needed), None, None, None
         grad_x = torch.empty_like(x)
         grad_seed = torch.zeros_like(seed)
         parts = _blocks(x, ctx.nonnegative)
@@ -181,16 +185,6 @@ class _BlockedWalk(torch.autograd.Function):
                 gx.copy_(_through_absolute_sums(block, gd))
             gx.addcmul_(r, gu).addcmul_(gy, u)
         return grad_x, grad_seed, None, None, None
-
-
-def _differentiable(ctx: Any, x: Tensor, seed: Tensor, grad: Tensor) -> list[Tensor | None]:
-    """The gradient by way of plain operations, which have gradients of their own."""
-    walk = (ctx.nonnegative, "column", "contiguous", 1, None, ctx.damping, ctx.norm_floor)
-    out = reference_walk(x.flatten(1, 2), seed, 1, *walk)
-    needed = ctx.needs_input_grad[:2]
-    wanted = [value for value, need in zip((x, seed), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(out.unsqueeze(2), wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needed]
 
 
 def _sum_of_products(

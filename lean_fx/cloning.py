@@ -8,12 +8,14 @@
 4. A tensor that a forward has left in a list or dict, such as a cache, is copied without its
    gradient; deepcopy raises.
 5. A function that a module holds and that closes over modules, as ``lambda x: self.gain * x`` does
-   or what wraps ``block.forward``, closes over their copies; deepcopy keeps the function.
+   or what wraps ``block.forward``, closes over their copies; deepcopy keeps the function. So does a
+   weak reference to a module.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -109,6 +111,9 @@ def _rebound(value: Any, memo: Mapping[int, Any], above: tuple[int, ...]) -> Any
     inner = partial(_rebound, memo=memo, above=(*above, id(value)))
     if isinstance(value, nn.Module):
         return memo.get(id(value), value)
+    if isinstance(value, weakref.ref):
+        owner, held = inner(value()), value()
+        return value if owner is held else weakref.ref(owner)
     if isinstance(value, MethodType):
         owner = inner(value.__self__)
         return value if owner is value.__self__ else MethodType(value.__func__, owner)

@@ -69,12 +69,12 @@ def select_sites(
     if any(facts(value).shape is None for site in sites for value, _ in _calls(site, nodes)):
         raise ArgumentError(f"keep={keep!r} needs the shapes of all values; give example_inputs")
     if keep == "saving":
-        judged = [_saving(site, graph_module, nodes) for site in sites]
+        results = [_saving(site, graph_module, nodes) for site in sites]
     else:
-        judged = _all_measured(sites, reduction, graph_module, nodes, kernel)
+        results = _all_measured(sites, reduction, graph_module, nodes, kernel)
     kept: list[Site] = []
     dropped: list[LeftAlone] = []
-    for site, (pays, figures) in zip(sites, judged, strict=True):
+    for site, (pays, figures) in zip(sites, results, strict=True):
         if pays:
             note = "; ".join(filter(None, (site.note, figures)))
             kept.append(dataclasses.replace(site, note=note))
@@ -144,14 +144,14 @@ def _all_measured(
     """What :func:`_measured` says of each site; it takes seconds a site."""
     from lean_fx.measure.progress import counted_bar  # loaded when it is used
 
-    judged = []
+    results = []
     with counted_bar("timing sites", len(sites)) as show:
         for number, site in enumerate(sites, start=1):
             with torch.random.fork_rng(devices=[]):
-                judged.append(_measured(site, reduction, graph_module, nodes, kernel))
-            _LOGGER.info("site %d of %d: %s: %s", number, len(sites), site.value, judged[-1][1])
+                results.append(_measured(site, reduction, graph_module, nodes, kernel))
+            _LOGGER.info("site %d of %d: %s: %s", number, len(sites), site.value, results[-1][1])
             show(number)
-    return judged
+    return results
 
 
 def _measured(

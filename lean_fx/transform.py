@@ -133,7 +133,7 @@ def leanify(
     lean = _applied(made, model, captured)
     from lean_fx.measure.sensitivity import with_sensitivity  # loaded when it is used
 
-    with_sensitivity(made, model, lean, example_inputs).hold_by(lean)
+    with_sensitivity(made, model, lean, example_inputs).attach_to(lean)
     return lean
 
 

@@ -291,7 +291,10 @@ def test_a_static_batch(tmp_path):
     [
         ({"batch": 3}, "batch=3 is not known; use dynamic or static"),
         ({"functions": "no"}, "functions='no' is not known; use keep or inline"),
-        ({"tolerance": 0.0}, "tolerance=0.0 is not a finite number above 0; give 1e-3, or None"),
+        (
+            {"tolerance": 0.0},
+            "tolerance=0.0 is not a finite number above 0; give 1e-3, or None for no check",
+        ),
         (
             {"opset": 17},
             "opset=17 is not an int of 18 or more",

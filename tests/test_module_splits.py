@@ -96,7 +96,7 @@ def test_a_model_whose_attention_is_split_is_not_reduced_again():
 
 def test_split_attention_takes_other_values_than_it_was_planned_for():
     layer, (q, k, v) = nn.MultiheadAttention(8, 2).double(), torch.rand(3, 5, 2, 8).double()
-    split = SplitAttention(layer, itself=True)
+    split = SplitAttention(layer, self_attention=True)
     torch.testing.assert_close(split(q, k, v), layer(q, k, v), rtol=1e-12, atol=1e-14)
 
 

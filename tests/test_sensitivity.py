@@ -97,13 +97,13 @@ def test_the_model_and_the_random_numbers_stay_as_they_are():
             nn.Linear(4, 2),
             torch.rand(2, 4),
             0,
-            "sensitivity: noise=0 is not a finite number above 0",
+            "sensitivity: noise=0 is not a finite number above 0; give 1e-3, say",
         ),
         (
             nn.Linear(4, 2),
             torch.rand(2, 4),
             math.nan,
-            "sensitivity: noise=nan is not a finite number above 0",
+            "sensitivity: noise=nan is not a finite number above 0; give 1e-3, say",
         ),
         (
             nn.Embedding(4, 2),

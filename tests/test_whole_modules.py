@@ -1,6 +1,7 @@
 """Which modules are called whole, and what is captured around them."""
 
 import copy
+import weakref
 from functools import partial
 
 import pytest
@@ -192,6 +193,34 @@ def test_what_wraps_the_forward_of_a_part_calls_the_part_of_the_result(wrapped, 
     if form == "module":
         (function,) = lean.get_submodule("1").functions
         assert function.__closure__[0].cell_contents is lean.get_submodule("1")
+
+
+class Child(nn.Module):
+    def __init__(self, parent):
+        super().__init__()
+        self.a, self.parent = nn.Linear(32, 32), weakref.ref(parent)
+
+    def forward(self, x):
+        return self.a(x) + self.parent().side(x)
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.side, self.head = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.child = Child(self)
+
+    def forward(self, x):
+        return self.head(self.child(self.stem(x)))
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_a_weak_reference_to_the_parent_is_to_the_parent_in_the_result(form):
+    model, x = Parent(), torch.rand(2, 8)
+    lean = lean_fx.leanify(model, x, form=form)
+    lean(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in lean.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @torch.compile(fullgraph=True, backend="eager")

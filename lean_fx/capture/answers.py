@@ -38,19 +38,19 @@ class AnsweringTracer(LeanTracer):
     """A tracer that answers questions about values; a subclass keeps these in the nodes.
 
     Args:
-        opaque: names of modules that are leaves.
+        leaves: names of modules that are leaves.
         leaf_on_failure: whether modules whose forward cannot be traced become leaves.
         wrapped: further functions that are nodes.
     """
 
     def __init__(
         self,
-        opaque: frozenset[str] = frozenset(),
+        leaves: frozenset[str] = frozenset(),
         *,
         leaf_on_failure: bool = False,
         wrapped: tuple[Callable[..., Any], ...] = (),
     ) -> None:
-        super().__init__(opaque, leaf_on_failure=leaf_on_failure, wrapped=wrapped)
+        super().__init__(leaves, leaf_on_failure=leaf_on_failure, wrapped=wrapped)
         self._decided: set[tuple[str, Any]] = set()
         self._counted: set[Node] = set()
 

@@ -20,7 +20,7 @@ from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.finishing import keep_hooks, keep_layers, name_items
 from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
 from lean_fx.capture.own_code import Purpose, own_loading
-from lean_fx.capture.retries import trace_copy, whole_modules
+from lean_fx.capture.retries import trace_copy, untraced_modules
 from lean_fx.capture.side_effects import SideEffect, keeping_rng_state
 from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
@@ -84,9 +84,9 @@ def capture(
         if not inputs or first_without_values(root):
             return captured
         reason = disagreement(root, captured, inputs)
-        for whole in _parts_by_class(captured, root) if reason else ():
+        for leaves in _parts_by_class(captured, root) if reason else ():
             try:
-                other = _captured_with(root, inputs, whole, purpose)
+                other = _captured_with(root, inputs, leaves, purpose)
             except CaptureError:  # there is no layer elsewhere
                 continue
             if not disagreement(root, other, inputs):
@@ -109,12 +109,15 @@ def _parts_by_class(captured: GraphModule, root: nn.Module) -> list[frozenset[st
 
 
 def _captured_with(
-    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], purpose: Purpose
+    root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str], purpose: Purpose
 ) -> GraphModule:
-    """Capture a model with some modules whole, and more of them if its other mode needs that."""
-    captured = None
-    while captured is None:
-        captured, whole = _captured(root, inputs, whole, purpose)
+    """Capture a model with some modules as leaves, and more if its other mode needs them."""
+    while True:
+        try:
+            captured = _captured_in_both_modes(root, inputs, leaves, purpose)
+            break
+        except _NeedsLeaves as error:
+            leaves |= error.names
     ModularizeCalls()(captured)
     name_items(captured)
     keep_unsaved(captured, root)
@@ -123,13 +126,20 @@ def _captured_with(
     return captured
 
 
-def _captured(
-    root: nn.Module, inputs: Sequence[Any], whole: frozenset[str], purpose: Purpose
-) -> tuple[GraphModule | None, frozenset[str]]:
-    """A captured model, and which modules are whole; no model if the other mode needs more."""
+class _NeedsLeaves(Exception):  # noqa: N818
+    """The graphs of the two modes can be merged only if more modules are leaves."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__()
+        self.names = names
+
+
+def _captured_in_both_modes(
+    root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str], purpose: Purpose
+) -> GraphModule:
     name = type(root).__name__
     try:
-        traced, graph = trace_copy(root, inputs, whole, purpose=purpose)
+        traced, graph = trace_copy(root, inputs, leaves, purpose=purpose)
         captured = CapturedModule(traced, graph, name)
     except Exception as error:
         raise _untraced(name, error, inputs) from error
@@ -138,10 +148,9 @@ def _captured(
             node.type = None
     keep_hooks(captured, root)
     keep_layers(captured, root)
-    if purpose == "evaluation":
-        return captured, whole
-    more = _follow_mode(captured, traced, root, inputs, whole, purpose)
-    return (None, whole | more) if more else (captured, whole)
+    if purpose != "evaluation":
+        _follow_mode(captured, traced, root, inputs, leaves, purpose)
+    return captured
 
 
 def clone_graph(graph_module: GraphModule) -> GraphModule:
@@ -193,33 +202,33 @@ def _follow_mode(
     traced: nn.Module,
     root: nn.Module,
     inputs: Sequence[Any],
-    whole: frozenset[str],
+    leaves: frozenset[str],
     purpose: Purpose,
-) -> frozenset[str]:
+) -> None:
     """Make a captured model behave as the model does in the opposite mode too.
 
-    Returns:
-        The modules that must be whole for that and are not yet; nothing was done if there are any.
+    Raises:
+        _NeedsLeaves: more modules must be leaves for that; nothing was changed.
     """
     modules = list(root.modules())
     for module in modules:
         module.training = not module.training
     try:
-        other, opposite = trace_copy(root, inputs, whole, purpose=purpose)
+        other, opposite = trace_copy(root, inputs, leaves, purpose=purpose)
     except SideEffect as error:
         raise _untraced(type(root).__name__, error, inputs) from error
     except Exception as error:
         reason = _reason(error)
     else:
-        more = whole_modules(other, opposite) - whole_modules(traced, captured.graph)
+        more = untraced_modules(other, opposite) - untraced_modules(traced, captured.graph)
         if more:
-            return more
+            raise _NeedsLeaves(more)
         try:
             merge_modes(captured, traced, opposite, other)
-            return more
+            return
         except MixedModes as error:
             if error.modules:
-                return frozenset(error.modules)
+                raise _NeedsLeaves(frozenset(error.modules)) from error
             reason = str(error)
         except CannotMerge as error:
             reason = str(error)
@@ -232,7 +241,6 @@ def _follow_mode(
         f"set, because the graphs of the two modes cannot be merged ({reason}); capture it in the "
         "mode that you need"
     )
-    return frozenset()
 
 
 def _untraced(name: str, error: Exception, inputs: Sequence[Any]) -> CaptureError:

@@ -38,7 +38,7 @@ from lean_fx.layers.kinds import KINDS, kind_of
 def trace_copy(
     root: nn.Module,
     inputs: Sequence[Any],
-    whole: frozenset[str] = frozenset(),
+    leaves: frozenset[str] = frozenset(),
     *,
     purpose: Purpose = "graph",
 ) -> tuple[nn.Module, Graph]:
@@ -47,7 +47,7 @@ def trace_copy(
     Args:
         root: the module.
         inputs: example inputs, if there are any.
-        whole: names of modules that are leaves in any case.
+        leaves: names of modules that are leaves in any case.
         purpose: of the graph.
 
     Returns:
@@ -62,26 +62,26 @@ def trace_copy(
         reason = reason or "reads what hooks of other modules store"
     if reason:
         raise TraceError(f"{type(root).__name__} {reason}")
-    opaque = whole | fed
+    leaves |= fed
     for name, each in root.named_modules():
         kept = lost_in_a_graph(each, purpose) or reduces_within(each) or has_hooks(each)
         if name and kept:
-            opaque |= {name}
-    copied, graph = _trace_seeing(root, inputs, opaque)
+            leaves |= {name}
+    copied, graph = _trace_seeing(root, inputs, leaves)
     for guard in [node for node in graph.nodes if node.target is check_given]:
         is_input = isinstance(guard.args[0], Node) and guard.args[0].op == "placeholder"
-        if is_input and _same_without(guard.args[0], graph, root, inputs, opaque):
+        if is_input and _same_without(guard.args[0], graph, root, inputs, leaves):
             graph.erase_node(guard)
     return copied, graph
 
 
 def _same_without(
-    placeholder: Any, graph: Graph, root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+    placeholder: Any, graph: Graph, root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> bool:
     """Whether forward makes the same calls with None in the place of an input."""
     place = graph.find_nodes(op="placeholder").index(placeholder)
     try:
-        other = _trace_seeing(root, [*inputs[:place], None, *inputs[place + 1 :]], opaque)[1]
+        other = _trace_seeing(root, [*inputs[:place], None, *inputs[place + 1 :]], leaves)[1]
     except Exception:  # the model's own code
         return False
     twins: dict[Node, Any] = {}
@@ -101,7 +101,7 @@ def _without_guards(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.target not in (check_given, check_absent)]
 
 
-def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
+def untraced_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
     """The modules that became leaves because they could not be traced.
 
     Args:
@@ -116,21 +116,21 @@ def whole_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
 
 
 def _trace_seeing(
-    root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+    root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
     """As :func:`trace_copy`, with given leaves, and those that hide the weights of layers."""
-    copied, graph = _trace_around(root, inputs, opaque)
+    copied, graph = _trace_around(root, inputs, leaves)
     hiding = _hiding_weights(copied, graph)
     if hiding:
         try:
-            return _trace_around(root, inputs, opaque | hiding)
+            return _trace_around(root, inputs, leaves | hiding)
         except Exception:  # the code around them branches on their outputs
             pass
     return copied, graph
 
 
 def _trace_around(
-    root: nn.Module, inputs: Sequence[Any], opaque: frozenset[str]
+    root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
     """As :func:`trace_copy`, with given leaves, and more if it needs them."""
     absent = _absent(root, inputs)
@@ -138,13 +138,13 @@ def _trace_around(
         if not all(each is None or _holds_no_none(each) for each in inputs):
             raise TraceError("what is in a container may be None")
         copied = clone_sharing_state(root)
-        return copied, LeanTracer(opaque).trace(copied, absent)
+        return copied, LeanTracer(leaves).trace(copied, absent)
     except Exception:  # the model's own code may raise anything on proxies
-        copied, graph, leaves = _trace_in_parts(root, inputs, absent, opaque)
-    if leaves > opaque and not _layers_called(copied, graph):
-        names = ", ".join(sorted(leaves - opaque))
+        copied, graph, needed = _trace_in_parts(root, inputs, absent, leaves)
+    if needed > leaves and not _layers_called(copied, graph):
+        names = ", ".join(sorted(needed - leaves))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
-    return _without_refusals(root, inputs, absent, copied, graph, leaves)
+    return _without_refusals(root, inputs, absent, copied, graph, needed)
 
 
 def _holds_no_none(value: Any) -> bool:
@@ -154,20 +154,20 @@ def _holds_no_none(value: Any) -> bool:
 
 
 def _trace_in_parts(
-    root: nn.Module, inputs: Sequence[Any], absent: dict[str, Any], opaque: frozenset[str]
+    root: nn.Module, inputs: Sequence[Any], absent: dict[str, Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph, frozenset[str]]:
     """Trace copies of a module, with more leaves each time, until an attempt succeeds."""
     while True:
         copied = clone_sharing_state(root)
         tracer = (
-            ValueTracer(inputs, opaque, leaf_on_failure=True)
+            ValueTracer(inputs, leaves, leaf_on_failure=True)
             if inputs
-            else LeanTracer(opaque, leaf_on_failure=True)
+            else LeanTracer(leaves, leaf_on_failure=True)
         )
         graph = tracer.trace(copied, absent)
-        if tracer.opaque == opaque:
-            return copied, graph, opaque
-        opaque = tracer.opaque
+        if tracer.leaves == leaves:
+            return copied, graph, leaves
+        leaves = tracer.leaves
 
 
 def _without_refusals(
@@ -176,15 +176,15 @@ def _without_refusals(
     absent: dict[str, Any],
     copied: nn.Module,
     graph: Graph,
-    opaque: frozenset[str],
+    leaves: frozenset[str],
 ) -> tuple[nn.Module, Graph]:
     """Retrace with leaves for modules whose branches reject sizes that the model accepts."""
     names = {name for name, _ in root.named_modules() if name}
     while any(node.target is check_branch for node in graph.nodes):
         refusing = refusing_modules(root, GraphModule(copied, graph), inputs).keys() & names
-        if refusing <= opaque:
+        if refusing <= leaves:
             break
-        other, parts, opaque = _trace_in_parts(root, inputs, absent, opaque | refusing)
+        other, parts, leaves = _trace_in_parts(root, inputs, absent, leaves | refusing)
         if not _layers_called(other, parts):
             break
         copied, graph = other, parts

@@ -81,23 +81,23 @@ class LeanTracer(Tracer):
     8. Modules that other threads call during the trace run as usual.
 
     Args:
-        opaque: names of modules that are leaves, whatever their type.
+        leaves: names of modules that are leaves, whatever their type.
         leaf_on_failure: whether a module whose forward cannot be traced becomes a leaf, the
-            innermost first. Its name is added to ``opaque``, but the graph still holds nodes of
+            innermost first. Its name is added to ``leaves``, but the graph still holds nodes of
             the failed attempt: trace anew.
         wrapped: further functions that become nodes.
     """
 
     def __init__(
         self,
-        opaque: frozenset[str] = frozenset(),
+        leaves: frozenset[str] = frozenset(),
         *,
         leaf_on_failure: bool = False,
         wrapped: tuple[Callable[..., Any], ...] = (),
     ) -> None:
         super().__init__(autowrap_functions=(*_NODES, *wrapped))
         self._autowrap_search += [rnn, _symbolic_trace, torch]  # for calls by the module's name
-        self.opaque = opaque
+        self.leaves = leaves
         self.leaf_on_failure = leaf_on_failure
         self.reads = AttributeReads()
         self.computing = False
@@ -152,7 +152,7 @@ class LeanTracer(Tracer):
         found = {}
         for name, module in root.named_modules():
             read = {key: each for key, each in self.reads.of(module).items() if key != "training"}
-            if read and name not in self.opaque:
+            if read and name not in self.leaves:
                 found[name] = read
         return found
 
@@ -219,7 +219,7 @@ class LeanTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
         ours = kind_of(m) or isinstance(m, SequenceDropout | AttentionHeads | ByMode | InMode)
-        leaf = ours or is_reduction(m) or module_qualified_name in self.opaque
+        leaf = ours or is_reduction(m) or module_qualified_name in self.leaves
         return bool(leaf) or super().is_leaf_module(m, module_qualified_name)
 
     def _looks_into(self, module: nn.Module, name: str) -> bool:
@@ -333,7 +333,7 @@ class LeanTracer(Tracer):
             restore()
             while len(self.module_stack) > depth:
                 self.module_stack.popitem(last=True)
-            self.opaque |= {path}
+            self.leaves |= {path}
             return super().call_module(m, forward, args, kwargs)
 
 

@@ -79,19 +79,19 @@ class ValueTracer(AnsweringTracer):
 
     Args:
         inputs: the positional example inputs.
-        opaque: names of modules that are leaves.
+        leaves: names of modules that are leaves.
         leaf_on_failure: whether modules whose forward cannot be traced become leaves.
     """
 
     def __init__(
         self,
         inputs: Sequence[Any] = (),
-        opaque: frozenset[str] = frozenset(),
+        leaves: frozenset[str] = frozenset(),
         *,
         leaf_on_failure: bool = False,
     ) -> None:
         super().__init__(
-            opaque,
+            leaves,
             leaf_on_failure=leaf_on_failure,
             wrapped=(*_MAKERS, *_MAKERS_OF_VALUES),
         )

@@ -21,7 +21,7 @@ from lean_fx.experiment.processes import (
     processes,
 )
 from lean_fx.export.exporting import export_onnx
-from lean_fx.export.stored_plan import held_plan
+from lean_fx.export.stored_plan import attached_plan
 from lean_fx.files import make_folder
 from lean_fx.measure.costs import count_macs, count_parameters
 from lean_fx.measure.energy import EnergyMeter
@@ -125,7 +125,7 @@ def run(
                 runs=tuple(runs[name]),
                 latency=latencies[name],
                 test_energy=energies[name],
-                plan=str(held_plan(model) or ""),
+                plan=str(attached_plan(model) or ""),
             )
             for name, model in first.items()
         ),

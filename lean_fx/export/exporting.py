@@ -43,7 +43,7 @@ from lean_fx.export.quantization import (
     check_int8,
     quantize_onnx,
 )
-from lean_fx.export.stored_plan import held_plan
+from lean_fx.export.stored_plan import attached_plan
 from lean_fx.files import replacing
 from lean_fx.locks import SHARED_STATE
 from lean_fx.planning.plans import PLAN
@@ -143,7 +143,7 @@ def export_onnx(
     remark = ""
     with SHARED_STATE, replacing(path) as part, _evaluating(model):
         program = exported_program(model, inputs, axes, None if opset is None else int(opset))
-        plan = held_plan(whole)
+        plan = attached_plan(whole)
         if plan is not None and isinstance(plan.reduction, str):
             program.model.metadata_props[PLAN] = plan.to_json()
         program.save(part)

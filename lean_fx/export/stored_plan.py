@@ -10,7 +10,7 @@ from lean_fx.errors import ArgumentError, DataError, require
 from lean_fx.planning.plans import PLAN, Plan
 
 
-def held_plan(model: nn.Module) -> Plan | None:
+def attached_plan(model: nn.Module) -> Plan | None:
     """The plan that a model holds, or None if it was not reduced."""
     held = getattr(model, "meta", None)
     plan = held.get(PLAN) if isinstance(held, dict) else vars(model).get(PLAN)
@@ -40,7 +40,7 @@ def plan_of(reduced: nn.Module | str | os.PathLike[str]) -> Plan:
         True
     """
     if isinstance(reduced, nn.Module):
-        plan = held_plan(reduced)
+        plan = attached_plan(reduced)
         if plan is None:
             raise ArgumentError(
                 f"plan_of: {type(reduced).__name__} object holds no plan; give what leanify gave, "

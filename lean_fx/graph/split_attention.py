@@ -58,14 +58,14 @@ def split(graph_module: GraphModule, node: Node) -> None:
     name, graph = str(node.target), node.graph
     layer: Any = graph_module.get_submodule(name)
     inputs = [argument(node, i, key) for i, key in enumerate(("query", "key", "value"))]
-    itself = layer.in_proj_weight is not None and len(set(inputs)) == 1
+    self_attention = layer.in_proj_weight is not None and len(set(inputs)) == 1
     home = nn.Module().train(layer.training)
-    for part, module in attention_parts(layer, itself=itself):
+    for part, module in attention_parts(layer, self_attention=self_attention):
         home.add_module(part, module)
     graph_module.set_submodule(name, home)
 
     with graph.inserting_before(node):
-        if itself:
+        if self_attention:
             projected = graph.call_module(f"{name}.in_proj", (inputs[0],))
             thirds = (projected, 3, -1)
             parts = graph.create_node("call_method", "chunk", thirds, name=f"{node.name}_chunk")
@@ -97,4 +97,4 @@ def split_module(layer: Any, name: str, planned: Collection[str]) -> nn.Module:
         planned: the names of the layers in a plan.
     """
     separate = any(f"{name}.{part}_proj" in planned for part in "qkv")
-    return SplitAttention(layer, itself=not separate and layer.in_proj_weight is not None)
+    return SplitAttention(layer, self_attention=not separate and layer.in_proj_weight is not None)

@@ -172,7 +172,7 @@ class SplitAttention(nn.Module):
 
     Args:
         attention: the layer.
-        itself: whether it is self-attention, with one value as queries, keys and values: then it
+        self_attention: whether there is one value as queries, keys and values: then it
             has ``in_proj``. A call with several values is right too, but projects each three times.
 
     Shape:
@@ -181,7 +181,7 @@ class SplitAttention(nn.Module):
     Example:
         >>> layer = nn.MultiheadAttention(8, 2)
         >>> x = torch.rand(5, 3, 8)
-        >>> split = SplitAttention(layer, itself=True)
+        >>> split = SplitAttention(layer, self_attention=True)
         >>> torch.allclose(split(x, x, x)[0], layer(x, x, x)[0], atol=1e-6)
         True
     """
@@ -193,14 +193,14 @@ class SplitAttention(nn.Module):
     heads: nn.Module
     out_proj: nn.Module
 
-    def __init__(self, attention: nn.MultiheadAttention, *, itself: bool) -> None:
+    def __init__(self, attention: nn.MultiheadAttention, *, self_attention: bool) -> None:
         super().__init__()
         for name, value in vars(attention).items():  # such as embed_dim and batch_first
             if name not in vars(self):
                 self.__dict__[name] = value
         for name in ("in_proj_weight", "in_proj_bias"):  # torch's encoder layers read them
             self.register_parameter(name, None)
-        for name, part in attention_parts(attention, itself=itself):
+        for name, part in attention_parts(attention, self_attention=self_attention):
             self.add_module(name, part)
         self.train(attention.training)
 
@@ -220,23 +220,25 @@ class SplitAttention(nn.Module):
         return tuple(self.in_proj(each).chunk(3, -1)[third] for third, each in enumerate(given))
 
 
-def attention_parts(layer: Any, *, itself: bool) -> Iterable[tuple[str, nn.Module]]:
+def attention_parts(layer: Any, *, self_attention: bool) -> Iterable[tuple[str, nn.Module]]:
     """The parts of a MultiheadAttention, with its weights, by name and in order.
 
     Args:
         layer: the MultiheadAttention.
-        itself: whether it is self-attention.
+        self_attention: whether there is one value for queries, keys and values.
     """
-    for name, weight, bias in _projections(layer, itself):
+    for name, weight, bias in _projections(layer, self_attention):
         yield name, _linear(weight, bias, layer.training)
     yield "heads", AttentionHeads(layer)
     yield "out_proj", _linear(layer.out_proj.weight, layer.out_proj.bias, layer.training)
 
 
-def _projections(layer: Any, itself: bool) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
+def _projections(
+    layer: Any, self_attention: bool
+) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
     """The names, weights and biases of the projections before the heads."""
     bias = layer.in_proj_bias
-    if itself:
+    if self_attention:
         yield "in_proj", layer.in_proj_weight, bias
         return
     biases = (None,) * 3 if bias is None else _thirds(bias)

@@ -37,7 +37,7 @@ from lean_fx.layers.kinds import (
     kind_of,
 )
 from lean_fx.layers.legacy_norms import as_parametrization
-from lean_fx.layers.strided import avoids_fault
+from lean_fx.layers.strided import with_safe_backward
 from lean_fx.layers.subclasses import is_channel_linear, narrowed, scale_like, shallow
 from lean_fx.skip_reason import SkipReason
 
@@ -176,7 +176,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         new.requires_grad_(parameter.requires_grad)
     if copied and not drawn and not kind.recurrent:
         scale_like(made, layer, gain)
-    return avoids_fault(made.train(layer.training))
+    return with_safe_backward(made.train(layer.training))
 
 
 def _narrow_copy(layer: nn.Module, in_channels: int) -> nn.Module:

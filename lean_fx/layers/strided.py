@@ -34,7 +34,7 @@ def _contiguous(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(x.shape)
 
 
-def avoids_fault(layer: nn.Module) -> nn.Module:
+def with_safe_backward(layer: nn.Module) -> nn.Module:
     """Make a layer a :class:`StridedConv2d` if it is a convolution of that kind."""
     if type(layer) is not nn.Conv2d or layer.in_channels // layer.groups >= 8:
         return layer

@@ -159,7 +159,7 @@ class Plan:
             copied = unfused_clone(model)
             split_modules(copied, self.split_layers, self.named())
             swap_layers(copied, self.sites, self.reduction, proved=proved)
-        self._as_made(copied).hold_by(copied)
+        self._as_made(copied).attach_to(copied)
         return copied
 
     def apply_to_graph(self, graph_module: GraphModule) -> GraphModule:
@@ -171,10 +171,10 @@ class Plan:
         rewrite = ModularizeWeights(self.weights), split
         with SHARED_STATE, torch.inference_mode(False):
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
-        self._as_made(graph_module).hold_by(graph_module)
+        self._as_made(graph_module).attach_to(graph_module)
         return graph_module
 
-    def hold_by(self, lean: nn.Module) -> None:
+    def attach_to(self, lean: nn.Module) -> None:
         """Store the plan in a reduced model, where :func:`lean_fx.plan_of` finds it."""
         held = getattr(lean, "meta", None)
         if held is None:

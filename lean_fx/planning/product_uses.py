@@ -65,7 +65,7 @@ class ProductUses(Watch):
         given = _tensors((args, kwargs))
         weights = [each for each in given if self._source_parameters.get(each)]
         if weights:
-            self._judge(name, operands(name if method else func, args, kwargs))
+            self._check(name, operands(name if method else func, args, kwargs))
         sources = given[:1] if method and name in SAME_AS_INPUT else given
         if all(each in self._source_parameters for each in sources):
             found = (self._source_parameters[each] for each in sources)
@@ -76,7 +76,7 @@ class ProductUses(Watch):
             self._source_parameters.pop(given[0], None)
         return result
 
-    def _judge(self, called: str, given: list[Any]) -> None:
+    def _check(self, called: str, given: list[Any]) -> None:
         """Record a product of a weight with something that is no weight."""
         weights = [each for each in given if self._source_parameters.get(each)]
         if not 0 < len(weights) < len(given) or not self._running or self._is_known():

@@ -198,3 +198,47 @@ def test_code_that_several_parts_share_refuses_for_one():
     assert lean(torch.rand(6, 8)).shape == (6, 4)
     assert isinstance(lean, torch.fx.GraphModule)
     assert {site.layers for site in lean_fx.plan_of(lean).sites} == {("1.b",), ("1.c",)}
+
+
+def as_an_int(x):
+    return x.reshape(int(x.size(0)), -1)
+
+
+def half_as_an_int(x):
+    return x.reshape(2 * int(x.size(0) / 2), -1)
+
+
+def by_a_float(x):
+    return x.flatten(1) / float(x.shape[0])
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+@pytest.mark.parametrize("inputs", ["inputs", "none"])
+@pytest.mark.parametrize("view", [as_an_int, half_as_an_int, by_a_float])
+def test_a_size_as_a_number_of_python_follows_the_size(view, inputs, tmp_path):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 32, 3), nn.Linear(32 * 16, 4)
+
+        def forward(self, x):
+            return self.b(view(F.relu(self.a(x))))
+
+    model, x = Sized(), torch.rand(4, 3, 6, 6)
+    same = lean_fx.leanify(model, x if inputs == "inputs" else None, min_channels=10**9)
+    for count in (4, 2, 6):
+        other = torch.rand(count, 3, 6, 6)
+        torch.testing.assert_close(same(other), model(other))
+    if view is not half_as_an_int:  # which cannot take a single row
+        lean_fx.export_onnx(same, tmp_path / "net.onnx", x)  # it is checked at other batches too
+
+
+@pytest.mark.filterwarnings("ignore::lean_fx.LeanWarning")
+def test_the_builtin_stays_where_it_is_more_than_called():
+    class Asking(nn.Linear):
+        def forward(self, x):
+            kinds = {int: 1.0, float: 2.0}
+            return super().forward(x) * kinds[int] * kinds[int] / int(2.5)
+
+    model, x = nn.Sequential(nn.Linear(8, 32), Asking(32, 4)), torch.rand(2, 8)
+    assert torch.equal(lean_fx.leanify(model, x, min_channels=10**9)(x), model(x))

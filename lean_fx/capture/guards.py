@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sized
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lean_fx.capture.in_place import is_size
 from lean_fx.errors import BranchError
+from lean_fx.graph.model_code import functions_of, only_calls
 from lean_fx.graph.patching import Patch
 
 
@@ -180,6 +183,32 @@ def count_items(value: Sized) -> int:
 def counting_items(homes: Iterable[dict[str, Any]]) -> list[Patch]:
     """Patches that put :func:`count_items` in the place of ``len`` in globals."""
     return [(home, "len", count_items) for home in homes if "len" not in home]
+
+
+def converting_sizes(modules: Iterable[nn.Module]) -> list[Patch]:
+    """Patches by which ``int`` and ``float`` of a size are nodes, in globals of the modules' code.
+
+    ``int(x.size(0))`` would else be a constant, since Python takes no proxy for an int. A module's
+    code that uses the names otherwise, as ``isinstance(x, int)`` does, keeps the builtins.
+    """
+
+    def converting(kind: type, as_node: Callable[[Any], Any]) -> Callable[..., Any]:
+        def convert(*args: Any, **options: Any) -> Any:
+            size = len(args) == 1 and issubclass(type(args[0]), Proxy) and is_size(args[0].node)
+            return as_node(args[0]) if size else kind(*args, **options)
+
+        return convert
+
+    users: dict[int, list[FunctionType]] = {}
+    for function in (each for module in modules for each in functions_of(module)):
+        users.setdefault(id(function.__globals__), []).append(function)
+    return [
+        (functions[0].__globals__, name, converting(kind, as_node))
+        for functions in users.values()
+        for name, kind, as_node in (("int", int, torch.sym_int), ("float", float, torch.sym_float))
+        if name not in functions[0].__globals__
+        and all(only_calls(each.__code__, name) for each in functions)
+    ]
 
 
 @_as_node

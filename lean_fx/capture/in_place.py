@@ -39,7 +39,7 @@ def write_in_place(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
         graph: as it was traced.
         modules: the modules of the graph, by name.
     """
-    marked = [node for node in graph.nodes if node.meta.pop(_MARK, False) and not _is_size(node)]
+    marked = [node for node in graph.nodes if node.meta.pop(_MARK, False) and not is_size(node)]
     order = {node: place for place, node in enumerate(graph.nodes)}
     settled = False
     while marked and not settled:
@@ -58,14 +58,14 @@ def write_in_place(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
         node.target = _IN_PLACE[node.target]
 
 
-def _is_size(node: Node) -> bool:
+def is_size(node: Node) -> bool:
     """Whether a value is a size, or computed from sizes alone."""
     asked = node.args[1] if node.target is getattr else node.target
     if asked in META_ATTRIBUTES or asked in META_METHODS:
         return True
     computing = node.target is operator.getitem or node.target in _IN_PLACE
     sources = node.all_input_nodes
-    return computing and bool(sources) and all(map(_is_size, sources))
+    return computing and bool(sources) and all(map(is_size, sources))
 
 
 def _read_again(call: Node, homes: Mapping[Node, str], order: Mapping[Node, int]) -> bool:

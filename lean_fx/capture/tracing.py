@@ -18,7 +18,7 @@ from torch.nn.utils import rnn
 
 from lean_fx.capture.containers import arguments_of, is_own_container
 from lean_fx.capture.decorated import called_by_position
-from lean_fx.capture.guards import check_absent, check_given, counting_items
+from lean_fx.capture.guards import check_absent, check_given, converting_sizes, counting_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import OWN_CALL, own_call
 from lean_fx.capture.questions import answering
@@ -125,6 +125,7 @@ class LeanTracer(Tracer):
             self.reads.watching(watched),
             refusing_functions(homes, lambda: self.computing),
             patching(counting_items(homes)),
+            patching(converting_sizes(watched)),
             patching(without_caches(root)),
             patching(answering(self, homes)),
             leaving_state(root),

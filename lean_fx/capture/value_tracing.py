@@ -70,6 +70,8 @@ _DECIDING = {getattr(operator, name) for name in operator.__all__} | {
     count_items,
     round_number,
     has_attribute,
+    torch.sym_int,
+    torch.sym_float,
 }
 _DECIDING -= {operator.setitem, operator.delitem}
 

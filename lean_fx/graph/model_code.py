@@ -94,6 +94,21 @@ def global_names_in(code: CodeType) -> set[str]:
     return {str(step.argval) for step in steps if step.opname in _OF_GLOBALS}
 
 
+@lru_cache(maxsize=4096)
+def only_calls(code: CodeType, name: str) -> bool:
+    """Whether code uses a global in no other way than to call it, nested code included.
+
+    Example:
+        >>> only_calls((lambda x: int(x)).__code__, "int")
+        True
+        >>> only_calls((lambda x: isinstance(x, int)).__code__, "int")
+        False
+    """
+    steps = (step for each in _within(code) for step in dis.get_instructions(each))
+    uses = [step for step in steps if step.opname in _OF_GLOBALS and step.argval == name]
+    return all(step.opname == "LOAD_GLOBAL" and (step.arg or 0) & 1 for step in uses)
+
+
 def globals_of(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """The globals that the code of modules may read."""
     homes = {id(f.__globals__): f.__globals__ for each in modules for f in functions_of(each)}

@@ -66,9 +66,9 @@ def test_all_that_takes_inputs_takes_them_by_name(given, tmp_path):
 MISTAKES = [
     (
         {"idz": IDS},
-        "'idz' is not a positional parameter of the forward of Encoder; it has ids, mask,",
+        "'idz' is not a parameter of the forward of Encoder; it has ids, mask,",
     ),
-    ({1: IDS}, "1 is not a positional parameter of the forward of Encoder; it has ids"),
+    ({1: IDS}, "1 is not a parameter of the forward of Encoder; it has ids"),
 ]
 
 
@@ -78,14 +78,42 @@ def test_mistakes(given, text):
         lean_fx.leanify(Encoder(), given)
 
 
-def test_what_is_only_taken_by_its_name_is_told():
-    class Scaled(nn.Linear):
-        def forward(self, x, *, scale=1.0):
+class Scaled(nn.Module):
+    """Takes inputs by name only."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 32), nn.Linear(32, 2)
+
+    def forward(self, *, x, scale=None, shift=1.0):
+        h = torch.relu(self.a(x))
+        return self.b(h if scale is None else h * scale) + shift
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.parametrize("given", [("x",), ("scale", "x"), ("x", "scale", "shift")])
+def test_inputs_that_are_taken_by_name_only(given, form, tmp_path):
+    values = {"x": torch.rand(3, 4), "scale": torch.rand(3, 32), "shift": 2.0}
+    model, inputs = Scaled(), {name: values[name] for name in given}
+    plan = lean_fx.plan(model, inputs, form=form)
+    assert plan.traced
+    assert [site.layers for site in plan.sites] == [("b",)]
+    same = lean_fx.leanify(model, inputs, form=form, min_channels=64)
+    assert torch.equal(same(**inputs), model(**inputs))
+    lean = plan.apply(model, inputs)
+    lean(**inputs).sum().backward()
+    assert lean_fx.sensitivity(lean, inputs) > 0
+    lean_fx.export_onnx(lean, tmp_path / "net.onnx", inputs)
+    lean_fx.compare({"model": model, "lean": lean}, inputs, batches=(1,), rounds=2)
+
+
+def test_nothing_can_be_given_behind_any_number_of_inputs():
+    class Rest(nn.Linear):
+        def forward(self, x, *rest, scale=1.0):
             return super().forward(x) * scale
 
-    lean_fx.plan(nn.Sequential(nn.Linear(4, 4), Scaled(4, 2)), {"input": torch.rand(2, 4)})
-    with pytest.raises(ArgumentError, match="^example_inputs: 'scale' can only be given by its na"):
-        lean_fx.plan(nn.Sequential(Scaled(4, 2))[0], {"x": torch.rand(2, 4), "scale": 2.0})
+    with pytest.raises(ArgumentError, match="^example_inputs: 'scale' is not a parameter of the "):
+        lean_fx.plan(Rest(4, 2), {"x": torch.rand(2, 4), "scale": 2.0})
 
 
 def test_an_input_without_a_default_must_be_given():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.example_inputs import copied_inputs
+from lean_fx.capture.example_inputs import call, copied_inputs
 from lean_fx.capture.fed_by_hooks import CALL_HOOKS, is_users
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
@@ -102,7 +102,7 @@ def results(
 
 def _called(module: nn.Module, given: Sequence[Any]) -> Any:
     """What a call returns, without the memory of its gradients."""
-    found = without_gradients(lambda: module(*copied_inputs(given)))
+    found = without_gradients(lambda: call(module, copied_inputs(given)))
     return pytree.tree_map_only(Tensor, Tensor.detach, found)
 
 

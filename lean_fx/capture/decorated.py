@@ -1,4 +1,4 @@
-"""Trace decorated forwards with their decorators, which torch.fx would leave out."""
+"""Trace forwards as torch.fx does not: with their decorators, and what they take by name only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def called_by_position(wrapper: Callable[..., Any], bare: Callable[..., Any]) -> Any:
-    """A decorated forward that takes all its arguments by position, as torch.fx passes them.
+    """A forward that takes all its arguments by position, as torch.fx passes them.
 
     Args:
-        wrapper: the decorated forward.
+        wrapper: the forward, perhaps decorated.
         bare: the forward without decorators, which has the parameters.
 
     Example:
@@ -21,9 +21,11 @@ def called_by_position(wrapper: Callable[..., Any], bare: Callable[..., Any]) ->
         6
     """
     signature = inspect.signature(bare)
+    behind = inspect.Parameter.VAR_POSITIONAL  # torch.fx has *args behind what is taken by name
+    names = sorted(signature.parameters, key=lambda name: signature.parameters[name].kind == behind)
 
     def called(*args: Any) -> Any:
-        given = dict(zip(signature.parameters, args, strict=False))
+        given = dict(zip(names, args, strict=False))
         bound = inspect.BoundArguments(signature, given)
         return wrapper(*bound.args, **bound.kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from lean_fx.errors import ArgumentError
 
 
 def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
-    """Example inputs as the tuple of a model's positional inputs.
+    """Example inputs as a tuple, in the order of the parameters of a model's forward.
 
-    Tensors made in inference mode are copied, since a model could not write to them.
+    Those that forward takes by name only are behind the others (:func:`call`). Tensors made in
+    inference mode are copied, since a model could not write to them.
 
     Args:
         example_inputs: a tensor, a PackedSequence, a tuple or list of the positional inputs, or a
@@ -52,6 +53,39 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any,
     return own
 
 
+def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters that take example inputs, in order: those taken by name only are the last.
+
+    With ``*args`` there is no place behind, and these are left out.
+
+    Example:
+        >>> [each.name for each in parameters_of(lambda x, *, scale=1.0: x)]
+        ['x', 'scale']
+    """
+    every = inspect.signature(forward).parameters.values()
+    kinds = [each.kind for each in every]
+    found = [each for each in every if each.kind < each.VAR_POSITIONAL]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        found += [each for each in every if each.kind is each.KEYWORD_ONLY]
+    return found
+
+
+def call(module: nn.Module, inputs: Sequence[Any]) -> Any:
+    """Call a module on inputs in the order of :func:`parameters_of`."""
+    args, kwargs = as_called(module, inputs)
+    return module(*args, **kwargs)
+
+
+def as_called(module: nn.Module, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call on inputs in the order of :func:`parameters_of`."""
+    named = [each for each in parameters_of(module.forward) if each.kind is each.KEYWORD_ONLY]
+    first = len(parameters_of(module.forward)) - len(named)
+    if not named or len(inputs) <= first:
+        return tuple(inputs), {}
+    behind = zip((each.name for each in named), inputs[first:], strict=False)
+    return tuple(inputs[:first]), dict(behind)
+
+
 def copied_inputs(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Inputs with tensors of their own, for a run: a forward may write to them.
 
@@ -66,21 +100,11 @@ def copied_inputs(inputs: Sequence[Any]) -> tuple[Any, ...]:
 def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
     """Named inputs in the order of forward's parameters, with defaults for those between."""
     kind, known = type(model).__name__, inspect.signature(model.forward).parameters
-    places = [
-        name
-        for name, each in known.items()
-        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    ]
+    places = [each.name for each in parameters_of(model.forward)]
     unknown = [name for name in given if name not in places]
-    if unknown and not known.keys().isdisjoint(unknown):
-        raise ArgumentError(
-            f"example_inputs: {unknown[0]!r} can only be given by its name in the forward of "
-            f"{kind}, and a graph takes inputs by position; wrap the model in a module that names "
-            "it among its positional parameters"
-        )
     if unknown:
         raise ArgumentError(
-            f"example_inputs: {unknown[0]!r} is not a positional parameter of the forward of "
+            f"example_inputs: {unknown[0]!r} is not a parameter of the forward of "
             f"{kind}; it has {', '.join(places) or 'none'}; a mapping that is itself an input is "
             "given as (mapping,)"
         )

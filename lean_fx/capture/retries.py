@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
+from lean_fx.capture.example_inputs import parameters_of
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
 from lean_fx.capture.own_code import Purpose, lost_in_a_graph, own_call
@@ -216,11 +217,12 @@ def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
         TraceError: the inputs reach into ``*args``, or forward has no other parameter.
     """
     parameters = list(inspect.signature(root.forward).parameters.values())
-    given = dict(zip((each.name for each in parameters), inputs, strict=False))
+    taking = (each.name for each in parameters_of(root.forward))
+    given = dict(zip(taking, inputs, strict=False))
     absent: dict[str, Any] = {}
     for each in parameters:
         if each.kind is each.VAR_POSITIONAL:
-            if each.name in given or len(parameters) == 1:
+            if len(inputs) > len(given) or len(parameters) == 1:
                 raise TraceError(f"forward takes *{each.name}, a graph a fixed number of inputs")
             absent[f"*{each.name}"] = ()
         elif each.kind is each.VAR_KEYWORD:

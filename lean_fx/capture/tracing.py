@@ -165,11 +165,12 @@ class LeanTracer(Tracer):
     ) -> tuple[Any, list[Any]]:
         """Placeholders named as the parameters, and checks of the inputs that are None.
 
-        torch.fx would rename the latter, so that no caller could pass them by name.
+        torch.fx would rename the latter, so that no caller could pass them by name; it would leave
+        out the decorators of forward, and pass by position what is taken by name only.
         """
         bare = inspect.unwrap(root_fn)
         function, args = super().create_args_for_root(bare, is_module)
-        if bare is not root_fn:  # torch.fx would trace the forward without its decorators
+        if bare is not root_fn or inspect.getfullargspec(bare).kwonlyargs:
             function = called_by_position(root_fn, bare)
         absent = concrete_args if isinstance(concrete_args, dict) else None
         for place, each in enumerate(args):

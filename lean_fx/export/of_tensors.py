@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lean_fx.capture.example_inputs import as_called, call
+
 
 class OfTensors(nn.Module):
     """Calls a model with its example inputs, in which it replaces the tensors.
@@ -40,13 +42,14 @@ class OfTensors(nn.Module):
 
     def call(self, *tensors: Tensor) -> Any:
         """Call the model."""
-        return self.model(*_with(self.inputs, iter(tensors)))
+        return call(self.model, _with(self.inputs, iter(tensors)))
 
 
 def of_tensors(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A model whose inputs are all tensors, and these inputs; the model itself if they are."""
+    """A model whose inputs are all tensors by position, and these; the model itself if they are."""
     found = tuple(tensors_in(inputs))
-    plain = len(found) == len(inputs) and all(map(_is_tensor, inputs))
+    named = as_called(model, inputs)[1]
+    plain = len(found) == len(inputs) and all(map(_is_tensor, inputs)) and not named
     return (model, inputs) if plain or not found else (OfTensors(model, inputs), found)
 
 

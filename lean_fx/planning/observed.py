@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.capture.example_inputs import copied_inputs
+from lean_fx.capture.example_inputs import call, copied_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_values
 from lean_fx.cloning import clone
@@ -231,7 +231,7 @@ def _seen_once(
         if kind_of(layer):
             layer.register_forward_pre_hook(_recording_hook(seen, own), with_kwargs=True)
     with WeightUses(copied) as watch, ProductUses(copied) as products:
-        copied(*inputs)
+        call(copied, inputs)
     for name, uses in watch.uses.items():
         if not called[name].calls:
             called[name] = _applied(uses, own)
@@ -303,7 +303,7 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
     with keeping_rng_state(), leaving_state(model):
         try:
             copied = tried.apply_to_copy(model, None).eval()
-            without_gradients(lambda: copied(*copied_inputs(inputs)))
+            without_gradients(lambda: call(copied, copied_inputs(inputs)))
         except Exception as error:  # the model's own code
             return f"{type(error).__name__}: {one_line(error, 200)}"
     return ""

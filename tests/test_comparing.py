@@ -320,7 +320,7 @@ def test_nothing_of_the_callers_is_changed():
         ({"example_inputs": torch.rand(0, 3, 8, 8)}, "example_inputs have no rows; give one or m"),
         ({"batches": (0,)}, "batches=.0,. is not a list of ints of 1 or more"),
         ({"batches": 3}, "batches=3 is not a list of ints of 1 or more"),
-        ({"energy_s": "3"}, "energy_s='3' is not 0 or more seconds"),
+        ({"energy_s": "3"}, "energy_s='3' is not a finite number of 0 or more; leave it out"),
         (
             {"models": {"n": nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))}}
             | {"example_inputs": torch.rand(1, 3, 8, 8)},
@@ -331,7 +331,7 @@ def test_nothing_of_the_callers_is_changed():
             r"threads=\d+ is above \d+, four a core; give fewer",
         ),
         ({"rounds": 1}, "rounds=1 is not an int of 2 or more"),
-        ({"energy_s": -1.0}, "energy_s=-1.0 is not 0 or more seconds"),
+        ({"energy_s": -1.0}, "energy_s=-1.0 is not a finite number of 0 or more; leave it out"),
         ({"example_inputs": torch.rand(2, 4)}, "'base' fails on the example inputs .*; give inpu"),
         (
             {"models": {"a": nn.Flatten(), "b": nn.Identity()}},

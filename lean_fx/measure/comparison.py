@@ -18,7 +18,13 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
-from lean_fx.checks import check_int, check_ints, check_shapes, check_values
+from lean_fx.checks import (
+    check_int,
+    check_ints,
+    check_not_negative,
+    check_shapes,
+    check_values,
+)
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, one_line, require, warn
 from lean_fx.export.exporting import export_onnx
@@ -92,10 +98,11 @@ def compare(
         comparison = lean_fx.compare(models, inputs)
         print(comparison.to_markdown())
     """
-    first = next(iter(models.values()), None) if isinstance(models, Mapping) else None
-    given = as_inputs(example_inputs, first)
+    _check_models(models)
+    given = as_inputs(example_inputs, next(iter(models.values())))
     inputs = tuple(tensors_in(given))
-    _check(models, inputs, batches, threads, rounds, energy_s)
+    _check_inputs(inputs)
+    _check_numbers(batches, threads, rounds, energy_s)
     models = {name: of_tensors(model, given)[0] for name, model in models.items()}
     by_kernel = uses_kernel(kernel)
     batches, threads, rounds = tuple(map(int, batches)), int(threads), int(rounds)
@@ -126,60 +133,63 @@ def compare(
             export_onnx(arm, files[name], inputs)
             step_done()
         if kept is not None:  # only now: a failed export must leave the earlier files
-            for file in files.values():
-                with replacing(kept / file.name) as part:
-                    shutil.copyfile(file, part)
-                    for each in weight_files(file):
-                        shutil.copyfile(each, part.parent / each.name)
+            _keep(files.values(), kept)
         feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
-        latencies = [
-            time_onnx(
-                files, each, threads=threads, rounds=rounds, kernel=by_kernel, progress=step_done
-            )
-            for each in feeds
-        ]
+        options: Any = {"threads": threads, "rounds": rounds, "kernel": by_kernel}
+        latencies = [time_onnx(files, each, progress=step_done, **options) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
         runs = {
             name: onnx_call(name, file, feeds[0], threads, kernel=by_kernel)
             for name, file in (files if energy_s else {}).items()
         }
         calls, steps = _energies(arms, inputs, runs, threads, energy_s, country)
-        sample = tuple(resized(value, 1) for value in inputs)
-        compared = []
-        for name, arm in arms.items():
-            reorders, off_path = blocked_layout(files[name], kernel=by_kernel)
-            for text in off_path:
-                warn(f"{name}: {text}")
-            compared.append(
-                Compared(
-                    name=name,
-                    parameters=count_parameters(arm),
-                    weight_bytes=sum(value.nbytes for value in _held(arm)),
-                    macs=count_macs(arm, sample),
-                    moved_bytes=_moved_bytes(arm, sample),
-                    peak_inference_bytes=_peak(arm, inputs, training=False),
-                    peak_training_bytes=_peak(arm, inputs, training=True),
-                    onnx_bytes=onnx_bytes(files[name]),
-                    reorders=reorders,
-                    off_path=off_path,
-                    latencies=tuple(latency[name] for latency in latencies),
-                    eager=eager[name],
-                    step=step[name],
-                    energy=calls.get(name),
-                    step_energy=steps.get(name),
-                )
+        compared = [
+            Compared(
+                name=name,
+                **_costs(arm, inputs),
+                **_layout(name, files[name], by_kernel),
+                latencies=tuple(latency[name] for latency in latencies),
+                eager=eager[name],
+                step=step[name],
+                energy=calls.get(name),
+                step_energy=steps.get(name),
             )
+            for name, arm in arms.items()
+        ]
     return Comparison(tuple(compared), machine())
 
 
-def _check(
-    models: Mapping[str, nn.Module],
-    inputs: tuple[Any, ...],
-    batches: Sequence[int],
-    threads: int,
-    rounds: int,
-    energy_s: float,
-) -> None:
+def _keep(files: Iterable[Path], folder: Path) -> None:
+    """Copy ONNX files and their weights into a folder."""
+    for file in files:
+        with replacing(folder / file.name) as part:
+            shutil.copyfile(file, part)
+            for each in weight_files(file):
+                shutil.copyfile(each, part.parent / each.name)
+
+
+def _costs(arm: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """What a model costs in PyTorch; the work is that of one sample."""
+    sample = tuple(resized(value, 1) for value in inputs)
+    return {
+        "parameters": count_parameters(arm),
+        "weight_bytes": sum(value.nbytes for value in _held(arm)),
+        "macs": count_macs(arm, sample),
+        "moved_bytes": _moved_bytes(arm, sample),
+        "peak_inference_bytes": _peak(arm, inputs, training=False),
+        "peak_training_bytes": _peak(arm, inputs, training=True),
+    }
+
+
+def _layout(name: str, file: Path, by_kernel: bool) -> dict[str, Any]:
+    """The size of an ONNX file, and how ONNX Runtime lays out what its convolutions read."""
+    reorders, off_path = blocked_layout(file, kernel=by_kernel)
+    for text in off_path:
+        warn(f"{name}: {text}")
+    return {"onnx_bytes": onnx_bytes(file), "reorders": reorders, "off_path": off_path}
+
+
+def _check_models(models: Mapping[str, nn.Module]) -> None:
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError("compare: models is not a mapping, or is empty; give names and models")
     for name, model in models.items():
@@ -189,6 +199,9 @@ def _check(
             raise ArgumentError(f"compare: {name!r} is a {type(model).__name__}; give a module")
         check_shapes(model, f"compare: {name!r}")
         check_values(model, f"compare: {name!r}")
+
+
+def _check_inputs(inputs: tuple[Any, ...]) -> None:
     sizes = {value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim()}
     if not sizes or not all(isinstance(value, Tensor) for value in inputs):
         raise ArgumentError(
@@ -206,14 +219,16 @@ def _check(
             f"compare: example_inputs: batches of {shown} differ; give one batch, the first axis "
             "of all inputs (hidden states have it second: let the model make its own)"
         )
+
+
+def _check_numbers(batches: Sequence[int], threads: int, rounds: int, energy_s: float) -> None:
     check_ints("compare: batches", batches, 1)
     check_int("compare: threads", threads, 1)
     check_int("compare: rounds", rounds, 2)
     most = 4 * (os.cpu_count() or 1)
     if threads > most:
         raise ArgumentError(f"compare: threads={threads} is above {most}, four a core; give fewer")
-    if type(energy_s) not in (int, float) or not 0 <= energy_s < float("inf"):
-        raise ArgumentError(f"compare: energy_s={energy_s!r} is not 0 or more seconds")
+    check_not_negative("compare: energy_s", energy_s)
 
 
 def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:

@@ -33,6 +33,7 @@ from lean_fx.errors import CaptureError, one_line
 
 _INTERNALS = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # closures within closures
+_MANY = 1000  # a longer list is data
 #: The hooks of torch that compute a weight before every call.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -102,7 +103,7 @@ def _rebound(value: Any, memo: Mapping[int, Any], above: tuple[int, ...]) -> Any
     """A value that refers to copies; the value itself if it does not refer to what was copied.
 
     Args:
-        value: the value; lists and dicts are changed in place.
+        value: the value. Lists and dicts are looked into, but not those within them.
         memo: that of the deepcopy.
         above: the ids of what holds the value.
     """
@@ -120,10 +121,13 @@ def _rebound(value: Any, memo: Mapping[int, Any], above: tuple[int, ...]) -> Any
     if isinstance(value, FunctionType) and value.__closure__:
         cells = tuple(_rebound_cell(cell, inner) for cell in value.__closure__)
         return value if cells == value.__closure__ else _with_cells(value, cells)
-    if type(value) is list:
-        value[:] = map(inner, value)
-    if type(value) in (dict, OrderedDict):
-        value.update({key: inner(each) for key, each in value.items()})
+    if type(value) in (list, dict, OrderedDict) and len(value) < _MANY:
+        items = enumerate(value) if isinstance(value, list) else value.items()
+        flat = {key: each for key, each in items if not isinstance(each, list | dict)}
+        changed = {key: new for key, each in flat.items() if (new := inner(each)) is not each}
+        value = copy.copy(value) if changed else value  # that of a closure is the user's own
+        for key, each in changed.items():
+            value[key] = each
     return value
 
 

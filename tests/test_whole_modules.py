@@ -179,9 +179,10 @@ def doubled(forward):
     "wrapped", [doubled, partial(torch.compile, backend="eager")], ids=["closure", "compile"]
 )
 def test_what_wraps_the_forward_of_a_part_calls_the_part_of_the_result(wrapped, form):
-    block = Block()
+    block, listed = Block(), []
     block.forward = wrapped(block.forward)
-    block.functions = [lambda x: block.a(x)]
+    block.functions = [lambda x: (block.a(x), listed)[0]]
+    listed.append(block)
     model, x = nn.Sequential(nn.Linear(8, 32), block, nn.Linear(32, 4)), torch.rand(2, 8)
     torch.testing.assert_close(
         lean_fx.leanify(model, x, min_channels=10**9, form=form)(x), model(x)
@@ -192,7 +193,9 @@ def test_what_wraps_the_forward_of_a_part_calls_the_part_of_the_result(wrapped, 
     assert all(parameter.grad is None for parameter in model.parameters())
     if form == "module":
         (function,) = lean.get_submodule("1").functions
-        assert function.__closure__[0].cell_contents is lean.get_submodule("1")
+        cells = {type(each.cell_contents): each.cell_contents for each in function.__closure__}
+        assert cells[Block] is cells[list][0] is lean.get_submodule("1")
+    assert listed == [block]
 
 
 class Child(nn.Module):

@@ -1,5 +1,7 @@
 """Sizes that a model takes and its graph refuses: found at leanify, in a part or in the model."""
 
+import builtins
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,11 @@ from torch import nn
 
 import lean_fx
 from lean_fx.capture.capturing import capture
+from lean_fx.capture.guards import converting_sizes
+from lean_fx.capture.questions import answering
+from lean_fx.capture.tracing import LeanTracer
 from lean_fx.errors import BranchError, LeanWarning
+from lean_fx.graph.patching import patching
 
 
 class Frames(nn.Module):
@@ -242,3 +248,21 @@ def test_the_builtin_stays_where_it_is_more_than_called():
 
     model, x = nn.Sequential(nn.Linear(8, 32), Asking(32, 4)), torch.rand(2, 8)
     assert torch.equal(lean_fx.leanify(model, x, min_channels=10**9)(x), model(x))
+
+
+class Sized(nn.Linear):
+    def forward(self, x):
+        return x.reshape(int(x.size(0)), -1)
+
+
+def is_int(value):
+    return isinstance(value, int)
+
+
+def test_another_thread_may_run_code_of_the_same_file_meanwhile():
+    patches = converting_sizes([Sized(2, 2)]), answering(LeanTracer(), [globals()])
+    with patching(patches[0]), patching(patches[1]):
+        assert int is not builtins.int
+        assert is_int(int("3"))
+        assert not is_int(3.0)
+    assert int is builtins.int

@@ -185,25 +185,39 @@ def counting_items(homes: Iterable[dict[str, Any]]) -> list[Patch]:
     return [(home, "len", count_items) for home in homes if "len" not in home]
 
 
+class Converting:
+    """Stands for ``int`` or ``float`` in the code of a model: of a size it makes a node.
+
+    Args:
+        kind: the builtin.
+        as_node: a function of torch that converts as it does.
+
+    Example:
+        >>> Converting(int, torch.sym_int)("7")
+        7
+    """
+
+    def __init__(self, kind: type, as_node: Callable[[Any], Any]) -> None:
+        self.kind = kind
+        self.as_node = as_node
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Convert a value."""
+        size = len(args) == 1 and issubclass(type(args[0]), Proxy) and is_size(args[0].node)
+        return self.as_node(args[0]) if size else self.kind(*args, **options)
+
+
 def converting_sizes(modules: Iterable[nn.Module]) -> list[Patch]:
     """Patches by which ``int`` and ``float`` of a size are nodes, in globals of the modules' code.
 
     ``int(x.size(0))`` would else be a constant, since Python takes no proxy for an int. A module's
     code that uses the names otherwise, as ``isinstance(x, int)`` does, keeps the builtins.
     """
-
-    def converting(kind: type, as_node: Callable[[Any], Any]) -> Callable[..., Any]:
-        def convert(*args: Any, **options: Any) -> Any:
-            size = len(args) == 1 and issubclass(type(args[0]), Proxy) and is_size(args[0].node)
-            return as_node(args[0]) if size else kind(*args, **options)
-
-        return convert
-
     users: dict[int, list[FunctionType]] = {}
     for function in (each for module in modules for each in functions_of(module)):
         users.setdefault(id(function.__globals__), []).append(function)
     return [
-        (functions[0].__globals__, name, converting(kind, as_node))
+        (functions[0].__globals__, name, Converting(kind, as_node))
         for functions in users.values()
         for name, kind, as_node in (("int", int, torch.sym_int), ("float", float, torch.sym_float))
         if name not in functions[0].__globals__

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 
+from lean_fx.capture.guards import Converting
 from lean_fx.capture.side_effects import asked_by_model
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch
     def with_type(kinds: Any) -> Any:
         if type(kinds) is tuple:
             return tuple(map(with_type, kinds))
+        if type(kinds) is Converting:  # in a thread that runs other code of the same file
+            return kinds.kind
         return type if kinds is type_of else kinds
 
     asking: list[Patch] = [

@@ -28,7 +28,7 @@ from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
 from lean_fx.capture.own_code import Purpose, lost_in_a_graph, own_call
 from lean_fx.capture.size_guards import refusing_modules
-from lean_fx.capture.tracing import LeanTracer, is_wrapped
+from lean_fx.capture.tracing import LeanTracer, is_leaf, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
 from lean_fx.graph.clones import clone_sharing_state
@@ -110,10 +110,7 @@ def untraced_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
         graph: its graph.
     """
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    tracer = LeanTracer()
-    return frozenset(
-        name for name in called if not tracer.is_leaf_module(root.get_submodule(name), name)
-    )
+    return frozenset(name for name in called if not is_leaf(root.get_submodule(name)))
 
 
 def _trace_seeing(

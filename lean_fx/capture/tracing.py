@@ -44,6 +44,8 @@ from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
 from lean_fx.reduction.registry import is_reduction
 
 _SOME_TENSOR = torch.empty(0)
+_TORCHS_TRACER = Tracer()
+_LEAVES = (SequenceDropout, AttentionHeads, ByMode, InMode)
 # Functions that become nodes; the tracer never enters them. A graph that torch.fx itself traced
 # with concrete_args holds _assert_is_none.
 _NODES = (
@@ -64,6 +66,17 @@ def is_wrapped(function: Any) -> bool:
     name, module = getattr(function, "__name__", ""), getattr(function, "__globals__", {})
     ours = str(module.get("__name__")).partition(".")[0] in ("torch", "lean_fx")
     return not ours and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a call of a module becomes one node wherever it is: it is torch's, or a layer.
+
+    Example:
+        >>> is_leaf(nn.ReLU()), is_leaf(nn.Sequential())
+        (True, False)
+    """
+    ours = kind_of(module) or isinstance(module, _LEAVES) or is_reduction(module)
+    return bool(ours) or _TORCHS_TRACER.is_leaf_module(module, "")
 
 
 class LeanTracer(Tracer):
@@ -220,9 +233,7 @@ class LeanTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
-        ours = kind_of(m) or isinstance(m, SequenceDropout | AttentionHeads | ByMode | InMode)
-        leaf = ours or is_reduction(m) or module_qualified_name in self.leaves
-        return bool(leaf) or super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name in self.leaves or is_leaf(m)
 
     def _looks_into(self, module: nn.Module, name: str) -> bool:
         """Whether the code of a module's forward is the user's, and is traced."""

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import capture
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.capture.tracing import LeanTracer
+from lean_fx.capture.tracing import is_leaf
 from lean_fx.checks import check_shapes, is_quantized_layer
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
@@ -124,7 +124,7 @@ def costs_of(model: nn.Module, example_inputs: Any) -> Costs:
     with torch.inference_mode(False):
         inputs = _cloned(as_inputs(example_inputs, model))
         known = isinstance(model, nn.Module) and type(model) not in UNFUSED
-        leaf = known and LeanTracer().is_leaf_module(model, "")
+        leaf = known and is_leaf(model)
         root = _calling(model, len(inputs)) if leaf else model
         captured = capture(root, inputs, purpose="evaluation")
         return costs_of_graph(captured, inputs, type(model).__name__)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.fx import GraphModule
 
-from lean_fx.capture.tracing import LeanTracer
+from lean_fx.capture.tracing import is_leaf
 from lean_fx.graph.calls import has_hooks, modules_by_name
 from lean_fx.layers.kinds import KINDS, kind_of
 from lean_fx.skip_reason import LeftAlone, SkipReason
@@ -34,7 +34,7 @@ def uncalled_layers(
         if type(layer) not in kinds or not name or name in called:
             continue
         holder = _holder(name, called)
-        if holder and _answers_for_inside(graph_module.get_submodule(holder), holder):
+        if holder and _answers_for_inside(graph_module.get_submodule(holder)):
             continue  # part of a leaf layer, which has a record of its own
         reason = SkipReason("not_called", "not called in forward")
         if name in owners:
@@ -63,7 +63,7 @@ def layers_inside_leaves(graph_module: nn.Module) -> frozenset[str]:
         for name, layer in modules.items()
         if type(layer) in (*KINDS, nn.MultiheadAttention)
         and (holder := _holder(name, called))
-        and not _answers_for_inside(modules[holder], holder)
+        and not _answers_for_inside(modules[holder])
     )
 
 
@@ -72,16 +72,16 @@ def has_weights_inside_leaves(graph_module: GraphModule) -> bool:
     modules = modules_by_name(graph_module)
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     return any(
-        not _answers_for_inside(modules[name], name)
+        not _answers_for_inside(modules[name])
         and any(parameter.dim() > 1 for parameter in modules[name].parameters())
         for name in called
     )
 
 
-def _answers_for_inside(module: nn.Module, name: str) -> bool:
+def _answers_for_inside(module: nn.Module) -> bool:
     """Whether a leaf has a record that covers what it holds; a subclass of a layer has not."""
     subclass = kind_of(module) is not None and type(module) not in KINDS
-    return not subclass and LeanTracer().is_leaf_module(module, name)
+    return not subclass and is_leaf(module)
 
 
 def _holder(name: str, called: set[str]) -> str:

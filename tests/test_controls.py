@@ -154,6 +154,10 @@ def test_registry():
             register_reduction("mine", MaxReduction)
     finally:
         unregister_reduction("mine")
+    before = lean_fx.reductions()
+    for name in ("mine", "lean"):  # unknown, and one of lean_fx's own
+        unregister_reduction(name)
+    assert lean_fx.reductions() == before
     assert reduction_name(MeanReduction) == "mean"
     for value, kind in ((3, "int"), ("lean", "str"), (MeanReduction(4, 2), "MeanReduction")):
         with pytest.raises(ArgumentError) as caught:

@@ -47,6 +47,9 @@ _FACTORIES: dict[str, ReductionFactory] = {
 }
 
 
+_OWN = frozenset(_FACTORIES)
+
+
 def reductions() -> tuple[str, ...]:
     """The registered names.
 
@@ -91,8 +94,9 @@ def register_reduction(name: str, factory: ReductionFactory) -> None:
 
 
 def unregister_reduction(name: str) -> None:
-    """Take a name back. Unknown names are not an error."""
-    _FACTORIES.pop(name, None)
+    """Undo :func:`register_reduction`. Unknown names, and those of lean_fx's own, are ignored."""
+    if name not in _OWN:
+        _FACTORIES.pop(name, None)
 
 
 def reduction_factory(reduction: str | ReductionFactory) -> ReductionFactory:

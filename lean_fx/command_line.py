@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "leanify" and not (args.out or args.onnx):
         parser.error("leanify: give -o FILE.safetensors, --onnx FILE.onnx, or both")
-    if args.command == "leanify" and args.out == args.onnx:
+    if args.command == "leanify" and args.out and args.onnx and _is_same(args.out, args.onnx):
         parser.error(f"leanify: -o and --onnx both name {args.out}; give two files")
     if args.command == "leanify" and args.onnx and not args.input:
         parser.error(
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", LeanWarning)
         try:
-            _print(args.run(args))
+            with contextlib.redirect_stdout(sys.stderr):  # the user's code may print
+                result = args.run(args)
+            _print(result)
         except LeanError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -63,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("stopped", file=sys.stderr)
             return 130
     return 0
+
+
+def _is_same(file: str, other: str) -> bool:
+    return os.path.realpath(file) == os.path.realpath(other)
 
 
 def plan(args: argparse.Namespace) -> str:
@@ -239,8 +245,7 @@ def _model_and_inputs(args: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor
         torch.manual_seed(args.seed)
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentError(f"--seed {args.seed} is not an int of 64 bits; give 0") from error
-    with contextlib.redirect_stdout(sys.stderr):  # the user's code may print
-        model = _model(args.model)
+    model = _model(args.model)
     return model, tuple(map(_tensor, args.input)) if args.input else None
 
 

@@ -106,10 +106,28 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any = N
         raise DataError(f"{str(path)!r}: is not a path; give a file that lean_fx.save wrote")
     plan, state = _read_checkpoint(path) if zipfile.is_zipfile(path) else _read(path)
     lean = plan.apply(model, example_inputs)
-    state = _without_prefix(state, lean.state_dict())
+    state = _without_prefix(path, state, lean.state_dict())
     _check_fits(path, state, lean.state_dict())
-    lean.load_state_dict(state, assign=bool(first_without_values(lean)))
+    if first_without_values(lean):
+        _assign(path, lean, state)
+    else:
+        lean.load_state_dict(state)
     return lean
+
+
+def _assign(path: str | os.PathLike[str], lean: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a model on the meta device the tensors of a file; shared parameters stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for name, own in lean.state_dict(keep_vars=True).items():
+        if isinstance(own, nn.Parameter):
+            made.setdefault(id(own), nn.Parameter(state[name], own.requires_grad))
+            state[name] = made[id(own)]
+    lean.load_state_dict(state, assign=True)
+    if left := first_without_values(lean):
+        raise DataError(
+            f"{path}: does not hold {left!r}, which is no part of the state_dict, and the model "
+            "has it on the meta device; give a model with values"
+        )
 
 
 def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -178,16 +196,25 @@ def _read_checkpoint(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tens
     return Plan.from_json(held[PLAN]), named
 
 
-def _without_prefix(state: dict[str, Tensor], wanted: dict[str, Any]) -> dict[str, Tensor]:
+def _without_prefix(
+    path: str | os.PathLike[str], state: dict[str, Tensor], wanted: dict[str, Any]
+) -> dict[str, Tensor]:
     """A checkpoint's tensors by the names within the model, which a module held as an attribute."""
     first = next(iter(wanted), "")
-    ends = (name.removesuffix(first) for name in state if name.endswith(f".{first}"))
+    ends = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
+    found: dict[str, dict[str, Tensor]] = {}
     for prefix in ("", *ends):
         ours = [name for name in state if name.startswith(prefix)]
         inside = {name.removeprefix(prefix): state[name] for name in ours}
         if inside.keys() == wanted.keys():
-            return inside
-    return state
+            found[prefix] = inside
+    if len(found) > 1:
+        names = " and ".join(prefix.removesuffix(".") for prefix in found)
+        raise DataError(
+            f"{path}: holds the model more than once, as {names}; write the one that you want by "
+            "lean_fx.save"
+        )
+    return next(iter(found.values()), state)
 
 
 def _check_fits(

@@ -202,6 +202,23 @@ def test_what_a_factory_prints_is_not_in_the_output(capsys):
     assert err.startswith("hello\n")
 
 
+class Loud(nn.Linear):
+    def forward(self, x):
+        print("hello")
+        return super().forward(x)
+
+
+def loud_forward():
+    return nn.Sequential(Loud(8, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def test_what_forward_prints_is_not_in_the_output(capsys):
+    assert main(["plan", "test_command_line:loud_forward", "--input", "2,8", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(lean_fx.Plan.from_json(out).sites) == 1
+    assert "hello" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -278,6 +278,52 @@ def test_a_model_without_values_gets_those_of_the_file(tmp_path):
     torch.testing.assert_close(loaded(x), lean(x), rtol=0, atol=0)
 
 
+class TiedOnMeta(nn.Module):
+    def __init__(self, persistent=True):
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.out = nn.Linear(8, 10, bias=False)
+        self.out.weight = self.table.weight
+        self.register_buffer("scale", torch.arange(8.0), persistent=persistent)
+
+    def forward(self, tokens):
+        return self.out(self.b(torch.relu(self.a(self.table(tokens)))) * self.scale)
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_what_is_tied_on_the_meta_device_is_tied_in_the_result(form, tmp_path):
+    tokens, path = torch.randint(0, 10, (4,)), tmp_path / "net.safetensors"
+    lean = lean_fx.leanify(TiedOnMeta(), tokens, form=form)
+    lean_fx.save(lean, path)
+    with torch.device("meta"):
+        empty = TiedOnMeta()
+    loaded = lean_fx.load(path, empty, tokens.to("meta"))
+    assert loaded.get_submodule("out").weight is loaded.get_submodule("table").weight
+    assert torch.equal(loaded(tokens), lean(tokens))
+
+
+def test_what_the_file_does_not_hold_cannot_be_given_to_the_meta_device(tmp_path):
+    tokens, path = torch.randint(0, 10, (4,)), tmp_path / "net.safetensors"
+    lean_fx.save(lean_fx.leanify(TiedOnMeta(persistent=False), tokens), path)
+    with torch.device("meta"):
+        empty = TiedOnMeta(persistent=False)
+    with pytest.raises(
+        lean_fx.DataError, match="does not hold 'scale', which is no part of the st"
+    ):
+        lean_fx.load(path, empty, tokens.to("meta"))
+
+
+def test_a_checkpoint_with_two_copies_of_the_model(tmp_path):
+    net, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), torch.rand(4, 16)
+    lean = lean_fx.leanify(net, x)
+    average, trained = (checkpoint(lean, prefix)["state_dict"] for prefix in ("ema.", "net."))
+    held = checkpoint(lean, **{"lean_fx.plan": lean_fx.plan_of(lean).to_json()})
+    torch.save({**held, "state_dict": average | trained}, tmp_path / "last.ckpt")
+    with pytest.raises(lean_fx.DataError, match="the model more than once, as ema and net; write"):
+        lean_fx.load(tmp_path / "last.ckpt", net, x)
+
+
 @pytest.mark.parametrize("path", [None, 3])
 def test_what_is_no_path_is_refused(path):
     net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))

@@ -83,6 +83,24 @@ def check_positive(subject: str, value: Any, remedy: str) -> None:
         raise ArgumentError(f"{subject}={value!r} is not a finite number above 0; {remedy}")
 
 
+def check_threads(subject: str, threads: Any) -> int:
+    """Check that a number of threads is an int from 1 to four times the cores of this machine.
+
+    Raises:
+        ArgumentError: it is not.
+
+    Example:
+        >>> check_threads("compare", 1)
+        1
+    """
+    count, most = check_int(f"{subject}: threads", threads, 1), 4 * (os.cpu_count() or 1)
+    if count > most:
+        raise ArgumentError(
+            f"{subject}: threads={threads} is above {most}, four a core; give fewer"
+        )
+    return count
+
+
 def check_ints(subject: str, values: Any, least: int) -> tuple[int, ...]:
     """Check that a value is a sequence of one or more ints, as :func:`check_int` does.
 

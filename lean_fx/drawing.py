@@ -34,6 +34,7 @@ from lean_fx.planning.plans import Plan
 from lean_fx.reduction.registry import is_reduction
 
 _SUFFIXES = (".svg", ".png", ".pdf")
+_PLAIN: dict[str, Any] = {"parse_math": False}  # a dollar sign in a name is one
 _WIDTH, _HEIGHT, _STEP = 4.4, 0.5, 0.68  # inches of a box, and from one to the next
 _MARGIN = 1.1  # inches beside the boxes, for the arcs
 
@@ -256,7 +257,7 @@ def _picture(columns: Mapping[str, list[Box]]) -> Any:
         ax.set_ylim(-_STEP * longest, 0.35)
         total = f"{sum(box.parameters for box in boxes):,} parameters, "
         total += f"{short(sum(box.macs for box in boxes) / 1e6)} million MACs"
-        ax.set_title(f"{title}: {total}" if title else total, loc="left", fontsize=10)
+        ax.set_title(f"{title}: {total}" if title else total, loc="left", fontsize=10, **_PLAIN)
         for number, box in enumerate(boxes):
             _draw_box(ax, number, box)
             for source in box.sources:
@@ -288,8 +289,8 @@ def _draw_box(ax: Any, number: int, box: Box) -> None:
     lines = ((box.name, f"{box.kind}{count}"), (shape, ", ".join(figures)))
     for (left, right), below, grey in zip(lines, (0.15, 0.36), ("0", "0.35"), strict=True):
         style = {"fontsize": 8, "va": "center", "color": grey}
-        ax.text(0.08, top - below, left, **style)
-        ax.text(_WIDTH - 0.08, top - below, right, ha="right", **style)
+        ax.text(0.08, top - below, left, **style, **_PLAIN)
+        ax.text(_WIDTH - 0.08, top - below, right, ha="right", **style, **_PLAIN)
 
 
 def _draw_arrow(ax: Any, source: int, target: int) -> None:

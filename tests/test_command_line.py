@@ -225,11 +225,12 @@ def test_what_forward_prints_is_not_in_the_output(capsys):
         (["plan", NET, "--seed", "9" * 30], "--seed 9{30} is not an int of 64 bits; give 0"),
         (["plan", NET, "--input", "99999999999,3,8,8"], "--input '9+,3,8,8' cannot be made"),
         (["plan", NET, "--input", "1,3,8,8:qint8"], "--input '1,3,8,8:qint8' cannot be made"),
+        (["compare", "{file}", "--threads", "20000"], "time_onnx: threads=20000 is above"),
         (["compare", "a.onnx", "a.onnx"], "compare: a.onnx is given twice; give another file"),
     ],
 )
-def test_absurd_values_are_told_in_one_line(arguments, message, capsys):
-    assert main(arguments) == 1
+def test_absurd_values_are_told_in_one_line(arguments, message, files, capsys):
+    assert main([each.format(file=files[1]) for each in arguments]) == 1
     assert re.match(f"error: {message}", capsys.readouterr().err)
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -295,6 +296,17 @@ def test_a_reduction_without_a_count_is_told():
 
     net = lean_fx.leanify(nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 4)), reduction=Mine)
     assert lean_fx.costs_of(net, X(1, 3)).without_formula == ("reductions._0",)
+
+
+def test_threads_that_count_leave_the_kernels_switched_on():
+    def switches():
+        return torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()
+
+    before, net = switches(), nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 4))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: count_macs(net, X(2, 8)), range(40)))
+    assert set(found) == {2 * (8 * 32 + 32 * 4)}
+    assert switches() == before
 
 
 def test_a_reduction_of_a_users_own_counts_by_operators_unless_it_tells():

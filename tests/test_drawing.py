@@ -94,6 +94,13 @@ def test_a_plan_is_drawn_as_what_it_makes_of_the_first_model(tmp_path):
             lean_fx.draw(alone, tmp_path / "plan.svg", X)
 
 
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
+def test_dollar_signs_are_no_formulas(suffix, tmp_path):
+    model = nn.Sequential()
+    model.add_module("$r_{$", nn.Linear(8, 4))
+    lean_fx.draw({"cost $\\frac$": model}, tmp_path / f"net.{suffix}", torch.rand(2, 8))
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(
         ArgumentError, match=r"^draw: path='net.gif' does not end in .svg, .png, .pdf$"

@@ -98,6 +98,10 @@ def test_the_plan_in_a_result_has_the_signs_of_the_result(form):
             "plan: a part is missing or wrong (site 'relu' has dim=1000000000, which no tensor",
         ),
         (
+            edited(lambda c: c["sites"][0].update(rms=10**400)),
+            "plan: a part is missing or wrong (site 'relu' has rms=1000",
+        ),
+        (
             edited(lambda c: c["sites"][0].update(rms=float("inf"))),
             "plan: a part is missing or wrong (site 'relu' has rms=inf, which no value has)",
         ),

@@ -1,5 +1,7 @@
 """INT8 twins."""
 
+import logging
+import threading
 import warnings
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ArgumentError, DataError
-from lean_fx.export.quantization import accuracy_of
+from lean_fx.export.quantization import _quiet, accuracy_of
 from support.models import PaperNet
 
 
@@ -187,7 +189,9 @@ def test_accuracy_is_that_of_a_label_for_each_row_of_scores(tmp_path):
             quantize="dynamic",
             evaluation=[(torch.rand(2, 3, 4), torch.zeros(2, 3))],
         )
-    with pytest.raises(ArgumentError, match="evaluation: net.onnx cannot run on .3, 4. .* give b"):
+    with pytest.raises(
+        ArgumentError, match="evaluation: net.onnx cannot run on float32 .3, 4. .* give b"
+    ):
         accuracy_of(path, [(torch.rand(3, 4), [0, 1, 2])])
     assert accuracy_of(path, [(torch.eye(3).requires_grad_(), [0, 1, 2])]) == 1.0
 
@@ -248,9 +252,41 @@ def test_errors(options, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("labels", [["cat", "dog"], None])
+def test_labels_that_are_no_numbers(labels, tmp_path):
+    with pytest.raises(ArgumentError, match="^evaluation: labels are no numbers"):
+        lean_fx.export_onnx(
+            nn.Linear(3, 3),
+            tmp_path / "net.onnx",
+            torch.rand(2, 3),
+            quantize="dynamic",
+            evaluation=[(torch.rand(2, 3), labels)],
+        )
+
+
+def test_threads_that_quantise_leave_the_level_of_logging():
+    before, inside = logging.root.manager.disable, threading.Event()
+
+    def other():
+        inside.wait(10)
+        with _quiet():
+            pass
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with _quiet():
+        inside.set()
+        thread.join(0.2)
+        assert thread.is_alive()  # it waits
+    thread.join()
+    assert logging.root.manager.disable == before
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
+        ([torch.rand(2, 4)], r"calibration: a.onnx cannot run on float32 \[2, 4\]"),
+        ([torch.rand(2, 3).double()], r"calibration: a.onnx cannot run on float64 \[2, 3\]"),
         ([], "quantize='static' has no calibration data; give bat"),
         ([torch.rand(0, 3)], "calibration: a batch has no rows; give one or more"),
         (

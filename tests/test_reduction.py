@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from lean_fx import LeanReduction, lean_reduction, power_iteration_embedding
 from lean_fx.errors import ArgumentError, LeanError
@@ -387,3 +388,16 @@ def test_a_negative_value_is_found_beside_nan():
 def test_a_trace_takes_other_shapes():
     traced = torch.jit.trace(LeanReduction(12, 4), torch.rand(2, 12, 5))
     assert traced(torch.rand(3, 12, 7)).shape == (3, 4, 7)
+
+
+@pytest.mark.parametrize("options", [{}, {"nonnegative": True}, {"normalize": "row"}])
+def test_forward_mode(options):
+    x, tangent = torch.rand(2, 12).double(), torch.randn(2, 12).double()
+    seed = torch.rand(4).double()
+
+    def reduce(value):
+        return lean_reduction(value, seed, 1, **options)
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(reduce(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, torch.func.jvp(reduce, (x,), (tangent,))[1])

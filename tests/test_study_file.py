@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -86,6 +87,17 @@ def test_the_best_are_retrained(tmp_path, capsys):
         ("[4]", "[]", "Space: channels is empty; give one choice or more"),
         ("epochs = 1", "epochs = 0", "Settings: epochs=0 is not an int of 1 or more"),
         ("[space]", "[space", "study.toml: cannot be read"),
+        ("[space]", "objectives = 3\n[space]", "Study: objectives=3 is not a list of choices"),
+        ("[space]", 'objectives = [["accuracy"]]\n[space]', "holds another list or table; give"),
+        ("[space]", "storage = 5\n[space]", "Study: storage=5 is not a text; give one"),
+        ("[space]", 'held_out = "false"\n[space]', "Study: held_out='false' is not known; use T"),
+        ("[space]", 'prune = "no"\n[space]', "Study.run: prune='no' is not known; use True or F"),
+        ("[4]", "[[4]]", "Space: channels=([4],) holds another list or table; give plain values"),
+        ("[4]", '[4]\nlearning_rates = ["x"]', "Space: learning rate='x' is not a finite number"),
+        ("[settings]", "[space.options]\ndampnig = [1.0]\n[settings]", "'dampnig' is an argument"),
+        ("epochs = 1", 'learning_rate = "x"', "Settings: learning_rate='x' is not a finite num"),
+        ("[space]", "[retrain]\nseeds = 5\n[space]", "Study.retrain: seeds=5 is not a list of i"),
+        ("[space]", "[retrain]\nepochs = 0\n[space]", "Study.retrain: epochs=0 is not an int of"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(tmp_path, capsys, old, new, message):
@@ -95,6 +107,16 @@ def test_what_is_wrong_is_told_in_a_line(tmp_path, capsys, old, new, message):
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [("dict", r"Study: make\(1.0\) fails \(TypeError: "), ("float", r"make\(1.0\) gives a float")],
+)
+def test_a_factory_that_makes_no_model(make, message, tmp_path, capsys):
+    text = TEXT.replace("{home}:small_net", f"builtins:{make}").replace('"slice"', '"narrow"')
+    assert command_line.main(["ablate", write(tmp_path, text)]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_no_worker_is_refused(tmp_path, capsys):

@@ -6,11 +6,11 @@ import dataclasses
 import inspect
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from lean_fx.checks import check_choice, check_int
+from lean_fx.checks import check_choice, check_int, check_positive
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.registry import reduction_factory, reductions
 
@@ -66,9 +66,7 @@ class Configuration:
             >>> Configuration("lean", options=(("damping", 0.5), ("size", 3))).taken_options
             {'damping': 0.5}
         """
-        if self.arm not in reductions():
-            return {}
-        known = inspect.signature(reduction_factory(self.arm)).parameters
+        known = _options_of(self.arm)
         return {name: value for name, value in self.options if name in known}
 
     @property
@@ -126,14 +124,23 @@ class Space:
 
     def __post_init__(self) -> None:
         for name in ("arms", "channels", "sites", "learning_rates", "seeds"):
-            object.__setattr__(self, name, _choices(name, getattr(self, name)))
-        options = {name: _choices(f"options[{name!r}]", each) for name, each in self._options()}
+            object.__setattr__(self, name, choices_of(f"Space: {name}", getattr(self, name)))
+        options = {
+            name: choices_of(f"Space: options[{name!r}]", each) for name, each in self._options()
+        }
         object.__setattr__(self, "options", options)
         for arm in self.arms:
             check_choice("Space: arm", arm, ("baseline", *CONTROLS, *reductions()))
         check_choice("Space: like", self.like, reductions())
+        taken = {name for arm in self.arms for name in _options_of(arm)}
+        for name in options.keys() - taken:
+            raise ArgumentError(
+                f"Space: options: {name!r} is an argument of none of the arms "
+                f"{', '.join(self.arms)}; correct the name, or leave it out"
+            )
         for rate in self.learning_rates:
-            if not 0 < rate <= 1:
+            check_positive("Space: learning rate", rate, "use 1e-3, say")
+            if rate > 1:
                 raise ArgumentError(f"Space: learning rate {rate} lies outside ]0, 1]; use 1e-3")
         for seed in self.seeds:
             check_int("Space: seed", seed, 0, 2**32 - 1)
@@ -181,11 +188,29 @@ class Space:
         return found
 
 
-def _choices(name: str, given: Any) -> tuple[Any, ...]:
-    """A tuple of choices, none twice."""
+def _options_of(arm: str) -> Collection[str]:
+    """The names of the arguments of an arm that is a reduction."""
+    return inspect.signature(reduction_factory(arm)).parameters if arm in reductions() else ()
+
+
+def choices_of(subject: str, given: Any) -> tuple[Any, ...]:
+    """A tuple of choices, none twice.
+
+    Raises:
+        ArgumentError: they are not a list of plain values, or there are none.
+
+    Example:
+        >>> choices_of("Space: channels", [8, 4, 8])
+        (8, 4)
+    """
     if isinstance(given, str | Mapping) or not hasattr(given, "__iter__"):
-        raise ArgumentError(f"Space: {name}={given!r} is not a list of choices; give ({given!r},)")
-    choices = tuple(dict.fromkeys(given))
+        raise ArgumentError(f"{subject}={given!r} is not a list of choices; give ({given!r},)")
+    try:
+        choices = tuple(dict.fromkeys(given))
+    except TypeError:
+        raise ArgumentError(
+            f"{subject}={given!r} holds another list or table; give plain values"
+        ) from None
     if not choices:
-        raise ArgumentError(f"Space: {name} is empty; give one choice or more")
+        raise ArgumentError(f"{subject} is empty; give one choice or more")
     return choices

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lean_fx.checks import check_choice, check_int
+from torch import nn
+
+from lean_fx.checks import check_choice, check_int, check_ints
 from lean_fx.errors import ArgumentError, one_line, require
 from lean_fx.experiment.budget import MakeWidth
-from lean_fx.experiment.configurations import Configuration, Space
+from lean_fx.experiment.configurations import Configuration, Space, choices_of
 from lean_fx.experiment.study_database import (
     KEY,
     Known,
@@ -123,12 +125,14 @@ class Study:
     heartbeat: int = 60
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "objectives", tuple(dict.fromkeys(self.objectives)))
-        if not self.objectives:
-            raise ArgumentError("Study: objectives is empty; give one or more, such as accuracy")
+        object.__setattr__(self, "objectives", choices_of("Study: objectives", self.objectives))
         for objective in self.objectives:
             check_choice("Study: objective", objective, OBJECTIVES)
         check_int("Study: heartbeat", self.heartbeat, 1)
+        check_choice("Study: held_out", self.held_out, (True, False))
+        for subject, text in (("name", self.name), ("storage", self.storage or "")):
+            if not isinstance(text, str):
+                raise ArgumentError(f"Study: {subject}={text!r} is not a text; give one")
         for subject, value in (("make", self.make), ("data", self.data)):
             try:
                 pickle.dumps(value)
@@ -161,6 +165,7 @@ class Study:
             SystemExit: Ctrl-C was pressed.
         """
         check_choice("Study.run: sampler", sampler, SAMPLERS)
+        check_choice("Study.run: prune", prune, (True, False))
         if (trials is None) != (sampler == "grid"):
             raise ArgumentError(
                 f"Study.run: trials={trials} with sampler={sampler!r}; give a number of trials, "
@@ -247,7 +252,7 @@ class Study:
             ArgumentError: no trial is complete, or a number is out of its range.
             TrialError: a training failed.
         """
-        check_int("Study.retrain: top", top, 1)
+        check_retrain(top, epochs, seeds)
         chosen = self._most_accurate(top)
         rows: list[Row] = []
         total = len(chosen) * len(seeds)
@@ -282,11 +287,25 @@ class Study:
     def _check_width(self) -> None:
         """Refuse, before anything is trained, a factory that cannot give a narrower model."""
         narrow = [arm for arm in self.space.arms if arm.startswith("narrow")]
-        if narrow and count_parameters(self.make(1.0)) == count_parameters(self.make(0.5)):
+        if narrow and count_parameters(self._made(1.0)) == count_parameters(self._made(0.5)):
             raise ArgumentError(
                 f"Study: make(1.0) and make(0.5) have as many parameters; {narrow[0]!r} needs a "
                 "factory whose width scales the channels"
             )
+
+    def _made(self, width: float) -> nn.Module:
+        try:
+            model = self.make(width)
+        except Exception as error:  # the user's own code
+            raise ArgumentError(
+                f"Study: make({width}) fails ({type(error).__name__}: {one_line(error)}); give a "
+                "function of a width in ]0, 1]"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(
+                f"Study: make({width}) gives a {type(model).__name__}, which is not an nn.Module"
+            )
+        return model
 
     def _open(self, sampler: str) -> optuna.Study:
         made_with = {
@@ -370,6 +389,17 @@ class Study:
             )
 
         return run_trial
+
+
+def check_retrain(top: int = 3, epochs: int = 50, seeds: Sequence[int] = (0,)) -> None:
+    """Check the arguments of :meth:`Study.retrain`.
+
+    Raises:
+        ArgumentError: a number is out of its range.
+    """
+    check_int("Study.retrain: top", top, 1)
+    check_int("Study.retrain: epochs", epochs, 1)
+    check_ints("Study.retrain: seeds", seeds, 0)
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:

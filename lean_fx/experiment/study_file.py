@@ -46,7 +46,7 @@ from typing import Any
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, DataError, one_line
 from lean_fx.experiment.configurations import Space
-from lean_fx.experiment.study import Row, Study
+from lean_fx.experiment.study import Row, Study, check_retrain
 from lean_fx.experiment.training import Settings
 from lean_fx.importing import import_object, look_in, split_place
 
@@ -73,6 +73,7 @@ def run_study_file(file: str | Path, workers: int = 1) -> tuple[Study, list[Row]
     """
     check_int("workers", workers, 1)
     study, run, retrain = read_study_file(file)
+    check_retrain(**retrain)  # not after the hours that the trials take
     context = multiprocessing.get_context("spawn")
     others = [context.Process(target=_work, args=(str(file),)) for _ in range(workers - 1)]
     for other in others:

@@ -38,6 +38,7 @@ from lean_fx.errors import ArgumentError, DataError, ExportError, one_line, requ
 from lean_fx.export.lean_function import INLINED
 from lean_fx.export.sessions import open_session
 from lean_fx.files import replacing
+from lean_fx.locks import SHARED_STATE
 from lean_fx.onnx_files import places_of_weights
 
 Quantize = Literal["dynamic", "static"]
@@ -80,13 +81,16 @@ def quantize_onnx(
     tools = require("onnxruntime.quantization", purpose="quantisation")
     source = Path(path)
     twin = source.with_suffix(".int8.onnx")
-    names = [value.name for value in open_session(source.name, source, threads=1).get_inputs()]
+    session = open_session(source.name, source, threads=1)
+    names = [value.name for value in session.get_inputs()]
     given = () if calibration is None else calibration
     batches = [_arrays("calibration", names, each) for each in given]
     if mode == "static" and not batches:
         raise ArgumentError("quantize='static' has no calibration data; give batches of inputs")
     if any(not array.size for batch in batches for array in batch.values()):
         raise ArgumentError("calibration: a batch has no rows; give one or more")
+    for batch in batches[:1]:  # else the error would be about the file
+        _run("calibration", session, source, batch)
 
     class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -217,16 +221,13 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
     for batch in evaluation:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentError("evaluation: a batch is not a pair; give batches (inputs, labels)")
-        arrays = _arrays("evaluation", names, batch[0])
+        scores = _run("evaluation", session, path, _arrays("evaluation", names, batch[0]))
         try:
-            scores = torch.as_tensor(session.run(None, arrays)[0])
-        except Exception as error:
-            shapes = ", ".join(str(list(array.shape)) for array in arrays.values())
+            labels = torch.as_tensor(batch[1])
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ArgumentError(
-                f"evaluation: {Path(path).name} cannot run on {shapes} "
-                f"({one_line(error)}); give batches of its inputs"
+                f"evaluation: labels are no numbers ({one_line(error)}); give whole numbers [N]"
             ) from error
-        labels = torch.as_tensor(batch[1])
         if scores.dim() != 2 or labels.shape != scores.shape[:1]:
             raise ArgumentError(
                 f"evaluation: scores {list(scores.shape)} and labels {list(labels.shape)} do not "
@@ -237,6 +238,22 @@ def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> floa
     if not total:
         raise DataError("evaluation: has no samples; give one batch or more")
     return right / total
+
+
+def _run(subject: str, session: Any, path: Any, arrays: dict[str, Any]) -> torch.Tensor:
+    """The first output of a file.
+
+    Raises:
+        ArgumentError: it does not take the inputs.
+    """
+    try:
+        return torch.as_tensor(session.run(None, arrays)[0])
+    except Exception as error:
+        shapes = ", ".join(f"{array.dtype} {list(array.shape)}" for array in arrays.values())
+        raise ArgumentError(
+            f"{subject}: {Path(path).name} cannot run on {shapes} ({one_line(error)}); give "
+            "batches of its inputs"
+        ) from error
 
 
 def gives_batches(data: Any) -> bool:
@@ -272,9 +289,10 @@ def _arrays(subject: str, names: list[str], inputs: Any) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the advice to preprocess off the terminal: the exporter has done it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    with SHARED_STATE:  # the level is the process's
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -23,6 +23,7 @@ from lean_fx.checks import (
     check_ints,
     check_not_negative,
     check_shapes,
+    check_threads,
     check_values,
 )
 from lean_fx.cloning import clone
@@ -223,11 +224,8 @@ def _check_inputs(inputs: tuple[Any, ...]) -> None:
 
 def _check_numbers(batches: Sequence[int], threads: int, rounds: int, energy_s: float) -> None:
     check_ints("compare: batches", batches, 1)
-    check_int("compare: threads", threads, 1)
+    check_threads("compare", threads)
     check_int("compare: rounds", rounds, 2)
-    most = 4 * (os.cpu_count() or 1)
-    if threads > most:
-        raise ArgumentError(f"compare: threads={threads} is above {most}, four a core; give fewer")
     check_not_negative("compare: energy_s", energy_s)
 
 

@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lean_fx.locks import SHARED_STATE
+
 _aten = torch.ops.aten
 
 
@@ -107,7 +109,13 @@ def counting() -> Iterator[Counter]:
         6
     """
     counter = Counter()
-    with torch.no_grad(), _countable_kernels(), _Foreign(counter.foreign), counter.flop_counter:
+    with (
+        SHARED_STATE,  # the switches are the process's
+        torch.no_grad(),
+        _countable_kernels(),
+        _Foreign(counter.foreign),
+        counter.flop_counter,
+    ):
         yield counter
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lean_fx.checks import check_int, check_positive
+from lean_fx.checks import check_int, check_positive, check_threads
 from lean_fx.errors import ArgumentError
 from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.kernel import uses_kernel, what_computes
@@ -112,7 +112,7 @@ def time_onnx(
     """
     if not files:
         raise ArgumentError("time_onnx: files is empty; give at least one name and file")
-    threads = check_int("time_onnx: threads", threads, 1)
+    threads = check_threads("time_onnx", threads)
     rounds = check_int("time_onnx: rounds", rounds, 2)
     check_positive("time_onnx: min_round_ms", min_round_ms, "use 5.0, say")
     names, by_kernel = list(files), uses_kernel(kernel)

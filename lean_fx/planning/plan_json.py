@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import reprlib
+import sys
 from typing import Any
 
 from lean_fx.errors import ArgumentError, PlanError
@@ -137,6 +138,6 @@ def _site_from(entry: dict[str, Any]) -> Site:
         raise TypeError(f"site {site.value!r} has groups={site.groups}, below 1")
     if not -_MOST_AXES <= site.dim < _MOST_AXES:
         raise TypeError(f"site {site.value!r} has dim={site.dim}, which no tensor has")
-    if not 0 <= site.rms < math.inf:
+    if not 0 <= site.rms <= sys.float_info.max:
         raise TypeError(f"site {site.value!r} has rms={site.rms}, which no value has")
     return site

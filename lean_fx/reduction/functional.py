@@ -52,6 +52,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, LeanError
@@ -238,13 +239,14 @@ def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
 
 
 def _runs_eagerly(x: Tensor) -> bool:
-    """Whether ``x`` is data, and not traced, compiled, exported, vmapped or fake."""
+    """Whether ``x`` is data, and not traced, compiled, exported, vmapped, fake or dual."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and not x.is_meta
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # the gradients by hand are those of backward alone
     )
 
 

@@ -83,6 +83,23 @@ def check_positive(subject: str, value: Any, remedy: str) -> None:
         raise ArgumentError(f"{subject}={value!r} is not a finite number above 0; {remedy}")
 
 
+def check_rate(subject: str, value: Any) -> None:
+    """Check that a learning rate is a number in ]0, 1].
+
+    Raises:
+        ArgumentError: it is not.
+
+    Example:
+        >>> check_rate("Settings: learning_rate", 0)
+        Traceback (most recent call last):
+        ...
+        lean_fx.errors.ArgumentError: Settings: learning_rate=0 lies outside ]0, 1]; use 1e-3
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ArgumentError(f"{subject}={value!r} lies outside ]0, 1]; use 1e-3")
+
+
 def check_threads(subject: str, threads: Any) -> int:
     """Check that a number of threads is an int from 1 to four times the cores of this machine.
 

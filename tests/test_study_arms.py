@@ -147,7 +147,7 @@ def test_other_layers_cannot_be_factored():
         ({"arms": ()}, "Space: arms is empty; give one choice or more"),
         ({"arms": "slice"}, "Space: arms='slice' is not a list of choices; give \\('slice',\\)"),
         ({"arms": ("slize",)}, "Space: arm='slize' is not known; use baseline, narrow,"),
-        ({"learning_rates": (0.0,)}, "Space: learning rate 0.0 lies outside"),
+        ({"learning_rates": (0.0,)}, "Space: learning rate=0.0 lies outside"),
         ({"seeds": (-1,)}, "Space: seed=-1 is not an int of 0 to"),
         ({"options": 3}, "Space: options=3 is not a mapping"),
         ({"like": "narrow"}, "Space: like='narrow' is not known"),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from lean_fx.checks import check_choice, check_int, check_positive
+from lean_fx.checks import check_choice, check_int, check_rate
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.registry import reduction_factory, reductions
 
@@ -139,9 +139,7 @@ class Space:
                 f"{', '.join(self.arms)}; correct the name, or leave it out"
             )
         for rate in self.learning_rates:
-            check_positive("Space: learning rate", rate, "use 1e-3, say")
-            if rate > 1:
-                raise ArgumentError(f"Space: learning rate {rate} lies outside ]0, 1]; use 1e-3")
+            check_rate("Space: learning rate", rate)
         for seed in self.seeds:
             check_int("Space: seed", seed, 0, 2**32 - 1)
 

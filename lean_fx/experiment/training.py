@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lean_fx.checks import check_choice, check_int, check_positive
+from lean_fx.checks import check_choice, check_int, check_rate
 from lean_fx.errors import ArgumentError, require
 from lean_fx.experiment.batches import batches
 from lean_fx.experiment.datasets import Dataset
@@ -83,11 +83,7 @@ class Settings:
         for name, (least, most) in ranges.items():
             checked = check_int(f"Settings: {name}", getattr(self, name), least, most)
             object.__setattr__(self, name, checked)  # a checkpoint takes no int of NumPy
-        check_positive("Settings: learning_rate", self.learning_rate, "use 1e-3")
-        if self.learning_rate > 1:
-            raise ArgumentError(
-                f"Settings: learning_rate={self.learning_rate} lies outside ]0, 1]; use 1e-3"
-            )
+        check_rate("Settings: learning_rate", self.learning_rate)
         check_choice("Settings: accelerator", self.accelerator, _ACCELERATORS)
         check_choice("Settings: schedule", self.schedule, ("constant", "cosine"))
 

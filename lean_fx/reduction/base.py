@@ -91,10 +91,10 @@ class Reduction(nn.Module):
 
     @property
     def macs_per_position(self) -> int | None:
-        """Multiply-adds of one position; None, unless overridden: those of torch's operators count.
+        """Multiply-adds of one position.
 
-        Override it where the products are element by element, which no counter can tell from other
-        arithmetic.
+        None, the default, counts the products of torch's operators. Override it where the products
+        are element by element, which no counter can tell from other arithmetic.
         """
         return None
 

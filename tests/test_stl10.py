@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lean_fx.errors import DataError, WriteError
-from support.download import unpack
+from lean_fx.experiment.download import unpack
 from support.stl10 import URL, download_stl10, stl10
 
 REAL = os.environ.get("LEAN_FX_STL10")

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from lean_fx.errors import ArgumentError, DataError
 from lean_fx.experiment.datasets import Dataset
+from lean_fx.experiment.download import Progress, fetch, find_or_download, unpack
 from lean_fx.files import as_folder, make_folder
-from support.download import Progress, fetch, find_or_download, unpack
 from support.log_mel import log_mel
 
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"

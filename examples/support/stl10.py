@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lean_fx.errors import DataError
 from lean_fx.experiment.datasets import Dataset
+from lean_fx.experiment.download import Progress, fetch, find_or_download, unpack
 from lean_fx.files import make_folder
-from support.download import Progress, fetch, find_or_download, unpack
 
 URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 ARCHIVE_MD5 = "91f7769df0f17e558f3565bffb0c7dfb"

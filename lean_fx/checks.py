@@ -59,11 +59,14 @@ def check_not_negative(subject: str, value: Any) -> None:
         lean_fx.errors.ArgumentError: LeanReduction: damping=-1.0 is not a finite number of 0 or \
 more; leave it out for none
     """
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 <= value < float("inf"):
+    if not _is_number(value) or not 0 <= value < float("inf"):
         raise ArgumentError(
             f"{subject}={value!r} is not a finite number of 0 or more; leave it out for none"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_positive(subject: str, value: Any, remedy: str) -> None:
@@ -78,8 +81,7 @@ def check_positive(subject: str, value: Any, remedy: str) -> None:
         ...
         lean_fx.errors.ArgumentError: sensitivity: noise=0 is not a finite number above 0; give 1e-3
     """
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 < value < float("inf"):
+    if not _is_number(value) or not 0 < value < float("inf"):
         raise ArgumentError(f"{subject}={value!r} is not a finite number above 0; {remedy}")
 
 
@@ -95,8 +97,7 @@ def check_rate(subject: str, value: Any) -> None:
         ...
         lean_fx.errors.ArgumentError: Settings: learning_rate=0 lies outside ]0, 1]; use 1e-3
     """
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1:
+    if not _is_number(value) or not 0 < value <= 1:
         raise ArgumentError(f"{subject}={value!r} lies outside ]0, 1]; use 1e-3")
 
 

@@ -252,3 +252,14 @@ def test_a_model_that_reads_older_checkpoints_keeps_its_graph_and_is_told():
     assert isinstance(
         lean_fx.leanify(around(Migrating()), X, **NOTHING).get_submodule("1"), Migrating
     )
+
+
+def test_the_costs_of_a_part_that_converts_old_state_dicts_are_those_of_its_layers():
+    class Converting(nn.Sequential):
+        def _load_from_state_dict(self, state_dict, *args):
+            state_dict.pop("version", None)
+            super()._load_from_state_dict(state_dict, *args)
+
+    part = Converting(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    costs = lean_fx.costs_of(nn.Sequential(part), torch.rand(1, 8))
+    assert [each.macs for each in costs.nodes] == [8 * 32, 0, 32 * 4]

@@ -108,9 +108,8 @@ def _own_method(module: nn.Module, purpose: Purpose, is_part: bool) -> str:
         method = _own(module, name)
         if method and (name in vars(module) or not _only_calls_torch(method, name, module)):
             return name
-    return next((name for name in _STATE if _own(module, name)), "") or (
-        own_loading(module) if is_part else ""
-    )
+    own_state = next((name for name in _STATE if _own(module, name)), "")
+    return own_state or (own_loading(module) if is_part and purpose == "graph" else "")
 
 
 @lru_cache(maxsize=4096)

@@ -78,12 +78,10 @@ def call(module: nn.Module, inputs: Sequence[Any]) -> Any:
 
 def as_called(module: nn.Module, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call on inputs in the order of :func:`parameters_of`."""
-    named = [each for each in parameters_of(module.forward) if each.kind is each.KEYWORD_ONLY]
-    first = len(parameters_of(module.forward)) - len(named)
-    if not named or len(inputs) <= first:
-        return tuple(inputs), {}
-    behind = zip((each.name for each in named), inputs[first:], strict=False)
-    return tuple(inputs[:first]), dict(behind)
+    taking = parameters_of(module.forward)
+    named = [each.name for each in taking if each.kind is each.KEYWORD_ONLY]
+    first = len(taking) - len(named) if named else len(inputs)
+    return tuple(inputs[:first]), dict(zip(named, inputs[first:], strict=False))
 
 
 def copied_inputs(inputs: Sequence[Any]) -> tuple[Any, ...]:

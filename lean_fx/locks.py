@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -35,14 +36,20 @@ class _SharedState:
         self._lock.release()
 
 
-def load_compiler() -> None:
-    """Load torch's compiler, so that the lock can turn it off before a model calls it.
-
-    It takes a second or two; running a graph on fake tensors loads it too.
-    """
-    importlib.import_module(_COMPILER)
-
-
 #: torch.fx and torch's exporter patch nn.Module while they trace, and random numbers come from one
 #: generator. Code that traces, exports or draws holds this lock.
 SHARED_STATE = _SharedState()
+
+
+@contextmanager
+def rebuilding(*, runs: bool = False) -> Iterator[None]:
+    """Hold the lock while a model is copied and rebuilt, so that the copy can be trained.
+
+    Args:
+        runs: whether the model runs meanwhile. It may call torch's compiler, which is then loaded
+            first, in a second or two, so that the lock can turn it off.
+    """
+    if runs:
+        importlib.import_module(_COMPILER)
+    with SHARED_STATE, torch.inference_mode(False):  # what inference mode makes has no gradients
+        yield

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 from torch._ops import OpOverload
@@ -17,8 +17,9 @@ from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.size_guards import refusing_modules
-from lean_fx.checks import check_choice, first_without_values
+from lean_fx.checks import first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, warn
+from lean_fx.locks import rebuilding
 from lean_fx.passes import (
     FindConsumers,
     InferSign,
@@ -41,7 +42,7 @@ from lean_fx.planning.uncalled import (
     part_names,
     uncalled_layers,
 )
-from lean_fx.selection import Keep, select_sites
+from lean_fx.selection import select_sites
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
@@ -49,19 +50,13 @@ def planned(
     model: nn.Module,
     example_inputs: Any,
     options: Options,
-    keep: Keep,
-    kernel: bool | None,
-    form: Form,
 ) -> tuple[Plan, GraphModule | None]:
     """The plan, and the captured graph to apply it to.
 
     Args:
         model: the user's; it stays as it is.
         example_inputs: as the user gives them, or None.
-        options: the user's.
-        keep: which sites to keep.
-        kernel: for ``keep="measured"``.
-        form: the one that is asked for. A model that a graph cannot replace keeps its class.
+        options: the user's. A model that a graph cannot replace keeps its class, whatever the form.
 
     Returns:
         The graph is None if the model cannot be traced at all.
@@ -70,29 +65,27 @@ def planned(
         ArgumentError: as :func:`~lean_fx.plan`.
         CaptureError: as :func:`~lean_fx.plan`.
     """
-    check_choice("keep", keep, get_args(Keep))
-    check_choice("form", form, get_args(Form))
-    check_choice("kernel", kernel, (True, False, None))
-    if form == "module" and example_inputs is None:
+    if options.form == "module" and example_inputs is None:
         raise ArgumentError(
             "form='module' needs example_inputs: one run on them shows which layers are called"
         )
     _check_not_exported(model)
-    inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
-    captured, error = _captured(model, inputs, form)
-    if captured is None and keep != "all":
-        raise ArgumentError(f"keep={keep!r} needs a graph, keep='all' does not; {error}") from error
-    if captured is None:
-        made = _plan_without_graph(model, inputs, options)
-    else:
-        options = dataclasses.replace(options, modules=dict(model.named_modules()))
-        made_form = "module" if error else form
-        made = _plan_captured(model, captured, inputs, options, keep, kernel, made_form)
-    if form == "graph" and error:
-        reason = _without_remedy(str(error))
-        warn(f"{reason}; each layer reduces its own input")
-    elif form == "graph" and captured is not None:
-        _warn_of_sizes(model, captured, inputs)
+    with rebuilding(runs=example_inputs is not None):
+        inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
+        captured, error = _captured(model, inputs, options.form)
+        if captured is None and options.keep != "all":
+            text = f"keep={options.keep!r} needs a graph, keep='all' does not; {error}"
+            raise ArgumentError(text) from error
+        if captured is None:
+            made = _plan_without_graph(model, inputs, options)
+        else:
+            form: Form = "module" if error else options.form
+            known = dataclasses.replace(options, form=form, modules=dict(model.named_modules()))
+            made = _plan_captured(model, captured, inputs, known)
+        if error and options.form == "graph":
+            warn(f"{_without_remedy(str(error))}; each layer reduces its own input")
+        elif captured is not None and options.form == "graph":
+            _warn_of_sizes(model, captured, inputs)
     return made, captured
 
 
@@ -142,14 +135,11 @@ def _plan_captured(
     captured: GraphModule,
     inputs: tuple[Any, ...],
     options: Options,
-    keep: Keep,
-    kernel: bool | None,
-    form: Form,
 ) -> Plan:
     """Normalise, analyse, plan, select; the captured graph stays as it is."""
     rewritings = Rewritings.of(captured, options)
     failing: dict[str, SkipReason] = {}
-    if form == "module":
+    if options.form == "module":
         from lean_fx.planning.module_form import failing_splits, in_module_form  # when it is used
 
         failing = failing_splits(rewritings.split_layers, model, inputs)
@@ -157,10 +147,10 @@ def _plan_captured(
     normalised = clone_graph(captured)
     rewritings.apply(normalised)
     _analyse(normalised, inputs)
-    made = _plan_graph(model, normalised, rewritings, options, keep, kernel, form)
-    if inputs and keep == "all":
+    made = _plan_graph(model, normalised, rewritings, options)
+    if inputs and options.keep == "all":
         made = _with_layers_inside_leaves(made, captured, inputs, options)
-    if form == "module":
+    if options.form == "module":
         made = in_module_form(made, model, inputs)
     return _with_whole_layers(made, failing, model)
 
@@ -178,9 +168,6 @@ def _plan_graph(
     normalised: GraphModule,
     rewritings: Rewritings,
     options: Options,
-    keep: Keep,
-    kernel: bool | None,
-    form: Form,
 ) -> Plan:
     """Plan and select on the normalised graph; drop the rewritings that no site uses."""
     called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
@@ -189,10 +176,11 @@ def _plan_graph(
     names = [each.layer for each in records]
     check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])
     chosen, left = choose_sites(records, options)
-    if form == "module":
+    if options.form == "module":
         chosen, hidden = rewritings.without_weights(chosen)
         left += hidden
-    sites, dropped = select_sites(chosen, options.reduction, normalised, keep, kernel)
+    picked = options.reduction, normalised, options.keep, options.kernel
+    sites, dropped = select_sites(chosen, *picked)
     used = rewritings.used_by(sites)
     unused = rewritings.without(used)
     sites, left = unused.undo(normalised, sites, [*left, *dropped], options)

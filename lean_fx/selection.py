@@ -18,7 +18,6 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -26,12 +25,11 @@ from torch.fx import Graph, GraphModule, Node
 from lean_fx.errors import ArgumentError
 from lean_fx.layers.kinds import first_weight, input_channels, kind_of
 from lean_fx.passes import Consumer, Site, facts
+from lean_fx.planning.options import Keep
 from lean_fx.planning.plans import Plan
 from lean_fx.reduction.lean import LeanReduction
 from lean_fx.reduction.registry import ReductionFactory
 from lean_fx.skip_reason import LeftAlone, SkipReason
-
-Keep = Literal["all", "saving", "measured"]
 
 _LOGGER = logging.getLogger(__name__)
 

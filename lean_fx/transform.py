@@ -15,13 +15,12 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import warn
-from lean_fx.locks import SHARED_STATE, load_compiler
+from lean_fx.locks import SHARED_STATE
 from lean_fx.planned import planned
-from lean_fx.planning.options import Options
+from lean_fx.planning.options import Keep, Options
 from lean_fx.planning.plans import Form, Plan
 from lean_fx.planning.policy import ChannelsPolicy, Skip
 from lean_fx.reduction.registry import ReductionFactory
-from lean_fx.selection import Keep
 
 
 def leanify(
@@ -111,11 +110,9 @@ def leanify(
         Huang, Shah, Evans, Yoo: Less-Energy-Usage Network with Batch Power Iteration, ICML 2023
         workshop on Neural Compression.
     """
-    options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
-    if example_inputs is not None:
-        load_compiler()
-    with SHARED_STATE, torch.inference_mode(False):  # the copies will be trained
-        made, captured = planned(model, example_inputs, options, keep, kernel, form)
+    of_layers = (channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
+    options = Options(*of_layers, keep, kernel, form)
+    made, captured = planned(model, example_inputs, options)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
         more = f"; and {len(made.left_alone) - 3} more" if len(made.left_alone) > 3 else ""
@@ -171,11 +168,9 @@ def plan(
         left alone
         0  Linear  in_channels=8 is below min_channels=16
     """
-    options = Options(channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
-    if example_inputs is not None:
-        load_compiler()
-    with SHARED_STATE, torch.inference_mode(False):
-        made, captured = planned(model, example_inputs, options, keep, kernel, form)
+    of_layers = (channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
+    options = Options(*of_layers, keep, kernel, form)
+    made, captured = planned(model, example_inputs, options)
     if not made.sites or example_inputs is None:  # nothing to measure
         return made
     from lean_fx.measure.sensitivity import with_sensitivity  # loaded when it is used

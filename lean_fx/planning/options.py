@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lean_fx.checks import check_int
+from lean_fx.checks import check_choice, check_int
 from lean_fx.errors import ArgumentError
 from lean_fx.graph.facts import ChannelRead
+from lean_fx.planning.plans import Form
 from lean_fx.planning.policy import (
     ChannelsPolicy,
     Skip,
@@ -22,6 +23,8 @@ from lean_fx.planning.policy import (
 from lean_fx.planning.uncalled import holders_of
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 from lean_fx.skip_reason import SkipReason
+
+Keep = Literal["all", "saving", "measured"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Options:
     skip: Skip = ()
     filter_fn: Callable[[nn.Module, str], bool] | None = None
     reduce_inputs: bool = False
+    keep: Keep = "all"
+    kernel: bool | None = None
+    form: Form = "graph"
     modules: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,6 +65,9 @@ class Options:
         if isinstance(self.channels, Mapping):
             self._set(channels=dict(self.channels))
         self._set(skip=check_skip(self.skip))
+        check_choice("keep", self.keep, get_args(Keep))
+        check_choice("form", self.form, get_args(Form))
+        check_choice("kernel", self.kernel, (True, False, None))
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():

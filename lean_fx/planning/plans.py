@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -15,7 +14,7 @@ from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.errors import PlanError
 from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.site_reductions import check_registered
-from lean_fx.locks import SHARED_STATE
+from lean_fx.locks import rebuilding
 from lean_fx.passes import (
     InferSign,
     InsertReductions,
@@ -113,10 +112,7 @@ class Plan:
         self.check()
         if isinstance(model, nn.Module):
             check_registered(model, self.sites)
-        with (
-            SHARED_STATE,
-            torch.inference_mode(False),
-        ):  # tensors made in inference mode cannot be trained
+        with rebuilding(runs=example_inputs is not None):
             inputs = () if example_inputs is None else as_inputs(example_inputs, model)
             if self.form == "graph":
                 return self.apply_to_graph(capture(model, inputs))
@@ -148,7 +144,7 @@ class Plan:
                 f"plan: form='module' keeps forward as it is, so {name!r} cannot become a layer; "
                 "make the plan anew with form='module'"
             )
-        with SHARED_STATE, torch.inference_mode(False):
+        with rebuilding():
             proved: frozenset[str] = frozenset()
             if captured is not None:
                 shown = clone_graph(captured)
@@ -169,7 +165,7 @@ class Plan:
         insert = InsertReductions(self.sites, self.reduction)
         split = SplitLayers(self.split_layers, self.named())
         rewrite = ModularizeWeights(self.weights), split
-        with SHARED_STATE, torch.inference_mode(False):
+        with rebuilding():
             Pipeline([*rewrite, TrackWrites(), InferSign(), swap, insert])(graph_module)
         self._as_made(graph_module).attach_to(graph_module)
         return graph_module

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lean_fx.kernel import eager
 from lean_fx.reduction.compiled_walk import compiled_walk
 from lean_fx.reduction.functional import lean_reduction
+from lean_fx.reduction.library import takes
+from lean_fx.reduction.options import Walk
 from lean_fx.reduction.reference import reference_walk
 
-if not eager.takes(torch.zeros(1)):
+if not takes(torch.zeros(1)):
     pytest.skip("lean_fx was installed without a compiler of C++", allow_module_level=True)
 
-POSITIVE, ANY_SIGN = (eager.Options(each, False, 0.0, 0.0) for each in (True, False))
+POSITIVE, ANY_SIGN = Walk(nonnegative=True), Walk()
 SHAPES = [
     ((2, 12, 5, 7), 1),  # blocks that cross images
     ((1, 12, 64), 1),  # whole blocks
@@ -32,13 +33,13 @@ SHAPES = [
 
 
 def by_library(x, seed, axis, nonnegative, layout, damping, floor):
-    options = eager.Options(nonnegative, layout == "interleaved", damping, floor)
-    return compiled_walk(x, seed, axis, options)
+    walk = Walk(nonnegative, layout=layout, damping=damping, norm_floor=floor)
+    return compiled_walk(x, seed, axis, walk)
 
 
 def by_reference(x, seed, axis, nonnegative, layout, damping, floor):
-    walk = (nonnegative, "column", layout, 1, None, damping, floor)
-    return reference_walk(x, seed, axis, *walk)
+    walk = Walk(nonnegative, layout=layout, damping=damping, norm_floor=floor)
+    return reference_walk(x, seed, axis, walk)
 
 
 @pytest.mark.parametrize(("damping", "floor"), [(0.0, 0.0), (0.3, 0.2)])
@@ -71,7 +72,7 @@ def test_gradients_and_those_of_gradients(nonnegative):
     seed = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
     def call(x, seed):
-        return compiled_walk(x, seed, 1, eager.Options(nonnegative, False, 0.0, 0.0))
+        return compiled_walk(x, seed, 1, Walk(nonnegative))
 
     assert torch.autograd.gradcheck(call, (x, seed))
     assert torch.autograd.gradgradcheck(call, (x, seed))
@@ -159,9 +160,9 @@ def test_without_the_library_the_numbers_are_the_same(monkeypatch, nonnegative, 
 
 def test_what_it_is_left_out_of():
     seed = torch.rand(4)
-    assert not eager.takes(torch.rand(2, dtype=torch.float16))
-    assert not eager.takes(torch.rand(2, device="meta"))
-    assert not eager.takes(torch.rand(2, 2).to_sparse())
+    assert not takes(torch.rand(2, dtype=torch.float16))
+    assert not takes(torch.rand(2, device="meta"))
+    assert not takes(torch.rand(2, 2).to_sparse())
     half = lean_reduction(torch.rand(2, 8).bfloat16(), seed)  # it is walked in float32
     assert half.dtype is torch.bfloat16
     mapped = torch.vmap(lambda x: lean_reduction(x, seed, 0))(torch.ones(3, 8))
@@ -198,7 +199,7 @@ def test_counters_see_the_operations():
 
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_the_operators_are_sound(nonnegative):
-    options = (nonnegative, False, 0.1, 0.2)
+    options = (nonnegative, "contiguous", 0.1, 0.2)
     x, seed = torch.rand(2, 12, 5), torch.rand(4)
     torch.library.opcheck(torch.ops.lean_fx.walk_gradient.default, (x, seed, x[:, :4], *options))
     inputs = (x.requires_grad_(), seed.requires_grad_(), *options)
@@ -251,7 +252,7 @@ def test_an_exported_program_needs_no_library(strict):
 def test_a_call_of_the_operator_is_exported():
     class Calls(torch.nn.Module):
         def forward(self, x, seed):
-            return torch.ops.lean_fx.walk(x, seed, True, False, 0.0, 0.0)
+            return torch.ops.lean_fx.walk(x, seed, True, "contiguous", 0.0, 0.0)
 
     x, seed = torch.rand(2, 12, 5), torch.rand(4)
     shapes = {"x": {0: torch.export.Dim("n")}, "seed": None}

@@ -7,18 +7,18 @@ torch.autograd.Function, whose calls cost a third as much.
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lean_fx.kernel import eager
+from lean_fx.reduction.library import run_gradient, run_walk
+from lean_fx.reduction.options import Walk
 from lean_fx.reduction.reference import gradient_with_a_graph, reference_walk
 
 
-def compiled_walk(x: Tensor, seed: Tensor, axis: int, options: eager.Options) -> Tensor:
-    """Reduce the channels of ``x`` along an axis; :func:`lean_fx.kernel.eager.takes` it.
+def compiled_walk(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
+    """Reduce the channels of ``x`` along an axis; the library takes it.
 
     Memory in which the channels of a position stand side by side, such as channels_last, is walked
     as it is, and the output has that layout; other memory that is not contiguous is copied.
@@ -29,11 +29,11 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, options: eager.Options) ->
         - output: ``[..., C', ...]``
 
     Example:
-        >>> from lean_fx.reduction.reference import gradient_with_a_graph, reference_walk
+        >>> from lean_fx.reduction.library import takes
         >>> x, seed = torch.rand(2, 6, 3), torch.tensor([1.0, 2.0])
-        >>> wanted = reference_walk(x, seed, 1, True, "column", "contiguous", 1, None, 0.0, 0.0)
-        >>> options = eager.Options(True, False, 0.0, 0.0)
-        >>> not eager.takes(x) or torch.allclose(compiled_walk(x, seed, 1, options), wanted)
+        >>> walk = Walk(nonnegative=True)
+        >>> wanted = reference_walk(x, seed, 1, walk)
+        >>> not takes(x) or torch.allclose(compiled_walk(x, seed, 1, walk), wanted)
         True
     """
     last = x.movedim(axis, -1)
@@ -43,9 +43,10 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, options: eager.Options) ->
     flat = moved.reshape(before.numel(), moved.shape[place], behind.numel())
     out: Tensor
     if torch.compiler.is_compiling():
-        out = walk_operator(flat, seed, *astuple(options))
+        options = (walk.nonnegative, walk.layout, walk.damping, walk.norm_floor)
+        out = walk_operator(flat, seed, *options)
     else:
-        out = _CompiledWalk.apply(flat, seed, options)  # type: ignore[no-untyped-call]
+        out = _CompiledWalk.apply(flat, seed, walk)  # type: ignore[no-untyped-call]
     out = out.reshape(*before, len(seed), *behind)
     return out.movedim(-1, axis) if aside else out
 
@@ -55,13 +56,12 @@ def walk_operator(
     x: Tensor,
     seed: Tensor,
     nonnegative: bool,
-    interleaved: bool,
+    layout: str,
     damping: float,
     norm_floor: float,
 ) -> Tensor:
-    """:func:`lean_fx.kernel.eager.walk` as an operator of torch, with a gradient."""
-    options = eager.Options(nonnegative, interleaved, damping, norm_floor)
-    return eager.walk(x.contiguous(), seed, options)
+    """:func:`~lean_fx.reduction.library.run_walk` as an operator of torch, with a gradient."""
+    return run_walk(x.contiguous(), seed, _walk(nonnegative, layout, damping, norm_floor))
 
 
 @torch.library.custom_op("lean_fx::walk_gradient", mutates_args=())
@@ -70,13 +70,17 @@ def gradient_operator(
     seed: Tensor,
     grad: Tensor,
     nonnegative: bool,
-    interleaved: bool,
+    layout: str,
     damping: float,
     norm_floor: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`lean_fx.kernel.eager.gradient` as an operator of torch, without a gradient."""
-    options = eager.Options(nonnegative, interleaved, damping, norm_floor)
-    return eager.gradient(x.contiguous(), seed, grad, options)
+    """:func:`~lean_fx.reduction.library.run_gradient` as an operator of torch."""
+    walk = _walk(nonnegative, layout, damping, norm_floor)
+    return run_gradient(x.contiguous(), seed, grad, walk)
+
+
+def _walk(nonnegative: bool, layout: Any, damping: float, norm_floor: float) -> Walk:
+    return Walk(nonnegative, layout=layout, damping=damping, norm_floor=norm_floor)
 
 
 @walk_operator.register_fake
@@ -104,18 +108,15 @@ walk_operator.register_autograd(_back, setup_context=_keep)
 
 class _CompiledWalk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, options: eager.Options) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
         ctx.save_for_backward(x, seed)
-        ctx.options = options
-        return eager.walk(x, seed, options)
+        ctx.walk = walk
+        return run_walk(x, seed, walk)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seed = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted
-            own = ctx.options
-            layout = "interleaved" if own.interleaved else "contiguous"
-            walk = (own.nonnegative, "column", layout, 1, None, own.damping, own.norm_floor)
-            out = reference_walk(x, seed, 1, *walk)
+            out = reference_walk(x, seed, 1, ctx.walk)
             return *gradient_with_a_graph(out, (x, seed), grad, ctx.needs_input_grad), None
-        return *eager.gradient(x, seed, grad, ctx.options), None
+        return *run_gradient(x, seed, grad, ctx.walk), None

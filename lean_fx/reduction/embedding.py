@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.functional import lean_reduction
-from lean_fx.reduction.options import check_floating, check_options
+from lean_fx.reduction.options import Walk, check_floating
 
 
 def power_iteration_embedding(
@@ -49,7 +49,8 @@ def power_iteration_embedding(
             f"power_iteration_embedding: matrix {list(matrix.shape)} and seed {list(seed.shape)} "
             "do not fit; give a matrix [C', C''] and a seed [C']"
         )
-    check_options("power_iteration_embedding", "row", "sum", "contiguous", iterations, tol)
+    walk = Walk(normalize="row", iterations=iterations, tol=tol)
+    walk.check("power_iteration_embedding")
     if len(seed) > 1 and bool((seed == seed[0]).all()):
         raise ArgumentError(
             f"power_iteration_embedding: seed holds {float(seed[0]):g} alone, which the walk "

@@ -49,6 +49,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,9 @@ from torch.autograd import forward_ad
 
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, LeanError
-from lean_fx.kernel.eager import Options, takes
 from lean_fx.reduction.compiled_walk import compiled_walk
-from lean_fx.reduction.options import Layout, Normalize, Scale, check_floating, check_options
+from lean_fx.reduction.library import takes
+from lean_fx.reduction.options import Layout, Normalize, Scale, Walk, check_floating
 from lean_fx.reduction.reference import reference_walk
 from lean_fx.reduction.walk import column_walk
 
@@ -157,69 +158,17 @@ def lean_reduction(
         Huang et al. (2023), Algorithm 2.
     """
     _check_values(x, seed, dim)
-    check_options("lean_reduction", normalize, scale, layout, iterations, tol, damping, norm_floor)
-    if _checks_signs and nonnegative and x.numel():
-        below = x.detach()[x < 0]
-        if below.numel():
-            least = float(below.amin())
-            raise LeanError(
-                f"lean_reduction: nonnegative=True, but the least value is {least:g}; leave "
-                "nonnegative out"
-            )
+    walk = Walk(nonnegative, normalize, scale, layout, iterations, tol, damping, norm_floor)
+    walk.check("lean_reduction")
+    axis = int(dim) % x.dim()
+    if _checks_signs and nonnegative:
+        _check_signs(x)
+    if _as_onnx_nodes:
+        return _onnx_node(x, seed, axis, walk)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return lean_reduction(
-                x,
-                seed,
-                dim,
-                nonnegative=nonnegative,
-                normalize=normalize,
-                scale=scale,
-                layout=layout,
-                iterations=iterations,
-                tol=tol,
-                damping=damping,
-                norm_floor=norm_floor,
-            )
-    axis = int(dim) % x.dim()
-    if _as_onnx_nodes:
-        floats = {"damping": float(damping), "norm_floor": float(norm_floor)}
-        return torch.onnx.ops.symbolic(
-            "lean_fx::LEAN",
-            (x, seed),
-            {
-                "axis": axis,
-                "normalize": normalize,
-                "scale": scale,
-                "layout": layout,
-                "iterations": int(iterations),
-                "nonnegative": nonnegative,
-                **{name: value for name, value in floats.items() if value},
-            },
-            dtype=x.dtype,
-            shape=[*x.shape[:axis], seed.shape[0], *x.shape[axis + 1 :]],
-            version=1,
-        )
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    seed = seed.to(wide.dtype)
-    closed = normalize == "column" and iterations == 1 and seed.dim() == 1
-    eager, compiled = _runs_eagerly(x), torch.compiler.is_dynamo_compiling()
-    # An exported program is to run where there is no lean_fx.
-    called = not torch.compiler.is_exporting() if compiled else eager and not _is_watched()
-    if closed and called and takes(wide):
-        options = Options(nonnegative, layout == "interleaved", damping, norm_floor)
-        out = compiled_walk(wide, seed, axis, options)
-    elif closed and (eager or compiled):
-        out = _fused(wide, seed, axis, nonnegative, layout, damping, norm_floor)
-    else:
-        steps = (iterations, tol if eager else None)
-        walk = (nonnegative, normalize, layout, *steps, damping, norm_floor)
-        out = reference_walk(wide, seed, axis, *walk)
-    if scale != "sum":
-        out = out * seed.shape[0]
-    if scale == "magnitude":
-        out = out * wide.abs().mean(axis, keepdim=True)
-    return out.to(x.dtype)
+            return _reduced(x, seed, axis, walk)
+    return _reduced(x, seed, axis, walk)
 
 
 def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
@@ -236,6 +185,57 @@ def _check_values(x: Tensor, seed: Tensor, dim: int) -> None:
             f"lean_reduction: seed {sizes} does not fit the {channels} channels of x; give [C'] "
             "with a C' that divides them, or [C', C''] with as many values"
         )
+
+
+def _check_signs(x: Tensor) -> None:
+    below = x.detach()[x < 0]
+    if below.numel():
+        raise LeanError(
+            f"lean_reduction: nonnegative=True, but the least value is {float(below.amin()):g}; "
+            "leave nonnegative out"
+        )
+
+
+def _onnx_node(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
+    """The node of an ONNX graph; options that later versions added are left out where unused."""
+    floats = {"damping": float(walk.damping), "norm_floor": float(walk.norm_floor)}
+    return torch.onnx.ops.symbolic(
+        "lean_fx::LEAN",
+        (x, seed),
+        {
+            "axis": axis,
+            "normalize": walk.normalize,
+            "scale": walk.scale,
+            "layout": walk.layout,
+            "iterations": int(walk.iterations),
+            "nonnegative": walk.nonnegative,
+            **{name: value for name, value in floats.items() if value},
+        },
+        dtype=x.dtype,
+        shape=[*x.shape[:axis], seed.shape[0], *x.shape[axis + 1 :]],
+        version=1,
+    )
+
+
+def _reduced(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
+    """Reduce by the fastest way that gives what is asked for."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    seed = seed.to(wide.dtype)
+    closed = walk.normalize == "column" and walk.iterations == 1 and seed.dim() == 1
+    eager, compiled = _runs_eagerly(x), torch.compiler.is_dynamo_compiling()
+    # An exported program is to run where there is no lean_fx.
+    called = not torch.compiler.is_exporting() if compiled else eager and not _is_watched()
+    if closed and called and takes(wide):
+        out = compiled_walk(wide, seed, axis, walk)
+    elif closed and (eager or compiled):
+        out = _fused(wide, seed, axis, walk)
+    else:
+        out = reference_walk(wide, seed, axis, walk if eager else replace(walk, tol=None))
+    if walk.scale != "sum":
+        out = out * seed.shape[0]
+    if walk.scale == "magnitude":
+        out = out * wide.abs().mean(axis, keepdim=True)
+    return out.to(x.dtype)
 
 
 def _runs_eagerly(x: Tensor) -> bool:
@@ -259,10 +259,7 @@ def _fused(
     x: Tensor,
     seed: Tensor,
     axis: int,
-    nonnegative: bool,
-    layout: Layout,
-    damping: float,
-    norm_floor: float,
+    walk: Walk,
 ) -> Tensor:
     """The default walk by its hand-written gradient; see :mod:`lean_fx.reduction.walk`."""
     before, behind = x.shape[:axis], x.shape[axis + 1 :]
@@ -272,9 +269,9 @@ def _fused(
         matrix = x.reshape(1, before.numel(), channels).mT
     else:
         matrix = x.reshape(before.numel(), channels, behind.numel())
-    if layout == "contiguous":
+    if walk.layout == "contiguous":
         matrix = torch.unflatten(matrix, 1, (preserved, -1))
     else:
         matrix = torch.unflatten(matrix, 1, (-1, preserved)).transpose(1, 2)
-    out = column_walk(matrix, seed, nonnegative, damping, norm_floor).squeeze(2)
+    out = column_walk(matrix, seed, walk).squeeze(2)
     return (out.mT if last else out).reshape(*before, preserved, *behind)

@@ -12,7 +12,7 @@ from lean_fx.checks import check_choice
 from lean_fx.errors import ArgumentError
 from lean_fx.reduction.base import Reduction
 from lean_fx.reduction.functional import lean_reduction
-from lean_fx.reduction.options import Layout, Normalize, Scale, check_options
+from lean_fx.reduction.options import Layout, Normalize, Scale, Walk
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
 torch.fx.wrap("lean_reduction")
@@ -93,8 +93,8 @@ use 1, 2, 4 or 8
         norm_floor: float = 0.0,
     ) -> None:
         super().__init__(in_channels, out_channels, dim)
-        walk = (normalize, scale, layout, iterations, tol, damping, norm_floor)
-        check_options("LeanReduction", *walk)
+        options = (normalize, scale, layout, iterations, tol, damping, norm_floor)
+        Walk(nonnegative, *options).check("LeanReduction")
         check_choice("LeanReduction: seed", seed, get_args(SeedShape))
         check_choice("LeanReduction: seed_init", seed_init, get_args(SeedInit))
         if seed_init == "ones" and normalize == "row" and not damping:

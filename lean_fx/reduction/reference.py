@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lean_fx.reduction.options import Walk
+
 
 def without_zeros(divisor: Tensor) -> Tensor:
     """A divisor of 0 or more with its zeros (and denormals, whose inverse overflows) made 1."""
@@ -34,15 +36,9 @@ def reference_walk(
     x: Tensor,
     seed: Tensor,
     axis: int,
-    nonnegative: bool,
-    normalize: str,
-    layout: str,
-    iterations: int,
-    tol: float | None,
-    damping: float,
-    norm_floor: float,
+    walk: Walk,
 ) -> Tensor:
-    """The walk along ``axis`` of ``x``, channels staying where they are; differentiable at will.
+    """The walk along ``axis`` of ``x``, with ``scale="sum"``; differentiable any number of times.
 
     Shape:
         - x: ``[..., C_in, ...]``
@@ -52,7 +48,7 @@ def reference_walk(
     preserved = seed.shape[0]
     rest = [1] * (x.dim() - axis - 1)
     # i is the axis of the preserved channels, k that of the reducible ones.
-    if layout == "contiguous":
+    if walk.layout == "contiguous":
         i, k = axis, axis + 1
         matrix = torch.unflatten(x, axis, (preserved, -1))
         v = seed.reshape(preserved, -1, *rest)
@@ -60,23 +56,23 @@ def reference_walk(
         i, k = axis + 1, axis
         matrix = torch.unflatten(x, axis, (-1, preserved))
         v = seed.reshape(preserved, -1).mT.reshape(-1, preserved, *rest)
-    if normalize == "none":
+    if walk.normalize == "none":
         d = torch.ones_like(matrix.narrow(k, 0, 1))
-    elif nonnegative:
+    elif walk.nonnegative:
         d = (matrix * matrix.sum(i, keepdim=True)).sum(k, keepdim=True)
     else:
         sums = absolute_affinity_sums(matrix.movedim((i, k), (-2, -1)))
         d = sums.movedim(-1, axis).unsqueeze(k)
-    d = without_zeros(damped(d, i, damping))
-    for _ in range(iterations):
-        weights = v / d if normalize == "column" else v
+    d = without_zeros(damped(d, i, walk.damping))
+    for _ in range(walk.iterations):
+        weights = v / d if walk.normalize == "column" else v
         u = (matrix * weights).sum(i, keepdim=True)
         y = (matrix * u).sum(k, keepdim=True)
-        if normalize == "row":
+        if walk.normalize == "row":
             y = y / d
         norm = y.abs().sum(i, keepdim=True)
-        before, v = v, y / without_zeros(norm + norm_floor if norm_floor else norm)
-        if tol is not None and bool((v - before).detach().abs().lt(tol).all()):
+        before, v = v, y / without_zeros(norm + walk.norm_floor if walk.norm_floor else norm)
+        if walk.tol is not None and bool((v - before).detach().abs().lt(walk.tol).all()):
             break
     return v.squeeze(k)
 

@@ -39,11 +39,13 @@ zero there too, so the output and the gradient through it are zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lean_fx.reduction.options import Walk
 from lean_fx.reduction.reference import (
     absolute_affinity_sums,
     damped,
@@ -63,9 +65,7 @@ def without_zeros_(divisor: Tensor) -> Tensor:
     return positive
 
 
-def column_walk(
-    x: Tensor, seed: Tensor, nonnegative: bool, damping: float, norm_floor: float
-) -> Tensor:
+def column_walk(x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
     """``out`` of the module docstring, for all positions; a gradient of its gradient is plain.
 
     Shape:
@@ -73,8 +73,12 @@ def column_walk(
         - seed: ``[C']``
         - output: ``[N, C', 1, P]``
     """
-    walk = _FusibleWalk if torch.compiler.is_compiling() else _BlockedWalk
-    out: Tensor = walk.apply(x, seed, nonnegative, damping, norm_floor)  # type: ignore[no-untyped-call]
+    out: Tensor
+    if torch.compiler.is_compiling():
+        options = (walk.nonnegative, walk.damping, walk.norm_floor)
+        out = _FusibleWalk.apply(x, seed, *options)  # type: ignore[no-untyped-call]
+    else:
+        out = _BlockedWalk.apply(x, seed, walk)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -116,9 +120,7 @@ class _FusibleWalk(torch.autograd.Function):
 
 class _BlockedWalk(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, seed: Tensor, nonnegative: bool, damping: float, norm_floor: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
         count, preserved, reducible, positions = x.shape
         d, y, out = (x.new_empty(count, preserved, 1, positions) for _ in range(3))
         s = x.new_empty(count, 1, 1, positions)
@@ -126,42 +128,40 @@ class _BlockedWalk(torch.autograd.Function):
         room = preserved * reducible // 2 - 2 * preserved - 1
         t_all = x.new_empty(count, 1, reducible, positions) if 2 * reducible < room else None
         u_all = x.new_empty(count, 1, reducible, positions) if reducible < room else None
-        parts = _blocks(x, nonnegative)
+        parts = _blocks(x, walk.nonnegative)
         scratch = x.new_empty(x[parts[0]].numel())
         for part in parts:
             block = x[part].contiguous()
-            if nonnegative:
+            if walk.nonnegative:
                 t = torch.sum(block, 1, keepdim=True, out=_at(t_all, part))
                 d_part = _sum_of_products(block, t, 2, scratch, d[part])
             else:
                 sums = absolute_affinity_sums(block.permute(0, 3, 1, 2))
                 d_part = d[part].copy_(sums.mT.unsqueeze(2))
-            if damping:
-                d_part += damping * d_part.mean(1, keepdim=True)
+            if walk.damping:
+                d_part += walk.damping * d_part.mean(1, keepdim=True)
             without_zeros_(d_part)
             r = seed.view(-1, 1, 1) / d_part
             u = _sum_of_products(block, r, 1, scratch, _at(u_all, part))
             y_part = _sum_of_products(block, u, 2, scratch, y[part])
             s_part = torch.sum(y_part.abs(), 1, keepdim=True, out=s[part])
-            if norm_floor:
-                s_part += norm_floor
+            if walk.norm_floor:
+                s_part += walk.norm_floor
             torch.div(y_part, without_zeros_(s_part), out=out[part])
         # y is kept and not out, which the caller may change in place.
-        ctx.save_for_backward(x, seed, y, d, s, t_all if nonnegative else None, u_all)
-        ctx.nonnegative, ctx.damping, ctx.norm_floor = nonnegative, damping, norm_floor
+        ctx.save_for_backward(x, seed, y, d, s, t_all if walk.nonnegative else None, u_all)
+        ctx.walk = replace(walk, layout="contiguous")  # as the axes of x are
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seed, y_all, d_all, s_all, t_all, u_all = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient is to be differentiated itself
-            walk = (ctx.nonnegative, "column", "contiguous", 1, None, ctx.damping, ctx.norm_floor)
-            out = reference_walk(x.flatten(1, 2), seed, 1, *walk).unsqueeze(2)
-            needed = ctx.needs_input_grad
-            return *gradient_with_a_graph(out, (x, seed), grad, needed), None, None, None
+            out = reference_walk(x.flatten(1, 2), seed, 1, ctx.walk).unsqueeze(2)
+            return *gradient_with_a_graph(out, (x, seed), grad, ctx.needs_input_grad), None
         grad_x = torch.empty_like(x)
         grad_seed = torch.zeros_like(seed)
-        parts = _blocks(x, ctx.nonnegative)
+        parts = _blocks(x, ctx.walk.nonnegative)
         scratch = x.new_empty(x[parts[0]].numel())
         for part in parts:
             block, g = x[part].contiguous(), grad[part]
@@ -174,17 +174,17 @@ class _BlockedWalk(torch.autograd.Function):
             gu = _sum_of_products(block, gy, 1, scratch)
             gv = _sum_of_products(block, gu, 2, scratch).div_(d)
             grad_seed += gv.sum((0, 2, 3))
-            gd = damped(gv.mul_(r).neg_(), 1, ctx.damping)
+            gd = damped(gv.mul_(r).neg_(), 1, ctx.walk.damping)
 
             gx = grad_x[part]
-            if ctx.nonnegative:
+            if ctx.walk.nonnegative:
                 t = block.sum(1, keepdim=True) if t_all is None else t_all[part]
                 gt = _sum_of_products(block, gd, 1, scratch)
                 torch.addcmul(gt, gd, t, out=gx)
             else:
                 gx.copy_(_through_absolute_sums(block, gd))
             gx.addcmul_(r, gu).addcmul_(gy, u)
-        return grad_x, grad_seed, None, None, None
+        return grad_x, grad_seed, None
 
 
 def _sum_of_products(

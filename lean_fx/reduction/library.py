@@ -1,9 +1,8 @@
-"""The walk and its gradient in the compiled library, called on tensors on the CPU."""
+"""The compiled library's walk and gradient, on tensors on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lean_fx.errors import LeanError
 from lean_fx.kernel import library_path
+from lean_fx.reduction.options import Walk
 
 
 def _load() -> Any:
@@ -51,30 +51,13 @@ def takes(x: Tensor) -> bool:
     return plain and _IS_BUILT
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the walk is told, as :func:`~lean_fx.reduction.functional.lean_reduction` is.
-
-    Attributes:
-        nonnegative: whether no value of ``x`` is below 0.
-        interleaved: whether the layout is ``"interleaved"``.
-        damping: 0 or more.
-        norm_floor: 0 or more.
-    """
-
-    nonnegative: bool
-    interleaved: bool
-    damping: float
-    norm_floor: float
-
-
-def walk(x: Tensor, seed: Tensor, options: Options) -> Tensor:
+def run_walk(x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
     """The walk of Algorithm 2, one step with a vector seed and ``scale="sum"``.
 
     Args:
         x: contiguous; :func:`takes` it.
         seed: of the same dtype.
-        options: of the walk.
+        walk: its signs, layout, damping and norm floor.
 
     Shape:
         - x: ``[N, C, P]``, C channels at P positions of N samples
@@ -82,12 +65,12 @@ def walk(x: Tensor, seed: Tensor, options: Options) -> Tensor:
         - output: ``[N, C', P]``
     """
     out = x.new_empty(x.shape[0], len(seed), x.shape[2])
-    _run("walk", _call(x, seed, options), x, seed.contiguous(), out)
+    _run("walk", _call(x, seed, walk), x, seed.contiguous(), out)
     return out
 
 
-def gradient(x: Tensor, seed: Tensor, grad: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The gradients of ``x`` and ``seed``, from that of the output of :func:`walk`.
+def run_gradient(x: Tensor, seed: Tensor, grad: Tensor, walk: Walk) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and ``seed``, from that of the output of :func:`run_walk`.
 
     Shape:
         - x: ``[N, C, P]``
@@ -97,15 +80,16 @@ def gradient(x: Tensor, seed: Tensor, grad: Tensor, options: Options) -> tuple[T
     """
     grad_x, grad_seed = torch.empty_like(x), torch.empty_like(seed)
     given = (x, seed.contiguous(), grad.contiguous())
-    _run("gradient", _call(x, seed, options), *given, grad_x, grad_seed)
+    _run("gradient", _call(x, seed, walk), *given, grad_x, grad_seed)
     return grad_x, grad_seed
 
 
-def _call(x: Tensor, seed: Tensor, options: Options) -> _Call:
+def _call(x: Tensor, seed: Tensor, walk: Walk) -> _Call:
     before, channels, behind = x.shape
     sizes = (before, behind, len(seed), channels // len(seed))
-    flags = (options.interleaved, options.nonnegative, 0, torch.get_num_threads())
-    return _Call(*sizes, *flags, options.damping, options.norm_floor)
+    interleaved = walk.layout == "interleaved"
+    flags = (interleaved, walk.nonnegative, 0, torch.get_num_threads())
+    return _Call(*sizes, *flags, walk.damping, walk.norm_floor)
 
 
 def _run(name: str, call: _Call, *tensors: Tensor) -> None:

@@ -25,7 +25,8 @@ Values are taken to be real and floating, as everything is that a reduction read
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,17 +69,7 @@ _KEEPS: set[Any] = {
     *("clone", "chunk", "split", "narrow", "expand", "repeat", "movedim", "detach"),
     *("mean", "sum", "amax", "amin", "t"),
 }
-# Of two values: nonnegative if both are.
-_JOINS: set[Any] = {
-    *(operator.add, operator.iadd, operator.mul, operator.imul),
-    *(torch.add, torch.mul, torch.minimum, "add", "add_", "mul", "mul_"),
-}
-_QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
-_CLAMPS: set[Any] = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
-_MAX_POOLS: set[Any] = {*MAX_POOLS, *MAX_POOL_CALLS}
-_AVERAGE_POOLS: set[Any] = {nn.AvgPool2d, nn.AvgPool3d, F.avg_pool2d, F.avg_pool3d}
 _MODES = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area")
-_PRODUCTS: set[Any] = {operator.mul, torch.mul, "mul"}
 
 
 class InferSign(Pass):
@@ -101,63 +92,141 @@ class InferSign(Pass):
 
 def _is_nonnegative(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     target = called(node, modules)
-    if not isinstance(target, Hashable):
-        return False
-    source = argument(node, 0, "input")
+    rule = _RULES.get(target) if isinstance(target, Hashable) else None
     module = modules[str(node.target)] if node.op == "call_module" else None
+    return rule is not None and rule(_Call(node, module))
 
-    def option(place: int, name: str, default: Any = None) -> Any:
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a function, a method or a module."""
+
+    node: Node
+    module: nn.Module | None
+
+    def option(self, index: int, name: str, default: Any = None) -> Any:
         """An argument of a function, or the attribute of a module that stands for it."""
-        return getattr(module, name) if module else argument(node, place, name, default)
+        if self.module is not None:
+            return getattr(self.module, name)
+        return argument(self.node, index, name, default)
 
-    if target in _NEVER_NEGATIVE:
-        return True
-    if target in (nn.RNN, nn.RNNCell):
-        return bool(option(0, "nonlinearity") == "relu")
-    if target is rnn.pad_packed_sequence:
-        return _proved(argument(node, 2, "padding_value", 0.0)) and _proved(source)
-    if target in (nn.Softplus, F.softplus):
-        return (option(1, "beta", 1), option(2, "threshold", 20)) == (1, 20)
-    if target in (nn.Upsample, F.interpolate):
-        return option(3, "mode", "nearest") in _MODES and _proved(source)
-    if target in _MAX_POOLS:
-        dilation = option(4, "dilation", 1)
-        flat = dilation if isinstance(dilation, tuple | list) else (dilation,)
-        return all(each == 1 for each in flat) and _proved(source)
-    if target in _AVERAGE_POOLS:
-        divisor = option(6, "divisor_override")
-        return (divisor is None or _positive(divisor)) and _proved(source)
-    if target in _CLAMPS:
-        greatest = argument(node, 2, "max")
-        return _proved(argument(node, 1, "min")) and (greatest is None or _proved(greatest))
-    if target in (torch.clamp_min, "clamp_min", "clamp_min_"):
-        return _proved(argument(node, 1, "min"))
-    if target in (torch.maximum, torch.max) and len(node.args) == 2:
-        return any(isinstance(each, Node) and _proved(each) for each in node.args)
-    if target in (operator.pow, torch.pow, "pow"):
-        power = argument(node, 1, "exponent")
-        even = isinstance(power, int) and power % 2 == 0
-        return even or (not isinstance(power, Node) and _proved(power) and _proved(source))
-    if target in (torch.cat, torch.concat, torch.stack):
-        parts = argument(node, 0, "tensors")
-        return isinstance(parts, tuple | list) and all(_proved(part) for part in parts)
-    if target in _PRODUCTS and len(node.args) == 2 and node.args[0] is node.args[1]:
-        return True
-    if target in _QUOTIENTS:
-        divisor = argument(node, 1, "other")
-        return _positive(divisor) and _proved(source)
-    if target in _JOINS:
-        operands = (*node.args, *node.kwargs.values())
-        return all(_proved(each) for each in operands)
-    return target in _KEEPS and _proved(source)
+    @property
+    def input(self) -> bool:
+        """Whether the input is proved."""
+        return _is_proved(argument(self.node, 0, "input"))
+
+    @property
+    def operands(self) -> list[Any]:
+        """All arguments."""
+        return [*self.node.args, *self.node.kwargs.values()]
 
 
-def _positive(value: Any) -> bool:
-    return _proved(value) and not isinstance(value, Node) and value > 0
-
-
-def _proved(value: Any) -> bool:
+def _is_proved(value: Any) -> bool:
     """Whether an argument is a number of 0 or more, or a node that is proved."""
     if isinstance(value, Node):
         return facts(value).nonnegative
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_proved(value) and not isinstance(value, Node) and value > 0
+
+
+def _always(call: _Call) -> bool:
+    return True
+
+
+def _if_input(call: _Call) -> bool:
+    return call.input
+
+
+def _if_all(call: _Call) -> bool:
+    return all(map(_is_proved, call.operands))
+
+
+def _product(call: _Call) -> bool:
+    values = call.operands
+    return _if_all(call) or (len(values) == 2 and values[0] is values[1])
+
+
+def _quotient(call: _Call) -> bool:
+    return _is_positive(argument(call.node, 1, "other")) and call.input
+
+
+def _power(call: _Call) -> bool:
+    exponent = argument(call.node, 1, "exponent")
+    if isinstance(exponent, int) and exponent % 2 == 0:
+        return True
+    return _is_proved(exponent) and not isinstance(exponent, Node) and call.input
+
+
+def _clamp(call: _Call) -> bool:
+    greatest = argument(call.node, 2, "max")
+    return _lower_clamp(call) and (greatest is None or _is_proved(greatest))
+
+
+def _lower_clamp(call: _Call) -> bool:
+    return _is_proved(argument(call.node, 1, "min"))
+
+
+def _maximum(call: _Call) -> bool:
+    """Of two values; torch.max has other forms."""
+    return len(call.node.args) == 2 and any(
+        isinstance(each, Node) and _is_proved(each) for each in call.node.args
+    )
+
+
+def _concatenation(call: _Call) -> bool:
+    parts = argument(call.node, 0, "tensors")
+    return isinstance(parts, tuple | list) and all(map(_is_proved, parts))
+
+
+def _max_pool(call: _Call) -> bool:
+    dilation = call.option(4, "dilation", 1)
+    flat = dilation if isinstance(dilation, tuple | list) else (dilation,)
+    return all(each == 1 for each in flat) and call.input
+
+
+def _average_pool(call: _Call) -> bool:
+    divisor = call.option(6, "divisor_override")
+    return (divisor is None or _is_positive(divisor)) and call.input
+
+
+def _interpolation(call: _Call) -> bool:
+    return call.option(3, "mode", "nearest") in _MODES and call.input
+
+
+def _softplus(call: _Call) -> bool:
+    return (call.option(1, "beta", 1), call.option(2, "threshold", 20)) == (1, 20)
+
+
+def _recurrence(call: _Call) -> bool:
+    return bool(call.option(0, "nonlinearity") == "relu")
+
+
+def _padded_sequence(call: _Call) -> bool:
+    return _is_proved(argument(call.node, 2, "padding_value", 0.0)) and call.input
+
+
+def _rule(rule: Callable[[_Call], bool], *targets: Any) -> dict[Any, Callable[[_Call], bool]]:
+    return dict.fromkeys(targets, rule)
+
+
+_RULES = {
+    **_rule(_always, *_NEVER_NEGATIVE),
+    **_rule(_if_input, *_KEEPS),
+    **_rule(_if_all, operator.add, operator.iadd, torch.add, "add", "add_", torch.minimum),
+    **_rule(_product, operator.mul, operator.imul, torch.mul, "mul", "mul_"),
+    **_rule(_quotient, operator.truediv, operator.itruediv, torch.div, "div", "div_"),
+    **_rule(_power, operator.pow, torch.pow, "pow"),
+    **_rule(_clamp, torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"),
+    **_rule(_lower_clamp, torch.clamp_min, "clamp_min", "clamp_min_"),
+    **_rule(_maximum, torch.maximum, torch.max),
+    **_rule(_concatenation, torch.cat, torch.concat, torch.stack),
+    **_rule(_max_pool, *MAX_POOLS, *MAX_POOL_CALLS),
+    **_rule(_average_pool, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool2d, F.avg_pool3d),
+    **_rule(_interpolation, nn.Upsample, F.interpolate),
+    **_rule(_softplus, nn.Softplus, F.softplus),
+    **_rule(_recurrence, nn.RNN, nn.RNNCell),
+    **_rule(_padded_sequence, rnn.pad_packed_sequence),
+}

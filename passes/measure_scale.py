@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from lean_fx.graph.clones import runnable_parts, without_gradients
 from lean_fx.graph.facts import facts
 from lean_fx.graph.reachable import leaving_state
 from lean_fx.passes.base import Pass
 from lean_fx.passes.propagate_shapes import cannot_run
-from lean_fx.reduction.packed import with_data
 
 
 class MeasureScale(Pass):
@@ -88,7 +88,7 @@ def _measure(graph_module: GraphModule, inputs: Iterable[Any], training: bool | 
 
     def run() -> _Measure:
         measure = _Measure(parts, graph_module.graph)
-        measure.run(*map(_fresh, given))
+        measure.run(*pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, given))
         return measure
 
     with leaving_state(graph_module):
@@ -103,22 +103,14 @@ def unit_variances(inputs: Iterable[Any]) -> list[Any]:
     """Inputs of the same shapes from a standard normal, the same each time; copies of the rest."""
     numbers = torch.Generator().manual_seed(0)  # another thread may draw from torch's own
 
-    def drawn(value: Any) -> Any:
-        if isinstance(value, PackedSequence):
-            return with_data(value, drawn(value.data))
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            normal = torch.randn(value.shape, generator=numbers, dtype=value.dtype)
-            return normal.to(value.device)
-        return _fresh(value)
+    def drawn(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value.clone()
+        normal = torch.randn(value.shape, generator=numbers, dtype=value.dtype)
+        return normal.to(value.device)
 
-    return list(map(drawn, inputs))
-
-
-def _fresh(value: Any) -> Any:
-    """A copy of tensors, which the model may write to."""
-    if isinstance(value, PackedSequence):
-        return with_data(value, value.data.clone())
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    drawn_inputs: list[Any] = pytree.tree_map_only(torch.Tensor, drawn, list(inputs))
+    return drawn_inputs
 
 
 class _Measure(Interpreter):

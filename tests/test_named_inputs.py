@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.capture.example_inputs import as_inputs
+from lean_fx.capture.example_inputs import as_inputs, call
 from lean_fx.errors import ArgumentError
 
 IDS = torch.randint(0, 50, (2, 7))
@@ -107,13 +107,19 @@ def test_inputs_that_are_taken_by_name_only(given, form, tmp_path):
     lean_fx.compare({"model": model, "lean": lean}, inputs, batches=(1,), rounds=2)
 
 
-def test_nothing_can_be_given_behind_any_number_of_inputs():
+@pytest.mark.filterwarnings("ignore:.*takes \\*rest, a graph a fixed number of inputs")
+def test_what_is_behind_any_number_of_inputs_is_given_by_name():
     class Rest(nn.Linear):
-        def forward(self, x, *rest, scale=1.0):
+        def forward(self, x, *rest, scale):
             return super().forward(x) * scale
 
-    with pytest.raises(ArgumentError, match="^example_inputs: 'scale' is not a parameter of the "):
-        lean_fx.plan(Rest(4, 2), {"x": torch.rand(2, 4), "scale": 2.0})
+    given = {"x": torch.rand(2, 32), "scale": 2.0}
+    model = Rest(32, 4)
+    made = lean_fx.plan(model, given, reduce_inputs=True)
+    torch.testing.assert_close(call(model, as_inputs(given, model)), model(**given))
+    assert made.model == "Rest"
+    with pytest.raises(ArgumentError, match="'scale' has no default in the forward of Rest"):
+        lean_fx.plan(model, {"x": given["x"]})
 
 
 def test_an_input_without_a_default_must_be_given():
@@ -162,3 +168,45 @@ def test_a_pickle_of_a_model_that_branches_and_takes_more_than_is_needed():
     lean = lean_fx.leanify(Timed(), inputs)
     again = pickle.loads(pickle.dumps(lean))
     torch.testing.assert_close(again(*inputs), lean(*inputs), rtol=0, atol=0)
+
+
+class AnyNames(nn.Module):
+    """Takes whatever it is called with, as wrappers of other models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def compute(self, x, scale=1.0):
+        return self.b(torch.relu(self.a(x))) * scale
+
+
+class Batch(AnyNames):
+    def forward(self, **batch):
+        return self.compute(**batch)
+
+
+class More(AnyNames):
+    def forward(self, x, **more):
+        return self.compute(x, **more)
+
+
+class Wrapped(AnyNames):
+    def forward(self, *args, **kwargs):
+        return self.compute(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:.*a graph a fixed number of inputs")
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.parametrize("kind", [Batch, More, Wrapped])
+def test_names_that_forward_takes_by_its_kwargs(kind, form, tmp_path):
+    model, given = kind(), {"x": torch.rand(3, 8), "scale": torch.rand(3, 1)}
+    lean = lean_fx.leanify(model, given, form=form)
+    assert {layer for site in lean_fx.plan_of(lean).sites for layer in site.layers} == {"b"}
+    assert lean(**given).shape == (3, 4)
+    untouched = lean_fx.leanify(model, given, form="module", min_channels=64)
+    torch.testing.assert_close(untouched(**given), model(**given))
+    if kind is not More or form == "module":
+        assert lean_fx.plan_of(lean_fx.plan(model, given, form=form).apply(model, given)).sites
+    lean_fx.export_onnx(lean, tmp_path / "lean.onnx", given)
+    assert lean_fx.sensitivity(model, given) > 0

@@ -13,11 +13,23 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import ArgumentError
 
 
+class Keywords(dict[str, Any]):
+    """The inputs that forward takes by its ``**kwargs``; they are the last of the inputs."""
+
+
+pytree.register_pytree_node(
+    Keywords,
+    lambda given: (list(given.values()), list(given)),
+    lambda values, names: Keywords(zip(names, values, strict=True)),
+)
+
+
 def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
     """Example inputs as a tuple, in the order of the parameters of a model's forward.
 
-    Those that forward takes by name only are behind the others (:func:`call`). Tensors made in
-    inference mode are copied, since a model could not write to them.
+    Those that forward takes by name only are behind the others (:func:`call`), and those of its
+    ``**kwargs`` are the last, as :class:`Keywords`. Tensors made in inference mode are copied,
+    since a model could not write to them.
 
     Args:
         example_inputs: a tensor, a PackedSequence, a tuple or list of the positional inputs, or a
@@ -71,17 +83,20 @@ def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def call(module: nn.Module, inputs: Sequence[Any]) -> Any:
-    """Call a module on inputs in the order of :func:`parameters_of`."""
+    """Call a module on inputs as :func:`as_inputs` gives them."""
     args, kwargs = as_called(module, inputs)
     return module(*args, **kwargs)
 
 
 def as_called(module: nn.Module, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call on inputs in the order of :func:`parameters_of`."""
+    """The arguments of a call on inputs as :func:`as_inputs` gives them."""
+    more: dict[str, Any] = {}
+    if inputs and isinstance(inputs[-1], Keywords):
+        *inputs, more = inputs
     taking = parameters_of(module.forward)
     named = [each.name for each in taking if each.kind is each.KEYWORD_ONLY]
     first = len(taking) - len(named) if named else len(inputs)
-    return tuple(inputs[:first]), dict(zip(named, inputs[first:], strict=False))
+    return tuple(inputs[:first]), {**dict(zip(named, inputs[first:], strict=False)), **more}
 
 
 def copied_inputs(inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -99,18 +114,22 @@ def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
     """Named inputs in the order of forward's parameters, with defaults for those between."""
     kind, known = type(model).__name__, inspect.signature(model.forward).parameters
     places = [each.name for each in parameters_of(model.forward)]
-    unknown = [name for name in given if name not in places]
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
+    by_name = [each.name for each in known.values() if each.kind is each.KEYWORD_ONLY]
+    more = Keywords((name, each) for name, each in given.items() if name not in places)
+    unknown = [name for name in more if not takes_any and name not in by_name]
     if unknown:
         raise ArgumentError(
             f"example_inputs: {unknown[0]!r} is not a parameter of the forward of "
             f"{kind}; it has {', '.join(places) or 'none'}; a mapping that is itself an input is "
             "given as (mapping,)"
         )
-    last = max((places.index(name) for name in given), default=-1)
-    needs = [name for name in places if known[name].default is inspect.Parameter.empty]
+    last = max((places.index(name) for name in given if name in places), default=-1)
+    needs = [name for name in (*places, *by_name) if known[name].default is inspect.Parameter.empty]
     needed = [name for name in needs if name not in given]
     if needed:
         raise ArgumentError(
             f"example_inputs: {needed[0]!r} has no default in the forward of {kind}; give it too"
         )
-    return tuple(given.get(name, known[name].default) for name in places[: last + 1])
+    found = [given.get(name, known[name].default) for name in places[: last + 1]]
+    return (*found, more) if more else tuple(found)

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.capture.example_inputs import parameters_of
+from lean_fx.capture.example_inputs import Keywords, parameters_of
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
 from lean_fx.capture.own_code import Purpose, lost_in_a_graph, own_call
@@ -211,7 +211,7 @@ def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
     """The parameters of forward that are None, and the empty ``*args`` and ``**kwargs``.
 
     Raises:
-        TraceError: the inputs reach into ``*args``, or forward has no other parameter.
+        TraceError: there are inputs for ``*args`` or ``**kwargs``, or forward has only ``*args``.
     """
     parameters = list(inspect.signature(root.forward).parameters.values())
     taking = (each.name for each in parameters_of(root.forward))
@@ -223,6 +223,8 @@ def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
                 raise TraceError(f"forward takes *{each.name}, a graph a fixed number of inputs")
             absent[f"*{each.name}"] = ()
         elif each.kind is each.VAR_KEYWORD:
+            if inputs and isinstance(inputs[-1], Keywords):
+                raise TraceError(f"forward takes **{each.name}, a graph a fixed number of inputs")
             absent[f"**{each.name}"] = {}
         elif given.get(each.name, each.default) is None:
             absent[each.name] = None

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import call, copied_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
@@ -224,7 +225,8 @@ def _seen(
 def _seen_once(
     copied: nn.Module, inputs: tuple[Any, ...]
 ) -> tuple[dict[str, Seen], list[LeftAlone]]:
-    own = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
+    tensors = [each for each in pytree.tree_leaves(inputs) if isinstance(each, Tensor)]
+    own = {each.untyped_storage().data_ptr() for each in tensors}
     called: dict[str, Seen] = {}
     for name, layer in copied.named_modules():
         seen = called[name] = Seen()

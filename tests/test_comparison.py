@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lean_fx.experiment.comparison import run
 from lean_fx.measure.costs import count_parameters
 from lean_fx.measure.report import Report
 from support import script
-from support.arms import paper_arms, three_arms
+from support.arms import as_fast_arm, paper_arms, three_arms
 from support.models import PaperNet
 from test_ablation import small_digits
 
@@ -28,6 +29,22 @@ def test_arms_start_from_the_same_first_layer_and_share_a_budget():
     counts = [count_parameters(model) for model in (baseline, lean, narrow)]
     assert counts[:2] == [182_260, 23_390]
     assert abs(counts[2] - counts[1]) < 0.02 * counts[1]
+
+
+def test_the_net_that_is_as_fast_is_found_once(tmp_path, monkeypatch):
+    def timed(files, *arrays):
+        return {
+            name: SimpleNamespace(median_ms=file.stat().st_size) for name, file in files.items()
+        }
+
+    monkeypatch.setattr("lean_fx.experiment.budget.time_onnx", timed)
+    data = small_digits()
+    lean = paper_arms(data)["lean"]
+    found = as_fast_arm(data, lean, tmp_path, seed=1)
+    assert found.widths == (19, 37, 56)  # the file is as large: the reductions are in it
+    monkeypatch.delattr("support.arms.equal_budget")
+    again = as_fast_arm(data, lean, tmp_path, seed=1)
+    assert torch.equal(again.linear.weight, found.linear.weight)
 
 
 @pytest.mark.parametrize("epochs", [1, pytest.param(2, marks=pytest.mark.slow)])

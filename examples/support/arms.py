@@ -1,19 +1,23 @@
-"""The models of an experiment: a baseline, the same leanified, and the control of equal budget."""
+"""The models of an experiment: a baseline, the same leanified, and controls of equal budget."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lean_fx.checks import check_choice
+from lean_fx.experiment.budget import equal_budget
 from lean_fx.experiment.datasets import Dataset
+from lean_fx.files import make_folder, write_text
 from lean_fx.measure.costs import count_parameters
 from lean_fx.planning.policy import ChannelsPolicy, Skip
 from lean_fx.reduction.registry import reduction_name
 from lean_fx.transform import leanify
-from support.models import PAPER_WIDTHS, PaperNet, nearest_widths
+from support.models import PAPER_WIDTHS, PaperNet, nearest_widths, scaled_widths
 from support.sequence_nets import SEQUENCE_WIDTHS, sequence_net
 
 
@@ -40,6 +44,34 @@ def paper_arms(
         reduction=reduction,
         seed=seed,
     )
+
+
+def as_fast_arm(data: Dataset, lean: nn.Module, folder: str | Path, seed: int = 0) -> PaperNet:
+    """The paper's net made narrower to the latency of a reduced one, by timing both in turn.
+
+    The widths are found once, and kept in ``as_fast.json``: a run that was stopped goes on with the
+    same net.
+
+    Args:
+        data: as for :func:`paper_arms`.
+        lean: the reduced net.
+        folder: of the file; made if it is missing.
+        seed: of the first weights.
+    """
+    _, in_channels, size, _ = data.train_x.shape
+    shape = (in_channels, size, data.classes)
+    file = make_folder(folder) / "as_fast.json"
+    if not file.exists():
+        found = equal_budget(
+            lambda width: PaperNet(scaled_widths(PAPER_WIDTHS, width), *shape),
+            data.train_x[:2].float(),
+            of=lean,
+            by="latency",
+            steps=6,
+        )
+        write_text(file, json.dumps(found.widths))
+    torch.manual_seed(seed)
+    return PaperNet(json.loads(file.read_text(encoding="utf-8")), *shape)
 
 
 def sequence_arms(

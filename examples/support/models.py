@@ -153,7 +153,7 @@ def nearest_widths(
     """
     # Only at these factors does a width step up, so that they give every net there is.
     steps = {Fraction(2 * k + 1, 2 * width) for width in widths for k in range(width)}
-    nets = {_scaled(widths, factor) for factor in {Fraction(0), *steps}}
+    nets = {scaled_widths(widths, factor) for factor in {Fraction(0), *steps}}
 
     def distance(net: tuple[int, ...]) -> tuple[int, int]:
         there = count(net)
@@ -162,8 +162,14 @@ def nearest_widths(
     return min(nets, key=distance)
 
 
-def _scaled(widths: Sequence[int], factor: Fraction) -> tuple[int, ...]:
-    return tuple(max(1, floor(factor * width + Fraction(1, 2))) for width in widths)
+def scaled_widths(widths: Sequence[int], factor: float | Fraction) -> tuple[int, ...]:
+    """Multiply widths by a factor and round them; none goes below 1.
+
+    Example:
+        >>> scaled_widths(PAPER_WIDTHS, 0.25)
+        (13, 25, 38)
+    """
+    return tuple(max(1, floor(Fraction(factor) * width + Fraction(1, 2))) for width in widths)
 
 
 def _last_side(widths: Sequence[int], in_channels: int, image_size: int, classes: int) -> int:

@@ -60,12 +60,12 @@ def clone(model: nn.Module) -> nn.Module:
         held = _computed(model)
         if held:
             raise CaptureError(
-                f"{name}: cannot be copied: {held} is computed from other tensors; make it a "
-                "parameter or a buffer, or compute it in forward"
+                f"{name}: cannot be copied: {held} is computed from other tensors",
+                "make it a parameter or a buffer, or compute it in forward",
             ) from error
         raise CaptureError(
-            f"{name}: cannot be copied ({type(error).__name__}: "
-            f"{one_line(error, 200)}); give a model that copy.deepcopy can copy"
+            f"{name}: cannot be copied ({type(error).__name__}: {one_line(error, 200)})",
+            "give a model that copy.deepcopy can copy",
         ) from error
     rebind_functions(copied, memo)
     old, new = _state(model), _state(copied)

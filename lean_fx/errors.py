@@ -17,12 +17,29 @@ class ArgumentError(LeanError, ValueError):
     """An argument has a wrong type or lies outside its range."""
 
 
-class CaptureError(LeanError):
-    """A model cannot be captured as a torch.fx graph."""
+class _RemediedError(LeanError):
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
 
 
-class BranchError(LeanError, ValueError):
-    """A captured model was given inputs for which its code takes another branch."""
+class CaptureError(_RemediedError):
+    """A model cannot be captured as a torch.fx graph.
+
+    Attributes:
+        reason: what is wrong.
+        remedy: what the user can do; empty if there is nothing.
+    """
+
+
+class BranchError(_RemediedError, ValueError):
+    """A captured model was given inputs for which its code takes another branch.
+
+    Attributes:
+        reason: which branch, and where.
+        remedy: what the user can do.
+    """
 
 
 class PassError(LeanError):

@@ -83,7 +83,7 @@ def planned(
             known = dataclasses.replace(options, form=form, modules=dict(model.named_modules()))
             made = _plan_captured(model, captured, inputs, known)
         if error and options.form == "graph":
-            warn(f"{_without_remedy(str(error))}; each layer reduces its own input")
+            warn(f"{error.reason}; each layer reduces its own input")
         elif captured is not None and options.form == "graph":
             _warn_of_sizes(model, captured, inputs)
     return made, captured
@@ -122,12 +122,7 @@ def _warn_of_sizes(model: nn.Module, captured: GraphModule, inputs: tuple[Any, .
     """Tell a user whose graph refuses sizes that the model takes."""
     checks = any(node.target is check_branch for node in captured.graph.nodes)
     for reason in refusing_modules(model, captured, inputs).values() if checks and inputs else ():
-        warn(f"{_without_remedy(reason)}; form='module' takes what the model takes")
-
-
-def _without_remedy(text: str) -> str:
-    """A message up to its remedy, behind the last semicolon: quoted code may hold others."""
-    return text.rpartition("; ")[0] or text
+        warn(f"{reason}; form='module' takes what the model takes")
 
 
 def _plan_captured(

@@ -14,8 +14,8 @@ import lean_fx
 from cases import slow_unless
 from graphs import CHANGED, UNCHANGED, Flattened, MyConv, Residual, graph_text
 from lean_fx.capture.capturing import capture
-from lean_fx.errors import ArgumentError, CaptureError
-from lean_fx.planned import _without_remedy
+from lean_fx.capture.guards import check_branch
+from lean_fx.errors import ArgumentError, BranchError, CaptureError
 from lean_fx.reduction.controls import SliceReduction
 from lean_fx.reduction.registry import reductions
 
@@ -483,7 +483,18 @@ def test_an_unusual_model(form):
 
 def test_a_warning_has_the_whole_of_the_code_that_it_quotes():
     told = (
-        "Net (net.py:6: h = f(x); return h): gives 6, but the model was captured where it gives 4"
+        "Net (net.py:6: h = f(x); return h): gives 6 for these inputs, but the model was captured "
+        "where it gives 4"
     )
-    assert _without_remedy(f"{told}; capture it with inputs of these sizes") == told
-    assert _without_remedy("Net: a graph would not do") == "Net: a graph would not do"
+    with pytest.raises(BranchError) as caught:
+        check_branch(6, 4, "Net (net.py:6: h = f(x); return h)")
+    assert caught.value.reason == told
+    assert str(caught.value) == f"{told}; capture it with inputs of these sizes"
+
+
+def test_an_error_keeps_its_reason_and_its_remedy_in_another_process():
+    for kind in (CaptureError, BranchError):
+        error = pickle.loads(pickle.dumps(kind("Net: it fails; badly", "mend it")))
+        assert (error.reason, error.remedy) == ("Net: it fails; badly", "mend it")
+        assert str(error) == "Net: it fails; badly; mend it"
+    assert str(CaptureError("Net: a graph would not do")) == "Net: a graph would not do"

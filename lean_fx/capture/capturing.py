@@ -193,7 +193,8 @@ def _check(model: nn.Module) -> None:
     if taken and not isinstance(model, GraphModule):
         raise CaptureError(
             f"{type(model).__name__}: its submodule {taken[0]!r} has the name of an attribute of "
-            "torch.fx.GraphModule; rename it"
+            "torch.fx.GraphModule",
+            "rename it",
         )
 
 
@@ -250,7 +251,7 @@ def _untraced(name: str, error: Exception, inputs: Sequence[Any]) -> CaptureErro
             ", or give example_inputs: branches on sizes are followed by them, else each layer "
             "reduces its own input"
         )
-    return CaptureError(f"{name}: torch.fx cannot trace its forward ({_reason(error)}); {remedy}")
+    return CaptureError(f"{name}: torch.fx cannot trace its forward ({_reason(error)})", remedy)
 
 
 def _reason(error: Exception) -> str:

@@ -59,7 +59,8 @@ inputs, but the model was captured where it gives True; capture it with inputs o
     if found != captured:
         raise BranchError(
             f"{where}: gives {found} for these inputs, but the model was captured where it gives "
-            f"{captured}; capture it with inputs of these sizes"
+            f"{captured}",
+            "capture it with inputs of these sizes",
         )
 
 
@@ -84,8 +85,8 @@ capture it with example inputs that give it
     """
     if value is not None:
         raise BranchError(
-            f"{name} is a {type(value).__name__}, but the model was captured where it is None; "
-            "capture it with example inputs that give it"
+            f"{name} is a {type(value).__name__}, but the model was captured where it is None",
+            "capture it with example inputs that give it",
         )
 
 
@@ -110,8 +111,8 @@ capture it with example inputs that leave it out
     """
     if value is None:
         raise BranchError(
-            f"{name} is None, but the model was captured where it is given; capture it with "
-            "example inputs that leave it out"
+            f"{name} is None, but the model was captured where it is given",
+            "capture it with example inputs that leave it out",
         )
 
 
@@ -142,7 +143,8 @@ these types
     if found != captured and not torch.compiler.is_exporting():
         raise BranchError(
             f"{where}: is of type {found} for these inputs, but the model was captured where it is "
-            f"of type {captured}; capture it with inputs of these types"
+            f"of type {captured}",
+            "capture it with inputs of these types",
         )
 
 

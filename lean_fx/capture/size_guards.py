@@ -35,9 +35,9 @@ def refusing_modules(
         inputs: the example inputs.
 
     Returns:
-        For each module whose code holds a branch that fails first, the message of its check. Empty
-        if the model does not accept such inputs itself. The name of the model's class stands for
-        the model.
+        For each module whose code holds a branch that fails first, the reason that its check gives.
+        Empty if the model does not accept such inputs itself. The name of the model's class stands
+        for the model.
     """
     refusing: dict[str, str] = {}
     run = _run if _succeeds(_run, model, inputs) else _run_real
@@ -47,7 +47,7 @@ def refusing_modules(
             if other is not None:
                 run(captured, other)
         except BranchError as error:
-            refusing |= _with_their_like(str(error), model, captured)
+            refusing |= _with_their_like(error.reason, model, captured)
         except Exception:  # nothing that another leaf would mend
             pass
     return refusing

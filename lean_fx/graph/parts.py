@@ -104,8 +104,8 @@ def check_frozen(values: Mapping[str, Any], name: str, value: Any) -> None:
         known = _KNOWN.get(before) if callable(before) else None
         known = known or reprlib.repr(before)
         raise CaptureError(
-            f"{name} was {known} when the model was captured, and is part of its "
-            "graph; set it on the model, and capture that again"
+            f"{name} was {known} when the model was captured, and is part of its graph",
+            "set it on the model, and capture that again",
         )
 
 
@@ -151,7 +151,7 @@ class StandIn(nn.Module):
             CaptureError: always.
         """
         raise CaptureError(
-            f"{self._get_name()}: is part of a graph, which calls its layers itself; {_REMEDY}"
+            f"{self._get_name()}: is part of a graph, which calls its layers itself", _REMEDY
         )
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:

@@ -56,7 +56,9 @@ its graph; set it on the model, and capture that again
     def __setattr__(self, name: str, value: Any) -> None:
         graph = vars(self).get("_graph")
         if graph is not None and name not in self._modules:
-            check_frozen(frozen_attributes(graph).get("", {}), name, value)
+            read = frozen_attributes(graph).get("", {})
+            if name in read:
+                check_frozen(name, read[name], value)
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:

@@ -92,15 +92,14 @@ def missing(part: Part | None, name: str, error: AttributeError) -> AttributeErr
     )
 
 
-def check_frozen(values: Mapping[str, Any], name: str, value: Any) -> None:
+def check_frozen(name: str, before: Any, value: Any) -> None:
     """Refuse another value for an attribute that forward has read.
 
     Raises:
         CaptureError: the value is not the one that forward has read.
     """
-    before = values.get(name)
     same = value is before or (type(value) is type(before) and value == before)
-    if name in values and not same:
+    if not same:
         known = _KNOWN.get(before) if callable(before) else None
         known = known or reprlib.repr(before)
         raise CaptureError(
@@ -130,8 +129,9 @@ class StandIn(nn.Module):
     """Stands in a graph for a module that was traced into."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in vars(self).get("_modules", {}):
-            check_frozen(vars(self).get("_frozen", {}), name, value)
+        read = vars(self).get("_frozen", {})
+        if name in read and name not in self._modules:
+            check_frozen(name, read[name], value)
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:

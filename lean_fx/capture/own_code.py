@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable
+import os
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from enum import Enum
 from functools import lru_cache
 from itertools import pairwise
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any, Literal
 
 from torch import nn
 
-from lean_fx.capture.settings import reads_settings
-from lean_fx.graph.model_code import code_of_forward
+from lean_fx.graph.model_code import (
+    cells_of,
+    code_of_forward,
+    functions_of,
+    global_names_in,
+    names_in,
+    package_of,
+)
+from lean_fx.graph.reachable import NUMBERS, fields_of, is_plain_object
 
 #: What a graph is for: to replace the model, to replace it in evaluation only, or to learn about a
 #: model that keeps its class and all its methods.
@@ -30,6 +42,7 @@ _MOVING = "_apply"  # what to(), half() and cuda() call
 _LOADING = ("load_state_dict", "_load_from_state_dict")
 _MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _CATCHING = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the latter before Python 3.11
+_ENVIRONMENT = ("environ", "getenv")
 _INTERNALS = frozenset(vars(nn.Module()))
 _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
@@ -42,7 +55,7 @@ def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: b
     - Questions that Python would answer for the proxy: ``match`` by class, ``x.__class__``.
     - An ``except`` clause. A function without arguments, such as ``is_torch_compiling()``, may
       have one: no value of the graph can fail there.
-    - Settings outside the model that may change later (:mod:`lean_fx.capture.settings`).
+    - Settings outside the model that may change later, such as ``CONFIG.temperature``.
     - The mode of another module: ``self.norm.training``.
 
     Args:
@@ -64,7 +77,7 @@ def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: b
         return "matches classes, and a proxy has another"
     if any(map(_catches, code)):
         return "catches errors, and its graph would not"
-    if reads_settings(module):
+    if _reads_settings(module):
         return "reads settings that may be changed later"
     if any(map(_asks_for_another_mode, code)):
         return "asks for the mode of another module"
@@ -140,6 +153,59 @@ def _asks_for_another_mode(code: CodeType) -> bool:
         step.argval == "training" and step.opname == before.opname == "LOAD_ATTR"
         for before, step in pairwise(steps)
     )
+
+
+def _reads_settings(module: nn.Module) -> bool:
+    """Whether a forward reads settings outside the model, which a user may change later.
+
+    - A number of an object or class of the user's among the globals: ``CONFIG.temperature``.
+    - Numbers or strings in a dict, list, set or namespace outside the model, or such a container
+      that is still empty: ``CONFIG["temperature"]``, a list in an enclosing function.
+    - Context variables, thread-locals and environment variables.
+
+    A global number, such as ``EPSILON``, or a tuple counts as a constant.
+    """
+    named = {name for code in code_of_forward(module) for name in code.co_names}
+    return any(
+        _may_be_set_later(value) or (_is_of(package, value) and _has_numbers(value, named))
+        for value, package in _outer_variables(module)
+    )
+
+
+def _outer_variables(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """The globals and closure variables that a module's code names, each with its package."""
+    for function in functions_of(module):
+        home = function.__globals__
+        for name in global_names_in(function.__code__):
+            value = home.get(name)
+            if value is os and names_in(function.__code__).intersection(_ENVIRONMENT):
+                value = os.environ
+            yield value, package_of(function)
+    for cell in cells_of(module):
+        yield cell.cell_contents, package_of(type(module))
+
+
+def _may_be_set_later(value: Any) -> bool:
+    if isinstance(value, ContextVar | threading.local | type(os.environ)) or value is os.getenv:
+        return True
+    if isinstance(value, SimpleNamespace):
+        value = vars(value)
+    if type(value) in (dict, defaultdict):
+        value = list(value.values())
+    if type(value) in (list, set, deque):
+        return not value or any(type(each) in NUMBERS for each in value)
+    return False
+
+
+def _is_of(package: str, value: Any) -> bool:
+    """Whether a value is a class of a package or an object of one; modules and enums aside."""
+    if isinstance(value, type):
+        return not issubclass(value, nn.Module | Enum) and package_of(value) == package
+    return is_plain_object(value) and package_of(type(value)) == package
+
+
+def _has_numbers(value: Any, named: set[str]) -> bool:
+    return any(name in named and type(each) in NUMBERS for name, each in fields_of(value))
 
 
 def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:

@@ -257,6 +257,26 @@ def test_what_has_no_gradient_needs_none():
     torch.testing.assert_close(captured(X), model(X))
 
 
+@pytest.mark.parametrize("name", ["size", "long", "shape"])
+def test_a_module_may_have_the_name_of_what_a_tensor_tells(name):
+    def without_gradient_behind_it(self, x):
+        y = self.get_submodule(name)(self.a(x))
+        with torch.no_grad():
+            return 2 * y
+
+    def written_to(self, x):
+        y = z = self.get_submodule(name)(x)
+        y += 1
+        return y * z
+
+    refused, taken = Net(without_gradient_behind_it), Net(written_to)
+    refused.add_module(name, nn.ReLU())
+    taken.add_module(name, nn.Linear(8, 32))
+    with pytest.raises(CaptureError, match="mul is computed without a gradient"):
+        capture(refused)
+    torch.testing.assert_close(capture(taken)(X), taken(X))
+
+
 class Frozen(Net):
     """Its norm stays in evaluation when it is trained."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node, Proxy
 
-from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
+from lean_fx.graph.calls import asks_for_meta
 from lean_fx.passes.track_writes import shared_storage, written_by
 
 _MARK = "lean_fx.in_place"
@@ -59,9 +59,8 @@ def write_in_place(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
 
 
 def is_size(node: Node) -> bool:
-    """Whether a value is a size, or computed from sizes alone."""
-    asked = node.args[1] if node.target is getattr else node.target
-    if asked in META_ATTRIBUTES or asked in META_METHODS:
+    """Whether a value is a size, or computed only from sizes."""
+    if asks_for_meta(node):
         return True
     computing = node.target is operator.getitem or node.target in _IN_PLACE
     sources = node.all_input_nodes

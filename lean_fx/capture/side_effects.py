@@ -61,13 +61,13 @@ def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         return name in root.get_submodule(owner)._parameters
+    reads = any(each in known for each in node.all_input_nodes)
     if node.op == "call_module":
         held = root.get_submodule(str(node.target)).parameters()
-        if next(held, None) is not None:
-            return True
+        return reads or next(held, None) is not None
     asked = node.args[1] if node.target is getattr else node.target
     name = asked if isinstance(asked, str) else getattr(asked, "__name__", "")
-    return name not in _WITHOUT_GRADIENT and any(each in known for each in node.all_input_nodes)
+    return reads and name not in _WITHOUT_GRADIENT
 
 
 class UnknownKeyError(TraceError, TypeError):

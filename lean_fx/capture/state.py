@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 
 from lean_fx.capture.side_effects import Draws, SideEffect, rng_states
-from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
+from lean_fx.graph.calls import asks_for_meta
 from lean_fx.graph.reachable import NUMBERS, Reachable, reachable_from, refill
 
 _ABSENT = object()
@@ -107,7 +107,6 @@ def _depends_on_values(node: Node) -> bool:
         seen.add(node)
         if node.op == "placeholder":
             return True
-        asked = node.args[1] if node.target is getattr else node.target
-        if asked not in META_ATTRIBUTES and asked not in META_METHODS:
+        if not asks_for_meta(node):
             todo += node.all_input_nodes
     return False

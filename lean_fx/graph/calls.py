@@ -63,6 +63,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in (*_HOOKS, *BACKWARD_HOOKS))
 
 
+def asks_for_meta(node: Node) -> bool:
+    """Whether a node reads the size, dtype or the like of a value, and none of its numbers."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    asked = node.args[1] if node.target is getattr else node.target
+    return asked in META_ATTRIBUTES or asked in META_METHODS
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

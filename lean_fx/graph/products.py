@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS, argument
+from lean_fx.graph.calls import asks_for_meta
 from lean_fx.graph.facts import facts
 from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.skip_reason import SkipReason
@@ -68,14 +68,11 @@ def source_parameters_of(graph_module: GraphModule) -> dict[Node, tuple[str, ...
 
 def _sources(node: Node) -> list[Node]:
     """The nodes whose numbers ``node`` depends on (rules 1 and 2)."""
-    if node.op == "call_method":
-        given = node.all_input_nodes
-        if node.target in META_METHODS:
-            return []
-        return given[:1] if node.target in SAME_AS_INPUT else given
-    if node.target is getattr and argument(node, 1, "name") in META_ATTRIBUTES:
+    if asks_for_meta(node):
         return []
-    return node.all_input_nodes
+    given = node.all_input_nodes
+    same = node.op == "call_method" and node.target in SAME_AS_INPUT
+    return given[:1] if same else given
 
 
 def _forget(written: Node, known: dict[Node, tuple[str, ...]]) -> None:

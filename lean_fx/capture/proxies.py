@@ -1,4 +1,8 @@
-"""Proxies of known values: they answer what Python asks of them, or pass it on to the tracer."""
+"""The proxies that the code of a model meets during a trace.
+
+A proxy without a value refuses what would need one. A proxy of a known value answers what Python
+asks of it, or passes it on to the tracer.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,72 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node, Proxy
+from torch.fx.proxy import Attribute, ParameterProxy, TraceError
 
 from lean_fx.capture.guards import round_number
-from lean_fx.capture.side_effects import (
-    LEARNING,
-    KeepsData,
-    KeyedAttribute,
-    SideEffect,
-    UnknownKeyError,
-    asked_by_model,
-)
+from lean_fx.capture.in_place import AugmentedAssignments
+from lean_fx.capture.questions import asked_by_model
+from lean_fx.capture.side_effects import SideEffect
 
 if TYPE_CHECKING:
     from lean_fx.capture.answers import AnsweringTracer
 
+#: Attributes that tell whether a value has a gradient.
+LEARNING = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 #: Stands for a value that is not known.
 UNKNOWN = object()
 #: The key under which a node records whether its value follows from the parameters alone.
 FIXED = "lean_fx.fixed"
 _VALUE = "lean_fx.value"
+
+
+class UnknownKeyError(TraceError, TypeError):
+    """A dictionary or set is asked for a value that the trace does not know."""
+
+
+class _UnknownProxy(AugmentedAssignments):
+    """A proxy that the model's code may neither look up nor make a string."""
+
+    def __hash__(self) -> int:
+        if asked_by_model(1):
+            raise UnknownKeyError(
+                f"{self.node.name} is looked up, which example_inputs would allow"
+            )
+        return object.__hash__(self)
+
+    def __str__(self) -> str:
+        if asked_by_model(1):
+            raise TraceError(f"{self.node.name} is made a string, which example_inputs would allow")
+        return repr(self)
+
+    def __format__(self, spec: str) -> str:  # torch._assert formats messages that no one reads
+        return super().__format__(spec) if spec else repr(self)
+
+
+class KeepsData(_UnknownProxy):
+    """A proxy that refuses an assignment to ``data`` and questions about its gradient."""
+
+    def __getattr__(self, k: str) -> Any:
+        if k in LEARNING:
+            raise SideEffect(f"forward asks for {k} of {self.node.name}")
+        return KeyedAttribute(self, k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise SideEffect(f"the data of {self.node.name} is assigned in forward")
+        super().__setattr__(name, value)
+
+
+class KeyedAttribute(_UnknownProxy, Attribute):
+    """An attribute of a proxy, which may be a view, and refuses to be a key as the proxy does."""
+
+
+class WeightProxy(KeepsData, ParameterProxy):
+    """torch.fx's proxy of a parameter, which lacks ``size(0)``."""
+
+    def size(self, dim: int | None = None) -> Any:
+        """As the parameter's."""
+        return self.param.size() if dim is None else self.param.size(dim)
 
 
 def value_of(node: Node) -> Any:

@@ -8,6 +8,7 @@ The proxy itself must not claim to be a tensor: torch's C++ code would believe i
 from __future__ import annotations
 
 import builtins
+import sys
 from collections.abc import Iterable
 from types import UnionType
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,22 @@ from torch import Tensor
 from torch.fx import Node, Proxy
 
 from lean_fx.capture.guards import Converting
-from lean_fx.capture.side_effects import asked_by_model
 
 if TYPE_CHECKING:
     from lean_fx.capture.tracing import LeanTracer
     from lean_fx.graph.patching import Patch
 
 _isinstance, _is_tensor = isinstance, torch.is_tensor
+
+
+def asked_by_model(depth: int) -> bool:
+    """Whether a function was called by a model's code rather than by torch or this package.
+
+    Args:
+        depth: how many frames the call is above the caller of this function.
+    """
+    caller = sys._getframe(depth + 1).f_globals.get("__name__", "")
+    return str(caller).partition(".")[0] not in ("torch", "lean_fx")
 
 
 def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:

@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from lean_fx.capture.side_effects import LEARNING, SideEffect, asked_by_model
+from lean_fx.capture.proxies import LEARNING
+from lean_fx.capture.questions import asked_by_model
+from lean_fx.capture.side_effects import SideEffect
 from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
 from lean_fx.graph.parts import NO_ATTRIBUTE, OBJECT
 from lean_fx.graph.reachable import is_plain_object

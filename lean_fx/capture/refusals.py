@@ -13,7 +13,8 @@ from torch._functorch import utils
 from torch.fx import Proxy
 from torch.utils import checkpoint
 
-from lean_fx.capture.side_effects import SideEffect, asked_by_model
+from lean_fx.capture.questions import asked_by_model
+from lean_fx.capture.side_effects import SideEffect
 from lean_fx.graph.patching import Patch, patching
 
 _QUESTIONS = (

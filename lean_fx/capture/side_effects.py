@@ -7,25 +7,36 @@ torch.fx records calls on values. It does not see that a forward
 2. turns autocast on or off around a call, turns gradients on, or asks for either setting;
 3. sets a seed, or draws random numbers that are not values of the graph: the graph would repeat
    the numbers drawn during the trace;
-4. keeps state for later calls (:mod:`lean_fx.capture.state`).
+4. keeps state for later calls: it assigns a buffer, a tensor or its ``data``, counts
+   (``self.step += 1``), or stores a value where a later call reads it: in an attribute, a list,
+   dict or object, an attribute of its class, a global, or a closure variable.
+
+A value that it computes from its inputs and stores for others, such as a loss for the trainer, is
+state too. A cache is not: an attribute that is None at first, and then holds what follows only from
+sizes and parameters.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node, Proxy
-from torch.fx.proxy import Attribute, TraceError
+from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lean_fx.capture.in_place import AugmentedAssignments
-from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
+from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS, asks_for_meta
+from lean_fx.graph.reachable import NUMBERS, Reachable, reachable_from, refill
+
+_ABSENT = object()
+_ATTRIBUTE = re.compile(r"\w+")
 
 # Attributes and methods whose result carries no gradient.
 _WITHOUT_GRADIENT = (
@@ -34,8 +45,6 @@ _WITHOUT_GRADIENT = (
     | {"detach", "argmax", "argmin", "isnan", "isinf", "isfinite", "bool", "long"}
     | {"eq", "ne", "lt", "le", "gt", "ge"}
 )
-#: Attributes that tell whether a value has a gradient.
-LEARNING = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 
 
 class SideEffect(TraceError):  # noqa: N818
@@ -68,63 +77,6 @@ def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:
     asked = node.args[1] if node.target is getattr else node.target
     name = asked if isinstance(asked, str) else getattr(asked, "__name__", "")
     return reads and name not in _WITHOUT_GRADIENT
-
-
-class UnknownKeyError(TraceError, TypeError):
-    """A dictionary or set is asked for a value that the trace does not know."""
-
-
-class KeepsData(AugmentedAssignments):
-    """A proxy that refuses an assignment to ``data`` and questions about its gradient."""
-
-    def __getattr__(self, k: str) -> Any:
-        if k in LEARNING:
-            raise SideEffect(f"forward asks for {k} of {self.node.name}")
-        return KeyedAttribute(self, k)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            raise SideEffect(f"the data of {self.node.name} is assigned in forward")
-        super().__setattr__(name, value)
-
-    def __hash__(self) -> int:
-        return _hash(self)
-
-    def __str__(self) -> str:
-        return _text(self)
-
-    def __format__(self, spec: str) -> str:  # torch._assert formats messages that no one reads
-        return super().__format__(spec) if spec else repr(self)
-
-
-class KeyedAttribute(AugmentedAssignments, Attribute):
-    """An attribute of a proxy, which may be a view, and refuses to be a key as the proxy does."""
-
-    __hash__ = KeepsData.__hash__
-    __str__ = KeepsData.__str__
-    __format__ = KeepsData.__format__
-
-
-def asked_by_model(depth: int) -> bool:
-    """Whether a function was called by a model's code rather than by torch or this package.
-
-    Args:
-        depth: how many frames the call is above the caller of this function.
-    """
-    caller = sys._getframe(depth + 1).f_globals.get("__name__", "")
-    return str(caller).partition(".")[0] not in ("torch", "lean_fx")
-
-
-def _hash(proxy: Proxy) -> int:
-    if not asked_by_model(2):
-        return object.__hash__(proxy)
-    raise UnknownKeyError(f"{proxy.node.name} is looked up, which example_inputs would allow")
-
-
-def _text(proxy: Proxy) -> str:
-    if not asked_by_model(2):
-        return repr(proxy)
-    raise TraceError(f"{proxy.node.name} is made a string, which example_inputs would allow")
 
 
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -171,3 +123,88 @@ def keeping_rng_state() -> Iterator[None]:
         random.setstate(ours)
         if numpy:
             numpy.random.set_state(theirs)
+
+
+@dataclass(frozen=True)
+class StateSnapshot:
+    """What a forward may change, recorded before it runs.
+
+    Attributes:
+        before: what the module can reach.
+        draws: counts the random numbers that torch draws; None if an outer snapshot checks them.
+        rng: the count before, and the states of the other generators.
+    """
+
+    before: Reachable
+    draws: Draws | None
+    rng: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, draws: Draws | None) -> StateSnapshot:
+        """Record what a module can reach."""
+        return cls(Reachable.of(module), draws, (draws.count, rng_states()) if draws else None)
+
+    def check(self) -> None:
+        """Check, after the forward, that the module has stored nothing.
+
+        Raises:
+            SideEffect: it has.
+        """
+        after = Reachable.of(self.before.module)
+        name, now = type(self.before.module).__name__, after.held
+        for path, value in now.items():
+            before = self.before.held.get(path, _ABSENT)
+            if before is value and after.versions[path] == self.before.versions[path]:
+                continue
+            if before is value:
+                raise SideEffect(f"{name} changes {path!r} in forward")
+            attribute = _ATTRIBUTE.match(path)
+            own = attribute is not None and attribute.end() == len(path)
+            if before is _ABSENT and own:
+                before = getattr(type(self.before.module), path, _ABSENT)
+            if issubclass(type(value), Proxy):
+                if isinstance(before, Tensor) or _depends_on_values(value.node):
+                    raise SideEffect(f"{name} assigns {path!r} in forward")
+            elif before is _ABSENT and own:  # every call stores the same
+                continue
+            elif before is _ABSENT or (type(before) in NUMBERS and before != value):
+                raise SideEffect(f"{name} changes {path!r} in forward")
+        for path in self.before.held.keys() - now.keys():
+            if not any(each.startswith((f"{path}.", f"{path}[")) for each in now):
+                raise SideEffect(f"{name} changes {path!r} in forward")
+        if self.draws and self.rng != (self.draws.count, rng_states()):
+            raise SideEffect(f"{name} draws random numbers that are not values of the graph")
+
+
+def keep(module: nn.Module) -> Callable[[], None]:
+    """Record what a module and its parts hold before a forward on proxies.
+
+    Returns:
+        A function that restores it.
+    """
+    kept = reachable_from(module)
+    dicts = [held for each in module.modules() for held in (vars(each), each._modules)]
+    copies = [(held, dict(held)) for held in dicts]
+
+    def restore() -> None:
+        for held, contents in copies:
+            refill(held, contents)
+        for each in kept:
+            each.restore()
+
+    return restore
+
+
+def _depends_on_values(node: Node) -> bool:
+    """Whether a node depends on the numbers of an input, not just on its size or type."""
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return True
+        if not asks_for_meta(node):
+            todo += node.all_input_nodes
+    return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
-from torch.fx.proxy import ParameterProxy, TraceError
+from torch.fx.proxy import TraceError
 from torch.nn.utils import rnn
 
 from lean_fx.capture.containers import arguments_of, is_own_container
@@ -21,17 +21,18 @@ from lean_fx.capture.decorated import called_by_position
 from lean_fx.capture.guards import check_absent, check_given, converting_sizes, counting_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import OWN_CALL, own_call
+from lean_fx.capture.proxies import KeepsData, WeightProxy
 from lean_fx.capture.questions import answering
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.refusals import refusing_functions
 from lean_fx.capture.side_effects import (
     Draws,
-    KeepsData,
     SideEffect,
+    StateSnapshot,
     autocasting,
+    keep,
     may_have_gradient,
 )
-from lean_fx.capture.state import StateSnapshot, keep
 from lean_fx.graph.captured import freeze_attributes, note_mode_readers
 from lean_fx.graph.model_code import globals_of
 from lean_fx.graph.patching import patching, without_caches
@@ -309,7 +310,7 @@ class LeanTracer(Tracer):
         """A proxy; that of a parameter answers for its shape without a node."""
         name = str(node.target)
         if node.op == "get_attr" and name in self._parameters:
-            return _Weight(self, node, name, self._parameters[name])
+            return WeightProxy(self, node, name, self._parameters[name])
         return KeepsData(node, self)
 
     def call_module(
@@ -348,10 +349,3 @@ class LeanTracer(Tracer):
                 self.module_stack.popitem(last=True)
             self.leaves |= {path}
             return super().call_module(m, forward, args, kwargs)
-
-
-class _Weight(KeepsData, ParameterProxy):
-    """torch.fx's proxy of a parameter, which lacks ``size(0)``."""
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.param.size() if dim is None else self.param.size(dim)

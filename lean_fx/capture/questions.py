@@ -1,7 +1,8 @@
 """Replacements for ``isinstance``, ``hasattr``, ``getattr``, ``type`` and the like during a trace.
 
-``isinstance(x, torch.Tensor)`` is false for a proxy. A tracer with values answers for the value
-that the proxy stands for, and adds a check to the graph; a tracer without values raises.
+``isinstance(x, torch.Tensor)`` is false for a proxy. A tracer with values
+(:mod:`lean_fx.capture.answers`) answers for the value that the proxy stands for, and adds a check
+to the graph; a tracer without values raises.
 The proxy itself must not claim to be a tensor: torch's C++ code would believe it.
 """
 
@@ -9,21 +10,20 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Iterable
-from types import UnionType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from types import FrameType, UnionType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node, Proxy
+from torch.fx import Node, Proxy, Tracer
+from torch.fx.proxy import TraceError
 
 from lean_fx.capture.guards import Converting
-
-if TYPE_CHECKING:
-    from lean_fx.capture.tracing import LeanTracer
-    from lean_fx.graph.patching import Patch
+from lean_fx.graph.patching import Patch
 
 _isinstance, _is_tensor = isinstance, torch.is_tensor
+_SOME_TENSOR = torch.empty(0)
 
 
 def asked_by_model(depth: int) -> bool:
@@ -36,7 +36,58 @@ def asked_by_model(depth: int) -> bool:
     return str(caller).partition(".")[0] not in ("torch", "lean_fx")
 
 
-def answering(tracer: LeanTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:
+class AskedTracer(Tracer):
+    """A tracer that the model's code asks about values; it does not know them, a subclass may."""
+
+    def __init__(self, autowrap_functions: tuple[Callable[..., Any], ...]) -> None:
+        super().__init__(autowrap_functions=autowrap_functions)
+        self.held: dict[str, Tensor] = {}  # the parameters and buffers of the model, by name
+        self.homes: set[int] = set()  # the ids of the globals of the model's code
+
+    def is_instance(self, proxy: Proxy, kinds: Any, by_model: bool) -> bool | None:
+        """Whether a value is an instance of some types; None leaves the answer to Python.
+
+        Raises:
+            TraceError: the model's own code asks, and the value is not known.
+        """
+        if by_model and proxy.node.op == "get_attr":
+            return _isinstance(self.held.get(str(proxy.node.target), _SOME_TENSOR), kinds)
+        if by_model:
+            raise TraceError(
+                "forward asks for the type of a value, which example_inputs would tell"
+            )
+        return None
+
+    def has_attribute(self, proxy: Proxy, name: str) -> bool:
+        """Whether a value has an attribute.
+
+        Raises:
+            TraceError: the value is not known.
+        """
+        raise TraceError(
+            f"forward asks whether a value has {name}, which example_inputs would tell"
+        )
+
+    def type_of(self, proxy: Proxy) -> type:
+        """The type of a value.
+
+        Raises:
+            TraceError: the value is not known.
+        """
+        raise TraceError("forward asks for the type of a value, which example_inputs would tell")
+
+    def may_look_up(self, frame: FrameType) -> bool:
+        """Whether the code of a frame may use a known number as a key of a dictionary or cache.
+
+        The model's own code may, since its caches are off during the trace. A cache of another
+        package would keep the proxy, and hand it to the model later.
+        """
+        home = frame.f_globals
+        own = str(home.get("__name__", "")).partition(".")[0] in ("torch", "lean_fx")
+        return own or id(home) in self.homes
+
+
+def answering(tracer: AskedTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:
     """Patches that send questions about a proxy to the tracer.
 
     Args:

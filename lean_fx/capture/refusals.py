@@ -64,7 +64,7 @@ def refusing_functions(
     def refused(function: Callable[..., Any], effect: str) -> Callable[..., Any]:
         @functools.wraps(function)
         def asked(*args: Any, **kwargs: Any) -> Any:
-            if traces() and asked_by_model(1):
+            if asked_by_model(1) and traces():
                 raise SideEffect(effect)
             return function(*args, **kwargs)
 

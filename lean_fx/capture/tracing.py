@@ -7,7 +7,6 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from lean_fx.capture.guards import check_absent, check_given, converting_sizes, 
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import OWN_CALL, own_call
 from lean_fx.capture.proxies import KeepsData, WeightProxy
-from lean_fx.capture.questions import answering
+from lean_fx.capture.questions import AskedTracer, answering
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.refusals import refusing_functions
 from lean_fx.capture.side_effects import (
@@ -44,7 +43,6 @@ from lean_fx.passes.track_writes import written_by
 from lean_fx.reduction.packed import SequenceDropout, layer_states, with_data
 from lean_fx.reduction.registry import is_reduction
 
-_SOME_TENSOR = torch.empty(0)
 _TORCHS_TRACER = Tracer()
 _LEAVES = (SequenceDropout, AttentionHeads, ByMode, InMode)
 # Functions that become nodes; the tracer never enters them. A graph that torch.fx itself traced
@@ -80,7 +78,7 @@ def is_leaf(module: nn.Module) -> bool:
     return bool(ours) or _TORCHS_TRACER.is_leaf_module(module, "")
 
 
-class LeanTracer(Tracer):
+class LeanTracer(AskedTracer):
     """torch.fx's tracer, with these differences.
 
     1. Subclasses of conv, linear and recurrent layers, and registered layers, are leaves. Otherwise
@@ -118,22 +116,20 @@ class LeanTracer(Tracer):
         self._thread = threading.get_ident()
         self._names: dict[int, str] = {}
         self._parameters: dict[str, nn.Parameter] = {}
-        self._held: dict[str, Tensor] = {}
         self._autocast: tuple[Any, ...] = ()
         self._learned: set[Node] = set()
-        self._homes: set[int] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """Trace a module, and record in the graph what forward has read of its attributes."""
         self._parameters = dict(root.named_parameters())
-        self._held = {**dict(root.named_buffers()), **self._parameters}
-        self._names = {id(tensor): name for name, tensor in self._held.items()}
+        self.held = {**dict(root.named_buffers()), **self._parameters}
+        self._names = {id(tensor): name for name, tensor in self.held.items()}
         self._autocast = autocasting()
         self._proxies: dict[str, Proxy] = {}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
         self._draws = Draws(lambda: self.computing)
         homes = globals_of(watched)
-        self._homes = {id(home) for home in homes}
+        self.homes = {id(home) for home in homes}
         with (
             torch.enable_grad(),
             self.reads.watching(watched),
@@ -240,50 +236,6 @@ class LeanTracer(Tracer):
         """Whether the code of a module's forward is the user's, and is traced."""
         home = type(module).__module__.partition(".")[0]
         return home != "torch" and not self.is_leaf_module(module, name)
-
-    def may_look_up(self, frame: FrameType) -> bool:
-        """Whether the code of a frame may use a known number as a key of a dictionary or cache.
-
-        The model's own code may, since its caches are off during the trace. A cache of another
-        package would keep the proxy, and hand it to the model later.
-        """
-        home = frame.f_globals
-        own = str(home.get("__name__", "")).partition(".")[0] in ("torch", "lean_fx")
-        return own or id(home) in self._homes
-
-    # What a model's code asks about proxies, through lean_fx.capture.questions.
-
-    def is_instance(self, proxy: Proxy, kinds: Any, by_model: bool) -> bool | None:
-        """Whether a value is an instance of some types; None leaves the answer to Python.
-
-        Raises:
-            TraceError: the model's own code asks, and the value is not known.
-        """
-        if by_model and proxy.node.op == "get_attr":
-            return isinstance(self._held.get(str(proxy.node.target), _SOME_TENSOR), kinds)
-        if by_model:
-            raise TraceError(
-                "forward asks for the type of a value, which example_inputs would tell"
-            )
-        return None
-
-    def has_attribute(self, proxy: Proxy, name: str) -> bool:
-        """Whether a value has an attribute.
-
-        Raises:
-            TraceError: the value is not known.
-        """
-        raise TraceError(
-            f"forward asks whether a value has {name}, which example_inputs would tell"
-        )
-
-    def type_of(self, proxy: Proxy) -> type:
-        """The type of a value.
-
-        Raises:
-            TraceError: the value is not known.
-        """
-        raise TraceError("forward asks for the type of a value, which example_inputs would tell")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """The proxy of a parameter or buffer, looked up by id; torch.fx would search them all."""

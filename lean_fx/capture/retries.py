@@ -13,7 +13,6 @@ The attempts, in turn:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.capture.example_inputs import Keywords, parameters_of
+from lean_fx.capture.arguments import absent_arguments
 from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
 from lean_fx.capture.own_code import Purpose, lost_in_a_graph, own_call
@@ -131,7 +130,7 @@ def _trace_around(
     root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
     """As :func:`trace_copy`, with given leaves, and more if it needs them."""
-    absent = _absent(root, inputs)
+    absent = absent_arguments(root, inputs)
     try:
         if not all(each is None or _holds_no_none(each) for each in inputs):
             raise TraceError("what is in a container may be None")
@@ -205,27 +204,3 @@ def _hiding_weights(root: nn.Module, graph: Graph) -> frozenset[str]:
 def _layers_called(root: nn.Module, graph: Graph) -> bool:
     targets = (str(node.target) for node in graph.nodes if node.op == "call_module")
     return any(kind_of(root.get_submodule(target)) for target in targets)
-
-
-def _absent(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
-    """The parameters of forward that are None, and the empty ``*args`` and ``**kwargs``.
-
-    Raises:
-        TraceError: there are inputs for ``*args`` or ``**kwargs``, or forward has only ``*args``.
-    """
-    parameters = list(inspect.signature(root.forward).parameters.values())
-    taking = (each.name for each in parameters_of(root.forward))
-    given = dict(zip(taking, inputs, strict=False))
-    absent: dict[str, Any] = {}
-    for each in parameters:
-        if each.kind is each.VAR_POSITIONAL:
-            if len(inputs) > len(given) or len(parameters) == 1:
-                raise TraceError(f"forward takes *{each.name}, a graph a fixed number of inputs")
-            absent[f"*{each.name}"] = ()
-        elif each.kind is each.VAR_KEYWORD:
-            if inputs and isinstance(inputs[-1], Keywords):
-                raise TraceError(f"forward takes **{each.name}, a graph a fixed number of inputs")
-            absent[f"**{each.name}"] = {}
-        elif given.get(each.name, each.default) is None:
-            absent[each.name] = None
-    return absent

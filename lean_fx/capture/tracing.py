@@ -15,9 +15,13 @@ from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
 from torch.fx.proxy import TraceError
 from torch.nn.utils import rnn
 
-from lean_fx.capture.containers import arguments_of, is_own_container
-from lean_fx.capture.decorated import called_by_position
-from lean_fx.capture.guards import check_absent, check_given, converting_sizes, counting_items
+from lean_fx.capture.arguments import (
+    arguments_of,
+    called_by_position,
+    checked_arguments,
+    is_own_container,
+)
+from lean_fx.capture.guards import converting_sizes, counting_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import OWN_CALL, own_call
 from lean_fx.capture.proxies import KeepsData, WeightProxy
@@ -173,28 +177,13 @@ class LeanTracer(AskedTracer):
         is_module: bool,
         concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
     ) -> tuple[Any, list[Any]]:
-        """Placeholders named as the parameters, and checks of the inputs that are None.
-
-        torch.fx would rename the latter, so that no caller could pass them by name; it would leave
-        out the decorators of forward, and pass by position what is taken by name only.
-        """
+        """Placeholders named as the parameters, and checks of the inputs that are None."""
         bare = inspect.unwrap(root_fn)
         function, args = super().create_args_for_root(bare, is_module)
         if bare is not root_fn or inspect.getfullargspec(bare).kwonlyargs:
             function = called_by_position(root_fn, bare)
-        absent = concrete_args if isinstance(concrete_args, dict) else None
-        for place, each in enumerate(args):
-            if not isinstance(each, Proxy) or absent is None:  # torch.fx unpickles a graph
-                continue
-            if each.node.args == (None,) and each.node.target not in absent:
-                self.create_proxy("call_function", check_given, (each, each.node.target), {})
-            if str(each.node.target).startswith("*") and each.node.target in absent:
-                args[place] = absent[each.node.target]
-                self.graph.erase_node(each.node)
-            elif each.node.target in absent:
-                each.node.type = None  # generated code cannot hold every annotation
-                self.create_proxy("call_function", check_absent, (each, each.node.target), {})
-                args[place] = None
+        if isinstance(concrete_args, dict):  # not where torch.fx unpickles a graph
+            args = checked_arguments(self, args, concrete_args)
         return function, args
 
     def create_arg(self, a: Any) -> Any:

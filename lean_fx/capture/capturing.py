@@ -10,14 +10,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from lean_fx.capture.agreement import disagreement
-from lean_fx.capture.finishing import keep_hooks, keep_layers, name_items
 from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
 from lean_fx.capture.own_code import Purpose, own_loading
 from lean_fx.capture.retries import trace_copy, untraced_modules
@@ -26,7 +26,14 @@ from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
 from lean_fx.graph.calls import is_altered
-from lean_fx.graph.captured import ROOT_HOOKS, CapturedModule, guard_parts, keep_unsaved
+from lean_fx.graph.captured import (
+    ROOT_HOOKS,
+    CapturedModule,
+    guard_parts,
+    keep_hooks,
+    keep_layers,
+    keep_unsaved,
+)
 from lean_fx.graph.clones import clone_sharing_state
 from lean_fx.graph.parts import note_parts
 from lean_fx.layers.transformers import UNFUSED
@@ -119,11 +126,33 @@ def _captured_with(
         except _NeedsLeaves as error:
             leaves |= error.names
     ModularizeCalls()(captured)
-    name_items(captured)
+    _name_items(captured)
     keep_unsaved(captured, root)
     note_parts(captured.graph, root)
     guard_parts(captured)
     return captured
+
+
+def _name_items(captured: GraphModule) -> None:
+    """Name the items of a module's result after its call, and merge equal ones.
+
+    torch.fx numbers such nodes over the whole graph: one more layer would rename them all.
+    """
+    items: dict[tuple[Node, Any], Node] = {}
+    for node in list(captured.graph.nodes):
+        if node.target is not operator.getitem or not isinstance(node.args[0], Node):
+            continue
+        source, index = node.args
+        if source.op != "call_module" or not isinstance(index, int):
+            continue
+        first = items.setdefault((source, index), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            captured.graph.erase_node(node)
+        elif node.name.startswith("getitem"):
+            node._rename(f"{source.name}_item_{index}")
+    if items:
+        captured.recompile()
 
 
 class _NeedsLeaves(Exception):  # noqa: N818

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule
 
 from lean_fx.cloning import rebind_functions
+from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.parts import StandIn, check_frozen, missing, parts_of, stand_for
+from lean_fx.layers.kinds import KINDS
 
 #: The hooks of calls of a model, and of gradients that reach it.
 ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks"),
+)
+_STATE_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 _HELD = ("_modules", "_parameters", "_buffers")
 #: For each module of a tree, the names of what it holds, in order.
@@ -129,6 +136,32 @@ def _sort(module: nn.Module, order: _Order) -> None:
             if [key for key, _ in kept] != [*items]:
                 items.clear()
                 items.update(kept)
+
+
+def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
+    """Keep the hooks of the model itself, and the state_dict hooks of its containers.
+
+    The captured model has new containers. One with other hooks is a leaf, and keeps them.
+    """
+    for hooks in ROOT_HOOKS:
+        setattr(captured, hooks, getattr(root, hooks))
+    modules = modules_by_name(captured)
+    for name, module in root.named_modules():
+        there = modules.get(name, module)
+        for hooks in _STATE_HOOKS if there is not module else ():
+            setattr(there, hooks, OrderedDict(getattr(module, hooks)))
+        for key, hook in there._load_state_dict_pre_hooks.items():
+            if hook.with_module:  # such a hook knows its module
+                there._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, there)
+
+
+def keep_layers(captured: GraphModule, root: nn.Module) -> None:
+    """Keep each layer of which forward reads a parameter; torch.fx would keep only the latter."""
+    modules = modules_by_name(root)
+    for node in captured.graph.nodes:
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and owner and type(modules.get(owner)) in KINDS:
+            captured.set_submodule(owner, modules[owner])
 
 
 def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:

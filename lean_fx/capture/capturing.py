@@ -25,9 +25,8 @@ from lean_fx.capture.side_effects import SideEffect, keeping_rng_state
 from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
-from lean_fx.graph.calls import is_altered
+from lean_fx.graph.calls import has_hooks, is_altered
 from lean_fx.graph.captured import (
-    ROOT_HOOKS,
     CapturedModule,
     guard_parts,
     keep_hooks,
@@ -204,7 +203,7 @@ def unfused_clone(model: nn.Module) -> nn.Module:
     """
     copied = clone(model)
     for module in copied.modules():
-        kept = is_altered(module) or any(getattr(module, hooks) for hooks in ROOT_HOOKS)
+        kept = is_altered(module) or has_hooks(module)
         if type(module) in UNFUSED and (module is copied or not kept):
             module.__class__ = UNFUSED[type(module)]
     return copied

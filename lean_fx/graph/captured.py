@@ -14,8 +14,8 @@ from lean_fx.graph.calls import modules_by_name
 from lean_fx.graph.parts import StandIn, check_frozen, missing, parts_of, stand_for
 from lean_fx.layers.kinds import KINDS
 
-#: The hooks of calls of a model, and of gradients that reach it.
-ROOT_HOOKS = (
+# The hooks of calls of a model, and of gradients that reach it.
+_ROOT_HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks"),
@@ -88,7 +88,7 @@ its graph; set it on the model, and capture that again
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         copied = super().__deepcopy__(memo)
         memo[id(self)] = copied
-        for hooks in ROOT_HOOKS:
+        for hooks in _ROOT_HOOKS:
             setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
         rebind_functions(copied, memo)
         keep_unsaved(copied, self)
@@ -143,7 +143,7 @@ def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
 
     The captured model has new containers. One with other hooks is a leaf, and keeps them.
     """
-    for hooks in ROOT_HOOKS:
+    for hooks in _ROOT_HOOKS:
         setattr(captured, hooks, getattr(root, hooks))
     modules = modules_by_name(captured)
     for name, module in root.named_modules():

@@ -34,6 +34,7 @@ from lean_fx.graph.versions import backup_of, version_of
 
 NUMBERS = (bool, int, float, str)
 _CONTAINERS = (list, tuple, dict, deque, set)
+_DEEPEST = 4  # what is deeper inside is not looked into
 _MANY = 1000  # a longer container is data, not state
 _INTERNALS = frozenset(vars(nn.Module()))
 
@@ -62,12 +63,11 @@ class Reachable:
     @classmethod
     def of(cls, module: nn.Module, backup: bool = False) -> Reachable:
         """Record what a module can reach now; :meth:`restore` needs ``backup``."""
-        holders: list[Any] = []
         with torch._C.DisableTorchFunction():  # else a trace would record what is asked here
-            held = _held_by(module, holders)
-            versions = {path: version_of(value) for path, value in held.items()}
-        copies = [(each, _contents(each)) for each in holders]
-        return cls(module, held, versions, copies, _backups(module) if backup else [])
+            found = _found_by(module)
+            versions = {path: version_of(value) for path, value in found.values.items()}
+        copies = [(each, _contents(each)) for each in found.holders]
+        return cls(module, found.values, versions, copies, _backups(module) if backup else [])
 
     def restore(self) -> None:
         """Restore what was recorded."""
@@ -100,14 +100,12 @@ def reachable_from(root: nn.Module) -> list[Reachable]:
 
 def reachable_holders(module: nn.Module) -> list[Any]:
     """The dicts, lists, sets and the like that the forward of a module can reach."""
-    holders: list[Any] = []
-    _held_by(module, holders)
-    return holders
+    return _found_by(module).holders
 
 
 def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
     """The objects that functions can write to: modules, dicts, lists and sets."""
-    holders: list[Any] = []
+    found = _Found()
     for function in reached_from(functions, object):
         home = function.__globals__
         named = [home[name] for name in global_names_in(function.__code__) if name in home]
@@ -116,64 +114,77 @@ def holders_of_functions(functions: list[Any]) -> Iterator[Any]:
             if isinstance(value, nn.Module):
                 yield value
             elif not isinstance(value, FunctionType | ModuleType | type):
-                _add({}, holders, "", value, set())
-    yield from holders
+                found.add("", value)
+    yield from found.holders
 
 
-def _held_by(module: nn.Module, holders: list[Any]) -> dict[str, Any]:
-    """The values that a module can reach, by path; appends their holders to ``holders``."""
-    found: dict[str, Any] = {}
+class _Found:
+    """What variables hold.
+
+    Attributes:
+        values: the values, by path.
+        holders: the dicts, lists, sets and the like that hold them.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.holders: list[Any] = []
+
+    def add(self, path: str, value: Any) -> None:
+        """Add the values that a variable holds, at most ``_MANY``: a table of tables is data."""
+        self._add(path, value, frozenset(), len(self.values) + _MANY)
+
+    def _add(self, path: str, value: Any, above: frozenset[int], most: int) -> None:
+        """Add what is inside a value, or the value itself if that is nothing.
+
+        Args:
+            path: of the value.
+            value: the value.
+            above: the ids of what holds the value.
+            most: how many values there may be.
+        """
+        if len(self.values) >= most:
+            return
+        before = len(self.values)
+        if len(above) < _DEEPEST and id(value) not in above:
+            holders, items = _inside(path, value)
+            self.holders += holders
+            for name, each in items:
+                self._add(name, each, above | {id(value)}, most)
+        if len(self.values) == before and not isinstance(value, _CONTAINERS):
+            self.values[path] = value
+
+
+def _inside(path: str, value: Any) -> tuple[list[Any], list[tuple[str, Any]]]:
+    """What holds the items or attributes of a value, and these by path; empty if it has none."""
+    if version_of(value) is not None:
+        return [], []
+    if isinstance(value, _CONTAINERS) and len(value) < _MANY:
+        keyed: Iterable[tuple[Any, Any]] = enumerate(value)
+        if isinstance(value, dict):
+            keyed = value.items()
+        elif isinstance(value, set):
+            keyed = ((each, each) for each in value)
+        holders = [] if isinstance(value, tuple) else [value]
+        return holders, [(f"{path}[{key!r}]", each) for key, each in keyed]
+    if is_plain_object(value) or isinstance(value, FunctionType):
+        holders = [vars(value)] if hasattr(value, "__dict__") else []
+        return holders, [(f"{path}.{key}", each) for key, each in fields_of(value)]
+    return [], []
+
+
+def _found_by(module: nn.Module) -> _Found:
+    """What a module can reach."""
+    found = _Found()
     for key, value in vars(module).items():
         if key not in _INTERNALS:
-            _add(found, holders, key, value, set())
+            found.add(key, value)
     for held in (module._buffers, module._parameters):
-        holders.append(held)
-        found.update(held)
+        found.holders.append(held)
+        found.values.update(held)
     for path, value, _ in _variables_of(module):
-        _add(found, holders, path, value, set())
+        found.add(path, value)
     return found
-
-
-def _add(
-    found: dict[str, Any],
-    holders: list[Any],
-    path: str,
-    value: Any,
-    above: set[int],
-    most: int | None = None,
-) -> None:
-    """Add the values that ``value`` holds, or ``value`` itself if it holds none.
-
-    Args:
-        found: gets the values, by path.
-        holders: gets what holds them.
-        path: of the value.
-        value: the value.
-        above: the ids of what holds the value.
-        most: stop at so many values in ``found``; by default after ``_MANY`` further ones, as a
-            table of tables is data too.
-    """
-    most = len(found) + _MANY if most is None else most
-    if len(found) >= most:
-        return
-    items: Iterable[tuple[str, Any]] = ()
-    if version_of(value) is None and len(above) < 4 and id(value) not in above:
-        if isinstance(value, list | tuple | deque) and len(value) < _MANY:
-            items = ((f"{path}[{index}]", each) for index, each in enumerate(value))
-        elif isinstance(value, dict) and len(value) < _MANY:
-            items = [(f"{path}[{key!r}]", each) for key, each in value.items()]
-        elif isinstance(value, set) and len(value) < _MANY:
-            items = [(f"{path}[{each!r}]", each) for each in value]
-        elif is_plain_object(value) or isinstance(value, FunctionType):
-            items = [(f"{path}.{key}", each) for key, each in fields_of(value)]
-            holders += [vars(value)] if hasattr(value, "__dict__") else []
-        if isinstance(value, list | deque | dict | set) and len(value) < _MANY:
-            holders.append(value)
-    count = len(found)
-    for name, each in items:
-        _add(found, holders, name, each, above | {id(value)}, most)
-    if len(found) == count and not isinstance(value, _CONTAINERS):
-        found[path] = value
 
 
 def _contents(holder: Any) -> Any:
@@ -226,10 +237,10 @@ def _slots(kind: type) -> list[str]:
 
 def _backups(module: nn.Module) -> list[Callable[[], Any]]:
     """Functions that restore the contents of variables outside a module."""
-    found: dict[str, Any] = {}
+    found = _Found()
     for path, value, _ in _variables_of(module):
-        _add(found, [], path, value, set())
-    return [each for value in found.values() if (each := backup_of(value))]
+        found.add(path, value)
+    return [each for value in found.values.values() if (each := backup_of(value))]
 
 
 def _variables_of(module: nn.Module) -> Iterator[_Variable]:

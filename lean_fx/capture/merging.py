@@ -23,13 +23,12 @@ Rules:
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -39,7 +38,7 @@ from torch.fx.node import map_arg
 
 from lean_fx.graph.captured import mode_readers
 from lean_fx.graph.facts import facts
-from lean_fx.graph.rewriting import add_module, home_of
+from lean_fx.graph.rewriting import add_module, home_of, item
 from lean_fx.layers.modes import ByMode, InMode
 from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode, flag_of
 
@@ -126,6 +125,44 @@ def _same(homes: set[str]) -> str:
     return next(iter(homes), "")
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Calls as a graph of their own.
+
+    Attributes:
+        graph: it is given the values that the calls read, and then the modules that they call.
+        read: these values.
+        modules: the names of these modules.
+        returned: the calls whose results others read, which the graph returns.
+    """
+
+    graph: Graph
+    read: list[Node]
+    modules: list[str]
+    returned: list[Node]
+
+    @classmethod
+    def of(cls, calls: Sequence[Node]) -> _Part:
+        """Copy calls into a graph."""
+        inside = set(calls)
+        sources = dict.fromkeys(each for node in calls for each in node.all_input_nodes)
+        read = [node for node in sources if node not in inside]
+        paths = list(dict.fromkeys(str(n.target) for n in calls if n.op == "call_module"))
+        graph = Graph()
+        copies = {node: graph.placeholder(f"input_{place}") for place, node in enumerate(read)}
+        modules = {path: graph.placeholder(f"module_{place}") for place, path in enumerate(paths)}
+        for node in calls:
+            if node.op == "call_module":
+                args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
+                module = modules[str(node.target)]
+                copies[node] = graph.call_method("__call__", (module, *args), kwargs)
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        returned = [node for node in calls if any(user not in inside for user in node.users)]
+        graph.output(tuple(copies[node] for node in returned))
+        return cls(graph, read, paths, returned)
+
+
 class _Merger:
     def __init__(
         self, captured: GraphModule, model: nn.Module, opposite: Graph, other: nn.Module
@@ -186,47 +223,31 @@ class _Merger:
 
     def _part(self, nodes: Sequence[Node], own: bool, before: Node) -> None:
         """Move nodes that only one mode has into an InMode (rule 2)."""
-        inside = {node for node in nodes if node.op != "get_attr"}
         for node in nodes:
             if node.op == "get_attr" and not own:
                 self.found[node] = self._attribute(str(node.target), before)
-        if not inside:
+        calls = [node for node in nodes if node.op != "get_attr"]
+        if not calls:
             return
-        ordered = [node for node in nodes if node in inside]
-        read = dict.fromkeys(each for node in ordered for each in node.all_input_nodes)
-        outer = [node for node in read if node not in inside]
-        paths = dict.fromkeys(str(node.target) for node in ordered if node.op == "call_module")
-        given = [node if own else self.found[node] for node in outer]
-        home = self._mode_home(ordered[0])
+        part = _Part.of(calls)
+        given = [node if own else self.found[node] for node in part.read]
+        home = self._mode_home(calls[0])
         _same({home, *(self.made[each] for each in given if each in self.made)})
-        given += [self._attribute(path, before) for path in paths]
-
-        part = Graph()
-        copies = {node: part.placeholder(f"input_{place}") for place, node in enumerate(outer)}
-        modules = {path: part.placeholder(f"module_{place}") for place, path in enumerate(paths)}
-        for node in ordered:
-            if node.op == "call_module":
-                args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
-                module = modules[str(node.target)]
-                copies[node] = part.call_method("__call__", (module, *args), kwargs)
-            else:
-                copies[node] = part.node_copy(node, copies.__getitem__)
-        returned = [node for node in ordered if any(each not in inside for each in node.users)]
-        part.output(tuple(copies[node] for node in returned))
-
+        given += [self._attribute(path, before) for path in part.modules]
         mode = self._trains(home) == own
-        alone = InMode(GraphModule(nn.Module(), part), mode)
         name = "in_training" if mode else "in_evaluation"
-        call = self._call(alone, name, tuple(given), before, home)
-        for place, node in enumerate(returned):
+        only = InMode(GraphModule(nn.Module(), part.graph), mode)
+        call = self._call(only, name, tuple(given), before, home)
+        inside = set(calls)
+        for place, node in enumerate(part.returned):
             with self.graph.inserting_before(before):
-                item = self.graph.call_function(operator.getitem, (call, place))
-            self.made[item] = home
+                value = item(self.graph, call, place)
+            self.made[value] = home
             if own:
-                node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
+                node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
             else:
-                self.found[node] = item
-        for node in reversed(ordered) if own else ():
+                self.found[node] = value
+        for node in reversed(calls) if own else ():
             self.graph.erase_node(node)
 
     def _attribute(self, path: str, before: Node) -> Node:
@@ -235,7 +256,7 @@ class _Merger:
         if path.rpartition(".")[2].startswith("_tensor_constant"):  # each trace has its own
             taken = (f"_tensor_constant{number}" for number in itertools.count())
             name = next(each for each in taken if not hasattr(self.captured, each))
-            self.captured.register_buffer(name, _fetch(self.other, path))
+            self.captured.register_buffer(name, attrgetter(path)(self.other))
         elif not _has(self.captured, path):
             _copy_attr(self.other, self.captured, path)
         with self.graph.inserting_before(before):
@@ -270,13 +291,9 @@ def _with_flags(theirs: Any, mine: Any) -> Any:
     return tuple(own if isinstance(own, bool) else their for their, own in pairs)
 
 
-def _fetch(root: nn.Module, path: str) -> Any:
-    return functools.reduce(getattr, path.split("."), root)
-
-
 def _has(root: nn.Module, path: str) -> bool:
     try:
-        _fetch(root, path)
+        attrgetter(path)(root)
     except AttributeError:
         return False
     return True

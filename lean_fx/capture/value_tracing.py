@@ -19,7 +19,6 @@ dtype and a device but no numbers; for anything else the value itself. Rules:
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -198,7 +197,7 @@ class ValueTracer(AnsweringTracer):
             case "placeholder":
                 return self._input(str(node.target), args)
             case "get_attr":
-                value = self._fetch(str(node.target))
+                value = operator.attrgetter(str(node.target))(self.root)
                 if isinstance(value, nn.Module):
                     return runnable(value, self._fake)
                 return self._fake(value) if isinstance(value, Tensor) else value
@@ -207,10 +206,8 @@ class ValueTracer(AnsweringTracer):
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         with keeping_rng_state():
-            return run_on(self._fetch(str(node.target)), self._fake, args, kwargs)
-
-    def _fetch(self, path: str) -> Any:
-        return functools.reduce(getattr, path.split("."), self.root)
+            module = self.root.get_submodule(str(node.target))
+            return run_on(module, self._fake, args, kwargs)
 
     def _input(self, name: str, default: tuple[Any, ...]) -> Any:
         if not self._inputs:  # torch.fx unpickles a graph, and gives no inputs

@@ -64,9 +64,9 @@ def trace_copy(
         raise TraceError(f"{type(root).__name__} {reason}")
     leaves |= fed
     for name, each in root.named_modules():
-        kept = lost_in_a_graph(each, purpose) or reduces_within(each) or has_hooks(each)
-        if name and kept:
-            leaves |= {name}
+        if name and not is_leaf(each):
+            kept = lost_in_a_graph(each, purpose) or reduces_within(each) or has_hooks(each)
+            leaves |= {name} if kept else set()
     copied, graph = _trace_seeing(root, inputs, leaves)
     for guard in [node for node in graph.nodes if node.target is check_given]:
         is_input = isinstance(guard.args[0], Node) and guard.args[0].op == "placeholder"

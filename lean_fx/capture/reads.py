@@ -44,9 +44,10 @@ class AttributeReads:
     def __init__(self) -> None:
         self._read: dict[int, dict[str, Any]] = {}
 
-    def of(self, module: nn.Module) -> dict[str, Any]:
-        """What has been read of a module: each attribute with the value of the first read."""
-        return self._read.get(id(module), {})
+    def by_name(self, root: nn.Module) -> dict[str, dict[str, Any]]:
+        """What has been read of each module: the attributes with the values of the first reads."""
+        found = {name: self._read.get(id(module)) for name, module in root.named_modules()}
+        return {name: read for name, read in found.items() if read}
 
     @contextmanager
     def watching(self, modules: list[nn.Module]) -> Iterator[None]:

@@ -150,10 +150,15 @@ class LeanTracer(AskedTracer):
                 graph = super().trace(root, concrete_args)
             before.check()
         write_in_place(graph, dict(root.named_modules()))
-        freeze_attributes(graph, self._frozen(root))
-        named = root.named_modules()
-        readers = (name for name, each in named if "training" in self.reads.of(each))
-        note_mode_readers(graph, frozenset(readers))
+        read = self.reads.by_name(root)
+        modes = frozenset(name for name, each in read.items() if "training" in each)
+        note_mode_readers(graph, modes)
+        frozen = {
+            name: {key: value for key, value in each.items() if key != "training"}
+            for name, each in read.items()
+            if name not in self.leaves
+        }
+        freeze_attributes(graph, {name: each for name, each in frozen.items() if each})
         for node in reversed(graph.nodes):  # only a shape was asked for, or nothing at all
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
@@ -161,15 +166,6 @@ class LeanTracer(AskedTracer):
             if id(node.target) in self._autowrap_function_ids:
                 node.meta.pop("is_wrapped", None)  # its generated code would wrap ``torch.nn...``
         return graph
-
-    def _frozen(self, root: nn.Module) -> dict[str, dict[str, Any]]:
-        """The attributes that forward has read of modules that are not leaves."""
-        found = {}
-        for name, module in root.named_modules():
-            read = {key: each for key, each in self.reads.of(module).items() if key != "training"}
-            if read and name not in self.leaves:
-                found[name] = read
-        return found
 
     def create_args_for_root(
         self,

@@ -10,7 +10,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from lean_fx.capture.proxies import LEARNING
@@ -154,7 +154,7 @@ class ParameterReads(TorchFunctionMode):
             return any(map(self._known, value))
         if type(value) is dict:
             return any(map(self._known, value.values()))
-        return isinstance(value, Tensor) and self._tracer.is_held(value)
+        return self._tracer.is_held(value)
 
     def _proxies(self, value: Any) -> Any:
         if type(value) in (tuple, list):

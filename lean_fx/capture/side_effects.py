@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, get_autocast_dtype, is_autocast_enabled, nn
 from torch.fx import Node, Proxy
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,8 +53,8 @@ class SideEffect(TraceError):  # noqa: N818
 
 def autocasting() -> tuple[Any, ...]:
     """The kinds of device for which autocast is on, each with its dtype."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+    kinds = [kind for kind in ("cpu", "cuda") if is_autocast_enabled(kind)]
+    return tuple((kind, get_autocast_dtype(kind)) for kind in kinds)
 
 
 def may_have_gradient(node: Node, root: nn.Module, known: set[Node]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node, Proxy, Tracer, _symbolic_trace
 from torch.fx.proxy import TraceError
 from torch.nn.utils import rnn
@@ -122,6 +122,7 @@ class LeanTracer(AskedTracer):
         self._parameters: dict[str, nn.Parameter] = {}
         self._autocast: tuple[Any, ...] = ()
         self._learned: set[Node] = set()
+        self._layers: set[int] = set()  # the ids of the modules that are leaves by their type
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """Trace a module, and record in the graph what forward has read of its attributes."""
@@ -130,6 +131,7 @@ class LeanTracer(AskedTracer):
         self._names = {id(tensor): name for name, tensor in self.held.items()}
         self._autocast = autocasting()
         self._proxies: dict[str, Proxy] = {}
+        self._layers = {id(each) for each in root.modules() if is_leaf(each)}
         watched = [each for name, each in root.named_modules() if self._looks_into(each, name)]
         self._draws = Draws(lambda: self.computing)
         homes = globals_of(watched)
@@ -188,7 +190,7 @@ class LeanTracer(AskedTracer):
         Scalars of NumPy become Python's: generated code could not name them.
         """
         numpy = sys.modules.get("numpy")
-        if numpy and isinstance(a, numpy.generic):
+        if numpy and issubclass(type(a), numpy.generic):
             a = a.item()
         if not is_own_container(a):
             return super().create_arg(a)
@@ -201,7 +203,7 @@ class LeanTracer(AskedTracer):
         node = super().create_node(kind, target, *args, **kwargs)
         if may_have_gradient(node, self.root, self._learned):
             self._learned.add(node)
-            if not torch.is_grad_enabled():
+            if not is_grad_enabled():
                 raise SideEffect(f"{node.name} is computed without a gradient")
         if node.op != "call_module":
             for each in written_by(node, {}):
@@ -215,7 +217,7 @@ class LeanTracer(AskedTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of ``m`` becomes one node."""
-        return module_qualified_name in self.leaves or is_leaf(m)
+        return module_qualified_name in self.leaves or id(m) in self._layers
 
     def _looks_into(self, module: nn.Module, name: str) -> bool:
         """Whether the code of a module's forward is the user's, and is traced."""
@@ -224,13 +226,13 @@ class LeanTracer(AskedTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """The proxy of a parameter or buffer, looked up by id; torch.fx would search them all."""
-        if not isinstance(attr_val, Tensor) or self._is_other_thread():
+        if self._is_other_thread() or not self.is_held(attr_val):
             return attr_val
-        return self.proxy_of(attr_val) if self.is_held(attr_val) else attr_val
+        return self.proxy_of(attr_val)
 
-    def is_held(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer of the model."""
-        return id(tensor) in self._names
+    def is_held(self, value: Any) -> bool:
+        """Whether a value is a parameter or buffer of the model."""
+        return id(value) in self._names
 
     def proxy_of(self, tensor: Tensor) -> Proxy:
         """The proxy of a parameter or buffer of the model."""

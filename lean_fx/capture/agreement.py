@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import call, copied_inputs
-from lean_fx.capture.fed_by_hooks import CALL_HOOKS, is_users
+from lean_fx.capture.fed_by_hooks import is_users
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
 from lean_fx.errors import BranchError
+from lean_fx.graph.calls import CALL_HOOKS
 from lean_fx.graph.clones import without_gradients
 from lean_fx.graph.reachable import leaving_state
 

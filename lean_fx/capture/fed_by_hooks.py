@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from lean_fx.graph.calls import CALL_HOOKS
 from lean_fx.graph.reachable import holders_of_functions, reachable_holders
 
-#: The hooks of calls that a module holds.
-CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _LIBRARIES = ("torch", "lean_fx")
 
 

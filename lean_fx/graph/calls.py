@@ -13,7 +13,8 @@ META_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_m
 META_METHODS = frozenset(
     ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
 ) | frozenset(("is_contiguous", "element_size"))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+#: The hooks that a module holds: of its calls, and of gradients that reach it.
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -50,7 +51,7 @@ def is_altered(module: nn.Module) -> bool:
         >>> is_altered(nn.ReLU())
         False
     """
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in CALL_HOOKS)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -60,7 +61,7 @@ def has_hooks(module: nn.Module) -> bool:
         >>> has_hooks(nn.ReLU())
         False
     """
-    return any(getattr(module, hooks) for hooks in (*_HOOKS, *BACKWARD_HOOKS))
+    return any(getattr(module, hooks) for hooks in (*CALL_HOOKS, *BACKWARD_HOOKS))
 
 
 def asks_for_meta(node: Node) -> bool:

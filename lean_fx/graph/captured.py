@@ -10,15 +10,16 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from lean_fx.cloning import rebind_functions
-from lean_fx.graph.calls import modules_by_name
+from lean_fx.graph.calls import BACKWARD_HOOKS, CALL_HOOKS, modules_by_name
 from lean_fx.graph.parts import StandIn, check_frozen, missing, parts_of, stand_for
 from lean_fx.layers.kinds import KINDS
 
 # The hooks of calls of a model, and of gradients that reach it.
 _ROOT_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks"),
+    *CALL_HOOKS,
+    *BACKWARD_HOOKS,
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks_with_kwargs",
 )
 _STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),

@@ -40,17 +40,12 @@ class AnsweringTracer(LeanTracer):
     Args:
         leaves: names of modules that are leaves.
         leaf_on_failure: whether modules whose forward cannot be traced become leaves.
-        wrapped: further functions that are nodes.
     """
 
     def __init__(
-        self,
-        leaves: frozenset[str] = frozenset(),
-        *,
-        leaf_on_failure: bool = False,
-        wrapped: tuple[Callable[..., Any], ...] = (),
+        self, leaves: frozenset[str] = frozenset(), *, leaf_on_failure: bool = False
     ) -> None:
-        super().__init__(leaves, leaf_on_failure=leaf_on_failure, wrapped=wrapped)
+        super().__init__(leaves, leaf_on_failure=leaf_on_failure)
         self._decided: set[tuple[str, Any]] = set()
         self._counted: set[Node] = set()
 

@@ -101,17 +101,17 @@ class LeanTracer(AskedTracer):
         leaf_on_failure: whether a module whose forward cannot be traced becomes a leaf, the
             innermost first. Its name is added to ``leaves``, but the graph still holds nodes of
             the failed attempt: trace anew.
-        wrapped: further functions that become nodes.
+
+    Attributes:
+        as_nodes: the functions that become nodes.
     """
 
+    as_nodes: tuple[Callable[..., Any], ...] = _NODES
+
     def __init__(
-        self,
-        leaves: frozenset[str] = frozenset(),
-        *,
-        leaf_on_failure: bool = False,
-        wrapped: tuple[Callable[..., Any], ...] = (),
+        self, leaves: frozenset[str] = frozenset(), *, leaf_on_failure: bool = False
     ) -> None:
-        super().__init__(autowrap_functions=(*_NODES, *wrapped))
+        super().__init__(autowrap_functions=self.as_nodes)
         self._autowrap_search += [rnn, _symbolic_trace, torch]  # for calls by the module's name
         self.leaves = leaves
         self.leaf_on_failure = leaf_on_failure

@@ -84,6 +84,8 @@ class ValueTracer(AnsweringTracer):
         leaf_on_failure: whether modules whose forward cannot be traced become leaves.
     """
 
+    as_nodes = (*AnsweringTracer.as_nodes, *_MAKERS, *_MAKERS_OF_VALUES)
+
     def __init__(
         self,
         inputs: Sequence[Any] = (),
@@ -91,11 +93,7 @@ class ValueTracer(AnsweringTracer):
         *,
         leaf_on_failure: bool = False,
     ) -> None:
-        super().__init__(
-            leaves,
-            leaf_on_failure=leaf_on_failure,
-            wrapped=(*_MAKERS, *_MAKERS_OF_VALUES),
-        )
+        super().__init__(leaves, leaf_on_failure=leaf_on_failure)
         self._inputs = tuple(inputs)
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._state: dict[Tensor, Tensor] = {}

@@ -26,9 +26,9 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lean_fx.graph.clones import runnable_parts, without_gradients
 from lean_fx.graph.facts import facts
 from lean_fx.graph.reachable import leaving_state
+from lean_fx.graph.running import runnable_parts, without_gradients
 from lean_fx.passes.base import Pass
 from lean_fx.passes.propagate_shapes import cannot_run
 

@@ -24,10 +24,10 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
 
 from lean_fx.errors import ArgumentError, one_line
-from lean_fx.graph.clones import fake_errors_unlogged, fake_of, runnable_parts, without_gradients
 from lean_fx.graph.facts import facts
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import leaving_state
+from lean_fx.graph.running import fake_errors_unlogged, fake_of, runnable_parts, without_gradients
 from lean_fx.passes.base import Pass
 
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)

@@ -6,7 +6,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import CaptureError
-from lean_fx.graph.clones import without_gradients
+from lean_fx.graph.running import without_gradients
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 UNTRACED = "forward computes gradients"

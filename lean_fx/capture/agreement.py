@@ -22,8 +22,8 @@ from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
 from lean_fx.errors import BranchError
 from lean_fx.graph.calls import CALL_HOOKS
-from lean_fx.graph.clones import without_gradients
 from lean_fx.graph.reachable import leaving_state
+from lean_fx.graph.running import without_gradients
 
 _SCALE = 0.7  # of the second inputs: they stay positive, or probabilities, if the first ones are
 _TOLERANCE = 1e-3

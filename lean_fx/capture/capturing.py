@@ -33,8 +33,8 @@ from lean_fx.graph.captured import (
     keep_layers,
     keep_unsaved,
 )
-from lean_fx.graph.clones import clone_sharing_state
 from lean_fx.graph.parts import note_parts
+from lean_fx.graph.running import clone_sharing_state
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.locks import SHARED_STATE
 from lean_fx.passes.modularize_calls import ModularizeCalls

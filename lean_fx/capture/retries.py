@@ -30,7 +30,7 @@ from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_leaf, is_wrapped
 from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
-from lean_fx.graph.clones import clone_sharing_state
+from lean_fx.graph.running import clone_sharing_state
 from lean_fx.layers.input_hooks import reduces_within
 from lean_fx.layers.kinds import KINDS, kind_of
 

@@ -16,8 +16,8 @@ from lean_fx.capture.guards import check_branch
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
 from lean_fx.graph.calls import modules_by_name
-from lean_fx.graph.clones import fake_errors_unlogged, fake_of, run_on, without_gradients
 from lean_fx.graph.reachable import leaving_state
+from lean_fx.graph.running import fake_errors_unlogged, fake_of, run_on, without_gradients
 
 
 def refusing_modules(

@@ -50,7 +50,7 @@ from lean_fx.capture.guards import (
 from lean_fx.capture.proxies import FIXED, UNKNOWN, drop_value, keep_value, value_of, value_proxy
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.graph.calls import META_METHODS
-from lean_fx.graph.clones import fake_of, run_on, runnable, without_gradients
+from lean_fx.graph.running import fake_of, run_on, runnable, without_gradients
 
 _CALLS = ("call_function", "call_method")
 _NO_VALUE = (

@@ -32,10 +32,10 @@ from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.checks import check_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
-from lean_fx.graph.clones import without_gradients
 from lean_fx.graph.context import owners_of
 from lean_fx.graph.facts import ChannelRead
 from lean_fx.graph.reachable import leaving_state
+from lean_fx.graph.running import without_gradients
 from lean_fx.graph.sites import Site
 from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
 from lean_fx.passes.find_consumers import NO_PART_REDUCED, skip_reason_of

@@ -32,8 +32,9 @@ from lean_fx.graph.captured import (
     keep_hooks,
     keep_layers,
     keep_unsaved,
+    record,
 )
-from lean_fx.graph.parts import note_parts
+from lean_fx.graph.parts import part_of
 from lean_fx.graph.running import clone_sharing_state
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.locks import SHARED_STATE
@@ -127,7 +128,8 @@ def _captured_with(
     ModularizeCalls()(captured)
     _name_items(captured)
     keep_unsaved(captured, root)
-    note_parts(captured.graph, root)
+    parts = {name: part_of(module) for name, module in root.named_modules()}
+    record(captured.graph, parts=parts)
     guard_parts(captured)
     return captured
 

@@ -36,7 +36,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import map_arg
 
-from lean_fx.graph.captured import mode_readers
+from lean_fx.graph.captured import record_of
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import add_module, home_of, item
 from lean_fx.layers.modes import ByMode, InMode
@@ -172,7 +172,7 @@ class _Merger:
         self.found: dict[Node, Node] = {}  # a node of the opposite graph -> its twin in ours
         self.made: dict[Node, str] = {}  # a value of one mode -> the module that has the mode
         self.changed = False
-        self.readers = mode_readers(self.graph) | mode_readers(opposite)
+        self.readers = record_of(self.graph).mode_readers | record_of(opposite).mode_readers
 
     def merge(self, blocks: Sequence[_Block]) -> None:
         for block, after in zip(blocks, (*blocks[1:], None), strict=True):

@@ -36,7 +36,7 @@ from lean_fx.capture.side_effects import (
     keep,
     may_have_gradient,
 )
-from lean_fx.graph.captured import freeze_attributes, note_mode_readers
+from lean_fx.graph.captured import record
 from lean_fx.graph.model_code import globals_of
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import leaving_state
@@ -154,13 +154,13 @@ class LeanTracer(AskedTracer):
         write_in_place(graph, dict(root.named_modules()))
         read = self.reads.by_name(root)
         modes = frozenset(name for name, each in read.items() if "training" in each)
-        note_mode_readers(graph, modes)
         frozen = {
             name: {key: value for key, value in each.items() if key != "training"}
             for name, each in read.items()
             if name not in self.leaves
         }
-        freeze_attributes(graph, {name: each for name, each in frozen.items() if each})
+        frozen = {name: each for name, each in frozen.items() if each}
+        record(graph, frozen=frozen, mode_readers=modes)
         for node in reversed(graph.nodes):  # only a shape was asked for, or nothing at all
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)

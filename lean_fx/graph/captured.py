@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from lean_fx.cloning import rebind_functions
 from lean_fx.graph.calls import BACKWARD_HOOKS, CALL_HOOKS, modules_by_name
-from lean_fx.graph.parts import StandIn, check_frozen, missing, parts_of, stand_for
+from lean_fx.graph.parts import Part, StandIn, check_frozen, missing, stand_for
 from lean_fx.layers.kinds import KINDS
 
 # The hooks of calls of a model, and of gradients that reach it.
@@ -28,8 +30,7 @@ _STATE_HOOKS = (
 _HELD = ("_modules", "_parameters", "_buffers")
 #: For each module of a tree, the names of what it holds, in order.
 _Order = dict[str, list[list[str]]]
-_FROZEN = "lean_fx.frozen"
-_MODE_READERS = "lean_fx.mode_readers"
+_RECORD = "lean_fx.record"
 
 
 class CapturedModule(GraphModule):
@@ -64,7 +65,7 @@ its graph; set it on the model, and capture that again
     def __setattr__(self, name: str, value: Any) -> None:
         graph = vars(self).get("_graph")
         if graph is not None and name not in self._modules:
-            read = frozen_attributes(graph).get("", {})
+            read = record_of(graph).frozen.get("", {})
             if name in read:
                 check_frozen(name, read[name], value)
         super().__setattr__(name, value)
@@ -74,7 +75,7 @@ its graph; set it on the model, and capture that again
             return super().__getattr__(name)
         except AttributeError as error:
             graph = vars(self).get("_graph")
-            part = parts_of(graph).get("") if graph is not None else None
+            part = record_of(graph).parts.get("") if graph is not None else None
             raise missing(part, name, error) from None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -178,38 +179,38 @@ def keep_unsaved(graph_module: nn.Module, root: nn.Module) -> None:
         there._non_persistent_buffers_set |= unsaved & there._buffers.keys()
 
 
-def freeze_attributes(graph: Graph, read: dict[str, dict[str, Any]]) -> None:
-    """Record in a graph the attributes that forward has read, such as numbers and functions.
+@dataclass(frozen=True)
+class Record:
+    """What a graph keeps of its model; copies of the graph have it too.
 
-    Args:
-        graph: of the forward; copies of it keep the record.
-        read: the values, by the names of the module and the attribute.
+    Attributes:
+        parts: the modules of the model, by name.
+        frozen: the attributes that forward has read, such as numbers and functions: their values,
+            by the names of the module and the attribute.
+        mode_readers: the names of the modules whose ``training`` forward has read.
     """
-    next(reversed(graph.nodes)).meta[_FROZEN] = read
+
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    frozen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    mode_readers: frozenset[str] = frozenset()
 
 
-def frozen_attributes(graph: Graph) -> dict[str, dict[str, Any]]:
-    """The record of :func:`freeze_attributes`."""
+def record_of(graph: Graph) -> Record:
+    """The record of a graph; an empty one if there is none."""
     last = next(iter(reversed(graph.nodes)), None)
-    return {} if last is None else last.meta.get(_FROZEN, {})
+    return Record() if last is None else last.meta.get(_RECORD, Record())
 
 
-def note_mode_readers(graph: Graph, names: frozenset[str]) -> None:
-    """Record in a graph the names of the modules whose ``training`` forward has read."""
-    next(reversed(graph.nodes)).meta[_MODE_READERS] = names
-
-
-def mode_readers(graph: Graph) -> frozenset[str]:
-    """The record of :func:`note_mode_readers`."""
-    last = next(iter(reversed(graph.nodes)), None)
-    return frozenset() if last is None else last.meta.get(_MODE_READERS, frozenset())
+def record(graph: Graph, **known: Any) -> None:
+    """Set fields of the record of a graph."""
+    next(reversed(graph.nodes)).meta[_RECORD] = replace(record_of(graph), **known)
 
 
 def guard_parts(graph_module: GraphModule) -> None:
     """Put stand-ins where modules were traced into, and guard the attributes that forward reads."""
     modules = dict(graph_module.named_modules())
-    parts = parts_of(graph_module.graph)
-    frozen = frozen_attributes(graph_module.graph)
+    known = record_of(graph_module.graph)
+    parts, frozen = known.parts, known.frozen
     for path, module in modules.items():
         if path and type(module) is nn.Module and (path in parts or path in frozen):
             stand_for(module, parts.get(path), frozen.get(path, {}))

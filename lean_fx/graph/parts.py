@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.fx import Graph
 
 from lean_fx.errors import CaptureError, warn
 
-_PARTS = "lean_fx.parts"
 #: Stands for an attribute that forward asks for and a module does not have.
 NO_ATTRIBUTE = inspect.Parameter.empty  # it is the same in another process
 #: Stands for an object of the user's own that forward reads.
@@ -54,19 +52,8 @@ class Part:
     children: tuple[str, ...]
 
 
-def note_parts(graph: Graph, root: nn.Module) -> None:
-    """Record in a graph what the modules of its model are; copies of the graph keep the record."""
-    parts = {name: _part(module) for name, module in root.named_modules()}
-    next(reversed(graph.nodes)).meta[_PARTS] = parts
-
-
-def parts_of(graph: Graph) -> dict[str, Part]:
-    """The record of :func:`note_parts`."""
-    last = next(iter(reversed(graph.nodes)), None)
-    return {} if last is None else last.meta.get(_PARTS, {})
-
-
-def _part(module: nn.Module) -> Part:
+def part_of(module: nn.Module) -> Part:
+    """What a module is."""
     own = {name: each for name, each in vars(module).items() if name not in _INTERNALS}
     return Part(
         type(module).__name__,

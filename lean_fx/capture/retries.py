@@ -130,18 +130,17 @@ def _trace_around(
     root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
     """As :func:`trace_copy`, with given leaves, and more if it needs them."""
-    absent = absent_arguments(root, inputs)
     try:
         if not all(each is None or _holds_no_none(each) for each in inputs):
             raise TraceError("what is in a container may be None")
         copied = clone_sharing_state(root)
-        return copied, LeanTracer(leaves).trace(copied, absent)
+        return copied, LeanTracer(leaves).trace(copied, absent_arguments(root, inputs))
     except Exception:  # the model's own code may raise anything on proxies
-        copied, graph, needed = _trace_in_parts(root, inputs, absent, leaves)
+        copied, graph, needed = _trace_in_parts(root, inputs, leaves)
     if needed > leaves and not _layers_called(copied, graph):
         names = ", ".join(sorted(needed - leaves))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
-    return _without_refusals(root, inputs, absent, copied, graph, needed)
+    return _without_refusals(root, inputs, copied, graph, needed)
 
 
 def _holds_no_none(value: Any) -> bool:
@@ -151,9 +150,10 @@ def _holds_no_none(value: Any) -> bool:
 
 
 def _trace_in_parts(
-    root: nn.Module, inputs: Sequence[Any], absent: dict[str, Any], leaves: frozenset[str]
+    root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph, frozenset[str]]:
     """Trace copies of a module, with more leaves each time, until an attempt succeeds."""
+    absent = absent_arguments(root, inputs)
     while True:
         copied = clone_sharing_state(root)
         tracer = (
@@ -170,7 +170,6 @@ def _trace_in_parts(
 def _without_refusals(
     root: nn.Module,
     inputs: Sequence[Any],
-    absent: dict[str, Any],
     copied: nn.Module,
     graph: Graph,
     leaves: frozenset[str],
@@ -181,7 +180,7 @@ def _without_refusals(
         refusing = refusing_modules(root, GraphModule(copied, graph), inputs).keys() & names
         if refusing <= leaves:
             break
-        other, parts, leaves = _trace_in_parts(root, inputs, absent, leaves | refusing)
+        other, parts, leaves = _trace_in_parts(root, inputs, leaves | refusing)
         if not _layers_called(other, parts):
             break
         copied, graph = other, parts

@@ -34,7 +34,8 @@ LEARNING = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 UNKNOWN = object()
 #: The key under which a node records whether its value follows from the parameters alone.
 FIXED = "lean_fx.fixed"
-_VALUE = "lean_fx.value"
+#: The key under which a node has its value for the example inputs, during a trace.
+VALUE = "lean_fx.value"
 
 
 class UnknownKeyError(TraceError, TypeError):
@@ -88,17 +89,7 @@ class WeightProxy(KeepsData, ParameterProxy):
 
 def value_of(node: Node) -> Any:
     """The value of a node for the example inputs, during a trace; UNKNOWN if it has none."""
-    return node.meta.get(_VALUE, UNKNOWN)
-
-
-def keep_value(node: Node, value: Any) -> None:
-    """Record the value of a node."""
-    node.meta[_VALUE] = value
-
-
-def drop_value(node: Node) -> None:
-    """Forget the value of a node."""
-    node.meta.pop(_VALUE, None)
+    return node.meta.get(VALUE, UNKNOWN)
 
 
 def value_proxy(node: Node, tracer: AnsweringTracer) -> Proxy:

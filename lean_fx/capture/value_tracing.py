@@ -47,7 +47,7 @@ from lean_fx.capture.guards import (
     has_attribute,
     round_number,
 )
-from lean_fx.capture.proxies import FIXED, UNKNOWN, drop_value, keep_value, value_of, value_proxy
+from lean_fx.capture.proxies import FIXED, UNKNOWN, VALUE, value_of, value_proxy
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.graph.calls import META_METHODS
 from lean_fx.graph.running import fake_of, run_on, runnable, without_gradients
@@ -107,8 +107,8 @@ class ValueTracer(AnsweringTracer):
             if not node.users and _only_decides(node):
                 graph.erase_node(node)
         for node in graph.nodes:
-            drop_value(node)
-            node.meta.pop(FIXED, None)
+            for key in (VALUE, FIXED):
+                node.meta.pop(key, None)
         return graph
 
     # The methods that torch.fx's tracer calls.
@@ -117,7 +117,7 @@ class ValueTracer(AnsweringTracer):
         """Make a node, and its value."""
         node = super().create_node(kind, target, *args, **kwargs)
         try:
-            keep_value(node, self._value_of(node))
+            node.meta[VALUE] = self._value_of(node)
         except Exception:  # the model's own code may expect it
             if not node.users:
                 self.graph.erase_node(node)

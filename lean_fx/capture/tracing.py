@@ -136,14 +136,13 @@ class LeanTracer(AskedTracer):
         self._draws = Draws(lambda: self.computing)
         homes = globals_of(watched)
         self.homes = {id(home) for home in homes}
+        patches = [*counting_items(homes), *converting_sizes(watched), *without_caches(root)]
+        patches += answering(self, homes)
         with (
             torch.enable_grad(),
             self.reads.watching(watched),
             refusing_functions(homes, lambda: self.computing),
-            patching(counting_items(homes)),
-            patching(converting_sizes(watched)),
-            patching(without_caches(root)),
-            patching(answering(self, homes)),
+            patching(patches),
             leaving_state(root),
             self._draws,
         ):

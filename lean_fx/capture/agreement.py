@@ -1,4 +1,4 @@
-"""Check that a captured graph computes what its model computes, on the example inputs and beside.
+"""Check that a captured graph computes what its model computes.
 
 Tracing cannot see everything that Python code does. So the model and the graph each run twice: on
 the example inputs, and then on scaled ones. A value that the trace froze shows in the second run,

@@ -1,4 +1,4 @@
-"""The checks in a captured graph that its model would take the same path on new inputs."""
+"""Checks that new inputs lead along the path that was captured, and builtins that are nodes."""
 
 from __future__ import annotations
 
@@ -183,12 +183,12 @@ def count_items(value: Sized) -> int:
 
 
 def counting_items(homes: Iterable[dict[str, Any]]) -> list[Patch]:
-    """Patches that put :func:`count_items` in the place of ``len`` in globals."""
+    """Patches that replace ``len`` by :func:`count_items` in globals."""
     return [(home, "len", count_items) for home in homes if "len" not in home]
 
 
 class Converting:
-    """Stands for ``int`` or ``float`` in the code of a model: of a size it makes a node.
+    """Replaces ``int`` or ``float`` in the code of a model: a size becomes a node.
 
     Args:
         kind: the builtin.
@@ -210,10 +210,10 @@ class Converting:
 
 
 def converting_sizes(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Patches by which ``int`` and ``float`` of a size are nodes, in globals of the modules' code.
+    """Patches that replace ``int`` and ``float`` by :class:`Converting` in the modules' code.
 
-    ``int(x.size(0))`` would else be a constant, since Python takes no proxy for an int. A module's
-    code that uses the names otherwise, as ``isinstance(x, int)`` does, keeps the builtins.
+    Otherwise ``int(x.size(0))`` would be a constant, since Python takes no proxy for an int. Code
+    that does more than call them, such as ``isinstance(x, int)``, keeps the builtins.
     """
     users: dict[int, list[FunctionType]] = {}
     for function in (each for module in modules for each in functions_of(module)):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LEARNING = frozenset(("requires_grad", "is_leaf", "grad_fn"))
 #: Stands for a value that is not known.
 UNKNOWN = object()
-#: The key under which a node records whether its value follows from the parameters alone.
+#: The key under which a node records whether its value follows only from the parameters.
 FIXED = "lean_fx.fixed"
 #: The key under which a node has its value for the example inputs, during a trace.
 VALUE = "lean_fx.value"

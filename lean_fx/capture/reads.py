@@ -36,9 +36,9 @@ _WATCHED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class AttributeReads:
-    """The numbers, strings, functions, Nones and lists of such that a forward reads of modules.
+    """The numbers, strings, functions, Nones and lists of these that a forward reads of modules.
 
-    It may also ask for what is not there, by hasattr.
+    An attribute that forward asks for and that is missing counts too.
     """
 
     def __init__(self) -> None:

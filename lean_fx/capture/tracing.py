@@ -1,4 +1,4 @@
-"""torch.fx's tracer for the models that people have."""
+"""torch.fx's tracer, extended for models as people write them."""
 
 from __future__ import annotations
 

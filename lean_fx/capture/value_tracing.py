@@ -8,7 +8,7 @@ dtype and a device but no numbers; for anything else the value itself. Rules:
 2. Where Python needs a value to branch (``bool``), to count (``len``, ``range``) or as a number
    (``int``), it gets that of the example inputs. The graph gets a
    :func:`~lean_fx.capture.guards.check_branch`, which refuses inputs that lead to another value.
-3. A value that follows from the parameters alone and is not a tensor is a constant. The graph also
+3. A value that follows only from the parameters and is not a tensor is a constant. The graph also
    checks the number of axes of its inputs, their keys, items and attributes, and the types of
    these. The number of axes of any other tensor follows from the inputs.
 4. What depends on the numbers in a tensor is an error, as with torch.fx.

@@ -1,6 +1,6 @@
 """Stand-ins for the modules that capture has traced into.
 
-The graph calls their layers itself. torch.fx keeps only an empty module to hold these; here the
+The graph calls their layers itself. torch.fx would leave an empty module that holds the layers. A
 stand-in shows what the module was:
 
 1. A Sequential, ModuleList or ModuleDict keeps its class, order, indexing and length.

@@ -1,4 +1,4 @@
-"""Other things under some names, while the code of a model runs."""
+"""Replace functions and classes by name while the code of a model runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 
 from lean_fx.graph.model_code import CACHE, cells_of, globals_of
 
-#: What holds a name, the name, and what stands there meanwhile.
+#: What holds a name, the name, and its value meanwhile.
 Patch = tuple[Any, str, Any]
 _MISSING = object()
 
 
 def without_caches(model: nn.Module) -> list[Patch]:
-    """Patches by which the functions of a model's code run, where functools would cache them.
+    """Patches that replace the cached functions of a model's code by the functions themselves.
 
-    A cache of the user's would else hand out proxies and fake tensors to the model itself.
+    Otherwise a cache of the user's would later give the model proxies and fake tensors.
     """
     modules = [each for each in model.modules() if _is_users(type(each))]
     kinds = dict.fromkeys(base for each in modules for base in type(each).__mro__)
@@ -45,7 +45,7 @@ def _is_users(kind: type) -> bool:
 
 @contextmanager
 def patching(patches: Iterable[Patch]) -> Iterator[None]:
-    """Let other things stand under some names of objects and dictionaries; put them back after."""
+    """Replace attributes of objects and items of dictionaries; restore them on exit."""
     done: list[Patch] = []
     try:
         for home, name, value in patches:
@@ -57,7 +57,7 @@ def patching(patches: Iterable[Patch]) -> Iterator[None]:
 
 
 def _replace(home: Any, name: str, value: Any) -> Any:
-    """Put a value under a name; returns what was there, which _MISSING stands for if nothing."""
+    """Give a name another value; return the one before, or _MISSING."""
     if isinstance(home, CellType):
         before, home.cell_contents = home.cell_contents, value
         return before

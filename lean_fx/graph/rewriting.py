@@ -48,10 +48,10 @@ def add_module(
 
 
 def become(module: nn.Module, made: nn.Module) -> None:
-    """Turn a module into another one in place, which must not be used any more.
+    """Turn a module into another one, in place; the other must not be used any more.
 
-    So whatever refers to it, by another name or from a list in the model's code, refers to the new
-    one.
+    Whatever refers to the module, by another name or from a list in the model's code, then refers
+    to the new one.
 
     Example:
         >>> layers = [nn.Linear(4, 2)]

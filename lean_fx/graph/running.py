@@ -1,4 +1,4 @@
-"""Run modules without a trace left: on copies, on other tensors, without gradients."""
+"""Run modules without changing them: on copies, on other tensors, without gradients."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _T = TypeVar("_T")
 
 
 def runnable(module: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy to run without a trace left: it has other parameters and buffers, and no user's hooks.
+    """A copy that can run without changing the module: it has other parameters and buffers.
 
-    With the module's own buffers a run would write to them, as batch norm does. The hooks before
-    a forward stay, since some compute a weight.
+    With the module's own buffers a run would write to them, as batch norm does. The copy has none
+    of the user's hooks, except those before a forward, since some compute a weight.
 
     Args:
         module: what to copy.
@@ -60,10 +60,10 @@ def run_on(module: nn.Module, tensor: Callable[[Tensor], Tensor], args: Any, kwa
 
 
 def without_gradients(call: Callable[[], _T]) -> _T:
-    """Call a function without gradients; with them if it fails so, since a forward may ask for any.
+    """Call a function without gradients, or with them if it fails without.
 
-    Forces, which are the gradient of an energy, and networks that solve differential equations are
-    computed so.
+    A forward may compute gradients itself, as for forces, which are the gradient of an energy, and
+    in networks that solve differential equations.
 
     Args:
         call: runs a model; it may be called twice.
@@ -88,7 +88,7 @@ def without_gradients(call: Callable[[], _T]) -> _T:
 def clone_sharing_state(
     module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda each: each
 ) -> nn.Module:
-    """A deep copy to run or trace without a trace left, with the same parameters and buffers.
+    """A deep copy to run or trace instead of a module, with the same parameters and buffers.
 
     Args:
         module: what to copy.
@@ -115,9 +115,9 @@ def fake_errors_unlogged() -> Iterator[None]:
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A tensor of the same shape without numbers; on the CPU, if it is on the meta device.
+    """A fake tensor of the same shape; on the CPU if the tensor is on the meta device.
 
-    What is on the meta device has no numbers either, and is to be put on some device yet.
+    A model on the meta device has no numbers yet, and will be moved to some device.
     """
     if not tensor.is_meta:
         return mode.from_tensor(tensor)

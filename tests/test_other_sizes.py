@@ -9,8 +9,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx.capture.capturing import capture
-from lean_fx.capture.guards import converting_sizes
-from lean_fx.capture.questions import answering
+from lean_fx.capture.questions import answering, converting_sizes
 from lean_fx.capture.tracing import LeanTracer
 from lean_fx.errors import BranchError, LeanWarning
 from lean_fx.graph.patching import patching

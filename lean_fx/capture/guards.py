@@ -1,19 +1,16 @@
-"""Checks that new inputs lead along the path that was captured, and builtins that are nodes."""
+"""The nodes that capture adds: checks that new inputs take the same path, and builtins."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sized
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Proxy
 
-from lean_fx.capture.in_place import is_size
 from lean_fx.errors import BranchError
-from lean_fx.graph.model_code import functions_of, only_calls
 from lean_fx.graph.patching import Patch
 
 
@@ -185,46 +182,6 @@ def count_items(value: Sized) -> int:
 def counting_items(homes: Iterable[dict[str, Any]]) -> list[Patch]:
     """Patches that replace ``len`` by :func:`count_items` in globals."""
     return [(home, "len", count_items) for home in homes if "len" not in home]
-
-
-class Converting:
-    """Replaces ``int`` or ``float`` in the code of a model: a size becomes a node.
-
-    Args:
-        kind: the builtin.
-        as_node: a function of torch that converts as it does.
-
-    Example:
-        >>> Converting(int, torch.sym_int)("7")
-        7
-    """
-
-    def __init__(self, kind: type, as_node: Callable[[Any], Any]) -> None:
-        self.kind = kind
-        self.as_node = as_node
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Convert a value."""
-        size = len(args) == 1 and issubclass(type(args[0]), Proxy) and is_size(args[0].node)
-        return self.as_node(args[0]) if size else self.kind(*args, **options)
-
-
-def converting_sizes(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Patches that replace ``int`` and ``float`` by :class:`Converting` in the modules' code.
-
-    Otherwise ``int(x.size(0))`` would be a constant, since Python takes no proxy for an int. Code
-    that does more than call them, such as ``isinstance(x, int)``, keeps the builtins.
-    """
-    users: dict[int, list[FunctionType]] = {}
-    for function in (each for module in modules for each in functions_of(module)):
-        users.setdefault(id(function.__globals__), []).append(function)
-    return [
-        (functions[0].__globals__, name, Converting(kind, as_node))
-        for functions in users.values()
-        for name, kind, as_node in (("int", int, torch.sym_int), ("float", float, torch.sym_float))
-        if name not in functions[0].__globals__
-        and all(only_calls(each.__code__, name) for each in functions)
-    ]
 
 
 @_as_node

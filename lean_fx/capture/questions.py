@@ -2,7 +2,7 @@
 
 ``isinstance(x, torch.Tensor)`` is false for a proxy. A tracer with values
 (:mod:`lean_fx.capture.answers`) answers for the value that the proxy stands for, and adds a check
-to the graph; a tracer without values raises.
+to the graph; a tracer without values raises. ``int`` and ``float`` of a size become nodes.
 The proxy itself must not claim to be a tensor: torch's C++ code would believe it.
 """
 
@@ -11,15 +11,16 @@ from __future__ import annotations
 import builtins
 import sys
 from collections.abc import Callable, Iterable
-from types import FrameType, UnionType
+from types import FrameType, FunctionType, UnionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 
-from lean_fx.capture.guards import Converting
+from lean_fx.capture.in_place import is_size
+from lean_fx.graph.model_code import functions_of, only_calls
 from lean_fx.graph.patching import Patch
 
 _isinstance, _is_tensor = isinstance, torch.is_tensor
@@ -132,16 +133,55 @@ def answering(tracer: AskedTracer, homes: Iterable[dict[str, Any]]) -> list[Patc
             return kinds.kind
         return type if kinds is type_of else kinds
 
+    answers = {"type": type_of, "hasattr": has_attribute, "getattr": read, "print": tell}
     asking: list[Patch] = [
         (builtins, "isinstance", is_instance),
         (torch, "is_tensor", is_tensor),
     ]
     for home in homes:
-        for name, answer in (("type", type_of), ("hasattr", has_attribute), ("getattr", read)):
-            asking += [(home, name, answer)] if name not in home else []
-        asking += [(home, "print", tell)] if "print" not in home else []
+        asking += [(home, name, answer) for name, answer in answers.items() if name not in home]
         asking += [(home, name, is_tensor) for name, each in home.items() if each is _is_tensor]
     return asking
+
+
+class Converting:
+    """Replaces ``int`` or ``float`` in the code of a model: a size becomes a node.
+
+    Args:
+        kind: the builtin.
+        as_node: a function of torch that converts as it does.
+
+    Example:
+        >>> Converting(int, torch.sym_int)("7")
+        7
+    """
+
+    def __init__(self, kind: type, as_node: Callable[[Any], Any]) -> None:
+        self.kind = kind
+        self.as_node = as_node
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Convert a value."""
+        size = len(args) == 1 and issubclass(type(args[0]), Proxy) and is_size(args[0].node)
+        return self.as_node(args[0]) if size else self.kind(*args, **options)
+
+
+def converting_sizes(modules: Iterable[nn.Module]) -> list[Patch]:
+    """Patches that replace ``int`` and ``float`` by :class:`Converting` in the modules' code.
+
+    Otherwise ``int(x.size(0))`` would be a constant, since Python takes no proxy for an int. Code
+    that does more than call them, such as ``isinstance(x, int)``, keeps the builtins.
+    """
+    users: dict[int, list[FunctionType]] = {}
+    for function in (each for module in modules for each in functions_of(module)):
+        users.setdefault(id(function.__globals__), []).append(function)
+    return [
+        (functions[0].__globals__, name, Converting(kind, as_node))
+        for functions in users.values()
+        for name, kind, as_node in (("int", int, torch.sym_int), ("float", float, torch.sym_float))
+        if name not in functions[0].__globals__
+        and all(only_calls(each.__code__, name) for each in functions)
+    ]
 
 
 def _names_proxies(kinds: Any) -> bool:

@@ -21,11 +21,11 @@ from lean_fx.capture.arguments import (
     checked_arguments,
     is_own_container,
 )
-from lean_fx.capture.guards import converting_sizes, counting_items
+from lean_fx.capture.guards import counting_items
 from lean_fx.capture.in_place import write_in_place
 from lean_fx.capture.own_code import OWN_CALL, own_call
 from lean_fx.capture.proxies import KeepsData, WeightProxy
-from lean_fx.capture.questions import AskedTracer, answering
+from lean_fx.capture.questions import AskedTracer, answering, converting_sizes
 from lean_fx.capture.reads import AttributeReads, ParameterReads
 from lean_fx.capture.refusals import refusing_functions
 from lean_fx.capture.side_effects import (

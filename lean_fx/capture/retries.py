@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, _symbolic_trace
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
@@ -27,7 +27,7 @@ from lean_fx.capture.fed_by_hooks import fed_by_hooks
 from lean_fx.capture.guards import check_absent, check_branch, check_given
 from lean_fx.capture.own_code import Purpose, lost_in_a_graph, own_call
 from lean_fx.capture.size_guards import refusing_modules
-from lean_fx.capture.tracing import LeanTracer, is_leaf, is_wrapped
+from lean_fx.capture.tracing import LeanTracer, is_leaf
 from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
 from lean_fx.graph.running import clone_sharing_state
@@ -191,13 +191,25 @@ def _hiding_weights(root: nn.Module, graph: Graph) -> frozenset[str]:
     """The modules that pass weights of layers to functions that torch.fx.wrap made nodes."""
     found = set()
     for node in graph.nodes:
-        if node.op == "call_function" and is_wrapped(node.target):
+        if node.op == "call_function" and _is_wrapped(node.target):
             read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
             owners = (name.removesuffix(".weight") for name in read if name.endswith(".weight"))
             around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
             if around and any(type(root.get_submodule(each)) in KINDS for each in owners):
                 found.add(around[-1])
     return frozenset(found)
+
+
+def _is_wrapped(function: Any) -> bool:
+    """Whether torch.fx.wrap has made a function of the model's own code a node.
+
+    Example:
+        >>> _is_wrapped(len)
+        False
+    """
+    name, module = getattr(function, "__name__", ""), getattr(function, "__globals__", {})
+    ours = str(module.get("__name__")).partition(".")[0] in ("torch", "lean_fx")
+    return not ours and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
 
 
 def _layers_called(root: nn.Module, graph: Graph) -> bool:

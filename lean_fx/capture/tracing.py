@@ -59,18 +59,6 @@ _NODES = (
 )
 
 
-def is_wrapped(function: Any) -> bool:
-    """Whether torch.fx.wrap has made a function of the model's own code a node.
-
-    Example:
-        >>> is_wrapped(len)
-        False
-    """
-    name, module = getattr(function, "__name__", ""), getattr(function, "__globals__", {})
-    ours = str(module.get("__name__")).partition(".")[0] in ("torch", "lean_fx")
-    return not ours and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
-
-
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of a module becomes one node wherever it is: it is torch's, or a layer.
 

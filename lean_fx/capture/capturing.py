@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lean_fx.capture.agreement import disagreement
-from lean_fx.capture.merging import CannotMerge, MixedModes, merge_modes
+from lean_fx.capture.merging import CannotMerge, merge_modes
 from lean_fx.capture.own_code import Purpose, own_loading
 from lean_fx.capture.retries import trace_copy, untraced_modules
 from lean_fx.capture.side_effects import SideEffect, keeping_rng_state
@@ -123,8 +123,8 @@ def _captured_with(
         try:
             captured = _captured_in_both_modes(root, inputs, leaves, purpose)
             break
-        except _NeedsLeaves as error:
-            leaves |= error.names
+        except CannotMerge as error:
+            leaves |= error.leaves
     ModularizeCalls()(captured)
     _name_items(captured)
     keep_unsaved(captured, root)
@@ -154,14 +154,6 @@ def _name_items(captured: GraphModule) -> None:
             node._rename(f"{source.name}_item_{index}")
     if items:
         captured.recompile()
-
-
-class _NeedsLeaves(Exception):  # noqa: N818
-    """The graphs of the two modes can be merged only if more modules are leaves."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        super().__init__()
-        self.names = names
 
 
 def _captured_in_both_modes(
@@ -239,7 +231,7 @@ def _follow_mode(
     """Make a captured model behave as the model does in the opposite mode too.
 
     Raises:
-        _NeedsLeaves: more modules must be leaves for that; nothing was changed.
+        CannotMerge: more modules must be leaves for that.
     """
     modules = list(root.modules())
     for module in modules:
@@ -253,15 +245,13 @@ def _follow_mode(
     else:
         more = untraced_modules(other, opposite) - untraced_modules(traced, captured.graph)
         if more:
-            raise _NeedsLeaves(more)
+            raise CannotMerge("more modules are leaves in the other mode", more)
         try:
             merge_modes(captured, traced, opposite, other)
             return
-        except MixedModes as error:
-            if error.modules:
-                raise _NeedsLeaves(frozenset(error.modules)) from error
-            reason = str(error)
         except CannotMerge as error:
+            if error.leaves:
+                raise
             reason = str(error)
     finally:
         for module in modules:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from operator import attrgetter
@@ -44,7 +44,15 @@ from lean_fx.passes.modularize_calls import FUNCTIONS, can_follow_mode, flag_of
 
 
 class CannotMerge(Exception):  # noqa: N818
-    """No single graph can stand for the graphs of both modes."""
+    """No single graph can stand for the graphs of both modes.
+
+    Attributes:
+        leaves: the modules that must be leaves for that; empty if none help.
+    """
+
+    def __init__(self, reason: str, leaves: Collection[str] = ()) -> None:
+        super().__init__(reason)
+        self.leaves = frozenset(leaves)
 
 
 def merge_modes(captured: GraphModule, model: nn.Module, opposite: Graph, other: nn.Module) -> None:
@@ -60,8 +68,8 @@ def merge_modes(captured: GraphModule, model: nn.Module, opposite: Graph, other:
         other: the copy of the model that this graph was traced from.
 
     Raises:
-        CannotMerge: by rule 4; ``captured`` is unchanged.
-        MixedModes: by rule 3; ``captured`` is then unusable.
+        CannotMerge: by rule 4, and ``captured`` is unchanged; or by rule 3 with ``leaves``, and
+            ``captured`` is unusable.
     """
     blocks = _blocks(list(captured.graph.nodes), list(opposite.nodes))
     _check(blocks)
@@ -106,22 +114,11 @@ def _check(blocks: Sequence[_Block]) -> None:
                 raise CannotMerge(f"{node.target} is called in different places")
 
 
-class MixedModes(CannotMerge):
-    """Several modules' modes decide together.
-
-    Attributes:
-        modules: their names; the graphs can be merged if these stay whole.
-    """
-
-    def __init__(self, modules: set[str]) -> None:
-        super().__init__(f"the modes of {', '.join(sorted(modules))} decide together")
-        self.modules = modules - {""}
-
-
 def _same(homes: set[str]) -> str:
     """The one module that parts of a graph follow."""
     if len(homes) > 1:
-        raise MixedModes(homes)
+        names = ", ".join(sorted(homes))
+        raise CannotMerge(f"the modes of {names} decide together", homes - {""})
     return next(iter(homes), "")
 
 

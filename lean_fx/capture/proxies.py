@@ -92,14 +92,6 @@ def value_of(node: Node) -> Any:
     return node.meta.get(VALUE, UNKNOWN)
 
 
-def value_proxy(node: Node, tracer: AnsweringTracer) -> Proxy:
-    """A proxy of the class that fits the value of a node."""
-    value = value_of(node)
-    if value is UNKNOWN:
-        return KeepsData(node, tracer)
-    return (ItemsProxy if hasattr(type(value), "__iter__") else ValueProxy)(node, tracer)
-
-
 class ValueProxy(KeepsData):
     """A proxy of a known value without items."""
 

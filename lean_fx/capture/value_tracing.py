@@ -47,7 +47,15 @@ from lean_fx.capture.guards import (
     has_attribute,
     round_number,
 )
-from lean_fx.capture.proxies import FIXED, UNKNOWN, VALUE, value_of, value_proxy
+from lean_fx.capture.proxies import (
+    FIXED,
+    UNKNOWN,
+    VALUE,
+    ItemsProxy,
+    KeepsData,
+    ValueProxy,
+    value_of,
+)
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.graph.calls import META_METHODS
 from lean_fx.graph.running import fake_of, run_on, runnable, without_gradients
@@ -134,7 +142,10 @@ class ValueTracer(AnsweringTracer):
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy of the class that fits the value."""
-        return value_proxy(node, self)
+        value = value_of(node)
+        if value is UNKNOWN:
+            return KeepsData(node, self)
+        return (ItemsProxy if hasattr(type(value), "__iter__") else ValueProxy)(node, self)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """A proxy; or the value, if it is a constant, or an item or attribute that is None."""

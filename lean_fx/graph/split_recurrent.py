@@ -58,7 +58,6 @@ def split(graph_module: GraphModule, node: Node) -> None:
         home.add_module(part, module)
     graph_module.set_submodule(name, home)
 
-    directions = 2 if stack.bidirectional else 1
     value, states = argument(node, 0, "input"), argument(node, 1, "hx")
     ends = []
     with graph.inserting_before(node):
@@ -67,9 +66,7 @@ def split(graph_module: GraphModule, node: Node) -> None:
                 value = graph.call_module(f"{name}.dropout", (value,))
             begin: tuple[Any, ...] = ()
             if states is not None:
-                last = index == stack.num_layers - 1  # gets all the rest, and refuses too many
-                ends_at = None if last else (index + 1) * directions
-                cut = (states, index * directions, ends_at)
+                cut = (states, *_states_of(stack, index))
                 cut_name = f"{node.name}_{index}_begin"
                 begin = (graph.create_node("call_function", layer_states, cut, name=cut_name),)
             call = graph.call_module(f"{name}.{index}", (value, *begin))
@@ -158,14 +155,11 @@ class SplitStack(nn.Module):
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """Run the layers in turn; the arguments are those of the stack."""
-        directions = 2 if self.bidirectional else 1
         ends = []
         for index in range(self.num_layers):
             if index and "dropout" in self._modules:
                 input = self._modules["dropout"](input)  # type: ignore[misc]
-            last = index == self.num_layers - 1  # gets all the rest, and refuses too many
-            stop = None if last else (index + 1) * directions
-            states = layer_states(hx, index * directions, stop)
+            states = layer_states(hx, *_states_of(self, index))
             input, end = self._modules[str(index)](input, states)  # type: ignore[misc]
             ends.append(end)
         if self._pair:
@@ -184,6 +178,16 @@ def stack_parts(stack: Any) -> Iterable[tuple[str, nn.Module]]:
         yield str(index), _layer(stack, index)
     if stack.dropout:
         yield "dropout", SequenceDropout(stack.dropout).train(stack.training)
+
+
+def _states_of(stack: Any, index: int) -> tuple[int, int | None]:
+    """Where the hidden states of a layer begin and end among those of a stack.
+
+    The last layer gets all that are left, and refuses too many.
+    """
+    directions = 2 if stack.bidirectional else 1
+    last = index == stack.num_layers - 1
+    return index * directions, None if last else (index + 1) * directions
 
 
 def _layer(stack: Any, index: int) -> nn.Module:

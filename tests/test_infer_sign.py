@@ -260,6 +260,19 @@ def test_views_by_other_names_part_the_readers():
     assert len(lean_fx.plan(Net(), channels=4).sites) == 2
 
 
+def test_what_is_no_call_proves_nothing_by_its_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.square = nn.Parameter(torch.randn(8))
+
+        def forward(self, exp):
+            return self.square * exp
+
+    proved, _ = proofs(Net())
+    assert proved == {"exp": False, "square": False, "mul": False, "output": False}
+
+
 def test_a_promise_of_the_user_is_kept():
     model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 4))
     promised = partial(lean_fx.LeanReduction, nonnegative=True)

@@ -13,6 +13,7 @@ META_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_m
 META_METHODS = frozenset(
     ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
 ) | frozenset(("is_contiguous", "element_size"))
+_CALLS = ("call_function", "call_method")
 #: The hooks that a module holds: of its calls, and of gradients that reach it.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -33,15 +34,15 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:
-    """What a node calls: a function, the name of a method, or the type of a module.
+    """What a node calls: a function, the name of a method, the type of a module, or None.
 
     For a module with hooks or a replaced forward, its type does not say what a call does. Then the
     module itself is returned.
     """
-    if node.op != "call_module":
-        return node.target
-    module = modules[str(node.target)]
-    return module if is_altered(module) else type(module)
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return module if is_altered(module) else type(module)
+    return node.target if node.op in _CALLS else None
 
 
 def is_altered(module: nn.Module) -> bool:
@@ -66,7 +67,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def asks_for_meta(node: Node) -> bool:
     """Whether a node reads the size, dtype or the like of a value, and none of its numbers."""
-    if node.op not in ("call_function", "call_method"):
+    if node.op not in _CALLS:
         return False
     asked = node.args[1] if node.target is getattr else node.target
     return asked in META_ATTRIBUTES or asked in META_METHODS

@@ -101,10 +101,8 @@ class ValueProxy(KeepsData):
 
     def __getattr__(self, k: str) -> Any:
         value = value_of(self.node)
-        if k in LEARNING:
-            raise SideEffect(f"forward asks for {k} of {self.node.name}")
-        if value is UNKNOWN:  # after the trace
-            return KeyedAttribute(self, k)
+        if k in LEARNING or value is UNKNOWN:  # the latter after the trace
+            return super().__getattr__(k)
         if isinstance(value, Tensor) and k in ("ndim", "dim", "ndimension"):
             axes = functools.partial(self.tracer.count_axes, self)
             return axes() if k == "ndim" else axes

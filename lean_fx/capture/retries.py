@@ -64,9 +64,10 @@ def trace_copy(
         raise TraceError(f"{type(root).__name__} {reason}")
     leaves |= fed
     for name, each in root.named_modules():
-        if name and not is_leaf(each):
-            kept = lost_in_a_graph(each, purpose) or reduces_within(each) or has_hooks(each)
-            leaves |= {name} if kept else set()
+        if not name or is_leaf(each):
+            continue
+        if lost_in_a_graph(each, purpose) or reduces_within(each) or has_hooks(each):
+            leaves |= {name}
     copied, graph = _trace_seeing(root, inputs, leaves)
     for guard in [node for node in graph.nodes if node.target is check_given]:
         is_input = isinstance(guard.args[0], Node) and guard.args[0].op == "placeholder"
@@ -84,9 +85,11 @@ def _same_without(
         other = _trace_seeing(root, [*inputs[:place], None, *inputs[place + 1 :]], leaves)[1]
     except Exception:  # the model's own code
         return False
+    nodes, others = _without_guards(graph), _without_guards(other)
+    if len(nodes) != len(others):
+        return False
     twins: dict[Node, Any] = {}
-    pairs = zip(_without_guards(graph), _without_guards(other), strict=False)
-    for node, twin in pairs:
+    for node, twin in zip(nodes, others, strict=True):
         arguments = torch.fx.map_arg(
             (node.args, node.kwargs), lambda each: None if each is placeholder else twins[each]
         )
@@ -94,7 +97,7 @@ def _same_without(
         if not alike or (node.op != "placeholder" and arguments != (twin.args, twin.kwargs)):
             return False
         twins[node] = twin
-    return len(_without_guards(graph)) == len(_without_guards(other))
+    return True
 
 
 def _without_guards(graph: Graph) -> list[Node]:

@@ -134,6 +134,8 @@ def _products(graph_module: GraphModule) -> Iterator[Product]:
 
 def operands(node: Node) -> tuple[Any, Any, Any]:
     """The value, the weight and the bias of a product (rule 1), or three times None."""
+    if node.op not in ("call_function", "call_method"):  # a module may be named matmul
+        return None, None, None
     if node.target in LAYER_OF_CALL:
         names = enumerate(("input", "weight", "bias"))
         source, weight, bias = (argument(node, place, name) for place, name in names)

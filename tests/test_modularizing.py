@@ -216,3 +216,18 @@ def test_names_do_not_depend_on_which_parameters_become_layers(inputs):
     assert made.weights == ("w.1", "w.2")
     assert [site.layers for site in made.sites] == [("w.1",), ("w.2",), ("last",)]
     assert lean(torch.rand(5, 32)).shape == (5, 4)
+
+
+def test_a_module_named_like_a_product_is_none():
+    class Compared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.matmul = nn.Linear(8, 32), nn.CosineSimilarity()
+            self.weight = nn.Parameter(torch.randn(32, 32))
+
+        def forward(self, x):
+            return self.matmul(self.first(x), self.weight)
+
+    model, x = Compared(), torch.rand(32, 8)
+    assert not weights_of_products(capture(model, (x,)))
+    assert not lean_fx.plan(model, x).weights

@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,6 @@ from lean_fx.experiment.ablation import (
     grid,
     read_rows,
     run_grid,
-    show_rows,
     write_rows,
 )
 from lean_fx.experiment.datasets import digits
@@ -118,7 +116,7 @@ def test_what_cannot_be_made_is_told_before_anything_is_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_that_are_there_are_not_run_again(tmp_path: Path, monkeypatch, capfd):
+def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     data, settings = small_digits(), grid([10], ["slice", "narrow"], [0], 1)
     rows = run(settings, data, tmp_path)
     assert [row.setting for row in rows] == settings
@@ -138,8 +136,3 @@ def test_rows_that_are_there_are_not_run_again(tmp_path: Path, monkeypatch, capf
     again = run(more, data, tmp_path)
     assert measured == [setting for setting in more if setting not in settings]
     assert set(rows) < set(again) == set(read_rows(tmp_path / "ablation.csv"))
-
-    show_rows(again, tmp_path)
-    shown = capfd.readouterr().out
-    assert "23,390" in shown
-    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")

@@ -1,16 +1,15 @@
-"""A grid of reductions, channels and seeds: one row each, kept in a CSV file, drawn."""
+"""A grid of reductions, channels and seeds: one row each, kept in a CSV file."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -20,14 +19,10 @@ from lean_fx.errors import DataError, require
 from lean_fx.experiment.comparison import export_and_time, require_all
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import is_first_process, leave_to_first_process
-from lean_fx.files import make_folder, replacing, write_text
+from lean_fx.files import make_folder, write_text
 from lean_fx.measure.costs import count_macs, count_parameters
-from lean_fx.measure.pictures import colour, new_figure
 from lean_fx.reduction.registry import reductions
 from lean_fx.transform import leanify
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True, order=True)
@@ -271,64 +266,3 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
     writer.writeheader()
     writer.writerows(dataclasses.asdict(row) for row in rows)
     write_text(file, text.getvalue())
-
-
-def show_rows(rows: Sequence[Row], folder: Path) -> None:
-    """Print the rows as a table, draw ``ablation.png``, and say where both are.
-
-    Raises:
-        WriteError: the picture cannot be written.
-    """
-    require("rich.console", extra="examples", purpose="the table").Console().print(_table(rows))
-    figure = _picture(rows)
-    with replacing(folder / "ablation.png") as part:
-        figure.savefig(part, format="png", dpi=150)
-    print("ratio: of the latency to the baseline's, timed in turn; ms of rows differ by run")
-    print("by: what computed LEAN nodes: lean_fx's kernel, or the function in the file")
-    print(f"ablation.csv and ablation.png are in {folder}/")
-
-
-def _table(rows: Iterable[Row]) -> Table:
-    table: Table = require("rich.table", extra="examples", purpose="the table").Table(
-        box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    headers = ("reduction", "C'", "seed", "accuracy %", "parameters", "MACs", "ms", "ratio", "by")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "reduction" else "right")
-    for row in rows:
-        table.add_row(
-            row.reduction,
-            str(row.channels or ""),
-            str(row.seed),
-            f"{100 * row.accuracy:.1f}",
-            f"{row.parameters:,}",
-            f"{row.macs:,}",
-            f"{row.latency_ms:.4f}",
-            f"{row.latency_ratio:.2f}",
-            row.lean_nodes,
-        )
-    return table
-
-
-def _picture(rows: Sequence[Row]) -> Any:
-    """Accuracy over parameters and over latency: a line a reduction, means over the seeds."""
-    figure, axes = new_figure(10, 4.6, 1, 2)
-    panels = (("parameters", "parameters"), ("latency_ratio", "latency, baseline = 1"))
-    for ax, (field, label) in zip(axes, panels, strict=True):
-        for index, name in enumerate(dict.fromkeys(row.reduction for row in rows)):
-            points = []
-            for channels in sorted({row.channels for row in rows if row.reduction == name}):
-                same = [r for r in rows if (r.reduction, r.channels) == (name, channels)]
-                accuracies = [100 * row.accuracy for row in same]
-                across = statistics.median(getattr(row, field) for row in same)
-                ax.vlines(across, min(accuracies), max(accuracies), colour(index), linewidth=1)
-                points.append((across, statistics.mean(accuracies)))
-            ax.plot(*zip(*points, strict=True), "o-", color=colour(index), label=name, markersize=4)
-        ax.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
-    seeds = len({row.seed for row in rows})
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
-    )
-    figure.suptitle(f"mean and range of {seeds} seed{'s' if seeds > 1 else ''}", fontsize=10)
-    return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import shutil
 import ssl
 import tarfile
 import time
@@ -157,11 +158,8 @@ def _append(
 
 
 def _md5_damage(path: Path, md5: str) -> str:
-    digest = hashlib.md5()
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    found = digest.hexdigest()
+        found = hashlib.file_digest(file, "md5").hexdigest()
     return "" if found == md5 else f"has MD5 {found}, not {md5}"
 
 
@@ -178,14 +176,9 @@ def _gzip_damage(path: Path) -> str:
 def _write(source: IO[bytes] | None, path: Path, md5: str | None) -> None:
     assert source is not None  # of a regular member it never is
     make_folder(path.parent)
-    digest = hashlib.md5()
     with replacing(path) as part:
         with part.open("wb") as file:
-            while piece := source.read(_CHUNK):
-                digest.update(piece)
-                file.write(piece)
-        if md5 is not None and digest.hexdigest() != md5:
-            raise DataError(
-                f"{path}: the archive's copy has MD5 {digest.hexdigest()}, not {md5}; it was not "
-                "written"
-            )
+            shutil.copyfileobj(source, file)
+        damage = "" if md5 is None else _md5_damage(part, md5)
+        if damage:
+            raise DataError(f"{path}: the archive's copy {damage}; it was not written")

@@ -11,7 +11,6 @@ together: ``torchrun --nproc-per-node 2 examples/digits.py``.
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.processes import Processes, is_first_process, processes
 from lean_fx.experiment.resuming import read_checkpoint, unpack_history
 from lean_fx.files import make_folder
-from lean_fx.measure.energy import Energy, EnergyMeter
+from lean_fx.measure.energy import Energy, EnergyMeter, call_for
 from lean_fx.measure.report import Epoch
 
 require("lightning", extra="examples", purpose="training")
@@ -203,12 +202,8 @@ def measure_test_energy(
         min_seconds: 0 or more; 0 is a single pass.
         country: as in :class:`~lean_fx.measure.energy.EnergyMeter`.
     """
-    passes = 0
     with EnergyMeter(country) as meter:
-        start = time.perf_counter()
-        while passes == 0 or time.perf_counter() - start < min_seconds:
-            evaluate(model, data, batch_size)
-            passes += 1
+        passes = call_for(lambda: evaluate(model, data, batch_size), min_seconds)
     return meter.energy.scaled(1 / passes)
 
 

@@ -210,13 +210,18 @@ def energy_in_turn(
     with EnergyMeter(country) as meter:
         for _ in range(rounds):
             for name, call in calls.items():
-                counts[name] += _call_for(call, seconds / rounds)
+                counts[name] += call_for(call, seconds / rounds)
                 laps[name].append(meter.lap())
     return {name: reduce(add, laps[name]).scaled(1 / counts[name]) for name in calls}
 
 
-def _call_for(call: Callable[[], object], seconds: float) -> int:
-    """Call until the seconds are over, at least once; returns how often."""
+def call_for(call: Callable[[], object], seconds: float) -> int:
+    """Call a function until the seconds are over, at least once; return how often.
+
+    Example:
+        >>> call_for(lambda: None, 0)
+        1
+    """
     calls, end = 0, time.perf_counter() + seconds
     while not calls or time.perf_counter() < end:
         call()

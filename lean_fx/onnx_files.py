@@ -39,15 +39,9 @@ def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 def places_of_weights(model: Any) -> list[str]:
     """The files beside it that an ONNX model has weights in, by name."""
-    onnx = require("onnx", purpose="reading ONNX files")
-    places = {
-        entry.value
-        for weight in model.graph.initializer
-        if weight.data_location == onnx.TensorProto.EXTERNAL
-        for entry in weight.external_data
-        if entry.key == "location"
-    }
-    return sorted(places)
+    external = require("onnx.external_data_helper", purpose="reading ONNX files")
+    weights = filter(external.uses_external_data, model.graph.initializer)
+    return sorted({external.ExternalDataInfo(weight).location for weight in weights})
 
 
 def onnx_bytes(path: str | os.PathLike[str]) -> int:

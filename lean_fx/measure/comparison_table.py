@@ -188,13 +188,8 @@ class Comparison:
             "included.",
         ]
         if base.energy is not None:
-            estimate = (
-                "an estimate, which follows time: at equal load its ratios are the ratios of time"
-                if base.energy.is_estimate
-                else "read from a hardware counter"
-            )
             notes.append(
-                f"Energy and CO2 (meter {base.energy.meter}): {estimate}; a call at batch "
+                f"Energy and CO2 (meter {base.energy.meter}): {base.energy.basis}; a call at batch "
                 f"{timed.batch}, a training step at batch {base.step.batch}; "
                 f"{base.energy.co2_g_per_kwh:.0f} g of CO2 a kWh."
             )

@@ -70,6 +70,17 @@ class Energy:
         """True when any part was not read from a hardware counter but guessed by a model."""
         return not set(self.meter.split("+")).isdisjoint(ESTIMATES)
 
+    @property
+    def basis(self) -> str:
+        """What the joules rest on, in words for a footnote."""
+        if math.isnan(self.energy_j):
+            return "not measured, at least not throughout"
+        if self.is_estimate:
+            return (
+                "an estimate, which follows time: at equal load its ratios are the ratios of time"
+            )
+        return "read from a hardware counter"
+
 
 class EnergyMeter:
     """Measure the energy of a block, and of laps within it, by CodeCarbon's offline tracker.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import operator
 import os
 import statistics
@@ -230,7 +229,7 @@ class Report:
             f"Latency: median of {calls}; ratio: to {self.arms[0].name}, below 1 is faster; LEAN "
             f"nodes {_listed(arm.latency.lean_nodes for arm in self.arms)}.",
             f"Training J, s, CO2: mean of {epochs} epochs. Test J: one pass over the test set.",
-            *dict.fromkeys(map(_meter_note, energies)),
+            *dict.fromkeys(f"Energy and CO2 (meter {e.meter}): {e.basis}." for e in energies),
             _seeds_note(self.seeds),
             *self.notes,
         ]
@@ -269,17 +268,6 @@ def _seeds_note(seeds: Sequence[int]) -> str:
         f"Accuracy: mean and range over {len(seeds)} seeds ({', '.join(map(str, seeds))}); "
         f"latency and testing: of the nets of seed {seeds[0]}."
     )
-
-
-def _meter_note(energy: Energy) -> str:
-    if math.isnan(energy.energy_j):
-        return f"Energy and CO2 (meter {energy.meter}): not measured, at least not throughout."
-    if energy.is_estimate:
-        return (
-            f"Energy and CO2 (meter {energy.meter}): an estimate, which follows time: at equal "
-            "load its ratios are the ratios of time."
-        )
-    return f"Energy and CO2 (meter {energy.meter}): read from a hardware counter."
 
 
 def _listed(values: Any) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
@@ -22,6 +20,13 @@ from lean_fx.layers.kinds import KINDS, LayerKind
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.measure.costs_table import Costs, NodeCost
 from lean_fx.measure.counter import Counter, counting, has_mac_count
+from lean_fx.measure.traffic import (
+    bytes_in_memory,
+    moved_tensors,
+    read_bytes,
+    storage_of,
+    strided_tensors,
+)
 from lean_fx.passes.propagate_shapes import check_count
 from lean_fx.reduction.registry import is_reduction
 
@@ -32,7 +37,6 @@ _WITHOUT_SUMS = (
     nn.modules.batchnorm._NormBase,
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag),
 )
-_LOOK_UPS = (F.embedding, F.embedding_bag)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -196,7 +200,7 @@ class _Run(Interpreter):
         self._counter = counter
         self._unread: dict[int, list[Tensor]] = {}
         for each in (*graph_module.parameters(), *graph_module.buffers()):
-            self._unread.setdefault(_storage(each), []).append(each)
+            self._unread.setdefault(storage_of(each), []).append(each)
 
     def run_node(self, n: Node) -> Any:
         """Run a node, and record its cost if it calls something."""
@@ -204,7 +208,7 @@ class _Run(Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         called = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
-        given = _tensors((args, kwargs))
+        given = strided_tensors((args, kwargs))
         versions = [each._version for each in given]
         before, foreign = self._counter.macs, len(self._counter.foreign)
         output = super().run_node(n)
@@ -214,13 +218,13 @@ class _Run(Interpreter):
             macs = _vecdot_macs(*args, **kwargs, output=output)
         kind = _registered_kind(called)
         if kind is not None:
-            macs = kind.macs(called, given[0].numel(), _tensors(output)[0].numel())
+            macs = kind.macs(called, given[0].numel(), strided_tensors(output)[0].numel())
         elif len(self._counter.foreign) > foreign or _may_do_more(called):
             self.without_formula.append(_name(n))
         changed = [
             each for each, version in zip(given, versions, strict=True) if each._version != version
         ]
-        read, written = _moved(called, given, changed, output)
+        read, written = moved_tensors(called, given, changed, output)
         weights = self._first_read(read)
         self.costs.append(
             NodeCost(
@@ -229,51 +233,15 @@ class _Run(Interpreter):
                 macs=macs,
                 parameters=sum(x.numel() for x in weights if isinstance(x, nn.Parameter)),
                 weight_bytes=sum(x.nbytes for x in weights),
-                read_bytes=_read_bytes(called, read),
-                written_bytes=sum(map(_bytes, written)),
+                read_bytes=read_bytes(called, read),
+                written_bytes=sum(map(bytes_in_memory, written)),
             )
         )
         return output
 
     def _first_read(self, read: list[Tensor]) -> list[Tensor]:
         """The parameters and buffers that no node has read before."""
-        return [each for x in read for each in self._unread.pop(_storage(x), ())]
-
-
-def _moved(
-    called: Any, given: list[Tensor], changed: list[Tensor], output: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that a call reads and writes; none if it only returns a view."""
-    known = {_storage(each) for each in given}
-    fresh = [each for each in _distinct(_tensors(output)) if _storage(each) not in known]
-    written = fresh + _written(changed, output)
-    if not written:
-        return [], []
-    state = [*called.parameters(), *called.buffers()] if isinstance(called, nn.Module) else []
-    return _distinct(given + state), written
-
-
-def _written(changed: list[Tensor], output: Any) -> list[Tensor]:
-    """The tensors written to; of views of one storage, and so of one version, the one returned."""
-    returned = {_part(each) for each in _tensors(output)}
-    sharing: dict[int, list[Tensor]] = {}
-    for each in _distinct(changed):
-        sharing.setdefault(_storage(each), []).append(each)
-    # An assignment returns nothing, and writes to its first argument.
-    return [
-        each
-        for views in sharing.values()
-        for each in [x for x in views if _part(x) in returned] or views[:1]
-    ]
-
-
-def _read_bytes(called: Any, read: list[Tensor]) -> int:
-    """The bytes that a call reads; of a table only the rows that are looked up."""
-    total = sum(map(_bytes, read))
-    if isinstance(called, nn.Embedding | nn.EmbeddingBag) or called in _LOOK_UPS:
-        indices, table = read[0], read[-1] if isinstance(called, nn.Module) else read[1]
-        total += indices.numel() * table[0].nbytes - table.nbytes
-    return total
+        return [each for x in read for each in self._unread.pop(storage_of(x), ())]
 
 
 def _vecdot_macs(x: Tensor, y: Tensor, dim: int = -1, *, output: Tensor) -> int:
@@ -314,27 +282,3 @@ def _kind(called: Any) -> str:
     if isinstance(called, nn.Module):
         return type(called).__name__
     return str(getattr(called, "__name__", called))
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(values)
-    return [x for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided]
-
-
-def _distinct(tensors: list[Tensor]) -> list[Tensor]:
-    """Each part of a storage once."""
-    return list({_part(x): x for x in tensors}.values())
-
-
-def _part(tensor: Tensor) -> tuple[Any, ...]:
-    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Bytes of the elements in memory: an expanded axis holds one."""
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * math.prod(min(n, 1) if step == 0 else n for n, step in axes)

@@ -9,31 +9,30 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
-from lean_fx.checks import (
-    check_int,
-    check_ints,
-    check_not_negative,
-    check_shapes,
-    check_threads,
-    check_values,
-)
 from lean_fx.cloning import clone
-from lean_fx.errors import ArgumentError, CaptureError, one_line, require, warn
+from lean_fx.errors import ArgumentError, CaptureError, require, warn
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.inputs import resized
 from lean_fx.export.of_tensors import of_tensors, tensors_in
 from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.files import make_folder, replacing
 from lean_fx.kernel import uses_kernel
+from lean_fx.measure.comparison_checks import (
+    check_inputs,
+    check_models,
+    check_numbers,
+    check_outputs,
+    check_steps,
+)
 from lean_fx.measure.comparison_table import Compared, Comparison
 from lean_fx.measure.costs import costs_of, count_macs, count_parameters
 from lean_fx.measure.eager import time_eager, training_step, using_threads
@@ -45,6 +44,12 @@ from lean_fx.measure.progress import counted_bar
 from lean_fx.measure.timing import time_onnx
 from lean_fx.measure.tracker import check_country
 from lean_fx.onnx_files import onnx_bytes, weight_files
+
+if TYPE_CHECKING:
+    from lean_fx.export.sessions import Inputs
+
+#: Measures the mean energy of calls, by name.
+Meter: TypeAlias = Callable[[Mapping[str, Callable[[], object]]], dict[str, Energy]]
 
 
 def compare(
@@ -99,14 +104,13 @@ def compare(
         comparison = lean_fx.compare(models, inputs)
         print(comparison.to_markdown())
     """
-    _check_models(models)
+    check_models(models)
     given = as_inputs(example_inputs, next(iter(models.values())))
     inputs = tuple(tensors_in(given))
-    _check_inputs(inputs)
-    _check_numbers(batches, threads, rounds, energy_s)
+    check_inputs(inputs)
+    batches, threads, rounds = check_numbers(batches, threads, rounds, energy_s)
     models = {name: of_tensors(model, given)[0] for name, model in models.items()}
     by_kernel = uses_kernel(kernel)
-    batches, threads, rounds = tuple(map(int, batches)), int(threads), int(rounds)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, purpose="comparing")
     if energy_s:
@@ -126,8 +130,8 @@ def compare(
 
         inputs = tuple(value.detach().cpu().clone() for value in inputs)
         arms = {name: _copy(name, model).cpu().eval() for name, model in models.items()}
-        _check_outputs(arms, inputs)
-        _check_steps(arms, inputs)
+        check_outputs(arms, inputs)
+        check_steps(arms, inputs)
         kept = make_folder(folder) if folder is not None else None
         files = dict(zip(arms, _files(Path(temporary), arms), strict=True))
         for name, arm in arms.items():
@@ -139,11 +143,11 @@ def compare(
         options: Any = {"threads": threads, "rounds": rounds, "kernel": by_kernel}
         latencies = [time_onnx(files, each, progress=step_done, **options) for each in feeds]
         eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
-        runs = {
-            name: onnx_call(name, file, feeds[0], threads, kernel=by_kernel)
-            for name, file in (files if energy_s else {}).items()
-        }
-        calls, steps = _energies(arms, inputs, runs, threads, energy_s, country)
+        calls, steps = {}, {}
+        if energy_s:
+            meter = partial(energy_in_turn, seconds=energy_s, country=country)
+            calls = _energy_of_calls(files, feeds[0], threads, by_kernel, meter)
+            steps = _energy_of_steps(arms, inputs, threads, meter)
         compared = [
             Compared(
                 name=name,
@@ -190,83 +194,6 @@ def _layout(name: str, file: Path, by_kernel: bool) -> dict[str, Any]:
     return {"onnx_bytes": onnx_bytes(file), "reorders": reorders, "off_path": off_path}
 
 
-def _check_models(models: Mapping[str, nn.Module]) -> None:
-    if not isinstance(models, Mapping) or not models:
-        raise ArgumentError("compare: models is not a mapping, or is empty; give names and models")
-    for name, model in models.items():
-        if not isinstance(name, str) or not name.isprintable() or not name:
-            raise ArgumentError(f"compare: the name {name!r} is not printable text; give another")
-        if not isinstance(model, nn.Module):
-            raise ArgumentError(f"compare: {name!r} is a {type(model).__name__}; give a module")
-        check_shapes(model, f"compare: {name!r}")
-        check_values(model, f"compare: {name!r}")
-
-
-def _check_inputs(inputs: tuple[Any, ...]) -> None:
-    sizes = {value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim()}
-    if not sizes or not all(isinstance(value, Tensor) for value in inputs):
-        raise ArgumentError(
-            "compare: example_inputs are not tensors with a batch axis; give tensors"
-        )
-    if any(value.is_meta for value in inputs):
-        raise ArgumentError(
-            "compare: example_inputs are on the meta device and have no values; give real tensors"
-        )
-    if 0 in sizes:
-        raise ArgumentError("compare: example_inputs have no rows; give one or more")
-    if len(sizes) > 1:
-        shown = ", ".join(str(value.shape[0]) for value in inputs if value.dim())
-        raise ArgumentError(
-            f"compare: example_inputs: batches of {shown} differ; give one batch, the first axis "
-            "of all inputs (hidden states have it second: let the model make its own)"
-        )
-
-
-def _check_numbers(batches: Sequence[int], threads: int, rounds: int, energy_s: float) -> None:
-    check_ints("compare: batches", batches, 1)
-    check_threads("compare", threads)
-    check_int("compare: rounds", rounds, 2)
-    check_not_negative("compare: energy_s", energy_s)
-
-
-def _check_outputs(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:
-    forms = {}
-    for name, arm in arms.items():
-        try:
-            with torch.no_grad():
-                output = copy.deepcopy(arm)(*(value.clone() for value in inputs))
-        except Exception as error:
-            raise ArgumentError(
-                f"compare: {name!r} fails on the example inputs ({one_line(error)}); "
-                "give inputs that all models take"
-            ) from error
-        if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(output)):
-            raise ArgumentError(
-                f"compare: {name!r} returns a {type(output).__name__}, in which no tensors can be "
-                "found; return tensors, or a tuple, list or dict of them"
-            )
-        forms[name] = pytree.tree_map(lambda x: list(getattr(x, "shape", ())), output)
-    first, *others = forms
-    for name in others:
-        if forms[name] != forms[first]:
-            raise ArgumentError(
-                f"compare: {name!r} returns {forms[name]} and {first!r} returns {forms[first]}; "
-                "compare models whose outputs have the same form"
-            )
-
-
-def _check_steps(arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> None:
-    for name, arm in arms.items():
-        try:
-            training_step(copy.deepcopy(arm).train(), inputs)()
-        except Exception as error:
-            raise ArgumentError(
-                f"compare: {name!r} cannot do a training step on the example inputs "
-                f"({one_line(error)}); give a model whose outputs have gradients, "
-                "and a batch of 2 or more"
-            ) from error
-
-
 def _copy(name: str, model: nn.Module) -> nn.Module:
     try:
         return clone(model)
@@ -308,19 +235,22 @@ def _peak(arm: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> int:
         return peak_bytes(lambda: arm(*inputs), held)
 
 
-def _energies(
-    arms: Mapping[str, nn.Module],
-    inputs: tuple[Tensor, ...],
-    runs: Mapping[str, Callable[[], object]],
-    threads: int,
-    seconds: float,
-    country: str,
-) -> tuple[dict[str, Energy], dict[str, Energy]]:
-    """The energy of each call and of a training step of each model, by name."""
-    if not seconds:
-        return {}, {}
+def _energy_of_calls(
+    files: Mapping[str, Path], feeds: Inputs, threads: int, by_kernel: bool, meter: Meter
+) -> dict[str, Energy]:
+    """The energy of a call of each file, by name."""
+    calls = {
+        name: onnx_call(name, file, feeds, threads, kernel=by_kernel)
+        for name, file in files.items()
+    }
     with flushing_denormals():
-        calls = energy_in_turn(runs, seconds, country)
+        return meter(calls)
+
+
+def _energy_of_steps(
+    arms: Mapping[str, nn.Module], inputs: tuple[Tensor, ...], threads: int, meter: Meter
+) -> dict[str, Energy]:
+    """The energy of a training step of each model, by name."""
     steps = {name: training_step(copy.deepcopy(arm).train(), inputs) for name, arm in arms.items()}
     with using_threads(threads):
-        return calls, energy_in_turn(steps, seconds, country)
+        return meter(steps)

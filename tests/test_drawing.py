@@ -6,6 +6,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx import drawing
+from lean_fx.boxes import Box, boxes_of
 from lean_fx.errors import ArgumentError, WriteError
 
 X = torch.rand(1, 3, 8, 8)
@@ -33,7 +34,7 @@ class Net(nn.Module):
 
 
 def boxes(model, most):
-    return drawing._boxes(model, X, most)
+    return boxes_of(model, X, most)
 
 
 def test_every_call_is_a_box_where_there_is_room():
@@ -42,7 +43,7 @@ def test_every_call_is_a_box_where_there_is_room():
         *("stem", "relu", "blocks.0.a", "relu_1", "blocks.0.b", "add"),
         *("blocks.1.a", "relu_2", "blocks.1.b", "add_1", "mean", "reshape", "head"),
     ]
-    assert found[0] == drawing.Box("stem", "Conv2d", (1, 32, 8, 8), 896, 27 * 32 * 64, 1, 0, ())
+    assert found[0] == Box("stem", "Conv2d", (1, 32, 8, 8), 896, 27 * 32 * 64, 1, 0, ())
     assert found[5].sources == (1, 4)  # the skip connection
     assert sum(box.parameters for box in found) == sum(p.numel() for p in Net().parameters())
 

@@ -34,7 +34,7 @@ LAYERS = (
     {"lean_fx.measure"},
     {"lean_fx.selection"},
     {"lean_fx.planned"},
-    {"lean_fx.transform", "lean_fx.saving", "lean_fx.drawing"},
+    {"lean_fx.transform", "lean_fx.saving", "lean_fx.boxes", "lean_fx.drawing"},
     {"lean_fx"},
     {"lean_fx.experiment", "lean_fx.command_line"},
     {"lean_fx.__main__"},

@@ -36,7 +36,7 @@ LAYERS = (
     {"lean_fx.planned"},
     {"lean_fx.transform", "lean_fx.saving", "lean_fx.boxes", "lean_fx.drawing"},
     {"lean_fx"},
-    {"lean_fx.experiment", "lean_fx.command_line"},
+    {"lean_fx.experiment", "lean_fx.command_arguments", "lean_fx.command_line"},
     {"lean_fx.__main__"},
 )
 OPTIONAL = {

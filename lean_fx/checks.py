@@ -14,8 +14,6 @@ from torch.nn.parameter import is_lazy
 
 from lean_fx.errors import ArgumentError
 
-_OBSERVING = ("torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer")
-
 
 def check_int(subject: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Check that a value is an int of Python or NumPy, not a bool, and in its range.
@@ -221,10 +219,9 @@ itself, its module
     found = ""
     if isinstance(model, torch.jit.ScriptModule):
         found = "of TorchScript; give the model that it was made from"
-    elif "_orig_mod" in model._modules:
-        found = "compiled; give the model itself, its _orig_mod"
-    elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        found = "a wrapper; give the model itself, its module"
+    elif inner := _wrapped_by(model):
+        kind = "compiled" if inner == "_orig_mod" else "a wrapper"
+        found = f"{kind}; give the model itself, its {inner}"
     if found:
         raise ArgumentError(f"model={type(model).__name__} object is {found}")
     for name, part in model.named_modules():
@@ -233,14 +230,19 @@ itself, its module
                 f"model: its part {name!r} is of TorchScript; put the module that it was made from "
                 "in its place"
             )
-        inner = "_orig_mod" if "_orig_mod" in part._modules else "module"
-        if inner == "_orig_mod" or isinstance(
-            part, nn.DataParallel | nn.parallel.DistributedDataParallel
-        ):
+        if inner := _wrapped_by(part):
             raise ArgumentError(
                 f"model: its part {name!r} is a {type(part).__name__}, which wraps a module to run "
                 f"it; put that module in its place: its {inner}"
             )
+
+
+def _wrapped_by(module: nn.Module) -> str:
+    """The attribute of a wrapper that holds the module which it runs; empty for other modules."""
+    if "_orig_mod" in module._modules:
+        return "_orig_mod"
+    parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return "module" if parallel else ""
 
 
 def check_shapes(model: nn.Module, subject: str = "model") -> None:
@@ -296,28 +298,3 @@ def first_without_values(model: nn.Module) -> str:
     """
     named = (*model.named_parameters(), *model.named_buffers())
     return next((name for name, tensor in named if tensor.is_meta), "")
-
-
-def quantized_by_torch(module: nn.Module) -> bool:
-    """Whether a module is of torch.ao.quantization: it computes in integers, or simulates that.
-
-    Example:
-        >>> from torch.ao.quantization import FakeQuantize
-        >>> quantized_by_torch(FakeQuantize()), quantized_by_torch(nn.Linear(4, 2))
-        (True, False)
-    """
-    homes = [base.__module__ for base in type(module).__mro__]
-    own = homes[0].startswith("torch.ao.nn.") and "quantized" in homes[0].split(".")
-    return own or any(home in _OBSERVING for home in homes)
-
-
-def is_quantized_layer(module: nn.Module) -> bool:
-    """Whether a module is a conv, linear or recurrent layer with quantised weights.
-
-    Example:
-        >>> from torch.ao.quantization import FakeQuantize
-        >>> is_quantized_layer(FakeQuantize())
-        False
-    """
-    widths = ("in_features", "in_channels", "input_size")
-    return quantized_by_torch(module) and any(hasattr(module, width) for width in widths)

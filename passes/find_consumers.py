@@ -43,7 +43,6 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrize
 
-from lean_fx.checks import is_quantized_layer
 from lean_fx.graph import split_attention
 from lean_fx.graph.calls import argument, has_hooks
 from lean_fx.graph.context import GraphContext, attribute_of
@@ -59,6 +58,7 @@ from lean_fx.layers.kinds import (
     input_weights,
     kind_of,
 )
+from lean_fx.layers.known_layers import is_quantized_layer
 from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.rebuild import why_not_rebuilt
 from lean_fx.layers.transformers import UNFUSED

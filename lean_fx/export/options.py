@@ -13,10 +13,10 @@ from lean_fx.checks import (
     check_positive,
     check_shapes,
     check_values,
-    quantized_by_torch,
 )
 from lean_fx.errors import ArgumentError, ExportError
 from lean_fx.export.quantization import Int8Target, Quantize, gives_batches
+from lean_fx.layers.known_layers import quantized_by_torch
 
 Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]

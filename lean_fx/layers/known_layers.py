@@ -1,12 +1,15 @@
-"""Layers of other libraries that are linear in their input, by the names of their classes.
+"""Layers that are known by the names of their classes, so that lean_fx imports none of them.
 
-:func:`~lean_fx.layers.kinds.kind_of` registers such a class when it first meets a layer of it, so
-lean_fx imports none of these libraries.
+Those of other libraries that are linear in their input are registered by
+:func:`~lean_fx.layers.kinds.kind_of` when it first meets them. Those of torch.ao.quantization are
+left alone.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import nn
 
 #: For each class, the arguments of :func:`~lean_fx.layers.kinds.register_layer`.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -28,3 +31,30 @@ KNOWN: dict[str, dict[str, Any]] = {
         ),
     },
 }
+
+_OBSERVING = ("torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer")
+
+
+def quantized_by_torch(module: nn.Module) -> bool:
+    """Whether a module is of torch.ao.quantization: it computes in integers, or simulates that.
+
+    Example:
+        >>> from torch.ao.quantization import FakeQuantize
+        >>> quantized_by_torch(FakeQuantize()), quantized_by_torch(nn.Linear(4, 2))
+        (True, False)
+    """
+    homes = [base.__module__ for base in type(module).__mro__]
+    own = homes[0].startswith("torch.ao.nn.") and "quantized" in homes[0].split(".")
+    return own or any(home in _OBSERVING for home in homes)
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a module is a conv, linear or recurrent layer with quantised weights.
+
+    Example:
+        >>> from torch.ao.quantization import FakeQuantize
+        >>> is_quantized_layer(FakeQuantize())
+        False
+    """
+    widths = ("in_features", "in_channels", "input_size")
+    return quantized_by_torch(module) and any(hasattr(module, width) for width in widths)

@@ -12,11 +12,12 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.capturing import capture
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.tracing import is_leaf
-from lean_fx.checks import check_shapes, is_quantized_layer
+from lean_fx.checks import check_shapes
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.calls import is_altered
 from lean_fx.layers.kinds import KINDS, LayerKind
+from lean_fx.layers.known_layers import is_quantized_layer
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.measure.costs_table import Costs, NodeCost
 from lean_fx.measure.counter import Counter, counting, has_mac_count

@@ -42,26 +42,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> [file.name for file in folder.iterdir()]
         ['a.txt']
     """
-    target = Path(path)
-    try:
-        if target.is_dir():
-            raise WriteError(f"{target}: is a folder; give the name of a file")
-        if target.exists() and not target.is_file():
-            raise WriteError(
-                f"{target}: is not a file but a device or the like; give the name of a file"
-            )
-        target = target.resolve() if target.is_symlink() else target
-        _remove_left_folders(target.parent)
-        folder, lock = _hidden_folder(target)
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(
-            f"{target}: cannot be written ({error.strerror}); give a path in a folder that exists "
-            "and that you may write to"
-        ) from error
-    except (ValueError, RuntimeError) as error:  # a null byte, a loop of links
-        raise WriteError(f"{str(target)!r}: is not a path ({error}); give another") from error
+    target, folder, lock = _begun(Path(path))
     part = folder / target.name
     try:
         yield part
@@ -79,6 +60,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _unlock(lock)
+
+
+def _begun(target: Path) -> tuple[Path, Path, int | None]:
+    """The file to replace, behind links, the hidden folder beside it, and the folder's lock.
+
+    Raises:
+        WriteError: there can be no such file, or no folder beside it.
+    """
+    try:
+        if target.is_dir():
+            raise WriteError(f"{target}: is a folder; give the name of a file")
+        if target.exists() and not target.is_file():
+            raise WriteError(
+                f"{target}: is not a file but a device or the like; give the name of a file"
+            )
+        target = target.resolve() if target.is_symlink() else target
+        _remove_left_folders(target.parent)
+        return target, *_hidden_folder(target)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{target}: cannot be written ({error.strerror}); give a path in a folder that exists "
+            "and that you may write to"
+        ) from error
+    except (ValueError, RuntimeError) as error:  # a null byte, a loop of links
+        raise WriteError(f"{str(target)!r}: is not a path ({error}); give another") from error
 
 
 def _hidden_folder(target: Path) -> tuple[Path, int | None]:

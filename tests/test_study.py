@@ -14,10 +14,11 @@ from optuna.trial import TrialState
 from torch import nn
 
 from lean_fx.errors import ArgumentError, DataError
-from lean_fx.experiment import study as study_module
+from lean_fx.experiment import study_worker
 from lean_fx.experiment.configurations import Configuration, Space
 from lean_fx.experiment.datasets import digits
 from lean_fx.experiment.study import Study
+from lean_fx.experiment.study_database import Row
 from lean_fx.experiment.study_report import as_json, front, groups, write_report
 from lean_fx.experiment.training import Settings
 from lean_fx.experiment.trials import Job, Outcome, TrialError, run_apart, run_here
@@ -74,7 +75,7 @@ def what_ran(folder):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(study_module, "run_apart", untrained)
+    monkeypatch.setattr(study_worker, "run_apart", untrained)
 
 
 SPACE = Space(
@@ -115,7 +116,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on(tells, monkeypatch, tmp_path):
                 stop([0.5])
         return untrained(job, stop)
 
-    monkeypatch.setattr(study_module, "run_apart", sleeps)
+    monkeypatch.setattr(study_worker, "run_apart", sleeps)
     rows = study.run()
     assert {row.configuration.arm for row in rows} == {"baseline", "slice"}
     assert [row.state for row in rows] == ["complete"] * 2
@@ -125,7 +126,7 @@ def test_another_error_of_a_worker_is_not_hidden(monkeypatch, tmp_path):
     def breaks(job, stop):
         raise ValueError("no such key")
 
-    monkeypatch.setattr(study_module, "run_apart", breaks)
+    monkeypatch.setattr(study_worker, "run_apart", breaks)
     with pytest.raises(ValueError, match="^no such key$"):
         study_in(tmp_path, Space(arms=("baseline",))).run()
 
@@ -136,7 +137,7 @@ def test_a_failed_trial_is_a_row_with_its_error(monkeypatch, tmp_path):
             raise TrialError("ValueError: no slices today")
         return outcome_of(job.configuration)
 
-    monkeypatch.setattr(study_module, "run_apart", sometimes)
+    monkeypatch.setattr(study_worker, "run_apart", sometimes)
     space = Space(arms=("baseline", "slice"))
     rows = study_in(tmp_path, space).run()
     assert {row.configuration.arm: (row.state, row.error) for row in rows} == {
@@ -168,7 +169,7 @@ def test_a_trial_below_the_median_is_pruned_whatever_the_objectives(monkeypatch,
         epochs = next((e for e in range(1, 6) if stop(accuracies[:e])), 5)
         return Outcome(accuracies[0], epochs, 10, 20, 1.0)
 
-    monkeypatch.setattr(study_module, "run_apart", falls_behind)
+    monkeypatch.setattr(study_worker, "run_apart", falls_behind)
     settings = Settings(epochs=5, accelerator="cpu")
     space = Space(arms=("slice",), seeds=tuple(range(8)))
     study = Study(
@@ -207,7 +208,7 @@ def test_the_report_is_whole(quick, tmp_path):
 def test_the_standard_error_is_that_of_the_mean():
     space = Space(arms=("slice",), seeds=(0, 1, 2))
     rows = [
-        study_module.Row(i, "complete", each, Outcome(accuracy, 1, 1, 1, 1.0))
+        Row(i, "complete", each, Outcome(accuracy, 1, 1, 1, 1.0))
         for i, (each, accuracy) in enumerate(zip(space, (0.2, 0.4, 0.9), strict=True))
     ]
     (group,) = groups(rows)
@@ -302,7 +303,7 @@ def work_slowly(folder, storage=None, seconds=0.3):
         time.sleep(seconds)
         return untrained(job, stop)
 
-    study_module.run_apart = slow
+    study_worker.run_apart = slow
     study_in(folder, storage=storage, heartbeat=1).run()
 
 

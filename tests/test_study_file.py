@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lean_fx import command_line
-from lean_fx.experiment import study as study_module
+from lean_fx.experiment import study_worker
 from lean_fx.experiment.trials import Outcome
 
 TEXT = """
@@ -36,7 +36,7 @@ def write(folder, text, home="test_study"):
 def quick(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        study_module, "run_apart", lambda job, stop: Outcome(0.5, 1, 100, 200, 1.0, host="here")
+        study_worker, "run_apart", lambda job, stop: Outcome(0.5, 1, 100, 200, 1.0, host="here")
     )
 
 

@@ -8,15 +8,8 @@ once.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import pickle
-import random
-import shutil
-import socket
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +21,11 @@ from lean_fx.checks import check_choice, check_int, check_ints
 from lean_fx.errors import ArgumentError, one_line, require
 from lean_fx.experiment.budget import MakeWidth
 from lean_fx.experiment.configurations import Configuration, Space, choices_of
-from lean_fx.experiment.study_database import (
-    KEY,
-    Known,
-    free_stale_trials,
-    is_behind,
-    open_database,
-    run_one,
-    twin_of,
-)
+from lean_fx.experiment.study_database import Row, open_database, rows_of
+from lean_fx.experiment.study_worker import Worker, retrained
 from lean_fx.experiment.training import Settings
-from lean_fx.experiment.trials import Data, Job, Outcome, TrialError, run_apart
-from lean_fx.files import make_folder, write_text
+from lean_fx.experiment.trials import Data
+from lean_fx.files import make_folder
 from lean_fx.measure.costs import count_parameters
 from lean_fx.measure.progress import counted_bar
 
@@ -54,28 +40,7 @@ OBJECTIVES = {
     "latency": "minimize",
     "energy": "minimize",
 }
-_FIELDS = {"latency": "latency_ratio", "energy": "energy_j"}
 SAMPLERS = ("grid", "random", "tpe")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trial and what came of it.
-
-    Attributes:
-        trial: its number in the study.
-        state: ``"complete"``, ``"pruned"`` or ``"failed"``; or ``"retrained"`` by
-            :meth:`Study.retrain`, then ``trial`` counts only these.
-        configuration: of the model.
-        outcome: what was measured; None of a trial that failed.
-        error: of a trial that failed, in one line.
-    """
-
-    trial: int
-    state: str
-    configuration: Configuration
-    outcome: Outcome | None = None
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,32 +140,12 @@ class Study:
             check_int("Study.run: trials", trials, 1)
         self._check_width()
         database = self._open(sampler)
-        grid = self.space.grid()
-        total = min(trials or len(grid), len(grid))
-        filelock = require("filelock", extra="examples", purpose="a study")
-        # SQLite gives one queued trial to two workers that ask at once.
-        claim = filelock.FileLock(make_folder(self.folder) / ".claim.lock")
-        objective = self._objective(database, prune, claim)
-        before = -1
+        size = len(self.space.grid())
+        total = min(trials or size, size)
         try:
             with counted_bar(self.name, total) as show:
-                while True:
-                    with claim:  # until the trial is taken
-                        free_stale_trials(database)
-                        known = Known.of(database, self.space)
-                        show(len(known.done))
-                        missing = [each for key, each in grid.items() if key not in known.keys]
-                        if known.waiting or (missing and len(known.keys) < total):
-                            # A sampler that has found nothing new is given something that is.
-                            stuck = sampler == "grid" or len(known.keys) == before
-                            if stuck and not known.waiting:
-                                database.enqueue_trial(random.choice(missing))
-                            before = len(known.keys)
-                            run_one(database, objective, TrialError)
-                            continue
-                    if not known.running:
-                        return self._rows(database)
-                    time.sleep(1)  # others are at the last ones, or have died
+                Worker(self, database, prune).run(total, sampler == "grid", show)
+                return rows_of(database, self.space)
         except KeyboardInterrupt:
             raise SystemExit("\nstopped; run the same again to go on") from None
 
@@ -215,27 +160,7 @@ class Study:
 
     def rows(self) -> list[Row]:
         """The finished trials, in their order; a configuration that came again is there once."""
-        return self._rows(self.database())
-
-    def _rows(self, database: optuna.Study) -> list[Row]:
-        rows = []
-        for trial in database.get_trials(deepcopy=False):
-            if trial.user_attrs.get("copy_of") is not None or not trial.state.is_finished():
-                continue
-            if "outcome" not in trial.user_attrs and "error" not in trial.user_attrs:
-                continue  # its worker died; the trial was taken up under another number
-            error = trial.user_attrs.get("error", "")
-            outcome = trial.user_attrs.get("outcome")
-            rows.append(
-                Row(
-                    trial.number,
-                    "failed" if error else trial.state.name.lower(),
-                    self.space.configuration(trial.params),
-                    Outcome(**outcome) if outcome else None,
-                    error,
-                )
-            )
-        return rows
+        return rows_of(self.database(), self.space)
 
     def retrain(self, top: int = 3, epochs: int = 50, seeds: Sequence[int] = (0,)) -> list[Row]:
         """Train the most accurate configurations anew, on the whole train split, and test them.
@@ -255,20 +180,12 @@ class Study:
         check_retrain(top, epochs, seeds)
         chosen = self._most_accurate(top)
         rows: list[Row] = []
-        total = len(chosen) * len(seeds)
-        with counted_bar(f"{self.name}, retrained", total) as show:
-            for best in chosen:
-                for seed in seeds:
-                    configuration = dataclasses.replace(best, seed=seed)
-                    job = self._job(configuration, "retrained", epochs, held_out=False)
-                    file = make_folder(job.folder) / "outcome.json"
-                    if file.exists():
-                        outcome = Outcome(**json.loads(file.read_text(encoding="utf-8")))
-                    else:
-                        outcome = run_apart(job, lambda _: False)
-                        write_text(file, json.dumps(dataclasses.asdict(outcome)))
-                    rows.append(Row(len(rows), "retrained", configuration, outcome))
-                    show(len(rows))
+        wanted = [dataclasses.replace(best, seed=seed) for best in chosen for seed in seeds]
+        with counted_bar(f"{self.name}, retrained", len(wanted)) as show:
+            for configuration in wanted:
+                outcome = retrained(self, configuration, epochs)
+                rows.append(Row(len(rows), "retrained", configuration, outcome))
+                show(len(rows))
         return rows
 
     def _most_accurate(self, top: int) -> list[Configuration]:
@@ -308,87 +225,35 @@ class Study:
         return model
 
     def _open(self, sampler: str) -> optuna.Study:
-        made_with = {
+        folder = make_folder(self.folder)
+        made = optuna.samplers.RandomSampler()
+        if sampler == "tpe":
+            made = optuna.samplers.TPESampler(constant_liar=True)
+        return open_database(
+            self.storage or f"sqlite:///{folder.resolve() / 'study.db'}",
+            self.name,
+            self._made_with(),
+            [OBJECTIVES[objective] for objective in self.objectives],
+            made,
+            self.heartbeat,
+        )
+
+    def _made_with(self) -> dict[str, Any]:
+        """What all trials have in common, in plain types."""
+        settings = dataclasses.asdict(self.settings)
+        make = getattr(self.make, "__qualname__", None)
+        return {
             "choices": {name: list(each) for name, each in self.space.choices.items()},
             "like": self.space.like,
             "objectives": list(self.objectives),
             "held_out": self.held_out,
             "settings": {
                 name: value
-                for name, value in dataclasses.asdict(self.settings).items()
-                if name not in ("learning_rate", "seed")
+                for name, value in settings.items()
+                if name not in ("learning_rate", "seed")  # those are the space's
             },
-            "make": f"{self.make.__module__}.{self.make.__qualname__}"
-            if hasattr(self.make, "__qualname__")
-            else type(self.make).__qualname__,
+            "make": f"{self.make.__module__}.{make}" if make else type(self.make).__qualname__,
         }
-        folder = make_folder(self.folder)
-        return open_database(
-            self.storage or f"sqlite:///{folder.resolve() / 'study.db'}",
-            self.name,
-            made_with,
-            [OBJECTIVES[objective] for objective in self.objectives],
-            optuna.samplers.TPESampler(constant_liar=True)
-            if sampler == "tpe"
-            else optuna.samplers.RandomSampler(),
-            self.heartbeat,
-        )
-
-    def _job(self, configuration: Configuration, part: str, epochs: int, held_out: bool) -> Job:
-        name = hashlib.sha256(f"{configuration.key} {epochs}".encode()).hexdigest()[:16]
-        folder = make_folder(self.folder)
-        return Job(
-            configuration=configuration,
-            make=self.make,
-            data=self.data,
-            held_out=held_out,
-            like=self.space.like,
-            settings=dataclasses.replace(self.settings, epochs=epochs),
-            folder=folder / part / name,
-            lock=folder / f".timing-{socket.gethostname()}.lock",
-            timed="latency" in self.objectives,
-            metered="energy" in self.objectives,
-        )
-
-    def _objective(self, database: optuna.Study, prune: bool, claim: Any) -> Any:
-        choices = self.space.choices
-
-        def run_trial(trial: optuna.Trial) -> tuple[float, ...]:
-            chosen = {name: trial.suggest_categorical(name, each) for name, each in choices.items()}
-            configuration = self.space.configuration(chosen)
-            trial.set_user_attr(KEY, configuration.key)
-
-            def twin() -> optuna.trial.FrozenTrial | None:
-                found = twin_of(database, self.space, trial.number, configuration.key)
-                if found is not None:
-                    trial.set_user_attr("copy_of", found.number)
-                return found
-
-            def stop(accuracies: Sequence[float]) -> bool:
-                trial.set_user_attr("accuracies", list(accuracies))
-                return twin() is not None or (prune and is_behind(database, accuracies))
-
-            earlier = twin()
-            claim.release()
-            if earlier is not None:
-                if earlier.values is None:
-                    raise optuna.TrialPruned
-                return tuple(earlier.values)
-            job = self._job(configuration, "trials", self.settings.epochs, self.held_out)
-            try:
-                outcome = run_apart(job, stop)
-            except TrialError as error:
-                trial.set_user_attr("error", str(error))
-                raise
-            trial.set_user_attr("outcome", _plain(outcome))
-            shutil.rmtree(job.folder, ignore_errors=True)
-            if outcome.epochs < self.settings.epochs:
-                raise optuna.TrialPruned
-            return tuple(
-                getattr(outcome, _FIELDS.get(objective, objective)) for objective in self.objectives
-            )
-
-        return run_trial
 
 
 def check_retrain(top: int = 3, epochs: int = 50, seeds: Sequence[int] = (0,)) -> None:
@@ -400,13 +265,3 @@ def check_retrain(top: int = 3, epochs: int = 50, seeds: Sequence[int] = (0,)) -
     check_int("Study.retrain: top", top, 1)
     check_int("Study.retrain: epochs", epochs, 1)
     check_ints("Study.retrain: seeds", seeds, 0)
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    """What a database's JSON takes: without NaN."""
-    values = dataclasses.asdict(outcome).items()
-    return {
-        name: value
-        for name, value in values
-        if not (isinstance(value, float) and math.isnan(value))
-    }

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lean_fx.errors import ArgumentError, DataError, one_line, require
-from lean_fx.experiment.configurations import Space
+from lean_fx.experiment.configurations import Configuration, Space
+from lean_fx.experiment.trials import Outcome
 
 require("optuna", extra="examples", purpose="a study")
 import optuna  # noqa: E402
@@ -224,3 +225,45 @@ def is_behind(database: optuna.Study, accuracies: Sequence[float]) -> bool:
         if len(trial.user_attrs.get("accuracies", ())) >= epoch
     ]
     return epoch >= 3 and len(others) >= 5 and accuracies[-1] < statistics.median(others)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial and what came of it.
+
+    Attributes:
+        trial: its number in the study.
+        state: ``"complete"``, ``"pruned"`` or ``"failed"``; or ``"retrained"`` by
+            :meth:`~lean_fx.experiment.study.Study.retrain`, then ``trial`` counts only these.
+        configuration: of the model.
+        outcome: what was measured; None of a trial that failed.
+        error: of a trial that failed, in one line.
+    """
+
+    trial: int
+    state: str
+    configuration: Configuration
+    outcome: Outcome | None = None
+    error: str = ""
+
+
+def rows_of(study: optuna.Study, space: Space) -> list[Row]:
+    """The finished trials, in their order; a configuration that came again is there once."""
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.user_attrs.get("copy_of") is not None or not trial.state.is_finished():
+            continue
+        if "outcome" not in trial.user_attrs and "error" not in trial.user_attrs:
+            continue  # its worker died; the trial was taken up under another number
+        error = trial.user_attrs.get("error", "")
+        outcome = trial.user_attrs.get("outcome")
+        rows.append(
+            Row(
+                trial.number,
+                "failed" if error else trial.state.name.lower(),
+                space.configuration(trial.params),
+                Outcome(**outcome) if outcome else None,
+                error,
+            )
+        )
+    return rows

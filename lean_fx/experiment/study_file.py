@@ -46,7 +46,8 @@ from typing import Any
 from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, DataError, one_line
 from lean_fx.experiment.configurations import Space
-from lean_fx.experiment.study import Row, Study, check_retrain
+from lean_fx.experiment.study import Study, check_retrain
+from lean_fx.experiment.study_database import Row
 from lean_fx.experiment.training import Settings
 from lean_fx.importing import import_object, look_in, split_place
 
@@ -135,13 +136,9 @@ def imported(subject: str, place: Any) -> Any:
 def _made(kind: Any, subject: str, given: Any, also: Iterable[str] = ()) -> Any:
     fields = dataclasses.fields(kind)
     _checked_names(subject, given, [field.name for field in fields], also)
-    missing = dataclasses.MISSING
     for field in fields:
-        if (
-            field.name not in given
-            and field.default is missing
-            and (field.default_factory is missing)
-        ):
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in given:
             raise ArgumentError(f"{subject}: {field.name!r} is missing")
     return kind(**{name: _tuples(value) for name, value in given.items()})
 

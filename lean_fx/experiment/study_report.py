@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lean_fx.errors import require
-from lean_fx.experiment.study import Row, Study
+from lean_fx.experiment.study import Study
+from lean_fx.experiment.study_database import Row
 from lean_fx.experiment.trials import Outcome
 from lean_fx.files import make_folder, replacing, write_text
 from lean_fx.measure.machines import machine

@@ -111,20 +111,14 @@ def write_report(study: Study, rows: Sequence[Row], command: str = "") -> Path:
 def as_csv(rows: Sequence[Row]) -> str:
     """A line a trial, failed ones with their errors."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_OWN, *_MEASURED, "error"])
+    writer = csv.DictWriter(text, [*_OWN, *_MEASURED, "error"], lineterminator="\n")
+    writer.writeheader()
     for row in rows:
-        own = row.configuration
-        options = " ".join(f"{name}={value}" for name, value in own.options)
-        measured = [""] * len(_MEASURED)
-        if row.outcome is not None:
-            measured = [getattr(row.outcome, name) for name in _MEASURED]
-        writer.writerow(
-            [
-                *(row.trial, row.state, own.arm, own.channels, own.sites, options),
-                *(own.learning_rate, own.seed, *measured, row.error),
-            ]
-        )
+        own = dataclasses.asdict(row.configuration)
+        own["options"] = " ".join(f"{name}={value}" for name, value in row.configuration.options)
+        measured = dataclasses.asdict(row.outcome) if row.outcome is not None else {}
+        trial = {"trial": row.trial, "state": row.state, "error": row.error}
+        writer.writerow(trial | own | measured)
     return text.getvalue()
 
 
@@ -149,16 +143,28 @@ def as_markdown(study: Study, rows: Sequence[Row], command: str = "") -> str:
         f"{machine()}; {study.settings.epochs} epochs; accuracy on {where}, mean and standard error"
         f" over the seeds; {states.count('complete')} trials complete, {states.count('pruned')} "
         f"pruned, {states.count('failed')} failed.\n",
+        *_configurations(rows),
+        *_retrained(groups(rows, "retrained")),
+    ]
+    failed = [row for row in rows if row.state == "failed"]
+    if failed:
+        lines += ["\n## Failed\n"]
+        lines += [f"- {row.configuration.name}: {row.error}" for row in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _configurations(rows: Sequence[Row]) -> list[str]:
+    lines = [
         "| configuration | seeds | accuracy, % | parameters | MACs | latency, ratio | energy, J |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for group in groups(rows):
-        latency = group.median("latency_ratio")
+        latency, energy = group.median("latency_ratio"), group.median("energy_j")
         lines.append(
             f"| {group.name} | {len(group.rows)} | {_accuracy(group)} "
             f"| {group.median('parameters'):,.0f} | {group.median('macs'):,.0f} "
             f"| {'' if math.isnan(latency) else f'{latency:.2f}'} "
-            f"| {'' if math.isnan(group.median('energy_j')) else short(group.median('energy_j'))} |"
+            f"| {'' if math.isnan(energy) else short(energy)} |"
         )
     by = sorted({row.outcome.lean_nodes for row in rows if row.outcome} - {""})
     if by:
@@ -166,23 +172,22 @@ def as_markdown(study: Study, rows: Sequence[Row], command: str = "") -> str:
             f"\nLatency: of one sample, one thread, as a ratio to the whole model's, timed in "
             f"turn; LEAN nodes by {' or '.join(by)}."
         )
-    retrained = groups(rows, "retrained")
-    if retrained:
-        lines += [
-            "\n## Retrained\n",
-            "The most accurate anew, on the whole train split; accuracy on the test split.\n",
-            "| configuration | seeds | epochs | accuracy, % |",
-            "|---|---:|---:|---:|",
-        ]
-        lines += [
+    return lines
+
+
+def _retrained(found: Sequence[Group]) -> list[str]:
+    if not found:
+        return []
+    return [
+        "\n## Retrained\n",
+        "The most accurate anew, on the whole train split; accuracy on the test split.\n",
+        "| configuration | seeds | epochs | accuracy, % |",
+        "|---|---:|---:|---:|",
+        *(
             f"| {each.name} | {len(each.rows)} | {each.median('epochs'):.0f} | {_accuracy(each)} |"
-            for each in retrained
-        ]
-    failed = [row for row in rows if row.state == "failed"]
-    if failed:
-        lines += ["\n## Failed\n"]
-        lines += [f"- {row.configuration.name}: {row.error}" for row in failed]
-    return "\n".join(lines) + "\n"
+            for each in found
+        ),
+    ]
 
 
 def _accuracy(group: Group) -> str:

@@ -125,8 +125,13 @@ class Space:
     def __post_init__(self) -> None:
         for name in ("arms", "channels", "sites", "learning_rates", "seeds"):
             object.__setattr__(self, name, choices_of(f"Space: {name}", getattr(self, name)))
+        if not isinstance(self.options, Mapping):
+            raise ArgumentError(
+                f"Space: options={self.options!r} is not a mapping; give {{'damping': (0.0, 1.0)}}"
+            )
         options = {
-            name: choices_of(f"Space: options[{name!r}]", each) for name, each in self._options()
+            name: choices_of(f"Space: options[{name!r}]", each)
+            for name, each in self.options.items()
         }
         object.__setattr__(self, "options", options)
         for arm in self.arms:
@@ -142,13 +147,6 @@ class Space:
             check_rate("Space: learning rate", rate)
         for seed in self.seeds:
             check_int("Space: seed", seed, 0, 2**32 - 1)
-
-    def _options(self) -> Iterator[tuple[str, Any]]:
-        if not isinstance(self.options, Mapping):
-            raise ArgumentError(
-                f"Space: options={self.options!r} is not a mapping; give {{'damping': (0.0, 1.0)}}"
-            )
-        yield from self.options.items()
 
     @property
     def choices(self) -> dict[str, tuple[Any, ...]]:

@@ -59,35 +59,41 @@ def check_axes(inputs: Sequence[Any], shapes: Any) -> Axes:
     for place, (value, named) in enumerate(zip(inputs, shapes, strict=True)):
         if not isinstance(value, Tensor):
             raise ArgumentError(f"example_inputs: input {place} is not a tensor; give tensors")
-        axes: dict[int, str] = {}
         if named is not None and not isinstance(named, Mapping):
             raise ArgumentError(
                 f"export_onnx: dynamic_shapes: {named!r} is not a mapping for input {place}; give "
                 "such as {0: 'batch', 1: 'length'}, or {}"
             )
+        axes: dict[int, str] = {}
         for axis, name in (named or {}).items():
-            if type(axis) is not int or not -value.dim() <= axis < value.dim():
-                raise ArgumentError(
-                    f"export_onnx: dynamic_shapes: {axis!r} is not an axis of input {place}, which "
-                    f"has {value.dim()}; give one of those"
-                )
-            if not isinstance(name, str) or not name.isidentifier():
-                raise ArgumentError(
-                    f"export_onnx: dynamic_shapes: {name!r} is not a name of a size; give a word"
-                )
-            size = value.shape[axis]
-            if sizes.setdefault(name, size) != size:
-                raise ArgumentError(
-                    f"export_onnx: dynamic_shapes: {name!r} is {sizes[name]} and {size} in the "
-                    "example inputs; give it one size, or two names"
-                )
-            if size == 0:
-                raise ArgumentError(
-                    f"export_onnx: {name!r} is 0 in the example inputs; give 1 or more"
-                )
+            _check_axis(value, place, axis, name)
+            _check_size(name, value.shape[axis], sizes)
             axes[axis % value.dim()] = name
         found.append(axes)
     return tuple(found)
+
+
+def _check_axis(value: Tensor, place: int, axis: Any, name: Any) -> None:
+    if type(axis) is not int or not -value.dim() <= axis < value.dim():
+        raise ArgumentError(
+            f"export_onnx: dynamic_shapes: {axis!r} is not an axis of input {place}, which has "
+            f"{value.dim()}; give one of those"
+        )
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ArgumentError(
+            f"export_onnx: dynamic_shapes: {name!r} is not a name of a size; give a word"
+        )
+
+
+def _check_size(name: str, size: int, sizes: dict[str, int]) -> None:
+    """Check a size beside those by name that are known, and add it to them."""
+    if sizes.setdefault(name, size) != size:
+        raise ArgumentError(
+            f"export_onnx: dynamic_shapes: {name!r} is {sizes[name]} and {size} in the example "
+            "inputs; give it one size, or two names"
+        )
+    if size == 0:
+        raise ArgumentError(f"export_onnx: {name!r} is 0 in the example inputs; give 1 or more")
 
 
 def without_ones(inputs: Sequence[Tensor], axes: Axes) -> tuple[Tensor, ...]:

@@ -77,8 +77,7 @@ def run(
             :func:`~lean_fx.export_onnx` and :func:`~lean_fx.measure.timing.time_onnx`.
         SystemExit: of status 0, after the training, in all processes but the first.
     """
-    from lean_fx.experiment.rates import choose_rate
-    from lean_fx.experiment.training import measure_test_energy, train
+    from lean_fx.experiment.training import measure_test_energy
 
     require_all()
     if len({tuple(models) for models in arms.values()}) != 1:
@@ -86,27 +85,8 @@ def run(
     settings_of = {seed: dataclasses.replace(settings, seed=seed) for seed in arms}
     target = make_folder(folder)
     first_seed, first = next(iter(arms.items()))
-    chosen: dict[str, float] = {}
-    for name, model in first.items() if rates else ():
-        _say(f"choosing the learning rate of {name}")
-        place = target / f"{_slug(name)}-rates"
-        chosen[name] = choose_rate(model, data, settings_of[first_seed], rates, place, name)
-    runs: dict[str, list[tuple[Epoch, ...]]] = {}
-    every = [(seed, name, model) for seed, models in arms.items() for name, model in models.items()]
-    for number, (seed, name, model) in enumerate(every, start=1):
-        _say(f"{number}/{len(every)} {name}, seed {seed}: {count_parameters(model):,} parameters")
-        with EnergyMeter(country) if is_first_process() else contextlib.nullcontext() as meter:
-            history = train(
-                model,
-                data,
-                dataclasses.replace(
-                    settings_of[seed], learning_rate=chosen.get(name, settings.learning_rate)
-                ),
-                target / f"{_slug(name)}-seed{seed}",
-                meter=meter,
-                name=name,
-            )
-        runs.setdefault(name, []).append(history)
+    chosen = _chosen_rates(first, data, settings_of[first_seed], rates, target)
+    runs = _trained(arms, data, settings_of, chosen, target, country)
     leave_to_first_process()
     _say("metering the test, exporting to ONNX, timing in ONNX Runtime")
     energies = {
@@ -135,6 +115,58 @@ def run(
     )
     report.save(target)
     return report
+
+
+def _chosen_rates(
+    models: Mapping[str, nn.Module],
+    data: Dataset,
+    settings: Settings,
+    rates: Sequence[float],
+    folder: Path,
+) -> dict[str, float]:
+    """The learning rate of each model, by name; empty if there are no rates to choose from."""
+    from lean_fx.experiment.rates import choose_rate
+
+    chosen: dict[str, float] = {}
+    for name, model in models.items() if rates else ():
+        _say(f"choosing the learning rate of {name}")
+        place = folder / f"{_slug(name)}-rates"
+        chosen[name] = choose_rate(model, data, settings, rates, place, name)
+    return chosen
+
+
+def _trained(
+    arms: Mapping[int, Mapping[str, nn.Module]],
+    data: Dataset,
+    settings_of: Mapping[int, Settings],
+    rates: Mapping[str, float],
+    folder: Path,
+    country: str,
+) -> dict[str, list[tuple[Epoch, ...]]]:
+    """Train all models with all seeds, each model at its own rate if it has one.
+
+    Returns:
+        The history of each seed, by the name of the model.
+    """
+    from lean_fx.experiment.training import train
+
+    runs: dict[str, list[tuple[Epoch, ...]]] = {}
+    every = [(seed, name, model) for seed, models in arms.items() for name, model in models.items()]
+    for number, (seed, name, model) in enumerate(every, start=1):
+        _say(f"{number}/{len(every)} {name}, seed {seed}: {count_parameters(model):,} parameters")
+        settings = settings_of[seed]
+        rate = rates.get(name, settings.learning_rate)
+        with EnergyMeter(country) if is_first_process() else contextlib.nullcontext() as meter:
+            history = train(
+                model,
+                data,
+                dataclasses.replace(settings, learning_rate=rate),
+                folder / f"{_slug(name)}-seed{seed}",
+                meter=meter,
+                name=name,
+            )
+        runs.setdefault(name, []).append(history)
+    return runs
 
 
 def require_all() -> None:

@@ -111,11 +111,7 @@ def compare(
     batches, threads, rounds = check_numbers(batches, threads, rounds, energy_s)
     models = {name: of_tensors(model, given)[0] for name, model in models.items()}
     by_kernel = uses_kernel(kernel)
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, purpose="comparing")
-    if energy_s:
-        require("codecarbon", purpose="metering energy")
-        check_country("compare", country)
+    _require_all(energy_s, country)
     with (
         tempfile.TemporaryDirectory() as temporary,
         keeping_rng_state(),
@@ -162,6 +158,20 @@ def compare(
             for name, arm in arms.items()
         ]
     return Comparison(tuple(compared), machine())
+
+
+def _require_all(energy_s: float, country: str) -> None:
+    """Check that what measures is installed, and knows the country.
+
+    Raises:
+        ArgumentError: CodeCarbon does not know the country.
+        MissingDependencyError: a package is not installed.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, purpose="comparing")
+    if energy_s:
+        require("codecarbon", purpose="metering energy")
+        check_country("compare", country)
 
 
 def _keep(files: Iterable[Path], folder: Path) -> None:

@@ -28,20 +28,6 @@ from lean_fx.export.replaying import in_float64, moved_by_rounding, values_of
 _ROUNDINGS = 4
 
 
-def _with_small_integers(
-    inputs: tuple[Tensor, ...], sizes: Mapping[str, int]
-) -> tuple[Tensor, ...] | None:
-    """Inputs whose integers are indices of axes of all these sizes; None if they are already.
-
-    The edges of a graph name its nodes, of which there are fewer at some sizes.
-    """
-    least = min(sizes.values(), default=1)
-    integers = (torch.int64, torch.int32, torch.int16, torch.uint8)
-    smaller = tuple(each % least if each.dtype in integers else each for each in inputs)
-    same = all(torch.equal(one, other) for one, other in zip(inputs, smaller, strict=True))
-    return None if same else smaller
-
-
 def check_parity(
     model: nn.Module,
     program: torch.onnx.ONNXProgram,
@@ -111,6 +97,20 @@ def check_parity(
         "(state, chance, or a reduction's tol, which a file knows not)"
     )
     raise ExportError(f"{differs}{cause}; mend it, or give a greater tolerance")
+
+
+def _with_small_integers(
+    inputs: tuple[Tensor, ...], sizes: Mapping[str, int]
+) -> tuple[Tensor, ...] | None:
+    """Inputs whose integers are indices of axes of all these sizes; None if they are already.
+
+    The edges of a graph name its nodes, of which there are fewer at some sizes.
+    """
+    least = min(sizes.values(), default=1)
+    integers = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    smaller = tuple(each % least if each.dtype in integers else each for each in inputs)
+    same = all(torch.equal(one, other) for one, other in zip(inputs, smaller, strict=True))
+    return None if same else smaller
 
 
 def greatest_difference(

@@ -13,7 +13,8 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ArgumentError, DataError
-from lean_fx.export.quantization import _quiet, accuracy_of
+from lean_fx.export.int8_accuracy import accuracy_of
+from lean_fx.export.quantization import _quiet
 from support.models import PaperNet
 
 

@@ -25,6 +25,7 @@ from lean_fx.export.inputs import (
     with_sizes,
     without_ones,
 )
+from lean_fx.export.int8_accuracy import accuracy_of, check_int8
 from lean_fx.export.lean_function import DOMAIN, INLINED
 from lean_fx.export.of_tensors import of_tensors
 from lean_fx.export.options import (
@@ -36,13 +37,7 @@ from lean_fx.export.options import (
 )
 from lean_fx.export.parity import check_parity
 from lean_fx.export.program import PACKED, exported_program
-from lean_fx.export.quantization import (
-    Int8Target,
-    Quantize,
-    accuracy_of,
-    check_int8,
-    quantize_onnx,
-)
+from lean_fx.export.quantization import Int8Target, Quantize, quantize_onnx
 from lean_fx.export.stored_plan import attached_plan
 from lean_fx.files import replacing
 from lean_fx.locks import SHARED_STATE

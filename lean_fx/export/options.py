@@ -15,7 +15,8 @@ from lean_fx.checks import (
     check_values,
 )
 from lean_fx.errors import ArgumentError, ExportError
-from lean_fx.export.quantization import Int8Target, Quantize, gives_batches
+from lean_fx.export.batches import gives_batches
+from lean_fx.export.quantization import Int8Target, Quantize
 from lean_fx.layers.known_layers import quantized_by_torch
 
 Batch = Literal["dynamic", "static"]

@@ -31,10 +31,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.errors import ArgumentError, DataError, ExportError, one_line, require, warn
+from lean_fx.errors import ArgumentError, ExportError, one_line, require
+from lean_fx.export.batches import arrays_by_name, first_output
 from lean_fx.export.lean_function import INLINED
 from lean_fx.export.sessions import open_session
 from lean_fx.files import replacing
@@ -46,9 +44,6 @@ Int8Target = Literal["portable", "vnni"]
 
 #: The key of a twin's metadata that says how it was made.
 INT8 = "lean_fx.int8"
-#: The greatest mean difference of a twin from its file, as a fraction of the mean magnitude of the
-#: file's outputs, that brings no warning.
-INT8_BOUND = 0.1
 
 
 def quantize_onnx(
@@ -81,24 +76,7 @@ def quantize_onnx(
     tools = require("onnxruntime.quantization", purpose="quantisation")
     source = Path(path)
     twin = source.with_suffix(".int8.onnx")
-    session = open_session(source.name, source, threads=1)
-    names = [value.name for value in session.get_inputs()]
-    given = () if calibration is None else calibration
-    batches = [_arrays("calibration", names, each) for each in given]
-    if mode == "static" and not batches:
-        raise ArgumentError("quantize='static' has no calibration data; give batches of inputs")
-    if any(not array.size for batch in batches for array in batch.values()):
-        raise ArgumentError("calibration: a batch has no rows; give one or more")
-    for batch in batches[:1]:  # else the error would be about the file
-        _run("calibration", session, source, batch)
-
-    class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            self.batches = iter(batches)
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self.batches, None)
-
+    batches = _calibration_batches(source, mode, calibration)
     onnx = require("onnx", purpose="quantisation")
     model = onnx.load(source, load_external_data=False)
     names_within = (node.name for node in model.graph.node)
@@ -115,7 +93,7 @@ def quantize_onnx(
                 tools.quantize_static(
                     source,
                     part,
-                    Reader(),
+                    _reader_of(batches),
                     activation_type=tools.QuantType.QUInt8,
                     weight_type=tools.QuantType.QInt8,
                     per_channel=True,
@@ -134,156 +112,39 @@ def quantize_onnx(
     return twin
 
 
-def int8_difference(
-    path: str | os.PathLike[str], twin: str | os.PathLike[str], batches: Iterable[Any]
-) -> float:
-    """How far a twin is from its file on this machine.
-
-    Args:
-        path: the file.
-        twin: its INT8 twin.
-        batches: one batch of inputs or more, each a tensor or a tuple of them.
-
-    Returns:
-        The mean difference of their floating-point outputs, as a fraction of the mean magnitude of
-        the file's: the greatest of the outputs. 0 where there are none.
+def _calibration_batches(
+    source: Path, mode: Quantize, calibration: Iterable[Any] | None
+) -> list[dict[str, Any]]:
+    """Batches of a file's inputs by name.
 
     Raises:
-        ArgumentError: a batch does not fit the file.
+        ArgumentError: they are not batches of its inputs, or there are none though needed.
     """
-    sessions = [open_session(str(each), Path(each), threads=1) for each in (path, twin)]
-    names = [value.name for value in sessions[0].get_inputs()]
-    apart: dict[int, float] = {}
-    size: dict[int, float] = {}
-    for batch in batches:
-        arrays = _arrays("calibration", names, batch)
-        exact, rounded = (session.run(None, arrays) for session in sessions)
-        pairs = (
-            (torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(exact, rounded, strict=True)
-        )
-        for place, (ours, theirs) in enumerate(pairs):
-            if ours.is_floating_point():
-                apart[place] = apart.get(place, 0.0) + float((ours - theirs).abs().sum())
-                size[place] = size.get(place, 0.0) + float(ours.abs().sum())
-    return max((apart[place] / size[place] for place in apart if size[place]), default=0.0)
-
-
-def check_int8(
-    path: str | os.PathLike[str],
-    twin: str | os.PathLike[str],
-    batches: Iterable[Any],
-    target: Int8Target,
-) -> float:
-    """Compare a twin with its file on this machine, and warn where it is too far off.
-
-    Args:
-        path: the file.
-        twin: its INT8 twin.
-        batches: inputs, as in :func:`int8_difference`.
-        target: what the twin was made for.
-
-    Returns:
-        The difference.
-
-    Warns:
-        LeanWarning: it is above :data:`INT8_BOUND`.
-    """
-    apart = int8_difference(path, twin, batches)
-    if not apart <= INT8_BOUND:
-        remedy = (
-            "this processor may saturate 8-bit weights: use int8_target='portable'"
-            if target == "vnni"
-            else "calibrate with more data, or use the float file"
-        )
-        warn(
-            f"export_onnx: the INT8 twin differs from {Path(path).name} by {apart:.2g} of the mean "
-            f"output on this machine, bound {INT8_BOUND:g}; {remedy}"
-        )
-    return apart
-
-
-def accuracy_of(path: str | os.PathLike[str], evaluation: Iterable[Any]) -> float:
-    """The part of samples whose greatest score is that of their label, in [0, 1].
-
-    Args:
-        path: an ONNX file whose first output are scores ``[N, classes]``.
-        evaluation: batches ``(inputs, labels)``, such as a DataLoader gives; inputs a tensor or a
-            tuple of them, labels whole numbers ``[N]``.
-
-    Raises:
-        DataError: there are no samples, or the file is not there.
-        ArgumentError: a batch is not a pair of inputs and labels, or the file does not take its
-            inputs, or there is no label for each row of scores.
-    """
-    session = open_session(str(path), Path(path), threads=max(1, torch.get_num_threads()))
+    session = open_session(source.name, source, threads=1)
     names = [value.name for value in session.get_inputs()]
-    right = total = 0
-    for batch in evaluation:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ArgumentError("evaluation: a batch is not a pair; give batches (inputs, labels)")
-        scores = _run("evaluation", session, path, _arrays("evaluation", names, batch[0]))
-        try:
-            labels = torch.as_tensor(batch[1])
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentError(
-                f"evaluation: labels are no numbers ({one_line(error)}); give whole numbers [N]"
-            ) from error
-        if scores.dim() != 2 or labels.shape != scores.shape[:1]:
-            raise ArgumentError(
-                f"evaluation: scores {list(scores.shape)} and labels {list(labels.shape)} do not "
-                "fit; give a model whose first output is [N, classes] and labels [N]"
-            )
-        right += int((scores.argmax(1) == labels).sum())
-        total += len(labels)
-    if not total:
-        raise DataError("evaluation: has no samples; give one batch or more")
-    return right / total
+    given = () if calibration is None else calibration
+    batches = [arrays_by_name("calibration", names, each) for each in given]
+    if mode == "static" and not batches:
+        raise ArgumentError("quantize='static' has no calibration data; give batches of inputs")
+    if any(not array.size for batch in batches for array in batch.values()):
+        raise ArgumentError("calibration: a batch has no rows; give one or more")
+    for batch in batches[:1]:  # else the error would be about the file
+        first_output("calibration", session, source, batch)
+    return batches
 
 
-def _run(subject: str, session: Any, path: Any, arrays: dict[str, Any]) -> torch.Tensor:
-    """The first output of a file.
+def _reader_of(batches: list[dict[str, Any]]) -> Any:
+    """The batches as ONNX Runtime reads them."""
+    base: Any = require("onnxruntime.quantization", purpose="quantisation").CalibrationDataReader
 
-    Raises:
-        ArgumentError: it does not take the inputs.
-    """
-    try:
-        return torch.as_tensor(session.run(None, arrays)[0])
-    except Exception as error:
-        shapes = ", ".join(f"{array.dtype} {list(array.shape)}" for array in arrays.values())
-        raise ArgumentError(
-            f"{subject}: {Path(path).name} cannot run on {shapes} ({one_line(error)}); give "
-            "batches of its inputs"
-        ) from error
+    class Reader(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(batches)
 
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
 
-def gives_batches(data: Any) -> bool:
-    """Whether data can be iterated over, and are not one tensor, whose rows are not batches.
-
-    Example:
-        >>> gives_batches([torch.rand(2, 3)]), gives_batches(torch.rand(2, 3))
-        (True, False)
-    """
-    try:
-        iter(data)
-    except TypeError:
-        return False
-    return not isinstance(data, torch.Tensor)
-
-
-def _arrays(subject: str, names: list[str], inputs: Any) -> dict[str, Any]:
-    if not isinstance(inputs, torch.Tensor | tuple | list):
-        raise ArgumentError(
-            f"{subject}: a batch is a {type(inputs).__name__} object; give tensors, or tuples of "
-            "them"
-        )
-    tensors = as_inputs(inputs)
-    if len(tensors) != len(names):
-        raise ArgumentError(
-            f"{subject}: a batch has {len(tensors)} inputs and the model takes {len(names)}; give "
-            "batches of its inputs"
-        )
-    arrays = (torch.as_tensor(each).detach().cpu().numpy() for each in tensors)
-    return dict(zip(names, arrays, strict=True))
+    return Reader()
 
 
 @contextmanager

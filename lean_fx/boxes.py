@@ -24,7 +24,7 @@ from lean_fx.reduction.registry import is_reduction
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a graph that runs without a pause: one node, or all that a module does.
+    """A box of a picture: one node, or a module with all its nodes, which run in a row.
 
     Attributes:
         name: of the module or the node.
@@ -107,7 +107,7 @@ def _sources(node: Node, shown: Mapping[Node, int]) -> set[int]:
 
 
 def _groups(nodes: list[Node], depth: int, paths: dict[Node, str]) -> list[tuple[str, list[Node]]]:
-    """Neighbours of one module, which is that many names deep; a reduction is with its reader."""
+    """Group neighbours by their module, at a depth of names; a reduction goes with its reader."""
 
     def key(node: Node) -> str:
         if node not in paths:
@@ -120,7 +120,8 @@ def _groups(nodes: list[Node], depth: int, paths: dict[Node, str]) -> list[tuple
 def _paths(calls: list[Node]) -> dict[Node, str]:
     """The module that each node is a call of, or is a part of; empty outside any.
 
-    A node that notes none, such as one that a pass has made, is part of what its neighbours are.
+    A node without a note, such as one that a pass has made, belongs to the module that holds the
+    nodes before and behind it.
     """
     noted = {node: _noted_path(node) for node in calls}
     ahead = dict(zip(calls, _last_paths(noted, calls), strict=True))
@@ -133,7 +134,7 @@ def _noted_path(node: Node) -> str:
 
 
 def _last_paths(noted: dict[Node, str], calls: Iterable[Node]) -> Iterator[str]:
-    """The path of the last node up to each that notes one."""
+    """For each node, the last path that it or a node before it notes."""
     return itertools.accumulate((noted[node] for node in calls), lambda last, own: own or last)
 
 

@@ -40,8 +40,8 @@ def draw(
     innermost first, until a column has no more than ``max_boxes``.
 
     Args:
-        models: a model, or models by title, such as the original and the reduced one. In the place
-            of the latter its plan will do: it is applied to the first model.
+        models: a model, or models by title, such as the original and the reduced one. A plan may
+            stand for the reduced model: it is applied to the first model.
         path: the file to make, named ``*.svg``, ``*.png`` or ``*.pdf``.
         example_inputs: as for :func:`~lean_fx.leanify`; MACs are those of the whole batch.
         max_boxes: of a column, 1 or more; what is outside any module is not folded.
@@ -137,7 +137,7 @@ def _draw_box(ax: Any, number: int, box: Box) -> None:
 
 
 def _draw_arrow(ax: Any, source: int, target: int) -> None:
-    """To the next box a short arrow, further down an arc beside the boxes."""
+    """A short arrow to the next box; an arc beside the boxes to one further down."""
     if target == source + 1:
         start, end, curve = (
             (_WIDTH / 2, -_STEP * source - _HEIGHT),

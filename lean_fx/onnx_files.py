@@ -10,7 +10,7 @@ from lean_fx.errors import require
 
 
 def weights_beside(path: str | os.PathLike[str]) -> Path:
-    """Where the weights of an ONNX file go that are too large to be in it.
+    """The file that holds the weights of an ONNX model if they do not fit into its own.
 
     Example:
         >>> weights_beside("net.onnx").name
@@ -38,7 +38,7 @@ def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def places_of_weights(model: Any) -> list[str]:
-    """The files beside it that an ONNX model has weights in, by name."""
+    """The names of the files beside an ONNX model that hold weights of it."""
     external = require("onnx.external_data_helper", purpose="reading ONNX files")
     weights = filter(external.uses_external_data, model.graph.initializer)
     return sorted({external.ExternalDataInfo(weight).location for weight in weights})

@@ -19,7 +19,7 @@ from lean_fx.export.stored_plan import plan_of
 from lean_fx.files import replacing
 from lean_fx.planning.plans import PLAN, Plan
 
-#: The metadata's key for tensors that stand under several names: each other name and the first.
+#: The metadata's key for tensors with several names: it maps each further name to the first.
 _TIED = "lean_fx.tied"
 
 
@@ -131,7 +131,7 @@ def _assign(path: str | os.PathLike[str], lean: nn.Module, state: dict[str, Tens
 
 
 def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to write, and for every further name of one of them its first."""
+    """The tensors to write by their first names, and the first name for every further one."""
     names: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -199,7 +199,7 @@ def _read_checkpoint(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tens
 def _without_prefix(
     path: str | os.PathLike[str], state: dict[str, Tensor], wanted: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """A checkpoint's tensors by the names within the model, which a module held as an attribute."""
+    """The tensors of a checkpoint by their names in the model, an attribute of what was trained."""
     first = next(iter(wanted), "")
     ends = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
     found: dict[str, dict[str, Tensor]] = {}

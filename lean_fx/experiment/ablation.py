@@ -49,7 +49,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one setting.
+    """The result of one setting.
 
     Attributes:
         reduction: as in :class:`Setting`, like the next three.
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def setting(self) -> Setting:
-        """The setting that the row came of."""
+        """The setting of this row."""
         return Setting(self.reduction, self.channels, self.seed, self.epochs)
 
 
@@ -138,7 +138,7 @@ def run_grid(
     """Train, export and time every setting that is not in ``folder/ablation.csv`` yet.
 
     A row is written as soon as it is known; training that was interrupted goes on from its
-    checkpoint. Other calls may add rows of theirs to the same folder meanwhile. Under torchrun all
+    checkpoint. Other calls may add their rows to the same folder meanwhile. Under torchrun all
     processes train, and only the first does the rest.
 
     Args:
@@ -163,7 +163,7 @@ def run_grid(
     missing = [setting for setting in wanted if setting not in rows]
     require_all()
     for setting in missing:
-        make(setting)  # what cannot be made is told before anything is trained
+        make(setting)  # fails before anything is trained
     for number, setting in enumerate(missing, start=1):
         if is_first_process():
             print(f"{number}/{len(missing)} {setting}", file=sys.stderr, flush=True)

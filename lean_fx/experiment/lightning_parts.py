@@ -156,9 +156,10 @@ class History(Callback):  # type: ignore[misc]
 
 
 class WholeCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
-    """Writes a checkpoint beside its place and renames it: Lightning's own goes through TMPDIR.
+    """Writes a checkpoint into a hidden folder beside its place, then renames it.
 
-    From there to another file system it is copied, and a kill meanwhile leaves half of it.
+    Lightning writes it to TMPDIR and copies it if that is another file system; a process that is
+    killed meanwhile leaves half a file.
     """
 
     def save_checkpoint(
@@ -207,7 +208,7 @@ class Bar(TQDMProgressBar):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning's remarks off the terminal; its other warnings pass."""
+    """Silence Lightning's remarks; its other warnings are shown."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -74,7 +74,7 @@ def is_first_process() -> bool:
 
 
 def leave_to_first_process() -> None:
-    """End what the processes have in common; all but the first exit.
+    """Close the group of processes; all but the first exit.
 
     Call it in every process, after the last training.
 

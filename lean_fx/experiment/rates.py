@@ -24,8 +24,8 @@ def choose_rate(
 ) -> float:
     """Train copies of a model, each at another rate, on four fifths of the train split.
 
-    Two models compared at one rate are compared at the rate of one of them: literal LEAN, for one,
-    wants a larger rate than the net that it is made of.
+    A rate that suits one model may not suit another: literal LEAN needs a larger one than the net
+    that it was made from.
 
     Args:
         model: with its first weights; it stays as it is.

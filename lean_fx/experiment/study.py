@@ -32,7 +32,7 @@ from lean_fx.measure.progress import counted_bar
 require("optuna", extra="examples", purpose="a study")
 import optuna  # noqa: E402
 
-#: What can be sought, and which way.
+#: The objectives, and the direction of each.
 OBJECTIVES = {
     "accuracy": "maximize",
     "parameters": "minimize",
@@ -53,16 +53,16 @@ class Study:
         data: the data set or a LightningDataModule, or such a function or a class that makes it.
         space: what is chosen for a trial.
         folder: of checkpoints and reports, and of the database ``study.db``.
-        objectives: what to seek: of ``"accuracy"``, ``"parameters"``, ``"macs"``, ``"latency"``
-            and ``"energy"``. Only what is sought is timed and metered.
+        objectives: one or more of ``"accuracy"``, ``"parameters"``, ``"macs"``, ``"latency"`` and
+            ``"energy"``. Models are timed only for latency, and metered only for energy.
         settings: of the training; rate and seed are the space's.
         held_out: whether accuracy is that on a fifth of the train split, held out; if not, it is
             that on the test split. Choose nothing by the test split.
         storage: URL of a database that workers share, such as
             ``postgresql://user:password@host/name``. None: SQLite in the folder.
         name: of the study in the database.
-        heartbeat: seconds between the signs of life of a worker, 1 or more. After three without
-            one, another worker takes up its trial.
+        heartbeat: seconds between the signs of life of a worker, 1 or more. After three times as
+            long without one, another worker takes over its trial.
 
     Raises:
         ArgumentError: an option is out of its range, or ``make`` or ``data`` cannot be sent to

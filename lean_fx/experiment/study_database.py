@@ -23,9 +23,9 @@ from optuna.trial import FrozenTrial, TrialState  # noqa: E402
 
 #: The attribute of a trial that holds the key of its configuration.
 KEY = "key"
-#: How often a trial whose worker dies is taken up.
+#: How often a trial is started again after its worker has died.
 _RETRIES = 3
-#: How often the tables are tried to be made, beside other workers that make them.
+#: How often a worker tries to make the tables, while other workers may be making them.
 _ATTEMPTS = 10
 
 
@@ -57,7 +57,7 @@ def open_database(
             study = _create_study(url, name, directions, sampler, heartbeat)
             break
         except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
-            # Workers that start at once make the tables at once; one of them is the first.
+            # Workers that start at the same time all make the tables, and all but one fail.
             if _is_race(error) and attempt + 1 < _ATTEMPTS:
                 time.sleep(random.uniform(0.1, 0.5))
                 continue
@@ -118,12 +118,12 @@ def _without_password(url: str) -> str:
 def run_one(
     study: optuna.Study, objective: Callable[[optuna.Trial], Any], caught: type[Exception]
 ) -> None:
-    """Run one trial; if another worker took it for dead and has finished it, drop the result.
+    """Run one trial; drop its result if another worker has taken it over and finished it.
 
     Args:
         study: the study.
         objective: what is run.
-        caught: what makes the trial fail, and raises nothing here.
+        caught: an exception that makes the trial fail, and is not raised here.
     """
     lost = False
 
@@ -136,20 +136,20 @@ def run_one(
 
     try:
         study.optimize(run, n_trials=1, catch=(caught,))
-    except ValueError:  # Optuna cannot tell the end of what has ended
+    except ValueError:  # Optuna cannot finish a trial twice
         if not lost:
             raise
 
 
 def free_stale_trials(study: optuna.Study) -> None:
-    """Queue what dead workers were at."""
+    """Queue the trials of workers that have died."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
 
 
 def configured_key(trial: FrozenTrial, space: Space) -> str | None:
-    """The key of a trial's configuration, from the moment on that it is queued."""
+    """The key of a trial's configuration, which is known once the trial is queued."""
     if KEY in trial.user_attrs:
         return str(trial.user_attrs[KEY])
     chosen = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
@@ -159,14 +159,14 @@ def configured_key(trial: FrozenTrial, space: Space) -> str | None:
 
 
 def is_done(trial: FrozenTrial) -> bool:
-    """Whether a trial ended, and not only its worker."""
+    """Whether the trial itself has ended, not only its worker."""
     return trial.state.is_finished() and (
         trial.state != TrialState.FAIL or "error" in trial.user_attrs
     )
 
 
 def twin_of(study: optuna.Study, space: Space, number: int, key: str) -> FrozenTrial | None:
-    """The earlier trial of an equal configuration that runs or is done."""
+    """An earlier trial of an equal configuration that is running or done."""
     for trial in study.get_trials(deepcopy=False):
         if trial.number >= number or trial.user_attrs.get("copy_of") is not None:
             continue
@@ -183,7 +183,7 @@ class Known:
 
     Attributes:
         done: complete, pruned or failed.
-        running: that a worker is at, or was when it died.
+        running: that a worker is running, or was running when it died.
         waiting: how many trials are queued.
         keys: all of them.
     """
@@ -229,7 +229,7 @@ def is_behind(database: optuna.Study, accuracies: Sequence[float]) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """A trial and what came of it.
+    """A trial and its result.
 
     Attributes:
         trial: its number in the study.

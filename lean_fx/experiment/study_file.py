@@ -117,10 +117,10 @@ def read_study_file(file: str | Path) -> tuple[Study, dict[str, Any], dict[str, 
 
 
 def imported(subject: str, place: Any) -> Any:
-    """What stands at ``package.module:name``, beside the file or in the folder at hand included.
+    """The object at ``package.module:name``; modules in the working directory are found too.
 
     Raises:
-        ArgumentError: nothing does.
+        ArgumentError: there is none.
     """
     parts = split_place(str(place))
     if parts is None:
@@ -146,7 +146,7 @@ def _made(kind: Any, subject: str, given: Any, also: Iterable[str] = ()) -> Any:
 def _checked_names(
     subject: str, given: Any, known: Iterable[str], also: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """A table, if it has no key but the known ones; ``also`` are told as well."""
+    """Check that a table has only known keys; the error names those in ``also`` too."""
     if not isinstance(given, dict):
         raise ArgumentError(f"{subject} is not a table; write [{subject.rpartition(' ')[2]}]")
     known = tuple(known)

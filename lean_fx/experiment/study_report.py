@@ -1,4 +1,4 @@
-"""What came of a study: CSV, Markdown, the fronts of accuracy, and parallel coordinates."""
+"""The results of a study: CSV, Markdown, the fronts of accuracy, and parallel coordinates."""
 
 from __future__ import annotations
 

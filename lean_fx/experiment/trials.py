@@ -82,14 +82,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial.
+    """The result of a trial.
 
     Attributes:
         accuracy: on the test split, or the part held out, after the last epoch, in [0, 1].
         epochs: that were trained.
         parameters: of the model.
         macs: multiply-adds of one sample.
-        seconds: of training.
+        seconds: that the training took.
         energy_j: joules of training; NaN if it was not metered.
         latency_ms: median of one sample in ONNX Runtime, one thread; NaN if it was not timed.
         latency_ratio: to that of the whole model, timed in turn.
@@ -204,7 +204,7 @@ def run_apart(job: Job, stop: Stop) -> Outcome:
 
 def _answer(pipe: Connection, job: Job) -> None:
     """Run a trial for another process, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def stop(accuracies: Sequence[float]) -> bool:

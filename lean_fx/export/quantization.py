@@ -149,7 +149,7 @@ def _reader_of(batches: list[dict[str, Any]]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the advice to preprocess off the terminal: the exporter has done it."""
+    """Silence the advice to preprocess the file: the exporter has done that."""
     with SHARED_STATE:  # the level is the process's
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)

@@ -211,13 +211,13 @@ class Comparison:
 
     def to_json(self) -> str:
         """Every figure as JSON, the samples of each round included."""
-        base, told = self.models[0], dataclasses.asdict(self)
-        for model, stored in zip(self.models, told["models"], strict=True):
+        base, values = self.models[0], dataclasses.asdict(self)
+        for model, stored in zip(self.models, values["models"], strict=True):
             pairs = zip(model.latencies, base.latencies, strict=True)
-            stored["latencies"] = [_told(*pair) for pair in pairs]
-            stored["eager"] = _told(model.eager, base.eager)
-            stored["step"] = _told(model.step, base.step)
-        return json.dumps(told, indent=1) + "\n"
+            stored["latencies"] = [_as_json(*pair) for pair in pairs]
+            stored["eager"] = _as_json(model.eager, base.eager)
+            stored["step"] = _as_json(model.step, base.step)
+        return json.dumps(values, indent=1) + "\n"
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write ``comparison.md``, ``comparison.json`` and ``latency.png``; return their paths.
@@ -250,8 +250,8 @@ class Comparison:
         return figure
 
 
-def _told(latency: Latency, baseline: Latency) -> dict[str, Any]:
-    """A latency for JSON, its medians and its ratio before its samples."""
+def _as_json(latency: Latency, baseline: Latency) -> dict[str, Any]:
+    """What JSON holds of a latency: its quartiles and its ratio, then its samples."""
     return {
         "median_ms": latency.median_ms,
         "q1_ms": latency.q1_ms,

@@ -201,8 +201,8 @@ def energy_in_turn(
 ) -> dict[str, Energy]:
     """Measure the mean energy of a call of each, all in turn, round by round.
 
-    So a machine that becomes slower or busier affects them all alike. The first call of each warms
-    up, and is not metered.
+    A machine that becomes slower or busier then affects all of them alike. The first call of each
+    is a warm-up and is not metered.
 
     Args:
         calls: what to meter, by name.

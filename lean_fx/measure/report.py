@@ -29,7 +29,7 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to: mean losses, accuracies in [0, 1], and what training it took."""
+    """The results of one epoch: mean losses, accuracies in [0, 1], and the energy of training."""
 
     train_loss: float
     train_accuracy: float

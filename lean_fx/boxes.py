@@ -54,7 +54,7 @@ def boxes_of(model: nn.Module, example_inputs: Any, most: int) -> list[Box]:
     Args:
         model: stays as it is.
         example_inputs: as for :func:`~lean_fx.leanify`; MACs are those of the whole batch.
-        most: modules are folded until there are no more boxes, or nothing is left to fold.
+        most: modules are folded until there are no more boxes than this, or none can be folded.
     """
     inputs = copied_inputs(as_inputs(example_inputs, model))
     captured = _captured(model, inputs)

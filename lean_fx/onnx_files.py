@@ -1,4 +1,4 @@
-"""ONNX files, and the weights beside them that are too large to be in one."""
+"""ONNX files, and the files beside them for weights that do not fit into one."""
 
 from __future__ import annotations
 

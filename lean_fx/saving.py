@@ -93,8 +93,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any = N
     Raises:
         ArgumentError: as :meth:`Plan.apply`.
         CaptureError: as :meth:`Plan.apply`.
-        DataError: there is no such file, it is not of :func:`save`, or its weights are not those
-            of the reduced model, by name, shape and dtype.
+        DataError: there is no such file, :func:`save` did not write it, or its weights are not
+            those of the reduced model, by name, shape and dtype.
         MissingDependencyError: safetensors is not installed.
         PlanError: the plan does not fit the model, is of an unknown version, or its reduction is
             not registered here.

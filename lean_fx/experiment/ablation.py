@@ -145,8 +145,8 @@ def run_grid(
         settings: the rows that are wanted.
         data: to train and to test on.
         folder: of the table and the checkpoints; made if it is missing.
-        make: gives the net of a setting; that of ``"baseline"`` is the one that all are timed
-            beside. Without it, a small convolutional net for the pictures of ``data``.
+        make: gives the net of a setting; every net is timed in turn with that of ``"baseline"``.
+            Without it, a small convolutional net for the pictures of ``data``.
 
     Returns:
         The rows of the settings, in their order.

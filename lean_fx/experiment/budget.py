@@ -82,7 +82,7 @@ def _made(make: MakeWidth, width: float) -> nn.Module:
 
 @contextlib.contextmanager
 def _latency_share(of: nn.Module, inputs: Tensor) -> Iterator[Callable[[nn.Module], float]]:
-    """What gives a model's latency as a share of another's, timed in turn."""
+    """Yield a function that gives a model's latency as a share of another's, timed in turn."""
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.onnx" for name in ("of", "own")}
         export_onnx(of, files["of"], inputs[:2])
@@ -97,7 +97,7 @@ def _latency_share(of: nn.Module, inputs: Tensor) -> Iterator[Callable[[nn.Modul
 
 @contextlib.contextmanager
 def _count_share(by: str, of: nn.Module, inputs: Tensor) -> Iterator[Callable[[nn.Module], float]]:
-    """What gives a model's parameters or multiply-adds as a share of another's."""
+    """Yield a function that gives a model's parameters or multiply-adds as a share of another's."""
 
     def count(model: nn.Module) -> int:
         return count_parameters(model) if by == "parameters" else count_macs(model, inputs[:1])

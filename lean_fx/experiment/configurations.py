@@ -1,4 +1,4 @@
-"""What a trial of an ablation is made with, and the space that trials are taken from."""
+"""The configuration of a trial, and the space that configurations are chosen from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNREAD = {"baseline": ("channels", "sites"), "depthwise": ("channels",)}
 
 @dataclass(frozen=True)
 class Configuration:
-    """One point of a :class:`Space`: what a model is made of and trained with.
+    """One point of a :class:`Space`: how a model is made and trained.
 
     Attributes:
         arm: ``"baseline"``, a control, or a registered reduction.
@@ -45,9 +45,9 @@ class Configuration:
 
     @property
     def key(self) -> str:
-        """One text for equal configurations, and another for each that differs.
+        """A text by which equal configurations are known.
 
-        What an arm does not read does not count: a baseline has no C'.
+        Fields that the arm ignores do not count: a baseline has no C'.
 
         Example:
             >>> Configuration("baseline", 4).key == Configuration("baseline", 8).key
@@ -60,7 +60,7 @@ class Configuration:
 
     @property
     def taken_options(self) -> dict[str, Any]:
-        """Those of the options that the arm takes.
+        """The options that the arm takes.
 
         Example:
             >>> Configuration("lean", options=(("damping", 0.5), ("size", 3))).taken_options
@@ -71,7 +71,7 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """What tables and progress bars call it, without its seed.
+        """Its name in tables and progress bars, without the seed.
 
         Example:
             >>> Configuration("lean_damped", 8, learning_rate=0.01).name
@@ -87,7 +87,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Space:
-    """The choices that the trials of a study are taken from.
+    """The choices from which the trials of a study are made.
 
     Args:
         arms: ``"baseline"``; names of registered reductions; and controls: ``"narrow"``,

@@ -64,7 +64,7 @@ def fetch(url: str, part: Path, md5: str | None, progress: Progress | None = Non
             turns out to be damaged.
         md5: of the file; None for one that has none to compare with, and is a gzip file: its own
             checksum is compared.
-        progress: told of each piece that arrives.
+        progress: called after each piece that arrives.
 
     Raises:
         ArgumentError: ``url`` is not an address.
@@ -89,7 +89,7 @@ def unpack(archive: Path, folder: Path, members: Mapping[str, str | None]) -> No
         members: the MD5 of each by its name in the archive, or None for one that has none.
 
     Raises:
-        DataError: it is no such archive, lacks a member, or holds one of another MD5.
+        DataError: it is not such an archive, lacks a member, or holds one of another MD5.
         WriteError: ``folder`` cannot be written.
     """
     missing = set(members)

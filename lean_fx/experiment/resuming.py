@@ -35,8 +35,8 @@ def read_checkpoint(last: Path, made_with: Mapping[str, Any], model: nn.Module) 
 
     Args:
         last: the file.
-        made_with: what this training is made with; a key that the checkpoint has beside these is
-            not compared.
+        made_with: what this training is made with; further keys of the checkpoint are not
+            compared.
         model: whose weights are to fit.
 
     Raises:

@@ -127,8 +127,8 @@ def train(
         weights at its end. The energy is only that of the training steps.
 
     Raises:
-        ArgumentError: the checkpoint there was made otherwise, or there is no such accelerator,
-            or not enough of them for the processes of this machine.
+        ArgumentError: the checkpoint there was made with something else, or there is no such
+            accelerator, or there are not enough of them for the processes of this machine.
         DataError: the checkpoint there cannot be read, or is not the one of the first process.
         WriteError: ``folder`` cannot be made or written to.
         SystemExit: Ctrl-C was pressed.

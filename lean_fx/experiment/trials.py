@@ -1,7 +1,7 @@
 """One trial of a study, in a process of its own: make, train, count, time.
 
-Training processes share a lock, and timing takes it alone, so that no model of a machine is timed
-while another of the same folder trains.
+Training processes share a lock, and timing holds it exclusively: no model is timed on a machine
+while another of the same folder trains there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lean_fx.measure.report import Epoch
 #: A data set, or what makes it in the process that needs it; or a LightningDataModule, likewise.
 Data: TypeAlias = "Dataset | DataModule | Callable[[], Dataset | DataModule]"
 
-#: Is told the accuracy after each epoch; returns whether to stop the training.
+#: Called with the accuracies after each epoch; returns whether to stop the training.
 Stop: TypeAlias = Callable[[Sequence[float]], bool]
 
 _CONTEXT: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")

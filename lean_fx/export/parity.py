@@ -23,8 +23,8 @@ from lean_fx.errors import ExportError, one_line, require
 from lean_fx.export.nodes import TORCH_NAME
 from lean_fx.export.replaying import in_float64, moved_by_rounding, values_of
 
-# A file may differ by so many times what rounding alone does: it rounds otherwise than torch, and
-# torch has rounded too.
+# A file may differ by this many times what rounding alone does: it rounds differently from torch,
+# and torch has rounded too.
 _ROUNDINGS = 4
 
 
@@ -54,7 +54,7 @@ def check_parity(
     """
     at = " and ".join(f"{name} {size}" for name, size in sizes.items()) or "these inputs"
     try:
-        with redirect_stderr(StringIO()):  # torch.fx prints where a graph fails; it is told below
+        with redirect_stderr(StringIO()):  # torch.fx prints where a graph fails; the error says it
             apart = greatest_difference(model, part, inputs)
     except ExportError:
         raise

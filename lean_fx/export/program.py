@@ -48,7 +48,7 @@ def exported_program(
     # Names, not Dims: those promise every size from 1 on, and many nets need larger ones.
     shapes = axes if any(axes) else None
     try:
-        # The code of a module that is no graph may read its batch by len().
+        # The code of a module that is not a graph may call len() on its batch.
         sizes = counting_items(globals_of(model.modules()))
         with _quiet(), as_onnx_nodes(), PoolsAnyLength(), patching(sizes):
             program = torch.onnx.export(

@@ -58,8 +58,8 @@ def quantize_onnx(
         path: the file, in float32.
         mode: ``"dynamic"``: INT8 weights, activations by their range in each call; ``"static"``:
             both, activations by their range over ``calibration``.
-        calibration: for ``"static"``: batches of inputs, each a tensor or a tuple of them; what
-            else a loader gives beside the inputs, such as labels, is for the caller to drop.
+        calibration: for ``"static"``: batches of inputs, each a tensor or a tuple of them. The
+            caller drops what else a loader gives, such as labels.
         target: the processors that a static twin is for, see the module's docstring:
             ``"portable"``, all of them; or ``"vnni"``, x86-64 with VNNI (AVX-512 VNNI or AVX-VNNI)
             and arm64, where weights of 8 bits are right too.

@@ -116,7 +116,7 @@ def compare(
         tempfile.TemporaryDirectory() as temporary,
         keeping_rng_state(),
         torch.inference_mode(False),
-        torch.enable_grad(),  # of training steps, wherever it is called
+        torch.enable_grad(),  # for training steps, whatever the caller's mode
         counted_bar("compare", len(models) + len(batches) * rounds) as show,
     ):
         done = itertools.count(1)

@@ -29,11 +29,11 @@ _MUCH = 10
 
 
 def sensitivity(model: nn.Module, example_inputs: Any, *, noise: float = _NOISE) -> float:
-    """By how much the outputs of a model move for noise on its inputs, in the mode of training.
+    """How far noise on the inputs of a model moves its outputs, in training mode.
 
     A copy runs twice: on the inputs, and on the same with normal noise of ``noise`` times their
     root mean square. The outputs' change is divided by their own deviations from the mean of the
-    batch, and by ``noise``. A net that trains well has a few times one. Both runs draw the same
+    batch, and by ``noise``. A net that trains well has a few times 1. Both runs draw the same
     random numbers, so that dropout does not count.
 
     Args:
@@ -86,7 +86,7 @@ def sensitivity(model: nn.Module, example_inputs: Any, *, noise: float = _NOISE)
 
 
 def with_sensitivity(plan: Plan, model: nn.Module, lean: nn.Module, inputs: Any) -> Plan:
-    """The plan with both sensitivities, where they can be measured; and a warning if need be.
+    """Add both sensitivities to a plan, if they can be measured; warn if the result has far more.
 
     Args:
         plan: what made ``lean`` from ``model``.

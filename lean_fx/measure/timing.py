@@ -85,7 +85,7 @@ def time_onnx(
     """Time ONNX files on ONNX Runtime's CPU.
 
     Every round times every model once, each round starting at another model, so that a change of
-    the machine's speed meets all of them alike. Within a round a model is called as often as
+    the machine's speed affects all of them alike. Within a round a model is called as often as
     fills ``min_round_ms``; the sample is the mean of these calls. Idle threads of a session do not
     spin and denormal numbers are flushed to zero, so no model pays for another's threads or for
     the values its weights happen to take. Models are warmed up first, outside the timing.

@@ -44,8 +44,6 @@ def run(
     command: str,
     rates: Sequence[float] = (),
     country: str = "USA",
-    batch: int = 1,
-    threads: int = 1,
 ) -> Report:
     """Train the models with every seed, export, time and meter those of the first, and report.
 
@@ -64,8 +62,6 @@ def run(
             :func:`~lean_fx.experiment.rates.choose_rate`, with the first seed; without any, all
             train at that of the settings.
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
-        batch: of the timed calls, 1 or more.
-        threads: of ONNX Runtime, 1 or more.
 
     Returns:
         The report; it is saved as ``report.json``, ``report.md``, ``curves.png`` and
@@ -92,7 +88,7 @@ def run(
     energies = {
         name: measure_test_energy(model, data, country=country) for name, model in first.items()
     }
-    latencies = export_and_time(first, data, target, batch=batch, threads=threads)
+    latencies = export_and_time(first, data, target)
     report = Report(
         title=title,
         command=command,
@@ -182,30 +178,22 @@ def require_all() -> None:
 
 
 def export_and_time(
-    models: Mapping[str, nn.Module],
-    data: Dataset,
-    folder: Path,
-    *,
-    batch: int = 1,
-    threads: int = 1,
+    models: Mapping[str, nn.Module], data: Dataset, folder: Path
 ) -> dict[str, Latency]:
-    """Export models to ``folder`` and time them in one run, in turn.
+    """Export models to ``folder``, and time one picture in one run, in turn, on one thread.
 
     Args:
         models: by name.
         data: whose test pictures are the inputs.
         folder: gets a file for each model.
-        batch: pictures a call, 1 or more.
-        threads: of ONNX Runtime, 1 or more.
 
     Returns:
         The latency of each.
     """
-    inputs = data.normalised(data.test_x[:batch])
     files = {name: folder / f"{_slug(name)}.onnx" for name in models}
     for name, model in models.items():
         export_onnx(copy.deepcopy(model).cpu(), files[name], data.normalised(data.test_x[:2]))
-    return time_onnx(files, inputs.numpy(), threads=threads)
+    return time_onnx(files, data.normalised(data.test_x[:1]).numpy())
 
 
 def _notes(here: Processes) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.size_guards import refusing_modules
-from lean_fx.checks import first_without_values
 from lean_fx.errors import ArgumentError, CaptureError, warn
 from lean_fx.locks import rebuilding
+from lean_fx.model_checks import first_without_values
 from lean_fx.passes import (
     FindConsumers,
     InferSign,

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lean_fx.checks import check_path, first_without_values
+from lean_fx.checks import check_path
 from lean_fx.errors import ArgumentError, DataError, WriteError, one_line, require
 from lean_fx.export.stored_plan import plan_of
 from lean_fx.files import replacing
+from lean_fx.model_checks import first_without_values
 from lean_fx.planning.plans import PLAN, Plan
 
 #: The metadata's key for tensors with several names: it maps each further name to the first.

@@ -22,7 +22,6 @@ from lean_fx.capture.merging import CannotMerge, merge_modes
 from lean_fx.capture.own_code import Purpose, own_loading
 from lean_fx.capture.retries import trace_copy, untraced_modules
 from lean_fx.capture.side_effects import SideEffect, keeping_rng_state
-from lean_fx.checks import check_plain, check_shapes, first_without_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
 from lean_fx.graph.calls import has_hooks, is_altered
@@ -38,6 +37,7 @@ from lean_fx.graph.parts import part_of
 from lean_fx.graph.running import clone_sharing_state
 from lean_fx.layers.transformers import UNFUSED
 from lean_fx.locks import SHARED_STATE
+from lean_fx.model_checks import check_plain, check_shapes, first_without_values
 from lean_fx.passes.modularize_calls import ModularizeCalls
 
 

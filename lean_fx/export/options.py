@@ -6,18 +6,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lean_fx.checks import (
-    check_choice,
-    check_int,
-    check_path,
-    check_positive,
-    check_shapes,
-    check_values,
-)
+from lean_fx.checks import check_choice, check_int, check_path, check_positive
 from lean_fx.errors import ArgumentError, ExportError
 from lean_fx.export.batches import gives_batches
 from lean_fx.export.quantization import Int8Target, Quantize
 from lean_fx.layers.known_layers import quantized_by_torch
+from lean_fx.model_checks import check_shapes, check_values
 
 Batch = Literal["dynamic", "static"]
 Functions = Literal["keep", "inline"]

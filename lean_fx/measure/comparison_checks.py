@@ -10,16 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lean_fx.checks import (
-    check_int,
-    check_ints,
-    check_not_negative,
-    check_shapes,
-    check_threads,
-    check_values,
-)
+from lean_fx.checks import check_int, check_ints, check_not_negative, check_threads
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.measure.eager import training_step
+from lean_fx.model_checks import check_shapes, check_values
 
 
 def check_models(models: Mapping[str, nn.Module]) -> None:

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.capturing import capture
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.tracing import is_leaf
-from lean_fx.checks import check_shapes
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.calls import is_altered
@@ -28,6 +27,7 @@ from lean_fx.measure.traffic import (
     storage_of,
     strided_tensors,
 )
+from lean_fx.model_checks import check_shapes
 from lean_fx.passes.propagate_shapes import check_count
 from lean_fx.reduction.registry import is_reduction
 

@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.agreement import COMPUTED, results
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.checks import check_positive, first_without_values
+from lean_fx.checks import check_positive
 from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
 from lean_fx.locks import SHARED_STATE
+from lean_fx.model_checks import first_without_values
 from lean_fx.planning.plans import Plan
 
 _NOISE = 1e-3

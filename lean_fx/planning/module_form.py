@@ -22,8 +22,8 @@ from torch import nn
 
 from lean_fx.capture.agreement import disagreement
 from lean_fx.capture.capturing import unfused_clone
-from lean_fx.checks import check_values
 from lean_fx.graph.sites import Consumer, Site
+from lean_fx.model_checks import check_values
 from lean_fx.passes.split_layers import split_modules
 from lean_fx.planning.normalising import Rewritings
 from lean_fx.planning.observed import Seen, observe, without_failing

@@ -29,7 +29,6 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import call, copied_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
-from lean_fx.checks import check_values
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line
 from lean_fx.graph.context import owners_of
@@ -38,6 +37,7 @@ from lean_fx.graph.reachable import leaving_state
 from lean_fx.graph.running import without_gradients
 from lean_fx.graph.sites import Site
 from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
+from lean_fx.model_checks import check_values
 from lean_fx.passes.find_consumers import NO_PART_REDUCED, skip_reason_of
 from lean_fx.passes.measure_scale import unit_variances
 from lean_fx.planning.options import Options, unwanted

@@ -36,7 +36,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.errors import PlanError
 from lean_fx.graph.calls import argument
 from lean_fx.graph.rewriting import replace_node
-from lean_fx.layers.kinds import KINDS, LAYER_OF_CALL
+from lean_fx.layers.kinds import LAYER_OF_CALL, has_own_kind
 from lean_fx.passes.base import Pass
 from lean_fx.passes.modularize_calls import (
     SETTINGS,
@@ -123,7 +123,7 @@ def _products(graph_module: GraphModule) -> Iterator[Product]:
             continue
         if readers(weight) != [node if weight is operand else operand] or len(operand.users) > 1:
             continue
-        if type(graph_module.get_submodule(str(weight.target).rpartition(".")[0])) in KINDS:
+        if has_own_kind(graph_module.get_submodule(str(weight.target).rpartition(".")[0])):
             continue
         if within_called(str(weight.target), graph_module.graph):
             continue

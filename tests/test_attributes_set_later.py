@@ -114,6 +114,21 @@ def test_a_forward_that_reads_the_dict_of_its_module_is_not_traced():
     assert not torch.equal(lean(X), before)
 
 
+def test_a_class_that_answers_for_attributes_by_its_dict_is_traced():
+    class Configured(Asking):
+        def __getattr__(self, name):
+            if "config" in self.__dict__ and name in self.__dict__["config"]:
+                return self.__dict__["config"][name]
+            return super().__getattr__(name)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    lean = lean_fx.leanify(Configured(), X)
+    assert isinstance(lean, torch.fx.GraphModule)
+    assert all(site.nonnegative for site in lean_fx.plan_of(lean).sites)
+
+
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
 def test_constants_of_a_graph_keep_their_dtype(cast):
     class Constant(nn.Module):

@@ -88,7 +88,7 @@ def _watched(kind: Any) -> Any:
                     _READS[id(self)].setdefault(name, value)
                 elif held and is_plain_object(value):
                     _READS[id(self)].setdefault(name, OBJECT)
-            elif name == "__dict__" and id(self) in _READS and asked_by_model(1):
+            elif name == "__dict__" and id(self) in _READS and _asked_by_forward():
                 raise SideEffect("forward reads the __dict__ of a module")
             return value
 
@@ -112,6 +112,11 @@ def _asked_by_model() -> bool:
     """Whether the model's code reads the attribute, perhaps by hasattr or getattr."""
     answers = sys._getframe(2).f_globals.get("__name__") == "lean_fx.capture.questions"
     return asked_by_model(3 if answers else 2)
+
+
+def _asked_by_forward() -> bool:
+    """Whether the model's code reads the attribute, and not to answer for another attribute."""
+    return asked_by_model(2) and sys._getframe(2).f_code.co_name != "__getattr__"
 
 
 class ParameterReads(TorchFunctionMode):

@@ -32,7 +32,7 @@ from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
 from lean_fx.graph.running import clone_sharing_state
 from lean_fx.layers.input_hooks import reduces_within
-from lean_fx.layers.kinds import KINDS, kind_of
+from lean_fx.layers.kinds import has_own_kind, kind_of
 
 
 def trace_copy(
@@ -198,7 +198,7 @@ def _hiding_weights(root: nn.Module, graph: Graph) -> frozenset[str]:
             read = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
             owners = (name.removesuffix(".weight") for name in read if name.endswith(".weight"))
             around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            if around and any(type(root.get_submodule(each)) in KINDS for each in owners):
+            if around and any(has_own_kind(root.get_submodule(each)) for each in owners):
                 found.add(around[-1])
     return frozenset(found)
 

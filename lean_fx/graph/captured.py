@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 from lean_fx.cloning import rebind_functions
 from lean_fx.graph.calls import BACKWARD_HOOKS, CALL_HOOKS, modules_by_name
 from lean_fx.graph.parts import Part, StandIn, check_frozen, missing, stand_for
-from lean_fx.layers.kinds import KINDS
+from lean_fx.layers.kinds import has_own_kind
 
 # The hooks of calls of a model, and of gradients that reach it.
 _ROOT_HOOKS = (
@@ -162,7 +162,7 @@ def keep_layers(captured: GraphModule, root: nn.Module) -> None:
     modules = modules_by_name(root)
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
-        if node.op == "get_attr" and owner and type(modules.get(owner)) in KINDS:
+        if node.op == "get_attr" and owner and has_own_kind(modules.get(owner)):
             captured.set_submodule(owner, modules[owner])
 
 

@@ -261,6 +261,18 @@ def kind_of(layer: nn.Module | None) -> LayerKind | None:
     return next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), None)
 
 
+def has_own_kind(layer: nn.Module | None) -> bool:
+    """Whether there is a kind for the very type of a layer, not only for a base of it.
+
+    Example:
+        >>> class Mine(nn.Linear):
+        ...     pass
+        >>> has_own_kind(nn.Linear(4, 2)), has_own_kind(Mine(4, 2)), has_own_kind(nn.ReLU())
+        (True, False, False)
+    """
+    return kind_of(layer) is not None and type(layer) in KINDS
+
+
 def base_type(layer: nn.Module) -> type[nn.Module]:
     """The type of a layer, below its parametrizations if it has any.
 

@@ -36,7 +36,14 @@ from lean_fx.graph.facts import ChannelRead
 from lean_fx.graph.reachable import leaving_state
 from lean_fx.graph.running import without_gradients
 from lean_fx.graph.sites import Site
-from lean_fx.layers.kinds import KINDS, base_type, groups_of, input_channels, input_weights, kind_of
+from lean_fx.layers.kinds import (
+    base_type,
+    groups_of,
+    has_own_kind,
+    input_channels,
+    input_weights,
+    kind_of,
+)
 from lean_fx.model_checks import check_values
 from lean_fx.passes.find_consumers import NO_PART_REDUCED, skip_reason_of
 from lean_fx.passes.measure_scale import unit_variances
@@ -262,7 +269,7 @@ def _inside(name: str, modules: dict[str, nn.Module]) -> SkipReason | None:
     while name := name.rpartition(".")[0]:
         holder = modules[name]
         ours = type(holder) is nn.Module or isinstance(holder, _CONTAINERS)  # of a graph, too
-        reads = type(holder) in KINDS or type(holder).__module__.startswith("torch.nn.")
+        reads = has_own_kind(holder) or type(holder).__module__.startswith("torch.nn.")
         if reads and not ours:
             text = f"inside {type(holder).__name__}, which reads its weights itself"
             return SkipReason("inside_module", text)

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.tracing import is_leaf
 from lean_fx.graph.calls import has_hooks, modules_by_name
-from lean_fx.layers.kinds import KINDS, kind_of
+from lean_fx.layers.kinds import has_own_kind, kind_of
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
 WEIGHT_READ = SkipReason("weight_read_in_forward", "forward reads its weight itself")
@@ -30,8 +30,7 @@ def uncalled_layers(
     owners = {name.rpartition(".")[0] for name in read}
     left: list[LeftAlone] = []
     for name, layer in modules.items():
-        kinds = (*KINDS, nn.MultiheadAttention)
-        if type(layer) not in kinds or not name or name in called:
+        if not _is_layer(layer) or not name or name in called:
             continue
         holder = _holder(name, called)
         if holder and _answers_for_inside(graph_module.get_submodule(holder)):
@@ -61,7 +60,7 @@ def layers_inside_leaves(graph_module: nn.Module) -> frozenset[str]:
     return frozenset(
         name
         for name, layer in modules.items()
-        if type(layer) in (*KINDS, nn.MultiheadAttention)
+        if _is_layer(layer)
         and (holder := _holder(name, called))
         and not _answers_for_inside(modules[holder])
     )
@@ -80,8 +79,12 @@ def has_weights_inside_leaves(graph_module: GraphModule) -> bool:
 
 def _answers_for_inside(module: nn.Module) -> bool:
     """Whether a leaf has a record that covers what it holds; a subclass of a layer has not."""
-    subclass = kind_of(module) is not None and type(module) not in KINDS
+    subclass = kind_of(module) is not None and not has_own_kind(module)
     return not subclass and is_leaf(module)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return has_own_kind(module) or type(module) is nn.MultiheadAttention
 
 
 def _holder(name: str, called: set[str]) -> str:

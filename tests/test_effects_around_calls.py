@@ -63,6 +63,11 @@ def frozen_stem(self, x):
     return self.a(x)
 
 
+def kept_on_the_cpu(self, x):
+    with torch.autograd.graph.save_on_cpu():
+        return self.a(x)
+
+
 def same_noise(self, x):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -93,6 +98,7 @@ def asks_whether_a_value_learns(self, x):
 
 
 AROUND = [fp32_head, with_gradient, set_gradient, normalised, frozen_stem, same_noise, seeded]
+AROUND += [kept_on_the_cpu]
 ASKING = [asks_by_its_own_name, asks_for_a_dtype, asks_whether_it_learns]
 ASKING += [asks_whether_a_value_learns]
 

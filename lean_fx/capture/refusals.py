@@ -27,7 +27,12 @@ _MODES = (
     (torch.autocast, "autocast is turned on or off"),
     (torch.enable_grad, "gradients are turned on"),
     (torch.inference_mode, "inference mode is turned on"),
+    (torch.autograd.graph.saved_tensors_hooks, "what backward keeps is changed"),
 )
+#: What starts gradient checkpointing, from torch 2.14 on and before.
+_RECOMPUTE = "_checkpoint_without_reentrant_generator_impl"
+if not hasattr(checkpoint, _RECOMPUTE):
+    _RECOMPUTE = "_checkpoint_without_reentrant_generator"
 
 
 @contextmanager
@@ -40,7 +45,8 @@ def refusing_functions(
       first unwraps its arguments with one function of torch, whatever name ``apply`` goes by.)
     - Gradient checkpointing: the graph would keep the values that checkpointing drops.
     - Questions about gradients, inference mode and autocast: the graph would freeze the answers.
-    - Autocast, enable_grad and inference_mode as contexts: the graph would leave them out.
+    - Autocast, enable_grad, inference_mode and saved_tensors_hooks as contexts: the graph would
+      leave them out.
     - Gradients of values (torch.autograd.grad): analyses run without them.
     - Seeds: the graph records the calls that draw numbers, but not those that set a seed.
 
@@ -78,11 +84,11 @@ def refusing_functions(
 
         return entered
 
-    recompute = checkpoint._checkpoint_without_reentrant_generator
+    recompute = getattr(checkpoint, _RECOMPUTE)
     replaced: dict[int, Any] = {}
     patches: list[Patch] = [
         (utils, "unwrap_dead_wrappers", _refusing_proxies(utils.unwrap_dead_wrappers)),
-        (checkpoint, "_checkpoint_without_reentrant_generator", checkpointing),
+        (checkpoint, _RECOMPUTE, checkpointing),
         *((kind, "__enter__", entering(kind.__enter__, effect)) for kind, effect in _MODES),
     ]
     asking = [(torch, name, f"forward asks torch.{name}") for name in _QUESTIONS]

@@ -41,12 +41,13 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     moved, place = (last, x.dim() - 1) if aside else (x.contiguous(), axis)
     before, behind = moved.shape[:place], moved.shape[place + 1 :]
     flat = moved.reshape(before.numel(), moved.shape[place], behind.numel())
+    eager: Any = _CompiledWalk  # apply is typed from torch 2.14 on
     out: Tensor
     if torch.compiler.is_compiling():
         options = (walk.nonnegative, walk.layout, walk.damping, walk.norm_floor)
         out = walk_operator(flat, seed, *options)
     else:
-        out = _CompiledWalk.apply(flat, seed, walk)  # type: ignore[no-untyped-call]
+        out = eager.apply(flat, seed, walk)
     out = out.reshape(*before, len(seed), *behind)
     return out.movedim(-1, axis) if aside else out
 

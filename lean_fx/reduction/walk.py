@@ -73,13 +73,13 @@ def column_walk(x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
         - seed: ``[C']``
         - output: ``[N, C', 1, P]``
     """
-    out: Tensor
+    fusible: Any = _FusibleWalk  # apply is typed from torch 2.14 on
+    blocked: Any = _BlockedWalk
     if torch.compiler.is_compiling():
-        options = (walk.nonnegative, walk.damping, walk.norm_floor)
-        out = _FusibleWalk.apply(x, seed, *options)  # type: ignore[no-untyped-call]
+        out = fusible.apply(x, seed, walk.nonnegative, walk.damping, walk.norm_floor)
     else:
-        out = _BlockedWalk.apply(x, seed, walk)  # type: ignore[no-untyped-call]
-    return out
+        out = blocked.apply(x, seed, walk)
+    return out  # type: ignore[no-any-return]
 
 
 class _FusibleWalk(torch.autograd.Function):

@@ -76,7 +76,7 @@ def report(folder: Path, out: str | Path, commit: str = "") -> str:
         beside = [row for row in tables.get(part.baseline, []) if row.arm in ("baseline", "narrow")]
         lines += [f"## {part.name}", "", *_about(part, rows), "", *_table(beside + rows), ""]
         lines += [*_bars(part, beside + rows), ""]
-        if any(row.finals for row in beside + rows):
+        if any(row.finals for row in rows):
             _curves(part, beside + rows, target / f"{part.name}_curves.png")
             _against_parameters(part, beside + rows, target / f"{part.name}_parameters.png")
             lines += [f"![loss and accuracy]({part.name}_curves.png)", ""]
@@ -139,15 +139,20 @@ def _about(part: Part, rows: list[Row]) -> list[str]:
     tried = sorted({run["epochs"] for run in searches})
     moves = ", with flips and shifts" if part.augment else ""
     pixels = sorted({run["pixels"] for run in finals + searches})
-    text = (
-        f"{part.net} net, pictures of {_listed(pixels)} pixels{moves}; "
-        f"{_listed(epochs)} epochs, {_listed(tried)} to choose the rate."
+    lengths = (
+        f"{_listed(epochs)} epochs, {_listed(tried)}" if epochs else f"{_listed(tried)} epochs"
     )
-    if part.best:
+    text = (
+        f"{part.net} net, pictures of {_listed(pixels)} pixels{moves}; {lengths} to choose the "
+        "rate."
+    )
+    if part.best and finals:
         text += (
             f" All settings were tried in validation; the best {part.best} of no more than "
             f"{LIMIT:,} parameters were trained to the end."
         )
+    elif part.best:
+        text += " All settings were tried in validation; none was trained to the end."
     return [text]
 
 

@@ -23,6 +23,7 @@ def rich_table(rows: Sequence[Sequence[str]], notes: Sequence[str], title: str =
         caption=text("\n".join(notes)),
         caption_justify="left",
         box=require("rich.box", extra="examples", purpose="the table").SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     head, *others = rows
     for cell in head:

@@ -104,8 +104,9 @@ print(lean_fx.__file__, lean_fx.onnx_kernel())
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
+@pytest.mark.parametrize(
+    "kind", ["wheel", "sdist", pytest.param("editable", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "none"])
 def test_it_runs_where_it_is_installed(kind, compiler, tmp_path):
     source = built_sdist(tmp_path) if kind == "sdist" else made_source(tmp_path)

@@ -25,7 +25,8 @@ def main() -> None:
     def arms(seed: int) -> dict[str, nn.Module]:
         made = paper_arms(data, args.channels, args.reduction, seed)
         if processes().count == 1:  # several would time one another
-            as_fast = as_fast_arm(data, list(made.values())[1], args.out, seed)
+            _, lean, *_ = made.values()
+            as_fast = as_fast_arm(data, lean, args.out, seed)
             made[f"as fast {'/'.join(map(str, as_fast.widths))}"] = as_fast
         return made
 

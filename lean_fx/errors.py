@@ -17,14 +17,14 @@ class ArgumentError(LeanError, ValueError):
     """An argument has a wrong type or lies outside its range."""
 
 
-class _RemediedError(LeanError):
+class _RemedyError(LeanError):
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(f"{reason}; {remedy}" if remedy else reason)
         self.reason = reason
         self.remedy = remedy
 
 
-class CaptureError(_RemediedError):
+class CaptureError(_RemedyError):
     """A model cannot be captured as a torch.fx graph.
 
     Attributes:
@@ -33,7 +33,7 @@ class CaptureError(_RemediedError):
     """
 
 
-class BranchError(_RemediedError, ValueError):
+class BranchError(_RemedyError, ValueError):
     """A captured model was given inputs for which its code takes another branch.
 
     Attributes:

@@ -43,7 +43,7 @@ SHARED_STATE = _SharedState()
 
 @contextmanager
 def rebuilding(*, runs: bool = False) -> Iterator[None]:
-    """Hold the lock while a model is copied and rebuilt, so that the copy can be trained.
+    """Hold the lock, outside inference mode, while a model is copied and rebuilt.
 
     Args:
         runs: whether the model runs meanwhile. It may call torch's compiler, which is then loaded
@@ -51,5 +51,5 @@ def rebuilding(*, runs: bool = False) -> Iterator[None]:
     """
     if runs:
         importlib.import_module(_COMPILER)
-    with SHARED_STATE, torch.inference_mode(False):  # what inference mode makes has no gradients
+    with SHARED_STATE, torch.inference_mode(False):  # what that makes cannot be trained
         yield

@@ -41,7 +41,8 @@ def places_of_weights(model: Any) -> list[str]:
     """The names of the files beside an ONNX model that hold weights of it."""
     external = require("onnx.external_data_helper", purpose="reading ONNX files")
     weights = filter(external.uses_external_data, model.graph.initializer)
-    return sorted({external.ExternalDataInfo(weight).location for weight in weights})
+    places = {external.ExternalDataInfo(weight).location for weight in weights}
+    return sorted(places - {""})
 
 
 def onnx_bytes(path: str | os.PathLike[str]) -> int:

@@ -47,9 +47,7 @@ from lean_fx.skip_reason import LeftAlone, SkipReason
 
 
 def planned(
-    model: nn.Module,
-    example_inputs: Any,
-    options: Options,
+    model: nn.Module, example_inputs: Any, options: Options
 ) -> tuple[Plan, GraphModule | None]:
     """The plan, and the captured graph to apply it to.
 
@@ -174,8 +172,9 @@ def _plan_graph(
     if options.form == "module":
         chosen, hidden = rewritings.without_weights(chosen)
         left += hidden
-    picked = options.reduction, normalised, options.keep, options.kernel
-    sites, dropped = select_sites(chosen, *picked)
+    sites, dropped = select_sites(
+        chosen, options.reduction, normalised, options.keep, options.kernel
+    )
     used = rewritings.used_by(sites)
     unused = rewritings.without(used)
     sites, left = unused.undo(normalised, sites, [*left, *dropped], options)

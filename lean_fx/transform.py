@@ -110,8 +110,18 @@ def leanify(
         Huang, Shah, Evans, Yoo: Less-Energy-Usage Network with Batch Power Iteration, ICML 2023
         workshop on Neural Compression.
     """
-    of_layers = (channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
-    options = Options(*of_layers, keep, kernel, form)
+    options = Options(
+        channels=channels,
+        round_to=round_to,
+        reduction=reduction,
+        min_channels=min_channels,
+        skip=skip,
+        filter_fn=filter_fn,
+        reduce_inputs=reduce_inputs,
+        keep=keep,
+        kernel=kernel,
+        form=form,
+    )
     made, captured = planned(model, example_inputs, options)
     if not made.sites:
         reasons = "; ".join(f"{each.layer}: {each.reason}" for each in made.left_alone[:3])
@@ -168,8 +178,18 @@ def plan(
         left alone
         0  Linear  in_channels=8 is below min_channels=16
     """
-    of_layers = (channels, round_to, reduction, min_channels, skip, filter_fn, reduce_inputs)
-    options = Options(*of_layers, keep, kernel, form)
+    options = Options(
+        channels=channels,
+        round_to=round_to,
+        reduction=reduction,
+        min_channels=min_channels,
+        skip=skip,
+        filter_fn=filter_fn,
+        reduce_inputs=reduce_inputs,
+        keep=keep,
+        kernel=kernel,
+        form=form,
+    )
     made, captured = planned(model, example_inputs, options)
     if not made.sites or example_inputs is None:  # nothing to measure
         return made

@@ -129,6 +129,27 @@ def test_a_class_that_answers_for_attributes_by_its_dict_is_traced():
     assert all(site.nonnegative for site in lean_fx.plan_of(lean).sites)
 
 
+def test_what_a_class_answers_by_its_dict_follows_it():
+    class Configured(Asking):
+        def __init__(self):
+            super().__init__()
+            self.config = {"temperature": 1.0}
+
+        def __getattr__(self, name):
+            if name in self.__dict__.get("config", {}):
+                return self.__dict__["config"][name]
+            return super().__getattr__(name)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) * self.temperature
+
+    with pytest.warns(lean_fx.LeanWarning, match="forward reads temperature, which __getattr__ co"):
+        lean = lean_fx.leanify(Configured(), X)
+    before = lean(X)
+    lean.config = {"temperature": 3.0}
+    torch.testing.assert_close(lean(X), 3 * before)
+
+
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
 def test_constants_of_a_graph_keep_their_dtype(cast):
     class Constant(nn.Module):

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import math
 import socket
 import time
 from types import SimpleNamespace
@@ -267,3 +269,11 @@ def test_adding_joins_meters_and_scaling_keeps_them() -> None:
     total = Energy(1.0, 2.0, 3.0, "cpu_load") + Energy(10.0, 20.0, 30.0, "rapl+cpu_load")
     assert total == Energy(11.0, 22.0, 33.0, "cpu_load+rapl")
     assert total.scaled(2.0) == Energy(22.0, 44.0, 66.0, "cpu_load+rapl")
+
+
+def test_what_joules_rest_on_is_said():
+    measured = Energy(1.0, 0.1, 1.0, "rapl")
+    assert measured.basis == "read from a hardware counter"
+    assert dataclasses.replace(measured, meter="cpu_load").basis.startswith("an estimate")
+    unknown = dataclasses.replace(measured, energy_j=math.nan)
+    assert unknown.basis == "not measured, at least not throughout"

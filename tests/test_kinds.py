@@ -9,7 +9,6 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ArgumentError, PlanError
-from lean_fx.layers import known_layers
 from lean_fx.layers.kinds import KINDS, kind_of
 from lean_fx.layers.rebuild import rebuild
 
@@ -468,29 +467,3 @@ def test_layers_of_other_libraries_are_known_by_name():
     finally:
         lean_fx.layers.kinds.unregister_layer(Conv1D)
         lean_fx.layers.kinds.unregister_layer(Linear)
-
-
-@pytest.mark.filterwarnings("ignore:leanify")
-def test_a_known_layer_inside_of_a_leaf_is_found_the_first_time(monkeypatch):
-    class Known(Turned):
-        pass
-
-    class Catches(nn.Module):  # is not even tried
-        def __init__(self):
-            super().__init__()
-            self.inner = Known(32, 4)
-
-        def forward(self, x):
-            try:
-                return self.inner(x)
-            except ValueError:
-                return x
-
-    name = f"{Known.__module__}.{Known.__qualname__}"
-    rebuild = TURNED | {"rebuild": lambda layer, n: Known(n, layer.n_out)}
-    monkeypatch.setitem(known_layers.KNOWN, name, rebuild)
-    try:
-        made = lean_fx.plan(nn.Sequential(nn.Linear(8, 32), Catches()), torch.rand(2, 8))
-    finally:
-        lean_fx.unregister_layer(Known)
-    assert [site.layers for site in made.sites] == [("1.inner",)]

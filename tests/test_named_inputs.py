@@ -122,6 +122,16 @@ def test_what_is_behind_any_number_of_inputs_is_given_by_name():
         lean_fx.plan(model, {"x": given["x"]})
 
 
+def test_what_is_given_by_name_behind_args_is_no_input_before_them():
+    class Rest(nn.Linear):
+        def forward(self, x, y=None, *rest, scale=1.0):
+            return super().forward(x if y is None else x + y) * scale
+
+    given = {"x": torch.rand(2, 32), "scale": 2.0}
+    with pytest.warns(lean_fx.LeanWarning, match=r"forward takes \*rest, a graph a fixed number"):
+        lean_fx.plan(Rest(32, 4), given)
+
+
 def test_an_input_without_a_default_must_be_given():
     class Two(nn.Linear):
         def forward(self, x, y):
@@ -206,7 +216,6 @@ def test_names_that_forward_takes_by_its_kwargs(kind, form, tmp_path):
     assert lean(**given).shape == (3, 4)
     untouched = lean_fx.leanify(model, given, form="module", min_channels=64)
     torch.testing.assert_close(untouched(**given), model(**given))
-    if kind is not More or form == "module":
-        assert lean_fx.plan_of(lean_fx.plan(model, given, form=form).apply(model, given)).sites
+    assert lean_fx.plan_of(lean_fx.plan(model, given, form=form).apply(model, given)).sites
     lean_fx.export_onnx(lean, tmp_path / "lean.onnx", given)
     assert lean_fx.sensitivity(model, given) > 0

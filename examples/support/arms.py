@@ -49,8 +49,8 @@ def paper_arms(
 def as_fast_arm(data: Dataset, lean: nn.Module, folder: str | Path, seed: int = 0) -> PaperNet:
     """The paper's net made narrower to the latency of a reduced one, by timing both in turn.
 
-    The widths are found once, and kept in ``as_fast.json``: a run that was stopped goes on with the
-    same net.
+    The widths are found once for each reduced net, and kept in ``as_fast.json``: a run that was
+    stopped goes on with the same net.
 
     Args:
         data: as for :func:`paper_arms`.
@@ -61,7 +61,8 @@ def as_fast_arm(data: Dataset, lean: nn.Module, folder: str | Path, seed: int = 
     _, in_channels, size, _ = data.train_x.shape
     shape = (in_channels, size, data.classes)
     file = make_folder(folder) / "as_fast.json"
-    if not file.exists():
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if known.get("of") != repr(lean):
         found = equal_budget(
             lambda width: PaperNet(scaled_widths(PAPER_WIDTHS, width), *shape),
             data.train_x[:2].float(),
@@ -69,9 +70,10 @@ def as_fast_arm(data: Dataset, lean: nn.Module, folder: str | Path, seed: int = 
             by="latency",
             steps=6,
         )
-        write_text(file, json.dumps(found.widths))
+        known = {"of": repr(lean), "widths": found.widths}
+        write_text(file, json.dumps(known))
     torch.manual_seed(seed)
-    return PaperNet(json.loads(file.read_text(encoding="utf-8")), *shape)
+    return PaperNet(known["widths"], *shape)
 
 
 def sequence_arms(

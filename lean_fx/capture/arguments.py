@@ -33,16 +33,17 @@ def absent_arguments(root: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
         TraceError: there are inputs for ``*args`` or ``**kwargs``, or forward has only ``*args``.
     """
     parameters = list(inspect.signature(root.forward).parameters.values())
+    by_name = bool(inputs) and isinstance(inputs[-1], Keywords)
     taking = (each.name for each in parameters_of(root.forward))
     given = dict(zip(taking, inputs, strict=False))
     absent: dict[str, Any] = {}
     for each in parameters:
         if each.kind is each.VAR_POSITIONAL:
-            if len(inputs) > len(given) or len(parameters) == 1:
+            if by_name or len(inputs) > len(given) or len(parameters) == 1:
                 raise TraceError(f"forward takes *{each.name}, a graph a fixed number of inputs")
             absent[f"*{each.name}"] = ()
         elif each.kind is each.VAR_KEYWORD:
-            if inputs and isinstance(inputs[-1], Keywords):
+            if by_name:
                 raise TraceError(f"forward takes **{each.name}, a graph a fixed number of inputs")
             absent[f"**{each.name}"] = {}
         elif given.get(each.name, each.default) is None:

@@ -31,7 +31,7 @@ from lean_fx.graph.captured import (
     keep_hooks,
     keep_layers,
     keep_unsaved,
-    record,
+    update_record,
 )
 from lean_fx.graph.parts import part_of
 from lean_fx.graph.running import clone_sharing_state
@@ -129,7 +129,7 @@ def _captured_with(
     _name_items(captured)
     keep_unsaved(captured, root)
     parts = {name: part_of(module) for name, module in root.named_modules()}
-    record(captured.graph, parts=parts)
+    update_record(captured.graph, parts=parts)
     guard_parts(captured)
     return captured
 

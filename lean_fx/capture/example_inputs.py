@@ -14,7 +14,10 @@ from lean_fx.errors import ArgumentError
 
 
 class Keywords(dict[str, Any]):
-    """The inputs that forward takes by its ``**kwargs``; they are the last of the inputs."""
+    """The inputs that forward takes by its ``**kwargs``, or by name behind ``*args``.
+
+    They are the last of the inputs.
+    """
 
 
 pytree.register_pytree_node(
@@ -28,8 +31,8 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any,
     """Example inputs as a tuple, in the order of the parameters of a model's forward.
 
     Those that forward takes by name only are behind the others (:func:`call`), and those of its
-    ``**kwargs`` are the last, as :class:`Keywords`. Tensors made in inference mode are copied,
-    since a model could not write to them.
+    ``**kwargs``, or behind its ``*args``, are the last, as :class:`Keywords`. Tensors made in
+    inference mode are copied, since a model could not write to them.
 
     Args:
         example_inputs: a tensor, a PackedSequence, a tuple or list of the positional inputs, or a
@@ -117,7 +120,8 @@ def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
     takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
     by_name = [each.name for each in known.values() if each.kind is each.KEYWORD_ONLY]
     more = Keywords((name, each) for name, each in given.items() if name not in places)
-    unknown = [name for name in more if not takes_any and name not in by_name]
+    known_by_name = [name for name in more if takes_any and isinstance(name, str)]
+    unknown = [name for name in more if name not in (*known_by_name, *by_name)]
     if unknown:
         raise ArgumentError(
             f"example_inputs: {unknown[0]!r} is not a parameter of the forward of "
@@ -129,7 +133,8 @@ def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
     needed = [name for name in needs if name not in given]
     if needed:
         raise ArgumentError(
-            f"example_inputs: {needed[0]!r} has no default in the forward of {kind}; give it too"
+            f"example_inputs: {needed[0]!r} has no default in the forward of {kind}; give it too; "
+            "a mapping that is itself an input is given as (mapping,)"
         )
     found = [given.get(name, known[name].default) for name in places[: last + 1]]
     return (*found, more) if more else tuple(found)

@@ -97,9 +97,11 @@ def _watched(kind: Any) -> Any:
             try:
                 value = kind.__getattr__(self, name)
             finally:
-                absent = value is None or value is NO_ATTRIBUTE
-                if absent and id(self) in _READS and _asked_by_model():
+                asked = id(self) in _READS and _asked_by_model()
+                if asked and (value is None or value is NO_ATTRIBUTE):
                     _READS[id(self)].setdefault(name, value)
+            if asked and value is not None and (_is_plain(value) or is_plain_object(value)):
+                raise SideEffect(f"forward reads {name}, which __getattr__ computes")
             return value
 
         body = {"__getattribute__": read, "__getattr__": read_held, "__module__": kind.__module__}

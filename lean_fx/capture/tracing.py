@@ -36,7 +36,7 @@ from lean_fx.capture.side_effects import (
     keep,
     may_have_gradient,
 )
-from lean_fx.graph.captured import record
+from lean_fx.graph.captured import update_record
 from lean_fx.graph.model_code import globals_of
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import leaving_state
@@ -147,7 +147,7 @@ class LeanTracer(AskedTracer):
             if name not in self.leaves
         }
         frozen = {name: each for name, each in frozen.items() if each}
-        record(graph, frozen=frozen, mode_readers=modes)
+        update_record(graph, frozen=frozen, mode_readers=modes)
         for node in reversed(graph.nodes):  # only a shape was asked for, or nothing at all
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)

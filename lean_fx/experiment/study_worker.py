@@ -54,7 +54,7 @@ class Worker:
         self._claim = filelock.FileLock(make_folder(study.folder) / ".claim.lock")
 
     def run(self, total: int, grid: bool, show: Callable[[int], None]) -> None:
-        """Run what is missing, and wait for the trials that other workers are at.
+        """Run what is missing, and wait for the trials that other workers are running.
 
         Args:
             total: how many configurations the study has in the end.
@@ -78,7 +78,7 @@ class Worker:
                     continue
             if not known.running:
                 return
-            time.sleep(1)  # others are at the last ones, or have died
+            time.sleep(1)  # others are running the last ones, or have died
 
     def _run_trial(self, trial: optuna.Trial) -> tuple[float, ...]:
         """Run one trial, or take the values of an equal one; let other workers claim the next."""

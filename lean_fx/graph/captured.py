@@ -201,7 +201,7 @@ def record_of(graph: Graph) -> Record:
     return Record() if last is None else last.meta.get(_RECORD, Record())
 
 
-def record(graph: Graph, **known: Any) -> None:
+def update_record(graph: Graph, **known: Any) -> None:
     """Set fields of the record of a graph."""
     next(reversed(graph.nodes)).meta[_RECORD] = replace(record_of(graph), **known)
 

@@ -1,4 +1,4 @@
-// The walk and its gradient as functions of C, for lean_fx/kernel/eager.py. They return 0, or 1
+// The walk and its gradient as functions of C, for lean_fx/reduction/library.py. They return 0, or 1
 // where there is no memory. All arrays are contiguous.
 
 #include <algorithm>

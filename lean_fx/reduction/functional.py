@@ -255,12 +255,7 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def _fused(
-    x: Tensor,
-    seed: Tensor,
-    axis: int,
-    walk: Walk,
-) -> Tensor:
+def _fused(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     """The default walk by its hand-written gradient; see :mod:`lean_fx.reduction.walk`."""
     before, behind = x.shape[:axis], x.shape[axis + 1 :]
     channels, preserved = x.shape[axis], seed.shape[0]

@@ -32,12 +32,7 @@ def absolute_affinity_sums(rows: Tensor) -> Tensor:
     return (rows @ rows.mT).abs().sum(-1)
 
 
-def reference_walk(
-    x: Tensor,
-    seed: Tensor,
-    axis: int,
-    walk: Walk,
-) -> Tensor:
+def reference_walk(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     """The walk along ``axis`` of ``x``, with ``scale="sum"``; differentiable any number of times.
 
     Shape:

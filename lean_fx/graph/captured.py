@@ -203,7 +203,7 @@ def record_of(graph: Graph) -> Record:
 
 def update_record(graph: Graph, **known: Any) -> None:
     """Set fields of the record of a graph."""
-    next(reversed(graph.nodes)).meta[_RECORD] = replace(record_of(graph), **known)
+    next(iter(reversed(graph.nodes))).meta[_RECORD] = replace(record_of(graph), **known)
 
 
 def guard_parts(graph_module: GraphModule) -> None:

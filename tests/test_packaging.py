@@ -108,7 +108,8 @@ print(lean_fx.__file__, lean_fx.onnx_kernel())
     "kind", ["wheel", "sdist", pytest.param("editable", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "none"])
-def test_it_runs_where_it_is_installed(kind, compiler, tmp_path):
+def test_it_runs_where_it_is_installed(kind, compiler, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # it may name a checkout
     source = built_sdist(tmp_path) if kind == "sdist" else made_source(tmp_path)
     variables = {} if compiler else NO_COMPILER
     venv.create(tmp_path / "venv")

@@ -120,8 +120,7 @@ def _by_position(given: Mapping[Any, Any], model: nn.Module) -> tuple[Any, ...]:
     takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
     by_name = [each.name for each in known.values() if each.kind is each.KEYWORD_ONLY]
     more = Keywords((name, each) for name, each in given.items() if name not in places)
-    known_by_name = [name for name in more if takes_any and isinstance(name, str)]
-    unknown = [name for name in more if name not in (*known_by_name, *by_name)]
+    unknown = [n for n in more if n not in by_name and not (takes_any and isinstance(n, str))]
     if unknown:
         raise ArgumentError(
             f"example_inputs: {unknown[0]!r} is not a parameter of the forward of "

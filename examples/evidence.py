@@ -1,7 +1,8 @@
 """The evidence on accuracy: LEAN forms, controls and narrower nets, each at its own learning rate.
 
 On STL-10, from scratch: the paper's net at 96x96, a small residual and a small densely connected
-net at 32x32, other settings of LEAN on the paper's net, and the paper's net with flips and shifts.
+net at 32x32, other settings of LEAN on the paper's net, a small VGG and a small MLP-Mixer at 24x24,
+and the paper's net with flips and shifts.
 Every arm first tries four learning rates (two in "settings") on a fixed fifth of the training
 pictures held out; the best one is then run on all of them with three seeds and tested after every
 epoch. Each run leaves one small file in --out; what is there is not run again, so that the same
@@ -59,7 +60,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of each process on a CPU")
     parser.add_argument("--no-graph", action="store_true", help="run operation by operation")
     parser.add_argument("--no-tf32", action="store_true", help="float32 throughout")
-    parser.add_argument("--commit", default="", help="of the code (default: what git says)")
+    parser.add_argument(
+        "--commit", default="", help="of the code (default: what git says); to report: one or more"
+    )
     parser.add_argument("--smoke", action="store_true", help="every arm once, tiny")
     parser.add_argument("--throughput", action="store_true", help="time only the steps")
     parser.add_argument("--report", action="store_true", help="tables and pictures of --out")

@@ -116,11 +116,19 @@ def test_only_the_best_small_settings_are_trained_to_the_end(tmp_path):
     assert searched[trained.pop()] == max(searched.values())
 
 
-@pytest.mark.parametrize("arm", ["narrow", "bottleneck"])
-@pytest.mark.parametrize("name", ["resnet", "densenet"])
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [
+        (part.name, arm.name)
+        for part in PARTS
+        if part.name != "paper"
+        for arm in part.arms
+        if arm.control
+    ],
+)
 def test_controls_have_the_parameters_of_the_lean_net(name, arm):
     part = next(each for each in PARTS if each.name == name)
-    example = torch.rand(2, 3, 32, 32)
+    example = torch.rand(2, 3, part.pixels, part.pixels)
     arms = {each.name: each for each in part.arms}
     counts = {key: count_parameters(make_net(part, arms[key], example)) for key in ("lean", arm)}
     assert counts[arm] == pytest.approx(counts["lean"], rel=0.04)

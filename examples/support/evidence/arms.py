@@ -21,6 +21,7 @@ from support.evidence.nets import (
     nearest_densenet,
     nearest_net,
 )
+from support.evidence.plain_nets import MIXER_SKIP, VGG_SKIP, Mixer, Vgg
 from support.models import PAPER_WIDTHS, PaperNet, narrow_widths
 
 # Learning rates that are tried, four for each arm. The literal forms need higher ones: their
@@ -58,7 +59,7 @@ class Part:
 
     Args:
         name: in tables and file names.
-        net: ``"paper"``, ``"resnet"`` or ``"densenet"``.
+        net: a name in :data:`NETS`.
         pixels: height and width of the pictures, by means of squares of those of 96.
         epochs: of a run that counts.
         search_epochs: of a run that chooses the learning rate.
@@ -107,6 +108,7 @@ _DEEP_ARMS = (
     _NARROW,
     Arm("bottleneck", control="bottleneck"),
 )
+_PLAIN_ARMS = (_BASELINE, *_forms(0.25), *_plain(0.25, "slice", "mean", "grouped_sum"), _NARROW)
 _SEARCHED = tuple(
     Arm(f"{form} {'/'.join(map(str, channels))}", form, channels, rates=(1e-3, 3e-3))
     for form, channels in (
@@ -132,6 +134,8 @@ PARTS = (
     Part("resnet", "resnet", 32, 20, 8, _DEEP_ARMS, seconds=0.07, heavy=1.3),
     Part("densenet", "densenet", 32, 12, 6, _DEEP_ARMS, seconds=0.08, heavy=1.3),
     Part("settings", "paper", 96, 50, 15, _SEARCHED, best=2, baseline="paper"),
+    Part("vgg", "vgg", 24, 20, 8, _PLAIN_ARMS, seconds=3, heavy=1.5),
+    Part("mixer", "mixer", 24, 20, 8, _PLAIN_ARMS, seconds=3, heavy=1.5),
     Part("augmented", "paper", 96, 50, 15, _AUGMENTED_ARMS, augment=True),
 )
 
@@ -150,6 +154,66 @@ def smoke_parts() -> tuple[Part, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Net:
+    """A net of the evidence.
+
+    Args:
+        whole: makes it for pictures of so many pixels.
+        channels: C' of the literal LEAN net that the controls are as large as.
+        skip: layers that are left alone.
+        controls: each makes a net of about so many parameters for pictures of so many pixels.
+    """
+
+    whole: Callable[[int], nn.Module]
+    channels: int | float
+    skip: tuple[str, ...]
+    controls: Mapping[str, Callable[[int, int], nn.Module]]
+
+
+def _narrow_paper(budget: int, pixels: int) -> nn.Module:
+    widths = narrow_widths(budget, widths=PAPER_WIDTHS, image_size=pixels)
+    return PaperNet(widths, image_size=pixels)
+
+
+NETS = {
+    "paper": Net(lambda pixels: PaperNet(image_size=pixels), 10, (), {"narrow": _narrow_paper}),
+    "resnet": Net(
+        lambda _: ResNet(),
+        0.25,
+        RESNET_SKIP,
+        {
+            "narrow": lambda budget, _: nearest_net(budget, narrow_resnet),
+            "bottleneck": lambda budget, _: nearest_net(budget, lambda part: ResNet(inner=part)),
+        },
+    ),
+    "densenet": Net(
+        lambda _: DenseNet(),
+        0.25,
+        DENSENET_SKIP,
+        {
+            "narrow": lambda budget, _: nearest_densenet(budget),
+            "bottleneck": lambda budget, _: nearest_net(
+                budget, lambda part: DenseNet(inner=max(1, round(64 * part)))
+            ),
+        },
+    ),
+    "vgg": Net(
+        lambda _: Vgg(), 0.25, VGG_SKIP, {"narrow": lambda budget, _: nearest_net(budget, Vgg)}
+    ),
+    "mixer": Net(
+        Mixer,
+        0.25,
+        MIXER_SKIP,
+        {
+            "narrow": lambda budget, pixels: nearest_net(
+                budget, lambda part: Mixer(pixels, max(1, round(64 * part)))
+            )
+        },
+    ),
+}
+
+
 def make_net(part: Part, arm: Arm, example: Tensor) -> nn.Module:
     """Build the net of an arm, its weights drawn from torch's global random numbers.
 
@@ -161,35 +225,18 @@ def make_net(part: Part, arm: Arm, example: Tensor) -> nn.Module:
     Raises:
         LeanError: the reduction is unknown, or cannot be made so.
     """
+    net = NETS[part.net]
     if arm.reduction:
         return _reduced(part, arm, example)
     if not arm.control:
-        return _whole(part)
-    literal = Arm("lean", "lean", 10 if part.net == "paper" else 0.25)
-    budget = count_parameters(_reduced(part, literal, example))
-    if arm.control == "narrow" and part.net == "paper":
-        widths = narrow_widths(budget, widths=PAPER_WIDTHS, image_size=part.pixels)
-        return PaperNet(widths, image_size=part.pixels)
-    if arm.control == "narrow" and part.net == "densenet":
-        return nearest_densenet(budget)
-    makers: dict[tuple[str, str], Callable[[float], nn.Module]] = {
-        ("resnet", "narrow"): narrow_resnet,
-        ("resnet", "bottleneck"): lambda factor: ResNet(inner=factor),
-        ("densenet", "bottleneck"): lambda factor: DenseNet(inner=max(1, round(64 * factor))),
-    }
-    if (part.net, arm.control) not in makers:
+        return net.whole(part.pixels)
+    if arm.control not in net.controls:
         raise ArgumentError(f"arm {arm.name}: {part.net} has no control {arm.control!r}")
-    return nearest_net(budget, makers[part.net, arm.control])
-
-
-def _whole(part: Part) -> nn.Module:
-    if part.net == "paper":
-        return PaperNet(image_size=part.pixels)
-    return ResNet() if part.net == "resnet" else DenseNet()
+    literal = _reduced(part, Arm("lean", "lean", net.channels), example)
+    return net.controls[arm.control](count_parameters(literal), part.pixels)
 
 
 def _reduced(part: Part, arm: Arm, example: Tensor) -> nn.Module:
-    skip = {"paper": (), "resnet": RESNET_SKIP, "densenet": DENSENET_SKIP}[part.net]
     channels: int | float | Mapping[str, int]
     if isinstance(arm.channels, tuple):
         channels = dict(zip(("conv2", "conv3", "linear"), arm.channels, strict=True))
@@ -199,4 +246,6 @@ def _reduced(part: Part, arm: Arm, example: Tensor) -> nn.Module:
     reduction: str | ReductionFactory = name
     if seed:
         reduction = partial(reduction_factory(name), seed=seed)
-    return leanify(_whole(part), example, channels=channels, reduction=reduction, skip=skip)
+    net = NETS[part.net]
+    whole = net.whole(part.pixels)
+    return leanify(whole, example, channels=channels, reduction=reduction, skip=net.skip)

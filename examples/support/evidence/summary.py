@@ -54,7 +54,8 @@ def report(folder: Path, out: str | Path, commit: str = "") -> str:
     Args:
         folder: of the runs.
         out: where to.
-        commit: whose runs; by default the one with most of them.
+        commit: whose runs, one commit or several separated by commas; by default the one with
+            most of them.
 
     Raises:
         DataError: there is no run.
@@ -63,12 +64,12 @@ def report(folder: Path, out: str | Path, commit: str = "") -> str:
     commits = Counter(result["commit"] for result in results)
     if not commits:
         raise DataError(f"{folder}: holds no runs; give the folder of some by --out")
-    commit = commit or commits.most_common(1)[0][0]
-    results = [result for result in results if result["commit"] == commit]
+    taken = commit.split(",") if commit else [commits.most_common(1)[0][0]]
+    results = [result for result in results if result["commit"] in taken]
     tables = {part.name: _rows(part, results) for part in PARTS}
     target = make_folder(out)
     lines = ["# Accuracy of LEAN, its controls and narrower nets", ""]
-    lines += _preamble(results, commit, commits)
+    lines += _preamble(results, taken, commits)
     for part in PARTS:
         rows = tables[part.name]
         if not rows:
@@ -86,19 +87,19 @@ def report(folder: Path, out: str | Path, commit: str = "") -> str:
     return text
 
 
-def _preamble(results: list[dict[str, Any]], commit: str, commits: Counter[str]) -> list[str]:
+def _preamble(results: list[dict[str, Any]], taken: list[str], commits: Counter[str]) -> list[str]:
     good = [result for result in results if not result.get("error")]
     made_by = sorted({(r["device"], r["torch"], r["precision"]) for r in good})
     lines = [f"```\n{command_line()}\n```", ""]
     lines.append(
-        f"STL-10, official files, from scratch; commit {commit}, {len(good)} runs; "
+        f"STL-10, official files, from scratch; commit {' and '.join(taken)}, {len(good)} runs; "
         + "; ".join(
             f"{device}, torch {version}, {precision}" for device, version, precision in made_by
         )
         + "."
     )
-    if len(commits) > 1:
-        others = ", ".join(f"{name} ({n})" for name, n in commits.items() if name != commit)
+    others = ", ".join(f"{name} ({n})" for name, n in commits.items() if name not in taken)
+    if others:
         lines.append(f"Runs of other commits lie beside these and are not counted: {others}.")
     lines += [
         "",

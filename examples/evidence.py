@@ -60,9 +60,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of each process on a CPU")
     parser.add_argument("--no-graph", action="store_true", help="run operation by operation")
     parser.add_argument("--no-tf32", action="store_true", help="float32 throughout")
-    parser.add_argument(
-        "--commit", default="", help="of the code (default: what git says); to report: one or more"
-    )
+    parser.add_argument("--commit", default="", help="of the code; to report, one or more")
     parser.add_argument("--smoke", action="store_true", help="every arm once, tiny")
     parser.add_argument("--throughput", action="store_true", help="time only the steps")
     parser.add_argument("--report", action="store_true", help="tables and pictures of --out")

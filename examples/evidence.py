@@ -9,6 +9,7 @@ epoch. Each run leaves one small file in --out; what is there is not run again, 
 command goes on where it was stopped.
 
     python examples/evidence.py --data DIR                 # train what is missing
+    python examples/evidence.py --latency                  # time the nets; nothing else may run
     python examples/evidence.py --report                   # tables and pictures of what is there
     python examples/evidence.py --throughput --data random # how long the steps take here
     python examples/evidence.py --smoke --data random      # every arm once, tiny
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the code; to report, one or more")
     parser.add_argument("--smoke", action="store_true", help="every arm once, tiny")
     parser.add_argument("--throughput", action="store_true", help="time only the steps")
+    parser.add_argument("--latency", action="store_true", help="time the nets in ONNX Runtime")
     parser.add_argument("--report", action="store_true", help="tables and pictures of --out")
     parser.add_argument("--results", default=str(ROOT / "examples/results/evidence"))
     args = parser.parse_args()
@@ -71,6 +73,12 @@ def main() -> None:
         from support.evidence.summary import report
 
         print(report(folder, args.results, args.commit))
+        return
+    parts = _parts(args)
+    if args.latency:
+        from support.evidence.latency import time_nets
+
+        time_nets(parts, make_folder(folder))
         return
     settings = Settings(
         data=args.data,
@@ -82,7 +90,6 @@ def main() -> None:
         limit=256 if args.smoke else None,
         threads=args.threads or (1 if args.device == "cuda" else 0),
     )
-    parts = _parts(args)
     if args.throughput:
         from support.evidence.throughput import throughput
 

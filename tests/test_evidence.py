@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from lean_fx.measure.costs import count_parameters
 from support.evidence.arms import PARTS, Arm, make_net, smoke_parts
+from support.evidence.latency import time_nets
 from support.evidence.nets import DenseNet, ResNet
 from support.evidence.pictures import Pictures
 from support.evidence.runs import Planner, chosen_rate, read_results, score
@@ -203,10 +205,14 @@ def test_the_report_takes_what_is_there(tmp_path):
     for path in (tmp_path / "runs").glob("paper-narrow-test*"):
         path.unlink()
     (tmp_path / "runs/paper-broken.json").write_text("{")
+    time_nets([part], tmp_path / "runs", rounds=2)
     text = report(tmp_path / "runs", tmp_path / "out")
-    assert "| lean | 24,590 |" in text
+    assert re.search(r"\| lean \| 24,590 \| [0-9.]+ \| [0-9.]+ \|", text)
+    assert re.search(r"\| baseline \| [0-9,]+ \| [0-9.]+ \| 1\.00 \|", text)
+    assert "medians of 2 rounds in turn on " in text
     assert "95 % of the baseline" in text
-    assert (tmp_path / "out/paper_curves.png").exists()
+    for picture in ("curves", "fronts"):
+        assert (tmp_path / f"out/paper_{picture}.png").exists()
     assert len(read_results(tmp_path / "runs")) == 3 * 2 + 2 * 2
 
 

@@ -31,6 +31,9 @@ LITERAL_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 #: The size that the paper's net may have to count as a tenth of the baseline.
 LIMIT = 40_000
 
+#: The arms of a part's ``baseline`` that stand beside its own.
+BESIDE = ("baseline", "narrow")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -66,7 +69,7 @@ class Part:
         arms: the rows, the baseline first if there is one.
         augment: flips and shifts of the training pictures.
         best: train no more arms than so many to the end, the best in validation; None for all.
-        baseline: the part whose baseline and narrower net stand beside these arms.
+        baseline: the part whose arms :data:`BESIDE` stand beside these.
         seconds: rough time of an epoch of a usual arm, for the expected end alone.
         heavy: how many times that an epoch of the baseline takes.
     """

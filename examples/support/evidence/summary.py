@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lean_fx.errors import DataError, require
-from lean_fx.files import make_folder, replacing, write_text
+from lean_fx.errors import DataError
+from lean_fx.files import make_folder, write_text
 from support.evidence.arms import LIMIT, PARTS, Part
+from support.evidence.curves import draw_curves, draw_fronts
+from support.evidence.latency import read_latencies, shares
+from support.evidence.rows import Row, rows_of
 from support.evidence.runs import chosen_rate, read_results, score
 from support.script import command_line
 
 _CONTROLS = ("slice", "mean", "grouped_sum", "projection", "narrow", "bottleneck")
-
-
-@dataclass(frozen=True)
-class Row:
-    """An arm with its runs."""
-
-    part: str
-    arm: str
-    searches: list[dict[str, Any]]
-    finals: list[dict[str, Any]]
-    error: str = ""
-
-    @property
-    def is_lean(self) -> bool:
-        """Whether it is a form of LEAN."""
-        return self.arm.startswith("lean")
-
-    @property
-    def parameters(self) -> int:
-        """Of its net."""
-        return int((self.finals or self.searches)[0]["parameters"])
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of a picture."""
-        return int((self.finals or self.searches)[0]["macs"])
-
-    def last(self, key: str = "test_accuracy") -> tuple[float, float]:
-        """Mean over the seeds after the last epoch, and its standard error, in percent."""
-        return _mean([100 * run[key][-1] for run in self.finals])
 
 
 def report(folder: Path, out: str | Path, commit: str = "") -> str:
@@ -66,7 +38,8 @@ def report(folder: Path, out: str | Path, commit: str = "") -> str:
         raise DataError(f"{folder}: holds no runs; give the folder of some by --out")
     taken = commit.split(",") if commit else [commits.most_common(1)[0][0]]
     results = [result for result in results if result["commit"] in taken]
-    tables = {part.name: _rows(part, results) for part in PARTS}
+    timed = {part.name: read_latencies(folder, part.name) for part in PARTS}
+    tables = {part.name: rows_of(part, results, shares(timed[part.name])) for part in PARTS}
     target = make_folder(out)
     lines = ["# Accuracy of LEAN, its controls and narrower nets", ""]
     lines += _preamble(results, taken, commits)
@@ -75,13 +48,20 @@ def report(folder: Path, out: str | Path, commit: str = "") -> str:
         if not rows:
             continue
         beside = [row for row in tables.get(part.baseline, []) if row.arm in ("baseline", "narrow")]
-        lines += [f"## {part.name}", "", *_about(part, rows), "", *_table(beside + rows), ""]
+        lines += [
+            f"## {part.name}",
+            "",
+            *_about(part, rows, timed[part.name]),
+            "",
+            *_table(beside + rows),
+            "",
+        ]
         lines += [*_bars(part, beside + rows), ""]
         if any(row.finals for row in rows):
-            _curves(part, beside + rows, target / f"{part.name}_curves.png")
-            _against_parameters(part, beside + rows, target / f"{part.name}_parameters.png")
+            draw_curves(part, beside + rows, target / f"{part.name}_curves.png")
+            draw_fronts(part, beside + rows, target / f"{part.name}_fronts.png")
             lines += [f"![loss and accuracy]({part.name}_curves.png)", ""]
-            lines += [f"![accuracy against parameters]({part.name}_parameters.png)", ""]
+            lines += [f"![accuracy against parameters and latency]({part.name}_fronts.png)", ""]
     text = "\n".join(lines).rstrip() + "\n"
     write_text(target / "evidence.md", text)
     return text
@@ -117,23 +97,7 @@ def _preamble(results: list[dict[str, Any]], taken: list[str], commits: Counter[
     return lines
 
 
-def _rows(part: Part, results: list[dict[str, Any]]) -> list[Row]:
-    rows = []
-    for arm in part.arms:
-        runs = [r for r in results if r["part"] == part.name and r["arm"] == arm.name]
-        good = [run for run in runs if not run.get("error")]
-        searches = [run for run in good if run["split"] == "validation"]
-        finals = [run for run in good if run["split"] == "test"]
-        if finals:  # of one rate and length, should others lie there too
-            kind = Counter((run["rate"], run["epochs"]) for run in finals).most_common(1)[0][0]
-            finals = [run for run in finals if (run["rate"], run["epochs"]) == kind]
-        errors = [str(run["error"]) for run in runs if run.get("error")]
-        if runs:
-            rows.append(Row(part.name, arm.name, searches, finals, errors[0] if errors else ""))
-    return rows
-
-
-def _about(part: Part, rows: list[Row]) -> list[str]:
+def _about(part: Part, rows: list[Row], timed: Mapping[str, Any]) -> str:
     finals = [run for row in rows for run in row.finals]
     searches = [run for row in rows for run in row.searches]
     epochs = sorted({run["epochs"] for run in finals})
@@ -154,19 +118,25 @@ def _about(part: Part, rows: list[Row]) -> list[str]:
         )
     elif part.best:
         text += " All settings were tried in validation; none was trained to the end."
-    return [text]
+    if timed:
+        text += (
+            f" Latency: of one picture in ONNX Runtime, one thread, as a share of the baseline's; "
+            f"medians of {timed['rounds']} rounds in turn on {timed['machine']}, LEAN nodes "
+            f"{timed['lean_nodes']}."
+        )
+    return text
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| arm | parameters | MACs, million | rate | tried | validation | seeds "
+        "| arm | parameters | MACs, million | latency | rate | tried | validation | seeds "
         "| test accuracy, % | training, % | of baseline, % |",
-        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     base = _baseline(rows)
     for row in rows:
         if not row.searches and not row.finals:
-            lines.append(f"| {row.arm} | | | | | | | error: {row.error} | | |")
+            lines.append(f"| {row.arm} | | | | | | | | error: {row.error} | | |")
             continue
         rates = sorted(run["rate"] for run in row.searches)
         rate = row.finals[0]["rate"] if row.finals else chosen_rate(row.searches)
@@ -178,8 +148,9 @@ def _table(rows: Sequence[Row]) -> list[str]:
         if row.finals:
             (mean, error), (train, _) = row.last(), row.last("train_accuracy")
             cells = [_pm(mean, error), f"{train:.1f}", f"{100 * mean / base:.1f}" if base else ""]
+        latency = "" if math.isnan(row.latency) else f"{row.latency:.2f}"
         lines.append(
-            f"| {row.arm} | {row.parameters:,} | {row.macs / 1e6:.2f} | {shown} "
+            f"| {row.arm} | {row.parameters:,} | {row.macs / 1e6:.2f} | {latency} | {shown} "
             f"| {', '.join(f'{each:g}' for each in rates)} | {valid} | {len(row.finals)} "
             f"| {' | '.join(cells)} |"
         )
@@ -225,86 +196,6 @@ def _against(row: Row, other: Row) -> str:
 def _baseline(rows: Sequence[Row]) -> float:
     found = [row.last()[0] for row in rows if row.arm == "baseline" and row.finals]
     return found[0] if found else 0.0
-
-
-def _curves(part: Part, rows: Sequence[Row], path: Path) -> None:
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
-    done = [row for row in rows if row.finals]
-    for row, colour in zip(done, _colours(plt, len(done)), strict=True):
-        for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
-            for kind, line in (("test", "-"), ("train", ":")):
-                values = _mean_curve([run[f"{kind}_{key}"] for run in row.finals])
-                label = row.arm if (kind, key) == ("test", "accuracy") else None
-                axis.plot(range(1, len(values) + 1), values, line, color=colour, label=label)
-    losses = [run["test_loss"][0] for row in done for run in row.finals if run["test_loss"][0]]
-    axes[0].set(ylabel="cross-entropy", ylim=(0, 1.5 * max(losses, default=2.3)))
-    axes[1].set(ylabel="accuracy")
-    for axis in axes:
-        axis.set(xlabel="epoch", title=f"{part.name}: test (solid), training (dotted)")
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
-    _save(plt, figure, path)
-
-
-def _against_parameters(part: Part, rows: Sequence[Row], path: Path) -> None:
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(8, 5.5))
-    done = [row for row in rows if row.finals]
-    for row, colour in zip(done, _colours(plt, len(done)), strict=True):
-        mean, error = row.last()
-        axis.errorbar(
-            row.parameters,
-            mean,
-            yerr=0 if math.isnan(error) else error,
-            fmt="o" if row.is_lean else "s",
-            color=colour,
-            label=row.arm,
-            capsize=3,
-        )
-    axis.set(
-        xscale="log",
-        xlabel="parameters",
-        ylabel="test accuracy, %",
-        title=f"{part.name}: LEAN (circles), others (squares)",
-    )
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    _save(plt, figure, path)
-
-
-def _pyplot() -> Any:
-    require("matplotlib", extra="examples", purpose="the report").use("Agg")
-    return require("matplotlib.pyplot", extra="examples", purpose="the report")
-
-
-def _colours(plt: Any, count: int) -> list[Any]:
-    table = plt.get_cmap("tab20" if count > 10 else "tab10")
-    return [table(number % table.N) for number in range(count)]
-
-
-def _save(plt: Any, figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    with replacing(path) as part:
-        figure.savefig(part, dpi=110)
-    plt.close(figure)
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error: NaN for one value."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    squares = sum((value - mean) ** 2 for value in values)
-    return mean, math.sqrt(squares / (len(values) - 1) / len(values))
-
-
-def _mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float]:
-    """The mean over the seeds at each epoch; NaN where one has none."""
-    return [
-        sum(math.nan if value is None else value for value in column) / len(column)
-        for column in zip(*curves, strict=True)
-    ]
 
 
 def _pm(mean: float, error: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lean_fx.errors import DataError
 from lean_fx.files import make_folder, write_text
-from support.evidence.arms import LIMIT, PARTS, Part
+from support.evidence.arms import BESIDE, LIMIT, PARTS, Part
 from support.evidence.curves import draw_curves, draw_fronts
 from support.evidence.latency import read_latencies, shares
 from support.evidence.rows import Row, rows_of
@@ -47,19 +47,13 @@ def report(folder: Path, out: str | Path, commit: str = "") -> str:
         rows = tables[part.name]
         if not rows:
             continue
-        beside = [row for row in tables.get(part.baseline, []) if row.arm in ("baseline", "narrow")]
-        lines += [
-            f"## {part.name}",
-            "",
-            *_about(part, rows, timed[part.name]),
-            "",
-            *_table(beside + rows),
-            "",
-        ]
-        lines += [*_bars(part, beside + rows), ""]
-        if any(row.finals for row in rows):
-            draw_curves(part, beside + rows, target / f"{part.name}_curves.png")
-            draw_fronts(part, beside + rows, target / f"{part.name}_fronts.png")
+        about = _about(part, rows, timed[part.name])
+        trained = any(row.finals for row in rows)
+        rows = [row for row in tables.get(part.baseline, []) if row.arm in BESIDE] + rows
+        lines += [f"## {part.name}", "", about, "", *_table(rows), "", *_bars(part, rows), ""]
+        if trained:
+            draw_curves(part, rows, target / f"{part.name}_curves.png")
+            draw_fronts(part, rows, target / f"{part.name}_fronts.png")
             lines += [f"![loss and accuracy]({part.name}_curves.png)", ""]
             lines += [f"![accuracy against parameters and latency]({part.name}_fronts.png)", ""]
     text = "\n".join(lines).rstrip() + "\n"

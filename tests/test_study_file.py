@@ -13,7 +13,11 @@ import pytest
 
 from lean_fx import command_line
 from lean_fx.experiment import study_worker
+from lean_fx.experiment.study_file import read_study_file
 from lean_fx.experiment.trials import Outcome
+from lean_fx.measure.costs import count_parameters
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 TEXT = """
 make = "{home}:small_net"
@@ -50,6 +54,13 @@ def test_a_study_is_run_and_reported(tmp_path, capsys):
     assert command_line.main(["ablate", file, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["configuration"]["arm"] for row in rows].count("slice") == 1
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_studies_among_the_examples_can_be_read(file):
+    study, _, _ = read_study_file(file)
+    assert study.data.__doc__
+    assert count_parameters(study.make(0.5)) < count_parameters(study.make(1.0))
 
 
 def test_the_best_are_retrained(tmp_path, capsys):

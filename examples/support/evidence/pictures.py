@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lean_fx.errors import DataError
-from lean_fx.experiment.datasets import channel_statistics
+from lean_fx.experiment.datasets import Dataset, channel_statistics
 from support.stl10 import stl10
 
 VALIDATION = 1000  # of the 5,000 training pictures
@@ -88,6 +88,20 @@ class Pictures:
         return Split(
             train_x, train_y, test_x, test_y, scale.view(3, 1, 1), (mean / std).view(3, 1, 1)
         )
+
+
+def small_stl10() -> Dataset:
+    """STL-10 of the folder ``data`` at 24x24, by means of squares of 4x4, for studies.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    data = stl10("data")
+    train, test = (
+        (_smaller(images, 24) / 255, labels)
+        for images, labels in ((data.train_x, data.train_y), (data.test_x, data.test_y))
+    )
+    return Dataset.of("STL-10, 24x24", train, test, data.classes)
 
 
 def _smaller(images: Tensor, pixels: int) -> Tensor:

@@ -9,6 +9,7 @@ epoch. Each run leaves one small file in --out; what is there is not run again, 
 command goes on where it was stopped.
 
     python examples/evidence.py --data DIR                 # train what is missing
+    python examples/evidence.py --as-fast                  # widths of the nets of equal latency
     python examples/evidence.py --latency                  # time the nets; nothing else may run
     python examples/evidence.py --report                   # tables and pictures of what is there
     python examples/evidence.py --throughput --data random # how long the steps take here
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="every arm once, tiny")
     parser.add_argument("--throughput", action="store_true", help="time only the steps")
     parser.add_argument("--latency", action="store_true", help="time the nets in ONNX Runtime")
+    parser.add_argument("--as-fast", action="store_true", help="find the nets of equal latency")
     parser.add_argument("--report", action="store_true", help="tables and pictures of --out")
     parser.add_argument("--results", default=str(ROOT / "examples/results/evidence"))
     args = parser.parse_args()
@@ -75,10 +77,13 @@ def main() -> None:
         print(report(folder, args.results, args.commit))
         return
     parts = _parts(args)
-    if args.latency:
-        from support.evidence.latency import time_nets
+    if args.latency or args.as_fast:
+        from support.evidence.latency import as_fast_factors, time_nets
 
-        time_nets(parts, make_folder(folder))
+        if args.as_fast:
+            as_fast_factors(parts)
+        else:
+            time_nets(parts, make_folder(folder))
         return
     settings = Settings(
         data=args.data,

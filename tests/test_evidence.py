@@ -125,7 +125,7 @@ def test_only_the_best_small_settings_are_trained_to_the_end(tmp_path):
         for part in PARTS
         if part.name != "paper"
         for arm in part.arms
-        if arm.control
+        if arm.control in ("narrow", "bottleneck")
     ],
 )
 def test_controls_have_the_parameters_of_the_lean_net(name, arm):

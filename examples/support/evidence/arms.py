@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -17,12 +17,13 @@ from support.evidence.nets import (
     RESNET_SKIP,
     DenseNet,
     ResNet,
+    narrow_densenet,
     narrow_resnet,
     nearest_densenet,
     nearest_net,
 )
 from support.evidence.plain_nets import MIXER_SKIP, VGG_SKIP, Mixer, Vgg
-from support.models import PAPER_WIDTHS, PaperNet, narrow_widths
+from support.models import PAPER_WIDTHS, PaperNet, narrow_widths, scaled_widths
 
 # Learning rates that are tried, four for each arm. The literal forms need higher ones: their
 # outputs are small whatever they read.
@@ -45,7 +46,8 @@ class Arm:
             for a net without reductions.
         channels: C' as :func:`lean_fx.leanify` takes it; a tuple is one number for each layer
             behind the first.
-        control: ``"narrow"`` or ``"bottleneck"``, of as many parameters as the literal LEAN net.
+        control: ``"narrow"`` or ``"bottleneck"``, of as many parameters as the literal LEAN net,
+            or ``"as_fast"``, of the latency of the ``lean_gated`` net.
         rates: learning rates to try.
     """
 
@@ -103,15 +105,23 @@ def _plain(channels: int | float, *names: str) -> tuple[Arm, ...]:
 
 _BASELINE = Arm("baseline")
 _NARROW = Arm("narrow", control="narrow")
-_PAPER_ARMS = (_BASELINE, *_forms(10), *_plain(10, "slice", "grouped_sum"), _NARROW)
+_AS_FAST = Arm("as_fast", control="as_fast")
+_PAPER_ARMS = (_BASELINE, *_forms(10), *_plain(10, "slice", "grouped_sum"), _NARROW, _AS_FAST)
 _DEEP_ARMS = (
     _BASELINE,
     *_forms(0.25),
     *_plain(0.25, "slice", "mean", "grouped_sum", "projection"),
     _NARROW,
+    _AS_FAST,
     Arm("bottleneck", control="bottleneck"),
 )
-_PLAIN_ARMS = (_BASELINE, *_forms(0.25), *_plain(0.25, "slice", "mean", "grouped_sum"), _NARROW)
+_PLAIN_ARMS = (
+    _BASELINE,
+    *_forms(0.25),
+    *_plain(0.25, "slice", "mean", "grouped_sum"),
+    _NARROW,
+    _AS_FAST,
+)
 _SEARCHED = tuple(
     Arm(f"{form} {'/'.join(map(str, channels))}", form, channels, rates=(1e-3, 3e-3))
     for form, channels in (
@@ -162,16 +172,20 @@ class Net:
     """A net of the evidence.
 
     Args:
-        whole: makes it for pictures of so many pixels.
-        channels: C' of the literal LEAN net that the controls are as large as.
+        make: makes it with all widths times a factor, for pictures of so many pixels.
+        channels: C' of the LEAN nets that the controls are as large or as fast as.
         skip: layers that are left alone.
-        controls: each makes a net of about so many parameters for pictures of so many pixels.
+        as_fast: the factor at which it is as fast as the ``lean_gated`` net, by
+            ``evidence.py --as-fast`` on one machine; others differ a little.
+        controls: makes of a control a net of about so many parameters; ``"narrow"`` is the net
+            of the nearest factor unless it stands here.
     """
 
-    whole: Callable[[int], nn.Module]
+    make: Callable[[float, int], nn.Module]
     channels: int | float
-    skip: tuple[str, ...]
-    controls: Mapping[str, Callable[[int, int], nn.Module]]
+    skip: tuple[str, ...] = ()
+    as_fast: float = 1.0
+    controls: Mapping[str, Callable[[int, int], nn.Module]] = field(default_factory=dict)
 
 
 def _narrow_paper(budget: int, pixels: int) -> nn.Module:
@@ -180,39 +194,35 @@ def _narrow_paper(budget: int, pixels: int) -> nn.Module:
 
 
 NETS = {
-    "paper": Net(lambda pixels: PaperNet(image_size=pixels), 10, (), {"narrow": _narrow_paper}),
+    "paper": Net(
+        lambda factor, pixels: PaperNet(scaled_widths(PAPER_WIDTHS, factor), image_size=pixels),
+        channels=10,
+        controls={"narrow": _narrow_paper},
+    ),
     "resnet": Net(
-        lambda _: ResNet(),
-        0.25,
-        RESNET_SKIP,
-        {
-            "narrow": lambda budget, _: nearest_net(budget, narrow_resnet),
-            "bottleneck": lambda budget, _: nearest_net(budget, lambda part: ResNet(inner=part)),
+        lambda factor, _: narrow_resnet(factor),
+        channels=0.25,
+        skip=RESNET_SKIP,
+        controls={
+            "bottleneck": lambda budget, _: nearest_net(budget, lambda part: ResNet(inner=part))
         },
     ),
     "densenet": Net(
-        lambda _: DenseNet(),
-        0.25,
-        DENSENET_SKIP,
-        {
+        lambda factor, _: narrow_densenet(factor),
+        channels=0.25,
+        skip=DENSENET_SKIP,
+        controls={
             "narrow": lambda budget, _: nearest_densenet(budget),
             "bottleneck": lambda budget, _: nearest_net(
                 budget, lambda part: DenseNet(inner=max(1, round(64 * part)))
             ),
         },
     ),
-    "vgg": Net(
-        lambda _: Vgg(), 0.25, VGG_SKIP, {"narrow": lambda budget, _: nearest_net(budget, Vgg)}
-    ),
+    "vgg": Net(lambda factor, _: Vgg(factor), channels=0.25, skip=VGG_SKIP),
     "mixer": Net(
-        Mixer,
-        0.25,
-        MIXER_SKIP,
-        {
-            "narrow": lambda budget, pixels: nearest_net(
-                budget, lambda part: Mixer(pixels, max(1, round(64 * part)))
-            )
-        },
+        lambda factor, pixels: Mixer(pixels, max(1, round(64 * factor))),
+        channels=0.25,
+        skip=MIXER_SKIP,
     ),
 }
 
@@ -232,11 +242,16 @@ def make_net(part: Part, arm: Arm, example: Tensor) -> nn.Module:
     if arm.reduction:
         return _reduced(part, arm, example)
     if not arm.control:
-        return net.whole(part.pixels)
-    if arm.control not in net.controls:
-        raise ArgumentError(f"arm {arm.name}: {part.net} has no control {arm.control!r}")
+        return net.make(1.0, part.pixels)
+    if arm.control == "as_fast":
+        return net.make(net.as_fast, part.pixels)
     literal = _reduced(part, Arm("lean", "lean", net.channels), example)
-    return net.controls[arm.control](count_parameters(literal), part.pixels)
+    budget = count_parameters(literal)
+    if arm.control in net.controls:
+        return net.controls[arm.control](budget, part.pixels)
+    if arm.control == "narrow":
+        return nearest_net(budget, lambda factor: net.make(factor, part.pixels))
+    raise ArgumentError(f"arm {arm.name}: {part.net} has no control {arm.control!r}")
 
 
 def _reduced(part: Part, arm: Arm, example: Tensor) -> nn.Module:
@@ -250,5 +265,5 @@ def _reduced(part: Part, arm: Arm, example: Tensor) -> nn.Module:
     if seed:
         reduction = partial(reduction_factory(name), seed=seed)
     net = NETS[part.net]
-    whole = net.whole(part.pixels)
+    whole = net.make(1.0, part.pixels)
     return leanify(whole, example, channels=channels, reduction=reduction, skip=net.skip)

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import lean_fx
+from lean_fx.experiment.budget import equal_budget
 from lean_fx.export.exporting import export_onnx
 from lean_fx.files import write_text
+from lean_fx.measure.costs import count_parameters
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
-from support.evidence.arms import BESIDE, PARTS, Arm, Part, make_net
+from support.evidence.arms import BESIDE, NETS, PARTS, Arm, Net, Part, make_net
 
 
 def time_nets(parts: Sequence[Part], folder: Path, rounds: int = 30) -> None:
@@ -49,6 +52,40 @@ def time_nets(parts: Sequence[Part], folder: Path, rounds: int = 30) -> None:
         }
         write_text(folder / f"latency-{part.name}.json", json.dumps(found) + "\n")
         print(f"{part.name}: {len(times)} nets timed, LEAN nodes {by}", flush=True)
+
+
+def as_fast_factors(parts: Sequence[Part]) -> dict[str, float]:
+    """The width of each net at which it is as fast as its ``lean_gated`` net, by bisection.
+
+    Let nothing else run meanwhile.
+
+    Args:
+        parts: whose nets.
+
+    Returns:
+        A factor of all widths for each net, by name.
+    """
+    found = {}
+    for part in parts:
+        torch.manual_seed(0)
+        example, net = torch.randn(2, 3, part.pixels, part.pixels), NETS[part.net]
+        of = make_net(part, Arm("lean_gated", "lean_gated", net.channels), example).eval()
+        factors: dict[int, float] = {}  # by count of parameters
+
+        def make(
+            factor: float,
+            net: Net = net,
+            pixels: int = part.pixels,
+            factors: dict[int, float] = factors,
+        ) -> nn.Module:
+            model = net.make(factor, pixels).eval()
+            factors[count_parameters(model)] = factor
+            return model
+
+        nearest = equal_budget(make, example, of=of, by="latency")
+        found[part.net] = factors[count_parameters(nearest)]
+        print(f"{part.net}: {found[part.net]:.4f}", flush=True)
+    return found
 
 
 def _beside(part: Part) -> list[Arm]:

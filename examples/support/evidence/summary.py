@@ -18,6 +18,7 @@ from support.evidence.runs import chosen_rate, read_results, score
 from support.script import command_line
 
 _CONTROLS = ("slice", "mean", "grouped_sum", "projection", "narrow", "bottleneck")
+_NARROWER = {"narrow": "the narrower net", "as_fast": "the narrower net as fast as lean_gated"}
 
 
 def report(folder: Path, out: str | Path, commit: str = "") -> str:
@@ -168,8 +169,8 @@ def _bars(part: Part, rows: Sequence[Row]) -> list[str]:
         )
     for row in lean:
         for other in done:
-            if other.arm == "narrow":
-                lines.append(f"- {row.arm} {_against(row, other)} the narrower net.")
+            if other.arm in _NARROWER:
+                lines.append(f"- {row.arm} {_against(row, other)} {_NARROWER[other.arm]}.")
         controls = [each for each in done if each.arm in _CONTROLS]
         if controls:
             best = max(controls, key=lambda each: each.last()[0])

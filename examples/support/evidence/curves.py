@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lean_fx.errors import require
 from lean_fx.experiment.study_report import front
 from lean_fx.files import replacing
 from support.evidence.arms import Part
-from support.evidence.rows import Row
+from support.evidence.rows import COSTS, Row
 
 
 def draw_curves(part: Part, rows: Sequence[Row], path: Path) -> None:
@@ -39,21 +39,18 @@ def draw_fronts(part: Part, rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy against parameters and, where the nets were timed, against latency."""
     plt = _pyplot()
     done = [row for row in rows if row.finals]
-    timed = [row for row in done if not math.isnan(row.latency)]
-    costs: list[tuple[str, list[Row], Callable[[Row], float]]] = [
-        ("parameters", done, lambda row: row.parameters),
-        ("latency, baseline = 1", timed, lambda row: row.latency),
-    ]
-    shown = [cost for cost in costs if cost[1]]
+    shown = {cost: [row for row in done if not math.isnan(of(row))] for cost, of in COSTS.items()}
+    shown = {cost: rows for cost, rows in shown.items() if rows}
     figure, axes = plt.subplots(
         1, len(shown), figsize=(6.5 * len(shown), 5.5), squeeze=False, sharey=True
     )
     colours = dict(zip((row.arm for row in done), _colours(plt, len(done)), strict=True))
-    for axis, (label, drawn, cost) in zip(axes[0], shown, strict=True):
+    for axis, (cost, drawn) in zip(axes[0], shown.items(), strict=True):
+        value = COSTS[cost]
         for row in drawn:
             mean, error = row.last()
             axis.errorbar(
-                cost(row),
+                value(row),
                 mean,
                 yerr=0 if math.isnan(error) else error,
                 fmt="o" if row.is_lean else "s",
@@ -61,9 +58,9 @@ def draw_fronts(part: Part, rows: Sequence[Row], path: Path) -> None:
                 label=row.arm,
                 capsize=3,
             )
-        line = front([(cost(row), row.last()[0]) for row in drawn])
+        line = front([(value(row), row.last()[0]) for row in drawn])
         axis.plot(*zip(*line, strict=True), color="0.6", linewidth=1, zorder=0, label="front")
-        axis.set(xscale="log", xlabel=label)
+        axis.set(xscale="log", xlabel="latency, baseline = 1" if cost == "latency" else cost)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set(ylabel="test accuracy, %")
     axes[0][0].legend(fontsize=8)

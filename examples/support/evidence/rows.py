@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,13 @@ class Row:
     def last(self, key: str = "test_accuracy") -> tuple[float, float]:
         """Mean over the seeds after the last epoch, and its standard error, in percent."""
         return mean_and_error([100 * run[key][-1] for run in self.finals])
+
+
+#: What accuracy is weighed against.
+COSTS: Mapping[str, Callable[[Row], float]] = {
+    "parameters": lambda row: row.parameters,
+    "latency": lambda row: row.latency,
+}
 
 
 def rows_of(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lean_fx.errors import DataError
+from lean_fx.experiment.study_report import front
 from lean_fx.files import make_folder, write_text
 from support.evidence.arms import BESIDE, LIMIT, PARTS, Part
 from support.evidence.curves import draw_curves, draw_fronts
 from support.evidence.latency import read_latencies, shares
-from support.evidence.rows import Row, rows_of
+from support.evidence.rows import COSTS, Row, rows_of
 from support.evidence.runs import chosen_rate, read_results, score
 from support.script import command_line
 
@@ -173,8 +174,15 @@ def _bars(part: Part, rows: Sequence[Row]) -> list[str]:
                 lines.append(f"- {row.arm} {_against(row, other)} {_NARROWER[other.arm]}.")
         controls = [each for each in done if each.arm in _CONTROLS]
         if controls:
-            best = max(controls, key=lambda each: each.last()[0])
-            lines.append(f"- {row.arm} {_against(row, best)} the best control, {best.arm}.")
+            strongest = max(controls, key=lambda each: each.last()[0])
+            against = _against(row, strongest)
+            lines.append(f"- {row.arm} {against} the best control, {strongest.arm}.")
+    for cost, value in COSTS.items():
+        drawn = [row for row in done if not math.isnan(value(row))]
+        kept = front([(value(row), row.last()[0]) for row in drawn])
+        names = [row.arm for row in drawn if (value(row), row.last()[0]) in kept]
+        if names:
+            lines.append(f"- On the front of accuracy against {cost}: {', '.join(names)}.")
     return lines
 
 

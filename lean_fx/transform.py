@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import warn
+from lean_fx.graph.model_code import package_of
 from lean_fx.locks import SHARED_STATE
 from lean_fx.planned import planned
 from lean_fx.planning.options import Keep, Options
@@ -212,7 +213,7 @@ def _own_methods(model: nn.Module) -> list[str]:
     """The public methods that a model's classes add to torch's, but those that forward uses."""
     methods: dict[str, Any] = {}
     for kind in type(model).__mro__:
-        if kind.__module__.partition(".")[0] != "torch":
+        if package_of(kind) != "torch":
             found = {name: each for name, each in vars(kind).items() if inspect.isfunction(each)}
             methods = found | methods
     used, more = set(), ["forward"]

@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from lean_fx.graph.calls import CALL_HOOKS
+from lean_fx.graph.model_code import is_users_code
 from lean_fx.graph.reachable import holders_of_functions, reachable_holders
-
-_LIBRARIES = ("torch", "lean_fx")
 
 
 def fed_by_hooks(root: nn.Module) -> set[str]:
@@ -50,8 +49,7 @@ def is_users(hook: Any) -> bool:
         >>> is_users(nn.init.zeros_), is_users(print)
         (False, True)
     """
-    home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home.partition(".")[0] not in _LIBRARIES
+    return is_users_code(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
 def _written_by(hook: Any) -> Iterator[Any]:

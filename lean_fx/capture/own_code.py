@@ -25,6 +25,7 @@ from lean_fx.graph.model_code import (
     code_of_forward,
     functions_of,
     global_names_in,
+    is_users_code,
     names_in,
     package_of,
 )
@@ -215,8 +216,7 @@ def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
         return found
     for base in type(module).__mro__:
         if name in vars(base):
-            ours = base.__module__.partition(".")[0] in ("torch", "lean_fx")
-            return None if ours else vars(base)[name]
+            return vars(base)[name] if is_users_code(base.__module__) else None
     return None
 
 

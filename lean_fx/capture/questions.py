@@ -20,7 +20,7 @@ from torch.fx import Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 
 from lean_fx.capture.in_place import is_size
-from lean_fx.graph.model_code import functions_of, only_calls
+from lean_fx.graph.model_code import functions_of, is_users_code, only_calls
 from lean_fx.graph.patching import Patch
 
 _isinstance, _is_tensor = isinstance, torch.is_tensor
@@ -33,8 +33,7 @@ def asked_by_model(depth: int) -> bool:
     Args:
         depth: how many frames the call is above the caller of this function.
     """
-    caller = sys._getframe(depth + 1).f_globals.get("__name__", "")
-    return str(caller).partition(".")[0] not in ("torch", "lean_fx")
+    return is_users_code(sys._getframe(depth + 1).f_globals.get("__name__"))
 
 
 class AskedTracer(Tracer):
@@ -84,8 +83,7 @@ class AskedTracer(Tracer):
         package would keep the proxy, and hand it to the model later.
         """
         home = frame.f_globals
-        own = str(home.get("__name__", "")).partition(".")[0] in ("torch", "lean_fx")
-        return own or id(home) in self.homes
+        return not is_users_code(home.get("__name__")) or id(home) in self.homes
 
 
 def answering(tracer: AskedTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:

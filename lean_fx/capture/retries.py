@@ -30,6 +30,7 @@ from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_leaf
 from lean_fx.capture.value_tracing import ValueTracer
 from lean_fx.graph.calls import has_hooks
+from lean_fx.graph.model_code import is_users_code
 from lean_fx.graph.running import clone_sharing_state
 from lean_fx.layers.input_hooks import reduces_within
 from lean_fx.layers.kinds import has_own_kind, kind_of
@@ -211,8 +212,8 @@ def _is_wrapped(function: Any) -> bool:
         False
     """
     name, module = getattr(function, "__name__", ""), getattr(function, "__globals__", {})
-    ours = str(module.get("__name__")).partition(".")[0] in ("torch", "lean_fx")
-    return not ours and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
+    users = is_users_code(module.get("__name__"))
+    return users and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
 
 
 def _layers_called(root: nn.Module, graph: Graph) -> bool:

@@ -37,7 +37,7 @@ from lean_fx.capture.side_effects import (
     may_have_gradient,
 )
 from lean_fx.graph.captured import update_record
-from lean_fx.graph.model_code import globals_of
+from lean_fx.graph.model_code import globals_of, package_of
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.graph.reachable import leaving_state
 from lean_fx.layers.attention import AttentionHeads
@@ -208,8 +208,7 @@ class LeanTracer(AskedTracer):
 
     def _looks_into(self, module: nn.Module, name: str) -> bool:
         """Whether the code of a module's forward is the user's, and is traced."""
-        home = type(module).__module__.partition(".")[0]
-        return home != "torch" and not self.is_leaf_module(module, name)
+        return package_of(type(module)) != "torch" and not self.is_leaf_module(module, name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """The proxy of a parameter or buffer, looked up by id; torch.fx would search them all."""

@@ -132,3 +132,16 @@ def value_of_cell(cell: Any) -> Any:
 def package_of(named: Any) -> str:
     """The package that a function, class or object comes from."""
     return str(named.__module__).partition(".")[0]
+
+
+def is_users_code(module: object) -> bool:
+    """Whether the code in a Python module is the user's, and neither torch's nor lean_fx's.
+
+    Args:
+        module: its ``__name__``; anything else counts as the user's.
+
+    Example:
+        >>> is_users_code("my_nets.blocks"), is_users_code("torch.nn"), is_users_code(None)
+        (True, False, True)
+    """
+    return str(module).partition(".")[0] not in ("torch", "lean_fx")

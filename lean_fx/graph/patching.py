@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lean_fx.graph.model_code import CACHE, cells_of, globals_of
+from lean_fx.graph.model_code import CACHE, cells_of, globals_of, is_users_code
 
 #: What holds a name, the name, and its value meanwhile.
 Patch = tuple[Any, str, Any]
@@ -21,7 +21,7 @@ def without_caches(model: nn.Module) -> list[Patch]:
 
     Otherwise a cache of the user's would later give the model proxies and fake tensors.
     """
-    modules = [each for each in model.modules() if _is_users(type(each))]
+    modules = [each for each in model.modules() if is_users_code(type(each).__module__)]
     kinds = dict.fromkeys(base for each in modules for base in type(each).__mro__)
     holders = (*globals_of(modules), *kinds)
     named = [
@@ -37,10 +37,6 @@ def without_caches(model: nn.Module) -> list[Patch]:
         if isinstance(cell.cell_contents, CACHE)
     ]
     return named + enclosed
-
-
-def _is_users(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] not in ("torch", "lean_fx")
 
 
 @contextmanager

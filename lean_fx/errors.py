@@ -1,11 +1,17 @@
-"""The one tree of exceptions. Every message is one line: subject, value, rule, remedy."""
+"""The one tree of exceptions, and what else reaches the user: warnings, and other packages' logs.
+
+Every message is one line: subject, value, rule, remedy.
+"""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, ModuleType
 
 
@@ -81,6 +87,25 @@ def warn(text: str) -> None:
 def _is_ours(frame: FrameType) -> bool:
     name = str(frame.f_globals.get("__name__"))
     return name.partition(".")[0] in ("lean_fx", "torch", "contextlib")
+
+
+@contextmanager
+def quiet_loggers(*names: str, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Let loggers of other packages pass only records of a level or above.
+
+    Example:
+        >>> with quiet_loggers("some_package"):
+        ...     logging.getLogger("some_package").error("not shown")
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, own in zip(loggers, before, strict=True):
+            logger.setLevel(own)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lean_fx.errors import DataError, require
+from lean_fx.errors import DataError, quiet_loggers, require
 from lean_fx.experiment.batches import Share, epoch_seed
 from lean_fx.experiment.datasets import Dataset
 from lean_fx.experiment.resuming import pack, unpack_history
@@ -209,15 +209,8 @@ class Bar(TQDMProgressBar):  # type: ignore[misc]
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence Lightning's remarks; its other warnings are shown."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for pattern in _NOISE:
-                warnings.filterwarnings("ignore", message=pattern)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    own = ("lightning.pytorch", "lightning.fabric")
+    with quiet_loggers(*own, level=logging.WARNING), warnings.catch_warnings():
+        for pattern in _NOISE:
+            warnings.filterwarnings("ignore", message=pattern)
+        yield

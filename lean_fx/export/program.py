@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Container, Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from lean_fx.capture.guards import counting_items
-from lean_fx.errors import ExportError
+from lean_fx.errors import ExportError, quiet_loggers
 from lean_fx.export.inputs import Axes
 from lean_fx.export.nodes import define_functions
 from lean_fx.export.pooling import PoolsAnyLength
@@ -100,16 +99,8 @@ def _names(stem: str, count: int, taken: Container[str]) -> list[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's remarks on its internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)
+        yield

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
 from lean_fx.cloning import rebind_functions
+from lean_fx.errors import quiet_loggers
 from lean_fx.graph.calls import BACKWARD_HOOKS
 from lean_fx.graph.patching import patching, without_caches
 from lean_fx.layers.input_hooks import stop_reducing
@@ -102,16 +102,9 @@ def clone_sharing_state(
     return copied
 
 
-@contextmanager
-def fake_errors_unlogged() -> Iterator[None]:
+def fake_errors_unlogged() -> AbstractContextManager[None]:
     """Silence torch's log of what fails on fake tensors: it is raised, and told in one line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return quiet_loggers("torch._subclasses.fake_tensor")
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -29,7 +29,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
-from lean_fx.errors import CaptureError, one_line
+from lean_fx.errors import CaptureError, one_line_with_type
 
 _INTERNALS = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # closures within closures
@@ -64,7 +64,7 @@ def clone(model: nn.Module) -> nn.Module:
                 "make it a parameter or a buffer, or compute it in forward",
             ) from error
         raise CaptureError(
-            f"{name}: cannot be copied ({type(error).__name__}: {one_line(error, 200)})",
+            f"{name}: cannot be copied ({one_line_with_type(error, 200)})",
             "give a model that copy.deepcopy can copy",
         ) from error
     rebind_functions(copied, memo)

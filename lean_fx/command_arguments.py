@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lean_fx
-from lean_fx.errors import ArgumentError, one_line
+from lean_fx.errors import ArgumentError, one_line, one_line_with_type
 from lean_fx.importing import import_object, split_place
 
 _EXAMPLES = """examples:
@@ -151,7 +151,7 @@ def _model(place: str) -> nn.Module:
         model = found if isinstance(found, nn.Module) else found()
     except Exception as error:  # a user's own code may raise anything
         raise ArgumentError(
-            f"{place}: cannot be made ({type(error).__name__}: {one_line(error)}); give a module, "
+            f"{place}: cannot be made ({one_line_with_type(error)}); give a module, "
             "or what makes one without arguments"
         ) from error
     if not isinstance(model, nn.Module):

@@ -118,6 +118,16 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+def one_line_with_type(error: BaseException, limit: int = 300) -> str:
+    """The type of an error, and what it says as :func:`one_line`.
+
+    Example:
+        >>> one_line_with_type(ValueError("not this"))
+        'ValueError: not this'
+    """
+    return f"{type(error).__name__}: {one_line(error, limit)}"
+
+
 def require(module: str, *, extra: str = "", purpose: str) -> ModuleType:
     """Import an optional package, or say in one line what to install.
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import as_inputs
-from lean_fx.errors import LeanError, one_line
+from lean_fx.errors import LeanError, one_line, one_line_with_type
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.stored_plan import plan_of
 from lean_fx.files import write_text
@@ -124,7 +124,7 @@ def _reason(site: CallSite, plan: Plan, model: nn.Module) -> str:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error, 200)}"
+    return one_line_with_type(error, 200)
 
 
 def _worth(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:

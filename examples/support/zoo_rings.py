@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.capturing import capture
-from lean_fx.errors import LeanError, one_line
+from lean_fx.errors import LeanError, one_line, one_line_with_type
 from lean_fx.export.exporting import export_onnx
 from lean_fx.export.parity import difference
 from lean_fx.export.stored_plan import plan_of
@@ -106,7 +106,7 @@ def _run(ring: str, subject: _Subject, row: Row) -> Ring:
     except (_Failed, LeanError) as error:
         return Ring("fail", one_line(error))
     except Exception as error:  # whatever a model's own code, torch or a pass may raise
-        return Ring("crash", f"{type(error).__name__}: {one_line(error)}")
+        return Ring("crash", one_line_with_type(error))
     return Ring("ok")
 
 
@@ -194,7 +194,7 @@ def _check_alike(where: str, expected: list[Tensor], lean: nn.Module, images: Te
     try:
         found = _outputs(lean, images)
     except Exception as error:
-        raise _Failed(f"at {where}: {type(error).__name__}: {one_line(error)}") from error
+        raise _Failed(f"at {where}: {one_line_with_type(error)}") from error
     wanted, given = ([tuple(each.shape) for each in values] for values in (expected, found))
     if wanted != given:
         raise _Failed(f"at {where}: its outputs are {given}, not {wanted}")

@@ -23,7 +23,7 @@ from lean_fx.capture.own_code import Purpose, own_loading
 from lean_fx.capture.retries import trace_copy, untraced_modules
 from lean_fx.capture.side_effects import SideEffect, keeping_rng_state
 from lean_fx.cloning import clone
-from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
+from lean_fx.errors import ArgumentError, CaptureError, one_line_with_type, warn
 from lean_fx.graph.calls import has_hooks, is_altered
 from lean_fx.graph.captured import (
     CapturedModule,
@@ -275,4 +275,4 @@ def _untraced(name: str, error: Exception, inputs: Sequence[Any]) -> CaptureErro
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error, 200)}".removesuffix(".")
+    return one_line_with_type(error, 200).removesuffix(".")

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from lean_fx.checks import check_choice, check_int, check_ints
-from lean_fx.errors import ArgumentError, one_line, require
+from lean_fx.errors import ArgumentError, one_line, one_line_with_type, require
 from lean_fx.experiment.budget import MakeWidth
 from lean_fx.experiment.configurations import Configuration, Space, choices_of
 from lean_fx.experiment.study_database import Row, open_database, rows_of
@@ -215,7 +215,7 @@ class Study:
             model = self.make(width)
         except Exception as error:  # the user's own code
             raise ArgumentError(
-                f"Study: make({width}) fails ({type(error).__name__}: {one_line(error)}); give a "
+                f"Study: make({width}) fails ({one_line_with_type(error)}); give a "
                 "function of a width in ]0, 1]"
             ) from error
         if not isinstance(model, nn.Module):

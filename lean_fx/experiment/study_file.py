@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_fx.checks import check_int
-from lean_fx.errors import ArgumentError, DataError, one_line
+from lean_fx.errors import ArgumentError, DataError, one_line, one_line_with_type
 from lean_fx.experiment.configurations import Space
 from lean_fx.experiment.study import Study, check_retrain
 from lean_fx.experiment.study_database import Row
@@ -129,7 +129,7 @@ def imported(subject: str, place: Any) -> Any:
         return import_object(*parts)
     except Exception as error:  # a user's own module may raise anything
         raise ArgumentError(
-            f"{subject}: {place} cannot be imported ({type(error).__name__}: {one_line(error)})"
+            f"{subject}: {place} cannot be imported ({one_line_with_type(error)})"
         ) from error
 
 

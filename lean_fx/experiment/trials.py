@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lean_fx.errors import ArgumentError, LeanError, one_line, require
+from lean_fx.errors import ArgumentError, LeanError, one_line_with_type, require
 from lean_fx.experiment.arms import model_of
 from lean_fx.experiment.budget import MakeWidth
 from lean_fx.experiment.comparison import export_and_time
@@ -215,7 +215,7 @@ def _answer(pipe: Connection, job: Job) -> None:
     try:
         message = ("outcome", dataclasses.asdict(run_here(job, stop)))
     except Exception as error:  # a user's own factory may raise anything
-        message = ("error", f"{type(error).__name__}: {one_line(error)}")
+        message = ("error", one_line_with_type(error))
     pipe.send(message)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lean_fx.checks import check_int, one_of
-from lean_fx.errors import ArgumentError, one_line
+from lean_fx.errors import ArgumentError, one_line_with_type
 from lean_fx.layers.known_layers import KNOWN
 
 
@@ -224,8 +224,9 @@ def _checked(subject: str, function: Callable[..., Any], least: int | None) -> A
         try:
             value = function(*args)
         except Exception as error:  # the user's own code
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise ArgumentError(f"{subject} fails ({reason}); correct it") from error
+            raise ArgumentError(
+                f"{subject} fails ({one_line_with_type(error)}); correct it"
+            ) from error
         return check_int(subject, value, least)
 
     return checked

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lean_fx.errors import PassError, one_line
+from lean_fx.errors import PassError, one_line_with_type
 from lean_fx.layers.kinds import (
     LayerKind,
     base_type,
@@ -199,8 +199,9 @@ def _renewed(layer: nn.Module, kind: LayerKind, in_channels: int) -> nn.Module:
         if type(made) is type(layer):
             made.to(device=weight.device, dtype=weight.dtype)
     except Exception as error:  # the user's own code
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise PassError(f"{subject} fails for {in_channels} channels ({reason})") from error
+        raise PassError(
+            f"{subject} fails for {in_channels} channels ({one_line_with_type(error)})"
+        ) from error
     if type(made) is not type(layer):
         raise PassError(f"{subject} gives a {type(made).__name__}; it must give a new {name}")
     if input_channels(made) != in_channels:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.agreement import COMPUTED, results
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.checks import check_positive
-from lean_fx.errors import ArgumentError, CaptureError, one_line, warn
+from lean_fx.errors import ArgumentError, CaptureError, one_line_with_type, warn
 from lean_fx.locks import SHARED_STATE
 from lean_fx.model_checks import first_without_values
 from lean_fx.planning.plans import Plan
@@ -71,8 +71,8 @@ def sensitivity(model: nn.Module, example_inputs: Any, *, noise: float = _NOISE)
         found = results(model, [inputs, _noisy(inputs, noise)], training=True)
     for each in found:
         if isinstance(each, Exception):
-            text = f"{type(each).__name__}: {one_line(each, 200)}"
-            raise ArgumentError(f"sensitivity: {type(model).__name__} fails in training ({text})")
+            reason = one_line_with_type(each, 200)
+            raise ArgumentError(f"sensitivity: {type(model).__name__} fails in training ({reason})")
     before, after = ([y for y in pytree.tree_leaves(each) if _is_numbers(y)] for each in found)
     if not before or [each.shape for each in before] != [each.shape for each in after]:
         raise ArgumentError(

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from lean_fx.capture.example_inputs import call, copied_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
-from lean_fx.errors import ArgumentError, one_line
+from lean_fx.errors import ArgumentError, one_line, one_line_with_type
 from lean_fx.graph.context import owners_of
 from lean_fx.graph.facts import ChannelRead
 from lean_fx.graph.reachable import leaving_state
@@ -314,5 +314,5 @@ def _failure(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> str:
             copied = tried.apply_to_copy(model, None).eval()
             without_gradients(lambda: call(copied, copied_inputs(inputs)))
         except Exception as error:  # the model's own code
-            return f"{type(error).__name__}: {one_line(error, 200)}"
+            return one_line_with_type(error, 200)
     return ""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lean_fx.errors import one_line
+from lean_fx.errors import one_line_with_type
 from support.evidence.arms import Arm, Part
 from support.evidence.runs import Bundle, Run
 from support.evidence.steps import Trainer, synchronise
@@ -42,7 +42,7 @@ def throughput(parts: Sequence[Part], settings: Settings, steps: int = 30) -> No
                 try:
                     train, test, build = _times(bench, part, arm, graph, together, steps)
                 except Exception as error:
-                    print(f"{label} {type(error).__name__}: {one_line(error)}", flush=True)
+                    print(f"{label} {one_line_with_type(error)}", flush=True)
                     continue
                 per_epoch[arm.name] = train * 78 + test * 32
                 print(

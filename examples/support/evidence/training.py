@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import lean_fx
-from lean_fx.errors import LeanError, one_line
+from lean_fx.errors import LeanError, one_line_with_type
 from lean_fx.measure.costs import count_parameters
 from support.evidence.arms import Arm, Part, make_net
 from support.evidence.pictures import Pictures, Split
@@ -179,7 +179,7 @@ def serve(connection: Any, settings: Settings) -> None:
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass
     except Exception as error:
-        connection.send(("broken", f"{type(error).__name__}: {one_line(error)}"))
+        connection.send(("broken", one_line_with_type(error)))
 
 
 def attempt(
@@ -189,4 +189,4 @@ def attempt(
     try:
         return "done", bench.run(bundle, after_epoch)
     except LeanError as error:
-        return "refused", f"{type(error).__name__}: {one_line(error)}"
+        return "refused", one_line_with_type(error)

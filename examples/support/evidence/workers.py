@@ -9,7 +9,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from lean_fx.errors import one_line
+from lean_fx.errors import one_line_with_type
 from support.evidence.runs import Bundle, Planner
 from support.evidence.training import Bench, Settings, attempt, failed, serve
 
@@ -134,7 +134,7 @@ def _work_here(planner: Planner, settings: Settings, deadline: float, progress: 
         try:
             kind, answer = attempt(bench, bundle)
         except Exception as error:
-            kind, answer = "refused", f"{type(error).__name__}: {one_line(error)}"
+            kind, answer = "refused", one_line_with_type(error)
         results = answer if kind == "done" else failed(settings, bundle, answer)
         for result in results:
             planner.add(result)

@@ -31,7 +31,8 @@ from torch.utils import _pytree as pytree
 
 from lean_fx.errors import CaptureError, one_line_with_type
 
-_INTERNALS = frozenset(vars(nn.Module()))
+#: The attributes that torch gives every module.
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # closures within closures
 _MANY = 1000  # a longer list is data
 #: The hooks of torch that compute a weight before every call.
@@ -187,7 +188,7 @@ def _computed_by_hooks(model: nn.Module) -> Iterator[Tensor]:
 def _cached(model: nn.Module) -> Iterator[Tensor]:
     """Non-leaf tensors in lists and dicts of modules, which a forward has left there."""
     for module in model.modules():
-        held = [value for name, value in vars(module).items() if name not in _INTERNALS]
+        held = [value for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES]
         for holder in (each for each in held if isinstance(each, dict | list)):
             try:
                 leaves = pytree.tree_leaves(holder)

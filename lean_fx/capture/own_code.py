@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lean_fx.cloning import MODULE_ATTRIBUTES
 from lean_fx.graph.model_code import (
     cells_of,
     code_of_forward,
@@ -44,7 +45,6 @@ _LOADING = ("load_state_dict", "_load_from_state_dict")
 _MATCHING = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _CATCHING = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the latter before Python 3.11
 _ENVIRONMENT = ("environ", "getenv")
-_INTERNALS = frozenset(vars(nn.Module()))
 _CALLING_TORCH = frozenset(("super", "torch", "nn", "Module"))
 
 
@@ -236,7 +236,7 @@ def _only_calls_torch(method: Callable[..., Any], name: str, module: nn.Module) 
         return False
     kinds = (dict,) if name == _MOVING else (dict, list)  # a list may hold what _apply moves
     caches = {key for key, value in vars(module).items() if type(value) in kinds}
-    names = set(code.co_names) - (caches - _INTERNALS) - {"clear"}
+    names = set(code.co_names) - (caches - MODULE_ATTRIBUTES) - {"clear"}
     constants = set(code.co_consts) - {method.__doc__}
     if name != "eval":
         return name in names and names <= _CALLING_TORCH | {name} and constants <= {None}

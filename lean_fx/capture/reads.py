@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from lean_fx.capture.proxies import LEARNING
 from lean_fx.capture.questions import asked_by_model
 from lean_fx.capture.side_effects import SideEffect
+from lean_fx.cloning import MODULE_ATTRIBUTES
 from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS
 from lean_fx.graph.parts import NO_ATTRIBUTE, OBJECT
 from lean_fx.graph.reachable import is_plain_object
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _PLAIN = (bool, int, float, str, type(None), range, slice, frozenset)
 _MANY = 100  # more are data
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
-_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_INTERNALS = MODULE_ATTRIBUTES - {"training"}
 _ASKING = META_METHODS | {"data_ptr", "register_hook", "__hash__"}
 #: What the class of a watched module defines itself.
 _OWN = frozenset(("__getattribute__", "__getattr__", "__module__", "__qualname__", "__doc__"))

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from lean_fx.cloning import MODULE_ATTRIBUTES
 from lean_fx.errors import CaptureError, warn
 
 #: Stands for an attribute that forward asks for and a module does not have.
@@ -28,7 +29,6 @@ NO_ATTRIBUTE = inspect.Parameter.empty  # it is the same in another process
 OBJECT = object
 _KNOWN = {NO_ATTRIBUTE: "missing", OBJECT: "another object"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_INTERNALS = frozenset(vars(nn.Module()))
 _OF_ANY = frozenset(dir(nn.Module))
 _REMEDY = "leanify(model, inputs, form='module') keeps the class"
 
@@ -54,7 +54,7 @@ class Part:
 
 def part_of(module: nn.Module) -> Part:
     """What a module is."""
-    own = {name: each for name, each in vars(module).items() if name not in _INTERNALS}
+    own = {name: each for name, each in vars(module).items() if name not in MODULE_ATTRIBUTES}
     return Part(
         type(module).__name__,
         type(module) if type(module) in _STAND_INS else None,

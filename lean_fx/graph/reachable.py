@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lean_fx.cloning import MODULE_ATTRIBUTES
 from lean_fx.graph.model_code import (
     ABSENT,
     LIBRARIES,
@@ -36,7 +37,6 @@ NUMBERS = (bool, int, float, str)
 _CONTAINERS = (list, tuple, dict, deque, set)
 _DEEPEST = 4  # what is deeper inside is not looked into
 _MANY = 1000  # a longer container is data, not state
-_INTERNALS = frozenset(vars(nn.Module()))
 
 #: A variable outside a module: its path, its value, and a function that assigns another value.
 _Variable = tuple[str, Any, Callable[[Any], None]]
@@ -177,7 +177,7 @@ def _found_by(module: nn.Module) -> _Found:
     """What a module can reach."""
     found = _Found()
     for key, value in vars(module).items():
-        if key not in _INTERNALS:
+        if key not in MODULE_ATTRIBUTES:
             found.add(key, value)
     for held in (module._buffers, module._parameters):
         found.holders.append(held)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
 import math
 from typing import Any
 
 from lean_fx.errors import require
 from lean_fx.export.lean_function import DOMAIN, OPERATOR, LeanFunction
+from lean_fx.graph.rewriting import numbered
 
 #: Where a LEAN node keeps the name that its value has in torch's graph.
 TORCH_NAME = "lean_fx.torch_name"
@@ -79,8 +79,7 @@ def _suit_pairs(behind: list[int | None], function: LeanFunction) -> bool:
 
 def _free(wanted: str, taken: set[str]) -> str:
     """The name ``wanted``, with a number if that is taken; adds it to ``taken``."""
-    names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(1)))
-    name = next(name for name in names if name not in taken)
+    name = next(name for name in numbered(wanted) if name not in taken)
     taken.add(name)
     return name
 

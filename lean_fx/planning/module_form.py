@@ -26,12 +26,11 @@ from lean_fx.graph.sites import Consumer, Site
 from lean_fx.model_checks import check_values
 from lean_fx.passes.split_layers import split_modules
 from lean_fx.planning.normalising import Rewritings
-from lean_fx.planning.observed import Seen, observe, without_failing
+from lean_fx.planning.observed import NOT_CALLED, Seen, observe, without_failing
 from lean_fx.planning.planner import named_sites
 from lean_fx.planning.plans import Plan
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
-_NOT_CALLED = SkipReason("not_called", "not called in forward on the example inputs")
 _UNKNOWN = SkipReason(
     "unknown_channels",
     "form='module' does not see the channels of what is flattened before it; form='graph' does",
@@ -137,7 +136,7 @@ def in_module_form(made: Plan, model: nn.Module, inputs: tuple[Any, ...]) -> Pla
 
 def _why_not(site: Site, consumer: Consumer, seen: Seen) -> SkipReason | None:
     if not seen.calls:
-        return _NOT_CALLED
+        return NOT_CALLED
     through = consumer.features_per_channel > 1
     if through and (site.dim not in (1, -1) or not seen.called):
         return _UNKNOWN

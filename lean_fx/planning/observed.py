@@ -55,6 +55,7 @@ from lean_fx.planning.uncalled import WEIGHT_READ
 from lean_fx.planning.weight_uses import Use, WeightUses
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
+NOT_CALLED = SkipReason("not_called", "not called in forward on the example inputs")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -130,8 +131,7 @@ def observed_records(
         if seen[name].otherwise or (applied_by == "" and only is not None):  # a graph has no hooks
             reason = reason or WEIGHT_READ
         if not reason and not seen[name].calls:
-            text = "not called in forward on the example inputs"
-            reason = SkipReason("not_called", text)
+            reason = NOT_CALLED
         records.append(_record(name, layer, seen[name], reason, options, type(model).__name__))
     return records + unread_records(products)
 

@@ -18,6 +18,7 @@ from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.errors import ArgumentError, CaptureError, warn
+from lean_fx.graph.calls import called_modules
 from lean_fx.locks import rebuilding
 from lean_fx.model_checks import first_without_values
 from lean_fx.passes import (
@@ -163,8 +164,8 @@ def _plan_graph(
     options: Options,
 ) -> Plan:
     """Plan and select on the normalised graph; drop the rewritings that no site uses."""
-    called = {str(node.target) for node in normalised.graph.nodes if node.op == "call_module"}
-    uncalled = uncalled_layers(model, normalised, called | set(rewritings.split_layers))
+    called = called_modules(normalised.graph) | set(rewritings.split_layers)
+    uncalled = uncalled_layers(model, normalised, called)
     records = graph_records(normalised, options) + unread_records(uncalled)
     names = [each.layer for each in records]
     check_named_layers(options, [*names, *rewritings.names, *part_names(normalised)])

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from lean_fx.graph.calls import argument, is_altered, modules_by_name
+from lean_fx.graph.calls import argument, called_modules, is_altered, modules_by_name
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import add_module, numbered, replace_node
 from lean_fx.graph.written_attention import write_out
@@ -53,8 +53,6 @@ _MODULES: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
-
-
 #: Functions that it makes modules of.
 FUNCTIONS = frozenset(_MODULES)
 #: The arguments of a convolution behind its bias, and their defaults.
@@ -79,7 +77,7 @@ class ModularizeCalls(Pass):
             graph_module.graph.erase_node(node)
         split = write_out(graph_module)
         modules = modules_by_name(graph_module)
-        called = {id(modules[str(n.target)]) for n in graph_module.graph.nodes if _calls_module(n)}
+        called = {id(modules[name]) for name in called_modules(graph_module.graph)}
         written_out = [
             (node, layer)
             for node in graph_module.graph.nodes
@@ -108,10 +106,6 @@ def _arguments(node: Node) -> dict[str, Any]:
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
     bound.apply_defaults()
     return bound.arguments
-
-
-def _calls_module(node: Node) -> bool:
-    return node.op == "call_module"
 
 
 def _written_out(node: Node, modules: Mapping[str, nn.Module]) -> str:
@@ -146,18 +140,13 @@ def readers(weight: Node) -> list[Node]:
 
 def within_called(name: str, graph: Graph) -> bool:
     """Whether a layer, or a parameter, is of a module that is called whole: that reads it too."""
-    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    return any(name.startswith(f"{target}.") for target in targets)
+    return any(name.startswith(f"{each}.") for each in called_modules(graph))
 
 
 def _each(value: Any, rank: int) -> Any:
-    return (
-        (value,) * rank
-        if isinstance(value, int)
-        else value
-        if isinstance(value, str)
-        else (*value,)
-    )
+    if isinstance(value, int):
+        return (value,) * rank
+    return value if isinstance(value, str) else tuple(value)
 
 
 def _call_layer(graph_module: GraphModule, node: Node, name: str) -> None:

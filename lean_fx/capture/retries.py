@@ -29,7 +29,7 @@ from lean_fx.capture.own_code import Purpose, lost_in_a_graph, own_call
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.capture.tracing import LeanTracer, is_leaf
 from lean_fx.capture.value_tracing import ValueTracer
-from lean_fx.graph.calls import has_hooks
+from lean_fx.graph.calls import called_modules, has_hooks
 from lean_fx.graph.model_code import is_users_code
 from lean_fx.graph.running import clone_sharing_state
 from lean_fx.layers.input_hooks import reduces_within
@@ -112,7 +112,7 @@ def untraced_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
         root: the copy that was traced.
         graph: its graph.
     """
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    called = called_modules(graph)
     return frozenset(name for name in called if not is_leaf(root.get_submodule(name)))
 
 
@@ -217,5 +217,4 @@ def _is_wrapped(function: Any) -> bool:
 
 
 def _layers_called(root: nn.Module, graph: Graph) -> bool:
-    targets = (str(node.target) for node in graph.nodes if node.op == "call_module")
-    return any(kind_of(root.get_submodule(target)) for target in targets)
+    return any(kind_of(root.get_submodule(name)) for name in called_modules(graph))

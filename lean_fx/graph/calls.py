@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 #: The attributes and methods of a tensor that do not depend on its numbers.
 META_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_meta"))
 META_METHODS = frozenset(
-    ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex")
-) | frozenset(("is_contiguous", "element_size"))
+    (
+        *("size", "dim", "numel", "nelement", "ndimension", "stride", "element_size"),
+        *("is_contiguous", "is_floating_point", "is_complex"),
+    )
+)
 _CALLS = ("call_function", "call_method")
 #: The hooks that a module holds: of its calls, and of gradients that reach it.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -31,6 +34,11 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
         ['', 'act', 'norm_act']
     """
     return dict(model.named_modules(remove_duplicate=False))
+
+
+def called_modules(graph: Graph) -> set[str]:
+    """The names of the modules that a graph calls."""
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
 def called(node: Node, modules: Mapping[str, nn.Module]) -> Any:

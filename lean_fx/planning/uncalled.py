@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.capture.tracing import is_leaf
-from lean_fx.graph.calls import has_hooks, modules_by_name
+from lean_fx.graph.calls import called_modules, has_hooks, modules_by_name
 from lean_fx.layers.kinds import has_own_kind, kind_of
 from lean_fx.skip_reason import LeftAlone, SkipReason
 
@@ -55,7 +55,7 @@ def layers_inside_leaves(graph_module: nn.Module) -> frozenset[str]:
         graph_module: a GraphModule.
     """
     assert isinstance(graph_module, GraphModule)
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    called = called_modules(graph_module.graph)
     modules = dict(graph_module.named_modules())
     return frozenset(
         name
@@ -69,11 +69,10 @@ def layers_inside_leaves(graph_module: nn.Module) -> frozenset[str]:
 def has_weights_inside_leaves(graph_module: GraphModule) -> bool:
     """Whether a module that is not traced holds parameters that may multiply values."""
     modules = modules_by_name(graph_module)
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     return any(
         not _answers_for_inside(modules[name])
         and any(parameter.dim() > 1 for parameter in modules[name].parameters())
-        for name in called
+        for name in called_modules(graph_module.graph)
     )
 
 

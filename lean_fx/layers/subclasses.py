@@ -34,7 +34,8 @@ from lean_fx.layers.kinds import (
     kind_of,
 )
 
-_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # each layer is tested once
+#: What the test of each layer said; a layer is tested once.
+_TESTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def narrowed(layer: Any, in_channels: int) -> Any:
@@ -75,17 +76,17 @@ def is_channel_linear(layer: nn.Module) -> bool:
     """
     if any(parameter.is_meta for parameter in layer.parameters()):
         return False
-    if layer not in _KNOWN:
+    if layer not in _TESTED:
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.manual_seed(0)
-                _KNOWN[layer] = _is_shown(_plain(layer))
+                _TESTED[layer] = _passes(_plain(layer))
         except Exception:  # its forward may raise anything on fewer channels
-            _KNOWN[layer] = False
-    return _KNOWN[layer]
+            _TESTED[layer] = False
+    return _TESTED[layer]
 
 
-def _is_shown(layer: Any) -> bool:
+def _passes(layer: Any) -> bool:
     return all(_same(layer.train(mode)) or _affine(layer) for mode in (True, False))
 
 

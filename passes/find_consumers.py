@@ -49,7 +49,7 @@ from lean_fx.graph.context import GraphContext, attribute_of
 from lean_fx.graph.facts import ChannelRead, Facts, facts
 from lean_fx.graph.flattens import is_flatten
 from lean_fx.graph.ops import is_dropout
-from lean_fx.graph.products import CALLS, find_weight, why_computed
+from lean_fx.graph.products import LAYER_CALLS, find_weight, why_computed
 from lean_fx.layers.kinds import (
     LayerKind,
     channel_axis,
@@ -73,7 +73,7 @@ NO_PART_REDUCED = SkipReason("parts_not_reduced", "none of its layers is reduced
 NO_GRAPH_VALUE = SkipReason("no_graph_value", "its input is not a value of the graph")
 ALREADY_REDUCED = SkipReason("already_reduced", "it reads a reduction already")
 
-_CONVOLUTIONS = CALLS - {F.linear}
+_CONVOLUTIONS = LAYER_CALLS - {F.linear}
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
@@ -118,7 +118,7 @@ def _check_product(node: Node, graph: GraphContext) -> tuple[str, SkipReason | N
     """The parameter that a call multiplies a value with, and why it does not become a layer."""
     found = find_weight(node, graph.source_parameters)
     if found is None:
-        return "", _why_no_product(node, graph) if node.target in CALLS else None
+        return "", _why_no_product(node, graph) if node.target in LAYER_CALLS else None
     weight, _ = behind_transpose(found)
     name, *more = graph.source_parameters[weight]
     if weight.op == "get_attr":
@@ -316,5 +316,4 @@ def reads_reduction(source: Node, modules: Mapping[str, nn.Module]) -> bool:
         held = source.args[1]
     elif source.target is torch.flatten:
         held = argument(source, 0, "input")
-    source = held
-    return source.op == "call_module" and is_reduction(modules[str(source.target)])
+    return held.op == "call_module" and is_reduction(modules[str(held.target)])

@@ -35,9 +35,11 @@ from lean_fx.layers.kinds import LAYER_OF_CALL
 from lean_fx.skip_reason import SkipReason
 
 #: The functions that layers of torch.nn call with their weight.
-CALLS = {*LAYER_OF_CALL, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_PRODUCTS: set[Any] = {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.inner}
-_PRODUCTS |= {torch.tensordot, "matmul", "mm", "bmm", "mv", "inner"}
+LAYER_CALLS = {*LAYER_OF_CALL, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_PRODUCTS: set[Any] = {
+    *(operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.inner, torch.tensordot),
+    *("matmul", "mm", "bmm", "mv", "inner"),
+}
 _ADDED: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, "addmm", "addbmm", "baddbmm"}
 #: The methods whose result is their first argument, made like the second.
 SAME_AS_INPUT = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
@@ -97,7 +99,7 @@ def operands(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
         []
     """
     given = [*args, *kwargs.values()]
-    if called in CALLS:
+    if called in LAYER_CALLS:
         keys = ("input", "weight")
         return [args[i] if i < len(args) else kwargs.get(key) for i, key in enumerate(keys)]
     if called in _PRODUCTS:

@@ -60,9 +60,7 @@ from lean_fx.graph.flattens import view_sizes
 from lean_fx.graph.rewriting import add_module
 from lean_fx.graph.site_reductions import check_layer, reduction_for
 from lean_fx.graph.sites import Consumer, Site
-from lean_fx.layers.rebuild import (
-    rebuild,
-)
+from lean_fx.layers.rebuild import rebuild
 from lean_fx.passes.base import Pass
 from lean_fx.passes.find_consumers import layer_input, reads_reduction
 from lean_fx.reduction.packed import with_data

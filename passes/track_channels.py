@@ -85,23 +85,17 @@ _ELEMENTWISE_CALLS: set[Any] = {
     *(*DROPOUT_CALLS, F.alpha_dropout, F.softmax, torch.softmax),
     *(torch.exp, torch.pow, operator.pow, operator.neg),
     *(F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm, torch.batch_norm),
-}
-_ELEMENTWISE_CALLS |= {
     *("pow", "exp", "softmax", "to", "half", "type"),
     *("relu", "relu_", "sigmoid", "tanh", "abs", "clamp", "square", "sqrt"),
     *("contiguous", "clone", "detach", "float"),
 }
-_SPATIAL_CALLS: set[Any] = {*MAX_POOL_CALLS, *AVERAGE_POOL_CALLS, *ADAPTIVE_POOL_CALLS}
-_SPATIAL_CALLS.add(F.interpolate)
-_JOINS: set[Any] = {
-    operator.add,
-    operator.iadd,
-    operator.mul,
-    operator.imul,
-    operator.sub,
-    operator.truediv,
+_SPATIAL_CALLS: set[Any] = {
+    *(*MAX_POOL_CALLS, *AVERAGE_POOL_CALLS, *ADAPTIVE_POOL_CALLS, F.interpolate),
 }
-_JOINS |= {torch.add, torch.mul, torch.sub, torch.div, "add", "sub", "mul", "div", "add_", "mul_"}
+_JOINS: set[Any] = {
+    *(operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv),
+    *(torch.add, torch.mul, torch.sub, torch.div, "add", "sub", "mul", "div", "add_", "mul_"),
+}
 
 
 class TrackChannels(Pass):

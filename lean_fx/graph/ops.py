@@ -35,8 +35,10 @@ ADAPTIVE_POOL_CALLS = (
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 )
 
-_DROPOUTS: set[Any] = {*DROPOUTS, *ALPHA_DROPOUTS, nn.Identity}
-_DROPOUTS |= {*DROPOUT_CALLS, *ALPHA_DROPOUT_CALLS}
+_DROPOUTS: set[Any] = {
+    *(*DROPOUTS, *ALPHA_DROPOUTS, nn.Identity),
+    *(*DROPOUT_CALLS, *ALPHA_DROPOUT_CALLS),
+}
 
 
 def is_dropout(node: Node, modules: Mapping[str, nn.Module]) -> bool:

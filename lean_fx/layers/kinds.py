@@ -79,8 +79,9 @@ def _kind_of_torch(layer_type: type[nn.Module], width: str, out: str, **others: 
     return LayerKind(layer_type, out_channels=attrgetter(out) if out else None, **given)
 
 
-_CONV: dict[str, Any] = {"width": "in_channels", "out": "out_channels"}
-_CONV |= {
+_CONV: dict[str, Any] = {
+    "width": "in_channels",
+    "out": "out_channels",
     "groups": lambda layer: layer.groups,
     "channel_dim": lambda layer: -1 - len(layer.kernel_size),
 }

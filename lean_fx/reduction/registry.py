@@ -45,8 +45,6 @@ _FACTORIES: dict[str, ReductionFactory] = {
     "projection": ProjectionReduction,
     "random_projection": RandomProjectionReduction,
 }
-
-
 _OWN = frozenset(_FACTORIES)
 
 

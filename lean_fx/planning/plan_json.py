@@ -60,24 +60,7 @@ def plan_from_json(text: str) -> Plan:
             "make the plan anew"
         )
     try:
-        sites = [_site_from(entry) for entry in content.pop("sites")]
-        left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
-        split, weights = (_names(key, content.pop(key, ())) for key in ("split_layers", "weights"))
-        sensitivity = _sensitivity(content.pop("sensitivity"))
-        plan = Plan(
-            sites=tuple(sites),
-            left_alone=tuple(left),
-            split_layers=split,
-            weights=weights,
-            sensitivity=sensitivity,
-            **content,
-        )
-        for part in (plan, *left):
-            _check_types(part)
-        if plan.form not in ("graph", "module"):
-            raise TypeError(f"form={plan.form!r} is neither 'graph' nor 'module'")
-        if plan.form == "graph" and not plan.traced:
-            raise TypeError("traced=False has form='module'")
+        plan = _plan_from(content)
     except (TypeError, KeyError, AttributeError, ArgumentError) as error:
         raise PlanError(f"plan: a part is missing or wrong ({error}); make it anew") from error
     plan.check()
@@ -86,6 +69,27 @@ def plan_from_json(text: str) -> Plan:
             f"plan: the reduction {plan.reduction!r} is not registered; call "
             f"lean_fx.register_reduction({plan.reduction!r}, factory) first"
         )
+    return plan
+
+
+def _plan_from(content: dict[str, Any]) -> Plan:
+    """The plan of a parsed text; anything wrong in it raises, mostly a TypeError."""
+    sites = [_site_from(entry) for entry in content.pop("sites")]
+    left = [_left_alone_from(entry) for entry in content.pop("left_alone")]
+    plan = Plan(
+        sites=tuple(sites),
+        left_alone=tuple(left),
+        split_layers=_names("split_layers", content.pop("split_layers", ())),
+        weights=_names("weights", content.pop("weights", ())),
+        sensitivity=_sensitivity(content.pop("sensitivity")),
+        **content,
+    )
+    for part in (plan, *left):
+        _check_types(part)
+    if plan.form not in ("graph", "module"):
+        raise TypeError(f"form={plan.form!r} is neither 'graph' nor 'module'")
+    if plan.form == "graph" and not plan.traced:
+        raise TypeError("traced=False has form='module'")
     return plan
 
 

@@ -35,6 +35,21 @@ if not hasattr(checkpoint, _RECOMPUTE):
     _RECOMPUTE = "_checkpoint_without_reentrant_generator"
 
 
+#: The functions that a model's code must not call: what holds each, its name, and the effect.
+_REFUSED = (
+    *((torch, name, f"forward asks torch.{name}") for name in _QUESTIONS),
+    *(
+        (home, name, f"forward calls torch.{name}")
+        for name in _SEEDS
+        for home in (torch, torch.random)
+        if hasattr(home, name)
+    ),
+    (torch, "set_grad_enabled", "forward calls torch.set_grad_enabled"),
+    (torch.autograd, "grad", "forward computes gradients"),
+    (torch.autograd, "backward", "forward computes gradients"),
+)
+
+
 @contextmanager
 def refusing_functions(
     homes: Iterable[dict[str, Any]], computing: Callable[[], bool]
@@ -59,53 +74,29 @@ def refusing_functions(
     """
     thread = threading.get_ident()
 
-    def traces() -> bool:  # the patches are global, so another thread may get here
-        return threading.get_ident() == thread and not computing()
+    def in_thread() -> bool:  # the patches are global, so another thread may get here
+        return threading.get_ident() == thread
 
-    def checkpointing(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
-            raise SideEffect("gradient checkpointing would be lost")
-        return recompute(*args, **kwargs)
+    def traces() -> bool:
+        return in_thread() and not computing()
 
-    def refused(function: Callable[..., Any], effect: str) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            if asked_by_model(1) and traces():
-                raise SideEffect(effect)
-            return function(*args, **kwargs)
+    def called_by_model() -> bool:
+        return asked_by_model(2) and traces()
 
-        return asked
-
-    def entering(enter: Callable[..., Any], effect: str) -> Callable[..., Any]:
-        def entered(self: Any) -> Any:
-            if traces():
-                raise SideEffect(f"{effect} in forward")
-            return enter(self)
-
-        return entered
-
-    recompute = getattr(checkpoint, _RECOMPUTE)
-    replaced: dict[int, Any] = {}
+    lost = "gradient checkpointing would be lost"
+    recompute = _refusing(getattr(checkpoint, _RECOMPUTE), lost, in_thread)
     patches: list[Patch] = [
         (utils, "unwrap_dead_wrappers", _refusing_proxies(utils.unwrap_dead_wrappers)),
-        (checkpoint, _RECOMPUTE, checkpointing),
-        *((kind, "__enter__", entering(kind.__enter__, effect)) for kind, effect in _MODES),
+        (checkpoint, _RECOMPUTE, recompute),
+        *(
+            (kind, "__enter__", _refusing(kind.__enter__, f"{effect} in forward", traces))
+            for kind, effect in _MODES
+        ),
     ]
-    asking = [(torch, name, f"forward asks torch.{name}") for name in _QUESTIONS]
-    seeding = [
-        (home, name, f"forward calls torch.{name}")
-        for name in _SEEDS
-        for home in (torch, torch.random)
-        if hasattr(home, name)
-    ]
-    gradients = [
-        (torch, "set_grad_enabled", "forward calls torch.set_grad_enabled"),
-        (torch.autograd, "grad", "forward computes gradients"),
-        (torch.autograd, "backward", "forward computes gradients"),
-    ]
-    for home, name, effect in (*asking, *seeding, *gradients):
+    replaced: dict[int, Any] = {}
+    for home, name, effect in _REFUSED:
         function = getattr(home, name)
-        replaced[id(function)] = refused(function, effect)
+        replaced[id(function)] = _refusing(function, effect, called_by_model)
         patches.append((home, name, replaced[id(function)]))
     for names in homes:
         patches += [
@@ -115,6 +106,20 @@ def refusing_functions(
         ]
     with patching(patches):
         yield
+
+
+def _refusing(
+    function: Callable[..., Any], effect: str, refuses: Callable[[], bool]
+) -> Callable[..., Any]:
+    """A function that raises, while it is to be refused, instead of calling the given one."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if refuses():
+            raise SideEffect(effect)
+        return function(*args, **kwargs)
+
+    return called
 
 
 def _refusing_proxies(unwrap: Callable[..., Any]) -> Callable[..., Any]:

@@ -139,6 +139,17 @@ class LeanTracer(AskedTracer):
                 graph = super().trace(root, concrete_args)
             before.check()
         write_in_place(graph, dict(root.named_modules()))
+        self._record_reads(graph, root)
+        for node in reversed(graph.nodes):  # only a shape was asked for, or nothing at all
+            if node.op == "get_attr" and not node.users:
+                graph.erase_node(node)
+        for node in graph.nodes:
+            if id(node.target) in self._autowrap_function_ids:
+                node.meta.pop("is_wrapped", None)  # its generated code would wrap ``torch.nn...``
+        return graph
+
+    def _record_reads(self, graph: Graph, root: nn.Module) -> None:
+        """Record what forward has read of modules: attributes, and which modules' modes."""
         read = self.reads.by_name(root)
         modes = frozenset(name for name, each in read.items() if "training" in each)
         frozen = {
@@ -148,13 +159,6 @@ class LeanTracer(AskedTracer):
         }
         frozen = {name: each for name, each in frozen.items() if each}
         update_record(graph, frozen=frozen, mode_readers=modes)
-        for node in reversed(graph.nodes):  # only a shape was asked for, or nothing at all
-            if node.op == "get_attr" and not node.users:
-                graph.erase_node(node)
-        for node in graph.nodes:
-            if id(node.target) in self._autowrap_function_ids:
-                node.meta.pop("is_wrapped", None)  # its generated code would wrap ``torch.nn...``
-        return graph
 
     def create_args_for_root(
         self,

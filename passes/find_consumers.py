@@ -181,16 +181,7 @@ def skip_reason_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> SkipRea
     """
     attention = isinstance(layer, nn.MultiheadAttention)
     if not attention and kind_of(layer) is None:
-        if is_quantized_layer(layer):
-            text = "its weights are quantised; reduce the float model, then quantise that"
-            return SkipReason("quantized", text)
-        if type(layer) in UNFUSED:  # capture has looked into all others
-            return SkipReason(
-                "own_forward", "it has hooks or a forward of its own, so it stays whole"
-            )
-        if isinstance(layer, nn.Bilinear):
-            return SkipReason("unsupported_layer", "bilinear layers read two values")
-        return None
+        return _why_no_kind(layer)
     if is_reduction(getattr(layer, "reduction", None)):
         return ALREADY_REDUCED
     layer = as_parametrization(layer)
@@ -199,31 +190,50 @@ def skip_reason_of(layer: nn.Module, owners: Mapping[int, list[str]]) -> SkipRea
     if "forward" in vars(layer):
         text = "its forward is replaced on the instance, which a rebuilt layer would lose"
         return SkipReason("own_forward", text)
+    reason = _why_keep_parameters(layer, owners)
+    if reason:
+        return reason
+    if attention:
+        if split_attention.can_split(layer):
+            return None
+        return SkipReason("unsupported_layer", "its out_proj is not torch's own")
+    reason = why_not_rebuilt(layer)
+    if not reason and 1 < groups_of(layer) == input_channels(layer):
+        text = f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
+        return SkipReason("nothing_to_reduce", text)
+    return reason
+
+
+def _why_no_kind(layer: nn.Module) -> SkipReason | None:
+    """Why a module of no kind is left alone, if a user would take it for a layer; else None."""
+    if is_quantized_layer(layer):
+        text = "its weights are quantised; reduce the float model, then quantise that"
+        return SkipReason("quantized", text)
+    if type(layer) in UNFUSED:  # capture has looked into all others
+        return SkipReason("own_forward", "it has hooks or a forward of its own, so it stays whole")
+    if isinstance(layer, nn.Bilinear):
+        return SkipReason("unsupported_layer", "bilinear layers read two values")
+    return None
+
+
+def _why_keep_parameters(layer: nn.Module, owners: Mapping[int, list[str]]) -> SkipReason | None:
+    """Why new parameters cannot take the place of a layer's (rule 2), or None."""
     for parameter in layer.parameters():
         names = owners[id(parameter)]
         if len(names) > 1:
             return _shared(names)
         if parameter._backward_hooks:
             return SkipReason("hooks", "its parameter has hooks, which a rebuilt layer would lose")
-    for weight in input_weights(layer).values():
+    weights = input_weights(layer).values()
+    for weight in weights:
         if type(weight) is not nn.Parameter:
             text = f"its weight is a {type(weight).__name__}, which a rebuilt layer would lose"
             return SkipReason("weight_type", text)
         if not weight.is_floating_point():
             text = f"its weight is {weight.dtype}, which is not floating-point"
             return SkipReason("weight_type", text)
-    if not all(weight.requires_grad for weight in input_weights(layer).values()):
+    if not all(weight.requires_grad for weight in weights):
         return SkipReason("frozen", "its weight is frozen, so a new one could not learn")
-    if attention:
-        if split_attention.can_split(layer):
-            return None
-        return SkipReason("unsupported_layer", "its out_proj is not torch's own")
-    reason = why_not_rebuilt(layer)
-    if reason:
-        return reason
-    if 1 < groups_of(layer) == input_channels(layer):
-        text = f"groups={groups_of(layer)}: one input channel a group, nothing to reduce"
-        return SkipReason("nothing_to_reduce", text)
     return None
 
 

@@ -51,7 +51,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
 from lean_fx.graph.calls import modules_by_name
@@ -167,18 +167,7 @@ def _insert(
 
     target = add_module(graph_module, "reductions", site.name, module)
     with graph.inserting_before(calls[0]):
-        value = nodes[site.value]
-        if site.packed:
-            data = graph.call_function(getattr, (value, "data"))
-            data = graph.call_module(target, (data,))
-            reduced = graph.call_function(with_data, (value, data))
-        elif site.groups > 1:
-            sizes = (site.groups, site.in_channels)
-            parts = graph.call_function(torch.unflatten, (value, site.dim, sizes))
-            parts = graph.call_module(target, (parts,))
-            reduced = graph.call_function(torch.flatten, (parts, site.dim, site.dim + 1))
-        else:
-            reduced = graph.call_module(target, (value,))
+        reduced = _call_reduction(graph, target, nodes[site.value], site)
 
     ours = set(calls) | {nodes[step] for each in site.consumers for step in each.path}
     private = {step.name for step in ours if set(step.users) <= ours}
@@ -199,6 +188,20 @@ def _insert(
     for step in reversed(carried):
         if carried[step] is not nodes[step]:
             _erase_unused(nodes[step])
+
+
+def _call_reduction(graph: Graph, target: str, value: Node, site: Site) -> Node:
+    """Reduce a value; if it is packed, its data; if it is read in groups, group by group."""
+    if site.packed:
+        data = graph.call_function(getattr, (value, "data"))
+        data = graph.call_module(target, (data,))
+        return graph.call_function(with_data, (value, data))
+    if site.groups > 1:
+        sizes = (site.groups, site.in_channels)
+        parts = graph.call_function(torch.unflatten, (value, site.dim, sizes))
+        parts = graph.call_module(target, (parts,))
+        return graph.call_function(torch.flatten, (parts, site.dim, site.dim + 1))
+    return graph.call_module(target, (value,))
 
 
 def _carry(step: Node, source: Node, call: Node, *, features: int, move: bool) -> Node:

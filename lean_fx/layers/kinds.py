@@ -192,27 +192,38 @@ def register_layer(
         if any(given.values()) or (weights, channel_dim) != (("weight",), -1):
             raise ArgumentError(f"{subject}: like={like.__name__} says the rest; leave that out")
     else:
-        for key, value in given.items():
-            if not callable(value) and (value is not None or key in ("in_channels", "rebuild")):
-                raise ArgumentError(
-                    f"{subject}: {key}={value!r} cannot be called; give a function of the layer, "
-                    "or like= a type of torch.nn"
-                )
-        if isinstance(weights, str) or not weights:
-            raise ArgumentError(f"{subject}: weights={weights!r} is not a sequence of names")
-        dim = check_int(f"{subject}: channel_dim", channel_dim)
-        kind = LayerKind(
-            layer_type,
-            weights=tuple(weights),
-            channel_dim=lambda layer: dim,
-            **{"macs": _macs_of_positions} | {key: x for key, x in given.items() if x},
-        )
+        kind = _described_kind(subject, layer_type, given, weights, channel_dim)
     checked = {
         key: _checked(f"{subject}: {key}", getattr(kind, key), least)
         for key, least in _LEAST.items()
         if getattr(kind, key)
     }
     KINDS[layer_type] = replace(kind, layer_type=layer_type, registered=True, **checked)
+
+
+def _described_kind(
+    subject: str,
+    layer_type: type[nn.Module],
+    given: dict[str, Any],
+    weights: Sequence[str],
+    channel_dim: int,
+) -> LayerKind:
+    """The kind of a layer that is like none of torch's; ``given`` holds the user's functions."""
+    for key, value in given.items():
+        if not callable(value) and (value is not None or key in ("in_channels", "rebuild")):
+            raise ArgumentError(
+                f"{subject}: {key}={value!r} cannot be called; give a function of the layer, "
+                "or like= a type of torch.nn"
+            )
+    if isinstance(weights, str) or not weights:
+        raise ArgumentError(f"{subject}: weights={weights!r} is not a sequence of names")
+    dim = check_int(f"{subject}: channel_dim", channel_dim)
+    return LayerKind(
+        layer_type,
+        weights=tuple(weights),
+        channel_dim=lambda layer: dim,
+        **{"macs": _macs_of_positions} | {key: x for key, x in given.items() if x},
+    )
 
 
 _LEAST = {"in_channels": 1, "groups": 1, "out_channels": 1, "macs": 0, "channel_dim": None}

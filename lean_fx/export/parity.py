@@ -70,19 +70,32 @@ def check_parity(
         ) from error
     if apart <= tolerance:
         return ""
+    return _explained(apart, type(model).__name__, at, program, part, inputs, tolerance)
+
+
+def _explained(
+    apart: float,
+    name: str,
+    at: str,
+    program: torch.onnx.ONNXProgram,
+    part: str | os.PathLike[str],
+    inputs: tuple[Tensor, ...],
+    tolerance: float,
+) -> str:
+    """The remark that a file differs by rounding alone; if it does not, an ExportError says why."""
     try:
         with redirect_stderr(StringIO()):
             node = first_difference(program, part, inputs, tolerance)
     except AssertionError as error:  # a guard of torch.export, on a size that the code branches on
         raise ExportError(
-            f"export_onnx: {type(model).__name__} takes another branch at {at} than for the "
-            f"example inputs ({one_line(error)}); export it with batch='static' and no "
-            "dynamic_shapes, or leave such branches out"
+            f"export_onnx: {name} takes another branch at {at} than for the example inputs "
+            f"({one_line(error)}); export it with batch='static' and no dynamic_shapes, or leave "
+            "such branches out"
         ) from error
     rounding = 0.0 if node else rounding_error(program, inputs)
     differs = (
-        f"export_onnx: at {at} the file differs from {type(model).__name__} by "
-        f"{apart:.2g} of the greatest output, tolerance={tolerance:g}; "
+        f"export_onnx: at {at} the file differs from {name} by {apart:.2g} of the greatest output, "
+        f"tolerance={tolerance:g}; "
     )
     if apart <= _ROUNDINGS * rounding:
         return (

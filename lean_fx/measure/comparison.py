@@ -135,29 +135,43 @@ def compare(
             step_done()
         if kept is not None:  # only now: a failed export must leave the earlier files
             _keep(files.values(), kept)
-        feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
-        options: Any = {"threads": threads, "rounds": rounds, "kernel": by_kernel}
-        latencies = [time_onnx(files, each, progress=step_done, **options) for each in feeds]
-        eager, step = time_eager(arms, inputs, threads=threads, rounds=rounds)
-        calls, steps = {}, {}
-        if energy_s:
-            meter = partial(energy_in_turn, seconds=energy_s, country=country)
-            calls = _energy_of_calls(files, feeds[0], threads, by_kernel, meter)
-            steps = _energy_of_steps(arms, inputs, threads, meter)
-        compared = [
-            Compared(
-                name=name,
-                **_costs(arm, inputs),
-                **_layout(name, files[name], by_kernel),
-                latencies=tuple(latency[name] for latency in latencies),
-                eager=eager[name],
-                step=step[name],
-                energy=calls.get(name),
-                step_energy=steps.get(name),
-            )
-            for name, arm in arms.items()
-        ]
-    return Comparison(tuple(compared), machine())
+        meter = partial(energy_in_turn, seconds=energy_s, country=country) if energy_s else None
+        timing: Any = {"threads": threads, "rounds": rounds, "kernel": by_kernel}
+        compared = _compared(arms, files, inputs, batches, timing, meter, step_done)
+    return Comparison(compared, machine())
+
+
+def _compared(
+    arms: Mapping[str, nn.Module],
+    files: Mapping[str, Path],
+    inputs: tuple[Tensor, ...],
+    batches: Sequence[int],
+    timing: dict[str, Any],  # threads, rounds and kernel
+    meter: Meter | None,
+    step_done: Callable[[int, int], None],
+) -> tuple[Compared, ...]:
+    """Time the models, meter them if there is a meter, and count what each costs."""
+    threads, kernel = timing["threads"], timing["kernel"]
+    feeds = [tuple(resized(value, batch).numpy() for value in inputs) for batch in batches]
+    latencies = [time_onnx(files, each, progress=step_done, **timing) for each in feeds]
+    eager, step = time_eager(arms, inputs, threads=threads, rounds=timing["rounds"])
+    calls, steps = {}, {}
+    if meter is not None:
+        calls = _energy_of_calls(files, feeds[0], threads, kernel, meter)
+        steps = _energy_of_steps(arms, inputs, threads, meter)
+    return tuple(
+        Compared(
+            name=name,
+            **_costs(arm, inputs),
+            **_layout(name, files[name], kernel),
+            latencies=tuple(latency[name] for latency in latencies),
+            eager=eager[name],
+            step=step[name],
+            energy=calls.get(name),
+            step_energy=steps.get(name),
+        )
+        for name, arm in arms.items()
+    )
 
 
 def _require_all(energy_s: float, country: str) -> None:

@@ -73,8 +73,6 @@ def run(
             :func:`~lean_fx.export_onnx` and :func:`~lean_fx.measure.timing.time_onnx`.
         SystemExit: of status 0, after the training, in all processes but the first.
     """
-    from lean_fx.experiment.training import measure_test_energy
-
     require_all()
     if len({tuple(models) for models in arms.values()}) != 1:
         raise ArgumentError("run: arms is empty, or its seeds have models of different names")
@@ -85,26 +83,10 @@ def run(
     runs = _trained(arms, data, settings_of, chosen, target, country)
     leave_to_first_process()
     _say("metering the test, exporting to ONNX, timing in ONNX Runtime")
-    energies = {
-        name: measure_test_energy(model, data, country=country) for name, model in first.items()
-    }
-    latencies = export_and_time(first, data, target)
     report = Report(
         title=title,
         command=command,
-        arms=tuple(
-            Arm(
-                name=name,
-                parameters=count_parameters(model),
-                macs=count_macs(model, data.normalised(data.test_x[:1])),
-                onnx_bytes=onnx_bytes(target / f"{_slug(name)}.onnx"),
-                runs=tuple(runs[name]),
-                latency=latencies[name],
-                test_energy=energies[name],
-                plan=str(attached_plan(model) or ""),
-            )
-            for name, model in first.items()
-        ),
+        arms=_measured_arms(first, data, runs, target, country),
         machine=machine(),
         seeds=tuple(arms),
         notes=(*_notes(processes()), *_rates_note(chosen, rates)),
@@ -163,6 +145,35 @@ def _trained(
             )
         runs.setdefault(name, []).append(history)
     return runs
+
+
+def _measured_arms(
+    models: Mapping[str, nn.Module],
+    data: Dataset,
+    runs: Mapping[str, Sequence[tuple[Epoch, ...]]],
+    folder: Path,
+    country: str,
+) -> tuple[Arm, ...]:
+    """Meter the test of trained models, export and time them; with the histories, by name."""
+    from lean_fx.experiment.training import measure_test_energy
+
+    energies = {
+        name: measure_test_energy(model, data, country=country) for name, model in models.items()
+    }
+    latencies = export_and_time(models, data, folder)
+    return tuple(
+        Arm(
+            name=name,
+            parameters=count_parameters(model),
+            macs=count_macs(model, data.normalised(data.test_x[:1])),
+            onnx_bytes=onnx_bytes(folder / f"{_slug(name)}.onnx"),
+            runs=tuple(runs[name]),
+            latency=latencies[name],
+            test_energy=energies[name],
+            plan=str(attached_plan(model) or ""),
+        )
+        for name, model in models.items()
+    )
 
 
 def require_all() -> None:

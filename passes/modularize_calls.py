@@ -28,7 +28,6 @@ Rules:
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,7 +37,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from lean_fx.graph.calls import argument, called_modules, is_altered, modules_by_name
+from lean_fx.graph.calls import (
+    argument,
+    bound_arguments,
+    called_modules,
+    is_altered,
+    modules_by_name,
+)
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import add_module, numbered, replace_node
 from lean_fx.graph.written_attention import write_out
@@ -103,9 +108,7 @@ def flag_of(node: Node) -> Any:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    bound.apply_defaults()
-    return bound.arguments
+    return bound_arguments(node, node.target)  # type: ignore[arg-type]
 
 
 def _written_out(node: Node, modules: Mapping[str, nn.Module]) -> str:

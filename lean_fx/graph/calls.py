@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -79,6 +80,13 @@ def asks_for_meta(node: Node) -> bool:
         return False
     asked = node.args[1] if node.target is getattr else node.target
     return asked in META_ATTRIBUTES or asked in META_METHODS
+
+
+def bound_arguments(node: Node, function: Callable[..., Any]) -> dict[str, Any]:
+    """All arguments of a call of a function by name, defaults included."""
+    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

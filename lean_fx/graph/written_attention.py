@@ -19,7 +19,6 @@ Rules:
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
+from lean_fx.graph.calls import bound_arguments
 from lean_fx.graph.rewriting import add_module, home_of, item, replace_node
 from lean_fx.layers.attention import AttentionHeads
 
@@ -40,19 +40,12 @@ _HANDED_ON = (
 
 def write_out(graph_module: GraphModule) -> bool:
     """Replace the calls that can be replaced; whether there were any."""
-    calls = graph_module.graph.find_nodes(
-        op="call_function", target=F.multi_head_attention_forward, sort=True
-    )
-    found = [(node, given) for node in calls if _can_be(given := _arguments(node))]
+    attend = F.multi_head_attention_forward
+    calls = graph_module.graph.find_nodes(op="call_function", target=attend, sort=True)
+    found = [(node, given) for node in calls if _can_be(given := bound_arguments(node, attend))]
     for node, given in found:
         _write_out(graph_module, node, given)
     return bool(found)
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    bound = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def _can_be(given: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from lean_fx.cloning import rebind_functions
 from lean_fx.graph.calls import BACKWARD_HOOKS, CALL_HOOKS, modules_by_name
-from lean_fx.graph.parts import Part, StandIn, check_frozen, missing, stand_for
+from lean_fx.graph.parts import Part, StandIn, check_frozen, missing, reorder, stand_for
 from lean_fx.layers.kinds import has_own_kind
 
 # The hooks of calls of a model, and of gradients that reach it.
@@ -131,13 +131,8 @@ def _order(module: nn.Module) -> _Order:
 def _sort(module: nn.Module, order: _Order) -> None:
     """Sort a tree of modules in place; torch.fx makes it anew in the order of the nodes."""
     for name, each in module.named_modules(remove_duplicate=False):
-        for held, keys in zip(_HELD, order.get(name, ()), strict=False):
-            items = vars(each)[held]
-            place = {key: index for index, key in enumerate(keys)}
-            kept = sorted(items.items(), key=lambda item: place.get(item[0], len(place)))
-            if [key for key, _ in kept] != [*items]:
-                items.clear()
-                items.update(kept)
+        for held, names in zip(_HELD, order.get(name, ()), strict=False):
+            reorder(vars(each)[held], names)
 
 
 def keep_hooks(captured: GraphModule, root: nn.Module) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +106,16 @@ def stand_for(place: nn.Module, part: Part | None, frozen: Mapping[str, Any]) ->
     place.__class__ = _STAND_INS.get(part.container, StandIn) if part else StandIn
     place.__dict__.update(_part=part, _frozen=frozen)
     if part:
-        order = {name: index for index, name in enumerate(part.children)}
-        held = sorted(place._modules.items(), key=lambda item: order.get(item[0], len(order)))
-        place._modules.clear()
-        place._modules.update(held)
+        reorder(place._modules, part.children)
+
+
+def reorder(held: dict[str, Any], names: Sequence[str]) -> None:
+    """Sort a dict in place: the given names come first, in their order; others stay behind."""
+    place = {name: index for index, name in enumerate(names)}
+    items = sorted(held.items(), key=lambda item: place.get(item[0], len(place)))
+    if [name for name, _ in items] != [*held]:
+        held.clear()
+        held.update(items)
 
 
 class StandIn(nn.Module):

@@ -69,7 +69,7 @@ def trace_copy(
             continue
         if lost_in_a_graph(each, purpose) or reduces_within(each) or has_hooks(each):
             leaves |= {name}
-    copied, graph = _trace_seeing(root, inputs, leaves)
+    copied, graph = _trace_showing_weights(root, inputs, leaves)
     for guard in [node for node in graph.nodes if node.target is check_given]:
         is_input = isinstance(guard.args[0], Node) and guard.args[0].op == "placeholder"
         if is_input and _same_without(guard.args[0], graph, root, inputs, leaves):
@@ -83,7 +83,8 @@ def _same_without(
     """Whether forward makes the same calls with None in the place of an input."""
     place = graph.find_nodes(op="placeholder").index(placeholder)
     try:
-        other = _trace_seeing(root, [*inputs[:place], None, *inputs[place + 1 :]], leaves)[1]
+        given = [*inputs[:place], None, *inputs[place + 1 :]]
+        _, other = _trace_showing_weights(root, given, leaves)
     except Exception:  # the model's own code
         return False
     nodes, others = _without_guards(graph), _without_guards(other)
@@ -116,35 +117,35 @@ def untraced_modules(root: nn.Module, graph: Graph) -> frozenset[str]:
     return frozenset(name for name in called if not is_leaf(root.get_submodule(name)))
 
 
-def _trace_seeing(
+def _trace_showing_weights(
     root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
-    """As :func:`trace_copy`, with given leaves, and those that hide the weights of layers."""
-    copied, graph = _trace_around(root, inputs, leaves)
+    """Trace with given leaves; then also with those as leaves that hide the weights of layers."""
+    copied, graph = _trace_with_leaves(root, inputs, leaves)
     hiding = _hiding_weights(copied, graph)
     if hiding:
         try:
-            return _trace_around(root, inputs, leaves | hiding)
+            return _trace_with_leaves(root, inputs, leaves | hiding)
         except Exception:  # the code around them branches on their outputs
             pass
     return copied, graph
 
 
-def _trace_around(
+def _trace_with_leaves(
     root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph]:
-    """As :func:`trace_copy`, with given leaves, and more if it needs them."""
+    """Trace with given leaves, and with more if that fails."""
     try:
         if not all(each is None or _holds_no_none(each) for each in inputs):
             raise TraceError("what is in a container may be None")
         copied = clone_sharing_state(root)
         return copied, LeanTracer(leaves).trace(copied, absent_arguments(root, inputs))
     except Exception:  # the model's own code may raise anything on proxies
-        copied, graph, needed = _trace_in_parts(root, inputs, leaves)
+        copied, graph, needed = _trace_adding_leaves(root, inputs, leaves)
     if needed > leaves and not _layers_called(copied, graph):
         names = ", ".join(sorted(needed - leaves))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
-    return _without_refusals(root, inputs, copied, graph, needed)
+    return _retrace_without_refusals(root, inputs, copied, graph, needed)
 
 
 def _holds_no_none(value: Any) -> bool:
@@ -153,7 +154,7 @@ def _holds_no_none(value: Any) -> bool:
     return isinstance(value, Tensor | int | float | str | PackedSequence)
 
 
-def _trace_in_parts(
+def _trace_adding_leaves(
     root: nn.Module, inputs: Sequence[Any], leaves: frozenset[str]
 ) -> tuple[nn.Module, Graph, frozenset[str]]:
     """Trace copies of a module, with more leaves each time, until an attempt succeeds."""
@@ -171,7 +172,7 @@ def _trace_in_parts(
         leaves = tracer.leaves
 
 
-def _without_refusals(
+def _retrace_without_refusals(
     root: nn.Module,
     inputs: Sequence[Any],
     copied: nn.Module,
@@ -184,7 +185,7 @@ def _without_refusals(
         refusing = refusing_modules(root, GraphModule(copied, graph), inputs).keys() & names
         if refusing <= leaves:
             break
-        other, parts, leaves = _trace_in_parts(root, inputs, leaves | refusing)
+        other, parts, leaves = _trace_adding_leaves(root, inputs, leaves | refusing)
         if not _layers_called(other, parts):
             break
         copied, graph = other, parts

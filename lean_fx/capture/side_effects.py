@@ -176,7 +176,7 @@ class StateSnapshot:
             raise SideEffect(f"{name} draws random numbers that are not values of the graph")
 
 
-def keep(module: nn.Module) -> Callable[[], None]:
+def backup_state(module: nn.Module) -> Callable[[], None]:
     """Record what a module and its parts hold before a forward on proxies.
 
     Returns:

@@ -33,7 +33,7 @@ from lean_fx.capture.side_effects import (
     SideEffect,
     StateSnapshot,
     autocasting,
-    keep,
+    backup_state,
     may_have_gradient,
 )
 from lean_fx.graph.captured import update_record
@@ -265,7 +265,7 @@ class LeanTracer(AskedTracer):
             return super().call_module(m, forward, args, kwargs)
         # If failing modules do not become leaves, the root's snapshot checks the random numbers.
         before = StateSnapshot.of(m, self._draws if self.leaf_on_failure else None)
-        restore = keep(m) if self.leaf_on_failure else None
+        restore = backup_state(m) if self.leaf_on_failure else None
         try:
             returned = super().call_module(m, forward, args, kwargs)
             before.check()

@@ -101,10 +101,10 @@ def reduction_for(
     module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
     if isinstance(module, LeanReduction):
         module.nonnegative |= nonnegative
-    return module, _lost_scale(module, site)
+    return module, _gain(module, site)
 
 
-def _lost_scale(module: nn.Module, site: Site) -> float:
+def _gain(module: nn.Module, site: Site) -> float:
     """How many times larger the value is than the reduction's output, on a random sample."""
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors) or not site.rms:

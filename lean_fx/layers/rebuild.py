@@ -90,7 +90,7 @@ def _parametrized(layer: Any) -> list[Any]:
     return list(layer.parametrizations.values())
 
 
-def _normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
+def _rebuild_normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
     """Rebuild a layer with a norm of its weight: without the norm first, then add it again."""
     still = copy.deepcopy(layer).eval()  # the power iteration of spectral norm rests in eval mode
     # remove_parametrizations would change the class, which copies share.
@@ -154,7 +154,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
     if reason:
         raise PassError(f"rebuild: {reason}")
     if parametrize.is_parametrized(layer):
-        return _normed(layer, in_channels, gain)
+        return _rebuild_normed(layer, in_channels, gain)
     kind = kind_of(layer)
     assert kind is not None
     exact = type(layer) is kind.layer_type

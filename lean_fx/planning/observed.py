@@ -68,14 +68,14 @@ class Seen:
         squares: the sum over the calls of the mean square of the input.
         is_input: whether a call read the model's input.
         applied_by: the module whose forward applies the weight, if the layer is not called.
-        otherwise: whether a forward uses the weight in another way.
+        used_otherwise: whether a forward uses the weight in another way.
     """
 
     calls: int = 0
     squares: float = 0.0
     is_input: bool = False
     applied_by: str | None = None
-    otherwise: bool = False
+    used_otherwise: bool = False
 
     @property
     def called(self) -> bool:
@@ -128,7 +128,8 @@ def observed_records(
             continue
         reason = _inside(name, modules) or skip_reason_of(layer, owners)
         applied_by = seen[name].applied_by
-        if seen[name].otherwise or (applied_by == "" and only is not None):  # a graph has no hooks
+        # A graph has no hooks.
+        if seen[name].used_otherwise or (applied_by == "" and only is not None):
             reason = reason or WEIGHT_READ
         if not reason and not seen[name].calls:
             reason = NOT_CALLED
@@ -250,7 +251,7 @@ def _seen_once(
 def _applied(uses: list[Use], own: set[int]) -> Seen:
     """What a layer that is never called reads where forward uses its weight."""
     if any(use.input is None for use in uses):
-        return Seen(otherwise=True)
+        return Seen(used_otherwise=True)
     holders = set.intersection(*(set(use.within) for use in uses))
     seen = Seen(applied_by=max(holders, key=len))
     for use in uses:

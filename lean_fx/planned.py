@@ -101,7 +101,7 @@ def _check_not_exported(model: nn.Module) -> None:
 def _captured(
     model: nn.Module, inputs: tuple[Any, ...], form: Form
 ) -> tuple[GraphModule | None, CaptureError | None]:
-    """A graph to take the model's place, or else to know about it; and why it is not the former.
+    """A graph that can replace the model, or one that only shows its facts, or None; why not more.
 
     Raises:
         CaptureError: the model cannot be traced, and there are no inputs to observe it on.

@@ -2,13 +2,15 @@
 
 A rebuilt layer is initialised to the scale of what it will read, so that it starts where the layer
 that it replaces started. How large the values are depends on the whole net before them (without
-normalisation they shrink from layer to layer), so it is measured: one forward pass, without
-gradients, floating-point inputs drawn from a standard normal in the shapes of the example inputs.
-It is a pass of training, whatever the mode of the model: the statistics that an untrained batch
-norm would use in evaluation are those of no data. If that fails or
-gives values that are not finite, the model runs on the same inputs in its own mode (batch norm
-cannot train on a single value), and then on the example inputs themselves. Nothing is measured on
-the meta device, which has no numbers, or where the device lacks an operation.
+normalisation they shrink from layer to layer), so it is measured, in one forward pass without
+gradients. The floating-point inputs are drawn from a standard normal, in the shapes of the example
+inputs. The model runs in training mode, whatever its own: in evaluation an untrained batch norm
+would use statistics that come from no data.
+
+If that fails or gives values that are not finite, the model runs on the same inputs in its own mode
+(batch norm cannot train on a single value), and then on the example inputs themselves. Nothing is
+measured on the meta device, which has no numbers, or where the device lacks an operation.
+
 The pass also writes what only real values show and ``PropagateShapes`` cannot know: some shapes,
 and which values are packed sequences. It changes neither buffers nor torch's random numbers.
 """

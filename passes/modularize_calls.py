@@ -1,11 +1,11 @@
-"""Transformation: functional calls that are a module's become calls of that module.
+"""Transformation: functional calls become calls of the modules whose work they do.
 
-Tracing freezes ``self.training``: a graph captured in training mode would drop out for ever::
+Tracing freezes ``self.training``: a graph captured in training mode would always drop out::
 
     dropout = torch.nn.functional.dropout(x, p = 0.5, training = True)      # before
     dropout = self.calls.dropout(x)                                         # after, nn.Dropout
 
-And a layer whose forward is written out at its parameters is seen as the layer that it is::
+If the model's code applies the weight of a layer instead of calling the layer, the graph calls it::
 
     linear = torch.nn.functional.linear(x, self.qkv.weight, bias)           # before
     qkv = self.qkv(x);  add = qkv + bias                                    # after
@@ -13,16 +13,15 @@ And a layer whose forward is written out at its parameters is seen as the layer 
 Rules:
 
 1. It acts on calls whose ``training`` flag capture found to follow the mode of a module
-   (``facts(node).mode_home``).
-   ``F.dropout(x, training=True)``, which always drops out, stays.
+   (``facts(node).mode_home``). ``F.dropout(x, training=True)``, which always drops out, stays.
 2. It acts on F.dropout, dropout1d, dropout2d, dropout3d, alpha_dropout and feature_alpha_dropout.
 3. The module starts in the mode that the call was captured in.
-4. It acts on F.linear and F.conv1d, conv2d, conv3d whose weight is that of exactly an nn.Linear,
-   or nn.Conv1d, Conv2d, Conv3d of the same settings, without hooks, that forward never calls, nor a
-   module that it is in; and if nothing else reads that weight.
-5. A bias that is not that of the layer is added behind it (along the channel axis of a
-   convolution), and the layer's own, if it has one, becomes a parameter beside it, ``qkv_bias``.
-6. ``F.multi_head_attention_forward`` is such calls, and what lies between them
+4. It acts on F.linear and F.conv1d, conv2d, conv3d with the weight of a layer. The layer is exactly
+   an nn.Linear, or an nn.Conv1d, Conv2d, Conv3d of the same settings, without hooks. Forward calls
+   neither it nor a module around it, and nothing else reads the weight.
+5. A bias that is not the layer's is added behind the call (along the channel axis of a
+   convolution). The layer's own, if it has one, becomes a parameter beside it, ``qkv_bias``.
+6. ``F.multi_head_attention_forward`` is first written out as such calls
    (:mod:`lean_fx.graph.written_attention`).
 """
 

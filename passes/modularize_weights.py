@@ -149,7 +149,7 @@ def operands(node: Node) -> tuple[Any, Any, Any]:
 
 
 def behind_transpose(operand: Node) -> tuple[Node, bool]:
-    """The matrix that ``operand`` is the transposed of, and that it is; or itself."""
+    """The matrix that an operand transposes, and True; the operand itself, and False, if none."""
     swaps = _TRANSPOSES.get(operand.target)
     if swaps is None or operand.kwargs or not isinstance(operand.args[0], Node):
         return operand, False

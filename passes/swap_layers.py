@@ -86,7 +86,7 @@ def swap_layers(
     *,
     proved: Collection[str] = (),
 ) -> None:
-    """Put in the place of the layers of sites some that reduce their input first.
+    """Rebuild the layers of sites in place, so that each reduces its input first.
 
     Args:
         model: changed in place.

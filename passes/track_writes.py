@@ -169,6 +169,6 @@ def _name(node: Node) -> str:
 
 
 def _within(target: Any, *packages: str) -> bool:
-    """Whether a function or type is of one of these packages; torch's own have no name at times."""
+    """Whether a function or type is of a package; what names no module is taken for torch's."""
     home = getattr(target, "__module__", None) or "torch"
     return any(home == package or home.startswith(f"{package}.") for package in packages)

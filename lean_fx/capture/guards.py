@@ -15,7 +15,7 @@ from lean_fx.graph.patching import Patch
 
 
 def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function a node of any graph that is traced through it, here or by a user."""
+    """Let every trace of torch.fx, ours or a user's, record a call of a function as one node."""
 
     @functools.wraps(function)
     def wrapped(value: Any, *args: Any) -> Any:

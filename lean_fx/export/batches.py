@@ -12,7 +12,7 @@ from lean_fx.errors import ArgumentError, one_line
 
 
 def gives_batches(data: Any) -> bool:
-    """Whether data can be iterated over, and are not one tensor, whose rows are not batches.
+    """Whether data is an iterable of batches; the rows of a single tensor are not batches.
 
     Example:
         >>> gives_batches([torch.rand(2, 3)]), gives_batches(torch.rand(2, 3))

@@ -46,7 +46,7 @@ class OfTensors(nn.Module):
 
 
 def of_tensors(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A model whose inputs are all tensors by position, and these; the model itself if they are."""
+    """A model that takes only tensors, by position, and these; the model itself if it does so."""
     found = tuple(tensors_in(inputs))
     named = as_called(model, inputs)[1]
     plain = len(found) == len(inputs) and all(map(_is_tensor, inputs)) and not named

@@ -232,9 +232,9 @@ def first_difference(
 
 
 def _give(model: Any, values: dict[str, Tensor]) -> list[Tensor]:
-    """Make the nodes of a file read these values from new inputs; which values, in order.
+    """Make the nodes of a file read these values from new inputs; return the inputs' values.
 
-    A value whose type in the file is another, or unknown, stays between its nodes.
+    A value whose type in the file is another, or unknown, is still passed from node to node.
     """
     onnx = require("onnx", purpose="export")
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}

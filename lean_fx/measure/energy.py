@@ -85,14 +85,14 @@ class Energy:
 class EnergyMeter:
     """Measure the energy of a block, and of laps within it, by CodeCarbon's offline tracker.
 
-    How sure the joules are depends on the machine, and :attr:`Energy.meter` says it. With RAPL
-    (Linux on bare metal, readable by the user) and NVML they come from hardware counters. Without,
-    as on nearly all virtual machines, the meter is ``cpu_load``: the processor's power is taken
-    to be TDP x (0.1 + 0.9 load^3), with the load of the whole machine in ]0, 1] and the TDP looked
-    up by the processor's name (a generic 85 W where unknown); ``constant`` is half the TDP. The
-    power of the memory is a constant of the machine with every meter. So with an estimate the
-    energy of two programs at equal load differs exactly as their times do: it is not evidence
-    beyond the time. Where the TDP is known, set CODECARBON_FORCE_CPU_POWER (watts).
+    How far to trust the joules depends on the machine; :attr:`Energy.meter` says how they were
+    read. With RAPL (Linux on bare metal, readable by the user) and NVML they come from hardware
+    counters. Without, as on nearly all virtual machines, the meter is ``cpu_load``: the processor's
+    power is taken to be TDP x (0.1 + 0.9 load^3), with the load of the whole machine in ]0, 1] and
+    the TDP looked up by the processor's name (a generic 85 W where unknown); ``constant`` is half
+    the TDP. The power of the memory is a constant of the machine with every meter. So with an
+    estimate the energy of two programs at equal load differs exactly as their times do: it is not
+    evidence beyond the time. Where the TDP is known, set CODECARBON_FORCE_CPU_POWER (watts).
 
     It meters the machine, not the process: whatever else runs is counted too. CO2 is the energy
     times the country's average intensity, from the table that comes with CodeCarbon; nothing is

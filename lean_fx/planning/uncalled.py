@@ -77,7 +77,7 @@ def has_weights_inside_leaves(graph_module: GraphModule) -> bool:
 
 
 def _answers_for_inside(module: nn.Module) -> bool:
-    """Whether a leaf has a record that covers what it holds; a subclass of a layer has not."""
+    """Whether the record of a leaf covers what the leaf holds; that of a subclass does not."""
     subclass = kind_of(module) is not None and not has_own_kind(module)
     return not subclass and is_leaf(module)
 

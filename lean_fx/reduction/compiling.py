@@ -43,7 +43,8 @@ def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
             f"compile_reductions: model={type(model).__name__} has no LeanReduction; give what "
             "leanify makes"
         )
-    # They share their code, of which torch keeps eight forms; isolated, each may have eight.
+    # Torch caches eight compiled forms of a function. All reductions share one function, so each
+    # gets a cache of its own.
     options.setdefault("isolate_recompiles", True)
     for reduction in found:
         reduction.compile(**options)

@@ -1,4 +1,4 @@
-"""Reductions that LEAN must beat at the same budget, each a plug for ``leanify(reduction=...)``.
+"""Reductions that LEAN must beat at the same budget, each a choice of ``leanify(reduction=...)``.
 
 All view the C_in channels as C' preserved by C'' reducible ones, as LEAN does: channel
 ``i * C'' + k`` is ``X[i, k]``.

@@ -44,7 +44,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrize
 
 from lean_fx.graph import split_attention
-from lean_fx.graph.calls import argument, has_hooks
+from lean_fx.graph.calls import argument, has_hooks, source_of
 from lean_fx.graph.context import GraphContext, attribute_of
 from lean_fx.graph.facts import ChannelRead, Facts, facts
 from lean_fx.graph.flattens import is_flatten
@@ -257,7 +257,7 @@ def _channels_read(
     node: Node, layer: nn.Module, kind: LayerKind, graph: GraphContext
 ) -> tuple[ChannelRead | None, SkipReason | None]:
     """What a layer that can be rebuilt reads, or why that cannot be reduced."""
-    source = layer_input(node)
+    source = source_of(node)
     if source is None:
         return None, NO_GRAPH_VALUE
     path, before = path_back(source, graph.modules)
@@ -311,12 +311,6 @@ def path_back(source: Node, modules: Mapping[str, nn.Module]) -> tuple[list[Node
     while path and not is_flatten(path[0], modules):  # dropout before the flatten stays there
         step = path.pop(0)
     return path, step
-
-
-def layer_input(node: Node) -> Node | None:
-    """The value that a layer's call reads, or None if it is not a node."""
-    source = argument(node, 0, "input")
-    return source if isinstance(source, Node) else None
 
 
 def reads_reduction(source: Node, modules: Mapping[str, nn.Module]) -> bool:

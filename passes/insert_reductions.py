@@ -54,7 +54,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import PassError, PlanError
-from lean_fx.graph.calls import modules_by_name
+from lean_fx.graph.calls import modules_by_name, source_of
 from lean_fx.graph.facts import facts, forget_facts
 from lean_fx.graph.flattens import view_sizes
 from lean_fx.graph.rewriting import add_module
@@ -62,7 +62,7 @@ from lean_fx.graph.site_reductions import check_layer, reduction_for
 from lean_fx.graph.sites import Consumer, Site
 from lean_fx.layers.rebuild import rebuild
 from lean_fx.passes.base import Pass
-from lean_fx.passes.find_consumers import layer_input, reads_reduction
+from lean_fx.passes.find_consumers import reads_reduction
 from lean_fx.reduction.packed import with_data
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 
@@ -128,7 +128,7 @@ class InsertReductions(Pass):
 def _is_reduced(
     consumer: Consumer, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]
 ) -> bool:
-    source = layer_input(nodes[consumer.node]) if consumer.node in nodes else None
+    source = source_of(nodes[consumer.node]) if consumer.node in nodes else None
     for _ in consumer.path:
         source = next(iter(source.all_input_nodes), None) if source is not None else None
     return source is not None and reads_reduction(source, modules)
@@ -145,7 +145,7 @@ def _check(
     check_layer(layer, consumer, site)
     if site.packed and not isinstance(layer, nn.RNNBase):
         raise PlanError(f"{subject} cannot read packed sequences; {remedy}")
-    source = layer_input(node)
+    source = source_of(node)
     for step in (*reversed(consumer.path), site.value):
         if source is None or source.name != step:
             found = source.name if source is not None else None
@@ -180,7 +180,7 @@ def _insert(
                 move = step in private
                 carried[step] = _carry(nodes[step], source, call, features=features, move=move)
             source = carried[step]
-        before = layer_input(call)
+        before = source_of(call)
         assert before is not None
         call.replace_input_with(before, source)
         layer = graph_module.get_submodule(consumer.layer)

@@ -29,7 +29,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lean_fx.errors import PlanError
-from lean_fx.graph.calls import modules_by_name
+from lean_fx.graph.calls import modules_by_name, source_of
 from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import become
 from lean_fx.graph.site_reductions import check_layer, reduction_for
@@ -38,7 +38,6 @@ from lean_fx.layers.input_hooks import ReduceFlattened, reduce_first, reduce_wit
 from lean_fx.layers.rebuild import rebuild
 from lean_fx.layers.shared_inputs import ReduceOnce
 from lean_fx.passes.base import Pass
-from lean_fx.passes.find_consumers import layer_input
 from lean_fx.reduction.registry import ReductionFactory, reduction_factory
 
 
@@ -73,7 +72,7 @@ def proved_layers(graph_module: GraphModule) -> frozenset[str]:
     proved: dict[str, bool] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            read = layer_input(node)
+            read = source_of(node)
             known = read is not None and facts(read).nonnegative
             proved[str(node.target)] = proved.get(str(node.target), True) and known
     return frozenset(name for name, known in proved.items() if known)

@@ -43,9 +43,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import rnn
 
-from lean_fx.graph.calls import argument, modules_by_name
+from lean_fx.graph.calls import argument, modules_by_name, source_of
 from lean_fx.graph.facts import Channels, facts
-from lean_fx.graph.flattens import is_flatten, source_of
+from lean_fx.graph.flattens import is_flatten
 from lean_fx.graph.ops import (
     ADAPTIVE_POOL_CALLS,
     ADAPTIVE_POOLS,

@@ -82,6 +82,12 @@ def asks_for_meta(node: Node) -> bool:
     return asked in META_ATTRIBUTES or asked in META_METHODS
 
 
+def source_of(node: Node) -> Node | None:
+    """The value that a call reads: its first argument, or ``input=``; None if it is not a node."""
+    source = argument(node, 0, "input")
+    return source if isinstance(source, Node) else None
+
+
 def bound_arguments(node: Node, function: Callable[..., Any]) -> dict[str, Any]:
     """All arguments of a call of a function by name, defaults included."""
     bound = inspect.signature(function).bind(*node.args, **node.kwargs)

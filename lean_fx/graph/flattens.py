@@ -10,14 +10,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from lean_fx.graph.calls import argument, called
+from lean_fx.graph.calls import argument, called, source_of
 from lean_fx.graph.facts import facts
-
-
-def source_of(node: Node) -> Node | None:
-    """The first argument, or ``input=``, if it is a value of the graph."""
-    source = argument(node, 0, "input")
-    return source if isinstance(source, Node) else None
 
 
 def is_flatten(node: Node, modules: Mapping[str, nn.Module]) -> bool:

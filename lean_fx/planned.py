@@ -90,7 +90,9 @@ def planned(
 
 def _check_not_exported(model: nn.Module) -> None:
     """Check that a graph is not one of torch.export, in which no layers are left to rebuild."""
-    for node in model.graph.nodes if isinstance(model, GraphModule) else ():
+    if not isinstance(model, GraphModule):
+        return
+    for node in model.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
             raise ArgumentError(
                 f"model={type(model).__name__} object calls operators ({node.target}), as graphs "
@@ -119,8 +121,9 @@ def _captured(
 
 def _warn_of_sizes(model: nn.Module, captured: GraphModule, inputs: tuple[Any, ...]) -> None:
     """Tell a user whose graph refuses sizes that the model takes."""
-    checks = any(node.target is check_branch for node in captured.graph.nodes)
-    for reason in refusing_modules(model, captured, inputs).values() if checks and inputs else ():
+    if not inputs or all(node.target is not check_branch for node in captured.graph.nodes):
+        return
+    for reason in refusing_modules(model, captured, inputs).values():
         warn(f"{reason}; form='module' takes what the model takes")
 
 

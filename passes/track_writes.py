@@ -99,9 +99,11 @@ def shared_storage(
 
     order = {node.name: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
+        if node.op == "output":
+            continue
         into = list((written or written_by)(node, modules))
         shared = into if _is_fresh(node, modules) else [*into, *node.all_input_nodes]
-        for other in shared if node.op != "output" else ():
+        for other in shared:
             first, second = sorted((home(node.name), home(other.name)), key=order.__getitem__)
             joined[second] = first
     return {node: home(node.name) for node in graph.nodes}

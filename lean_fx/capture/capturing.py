@@ -91,17 +91,17 @@ def capture(
         if not inputs or first_without_values(root):
             return captured
         reason = disagreement(root, captured, inputs)
-        for leaves in _parts_by_class(captured, root) if reason else ():
+        if not reason:
+            return captured
+        for leaves in _parts_by_class(captured, root):
             try:
                 other = _captured_with(root, inputs, leaves, purpose)
             except CaptureError:  # there is no layer elsewhere
                 continue
             if not disagreement(root, other, inputs):
                 return other
-        if reason:
-            name = type(root).__name__
-            raise CaptureError(f"{name}: a graph would not do what it does ({reason})")
-        return captured
+        name = type(root).__name__
+        raise CaptureError(f"{name}: a graph would not do what it does ({reason})")
 
 
 def _parts_by_class(captured: GraphModule, root: nn.Module) -> list[frozenset[str]]:

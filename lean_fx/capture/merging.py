@@ -107,7 +107,9 @@ def _check(blocks: Sequence[_Block]) -> None:
         if node.op == "call_module"
     )
     for block in blocks:
-        for node in () if block.shared else (*block.mine, *block.theirs):
+        if block.shared:
+            continue
+        for node in (*block.mine, *block.theirs):
             if node.op in ("placeholder", "output"):
                 raise CannotMerge(f"{node.name} is not alike in both")
             if node.op == "call_module" and called[node.target] > 1:
@@ -244,8 +246,9 @@ class _Merger:
                 node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
             else:
                 self.found[node] = value
-        for node in reversed(calls) if own else ():
-            self.graph.erase_node(node)
+        if own:
+            for node in reversed(calls):
+                self.graph.erase_node(node)
 
     def _attribute(self, path: str, before: Node) -> Node:
         """A parameter, buffer or module of the model as a value of the graph."""

@@ -106,7 +106,9 @@ def _chosen_rates(
     from lean_fx.experiment.rates import choose_rate
 
     chosen: dict[str, float] = {}
-    for name, model in models.items() if rates else ():
+    if not rates:
+        return chosen
+    for name, model in models.items():
         _say(f"choosing the learning rate of {name}")
         place = folder / f"{_slug(name)}-rates"
         chosen[name] = choose_rate(model, data, settings, rates, place, name)

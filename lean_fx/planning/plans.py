@@ -139,10 +139,10 @@ class Plan:
             captured: the model's graph, which shows the signs of values; None without one. It
                 stays as it is.
         """
-        for name in self.weights:
+        if self.weights:
             raise PlanError(
-                f"plan: form='module' keeps forward as it is, so {name!r} cannot become a layer; "
-                "make the plan anew with form='module'"
+                f"plan: form='module' keeps forward as it is, so {self.weights[0]!r} cannot become "
+                "a layer; make the plan anew with form='module'"
             )
         with rebuilding():
             proved: frozenset[str] = frozenset()

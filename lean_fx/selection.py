@@ -23,7 +23,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lean_fx.errors import ArgumentError
-from lean_fx.layers.kinds import first_weight, input_channels, kind_of
+from lean_fx.layers.kinds import first_weight, input_channels, known_kind_of
 from lean_fx.passes import Consumer, Site, facts
 from lean_fx.planning.options import Keep
 from lean_fx.planning.plans import Plan
@@ -119,8 +119,7 @@ def _macs(consumer: Consumer, node: Node, graph_module: GraphModule) -> int:
     """The multiply-adds with the input; a recurrent layer has others, which stay as they are."""
     layer = graph_module.get_submodule(consumer.layer)
     read = _numel(node.all_input_nodes[0])
-    kind = kind_of(layer)
-    assert kind is not None
+    kind = known_kind_of(layer)
     if kind.recurrent:
         return read // input_channels(layer) * consumer.weights
     return kind.macs(layer, read, _numel(node))

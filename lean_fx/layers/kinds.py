@@ -296,7 +296,8 @@ def base_type(layer: nn.Module) -> type[nn.Module]:
     return type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
 
 
-def _kind(layer: nn.Module) -> LayerKind:
+def known_kind_of(layer: nn.Module) -> LayerKind:
+    """The kind of a layer that is known to have one."""
     kind = kind_of(layer)
     assert kind is not None, type(layer)
     return kind
@@ -311,7 +312,7 @@ def input_channels(layer: nn.Module) -> int:
         >>> input_channels(nn.GRU(40, 64))
         40
     """
-    return _kind(layer).in_channels(layer)
+    return known_kind_of(layer).in_channels(layer)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -321,7 +322,7 @@ def groups_of(layer: nn.Module) -> int:
         >>> groups_of(nn.Conv2d(8, 8, 3, groups=4)), groups_of(nn.Linear(8, 8))
         (4, 1)
     """
-    return _kind(layer).groups(layer)
+    return known_kind_of(layer).groups(layer)
 
 
 def channel_axis(layer: nn.Module, shape: tuple[int, ...] | None = None) -> int:
@@ -337,7 +338,7 @@ def channel_axis(layer: nn.Module, shape: tuple[int, ...] | None = None) -> int:
         >>> channel_axis(nn.Linear(20, 10), (5, 20))
         -1
     """
-    dim = _kind(layer).channel_dim(layer)
+    dim = known_kind_of(layer).channel_dim(layer)
     if dim >= -1:
         return dim
     if shape is not None:

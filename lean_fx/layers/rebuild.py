@@ -35,6 +35,7 @@ from lean_fx.layers.kinds import (
     input_channels,
     input_weights,
     kind_of,
+    known_kind_of,
 )
 from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.strided import with_safe_backward
@@ -155,8 +156,7 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
         raise PassError(f"rebuild: {reason}")
     if parametrize.is_parametrized(layer):
         return _rebuild_normed(layer, in_channels, gain)
-    kind = kind_of(layer)
-    assert kind is not None
+    kind = known_kind_of(layer)
     exact = type(layer) is kind.layer_type
     copied = kind.rebuild is None or not exact
     made = _narrow_copy(layer, in_channels) if copied else _renewed(layer, kind, in_channels)

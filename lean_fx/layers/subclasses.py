@@ -31,7 +31,7 @@ from lean_fx.layers.kinds import (
     groups_of,
     input_channels,
     input_weights,
-    kind_of,
+    known_kind_of,
 )
 
 #: What the test of each layer said; a layer is tested once.
@@ -52,9 +52,7 @@ def narrowed(layer: Any, in_channels: int) -> Any:
             )
         parts = [part.narrow(axis, 0, in_channels // groups) for part in old.chunk(split, axis)]
         setattr(made, name, nn.Parameter(torch.cat(parts, axis).clone(), weight.requires_grad))
-    kind = kind_of(layer)
-    assert kind is not None
-    setattr(made, kind.width, in_channels)
+    setattr(made, known_kind_of(layer).width, in_channels)
     return made
 
 

@@ -43,6 +43,7 @@ from lean_fx.layers.kinds import (
     input_channels,
     input_weights,
     kind_of,
+    known_kind_of,
 )
 from lean_fx.model_checks import check_values
 from lean_fx.passes.find_consumers import NO_PART_REDUCED, skip_reason_of
@@ -150,11 +151,10 @@ def _record(
     options: Options,
     model: str,
 ) -> Record:
-    kind, groups = kind_of(layer), groups_of(layer)
-    assert kind is not None
+    groups = groups_of(layer)
     read = ChannelRead(
         "",
-        kind.channel_dim(layer),
+        known_kind_of(layer).channel_dim(layer),
         input_channels(layer) // groups,
         groups=groups,
         intermediate=not seen.is_input,

@@ -89,13 +89,13 @@ class InsertReductions(Pass):
         """Every site that is not there yet must fit the graph."""
         nodes = {node.name: node for node in graph_module.graph.nodes}
         modules = modules_by_name(graph_module)
-        for site in self._open(graph_module):
+        for site in self._missing(graph_module):
             for consumer in site.consumers:
                 _check(consumer, site, nodes, modules)
 
     def run(self, graph_module: GraphModule) -> bool:
         """Insert the reductions and rebuild the layers, site by site."""
-        todo = self._open(graph_module)
+        todo = self._missing(graph_module)
         nodes = {node.name: node for node in graph_module.graph.nodes}
         made = []  # all before the graph is changed
         for site in todo:
@@ -111,11 +111,12 @@ class InsertReductions(Pass):
 
     def ensures(self, graph_module: GraphModule) -> None:
         """Every site is there."""
-        missing = [site.value for site in self._open(graph_module)]
+        missing = [site.value for site in self._missing(graph_module)]
         if missing:
             raise PassError(f"InsertReductions: no reduction of {', '.join(missing)}")
 
-    def _open(self, graph_module: GraphModule) -> list[Site]:
+    def _missing(self, graph_module: GraphModule) -> list[Site]:
+        """The sites whose reduction is not there yet (rule 4)."""
         nodes = {node.name: node for node in graph_module.graph.nodes}
         modules = modules_by_name(graph_module)
         return [

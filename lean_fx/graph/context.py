@@ -55,18 +55,18 @@ class GraphContext:
         position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
         writes: dict[str, list[int]] = {}
         for node, place in position.items():
-            own = False
+            has_weights = False
             if node.op == "get_attr":
                 value = attribute_of(graph_module, str(node.target))
-                own = isinstance(value, nn.Parameter)
-                if own and not all(map(_asks, node.users)):
+                has_weights = isinstance(value, nn.Parameter)
+                if has_weights and not all(map(_asks, node.users)):
                     owners[id(value)].append(f"read by {node.name}")
             elif node.op == "call_module":
                 module = modules[str(node.target)]
                 calls[id(module)] += 1
-                weighted = next(module.parameters(), None) is not None
-                own = weighted and not isinstance(module, _NORMS)
-            if own or any(source in after_weights for source in node.all_input_nodes):
+                has_parameters = next(module.parameters(), None) is not None
+                has_weights = has_parameters and not isinstance(module, _NORMS)
+            if has_weights or any(source in after_weights for source in node.all_input_nodes):
                 after_weights.add(node)
             if facts(node).writes:
                 writes.setdefault(facts(node).storage, []).append(place)

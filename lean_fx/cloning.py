@@ -143,7 +143,7 @@ def _rebound_cell(cell: CellType, inner: Callable[[Any], Any]) -> CellType:
 
 def _with_cells(function: FunctionType, cells: tuple[CellType, ...]) -> FunctionType:
     made = FunctionType(
-        *(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
     )
     made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
     made.__dict__.update(function.__dict__)

@@ -139,11 +139,9 @@ def _draw_box(ax: Any, number: int, box: Box) -> None:
 def _draw_arrow(ax: Any, source: int, target: int) -> None:
     """A short arrow to the next box; an arc beside the boxes to one further down."""
     if target == source + 1:
-        start, end, curve = (
-            (_WIDTH / 2, -_STEP * source - _HEIGHT),
-            (_WIDTH / 2, -_STEP * target),
-            0.0,
-        )
+        start = (_WIDTH / 2, -_STEP * source - _HEIGHT)
+        end = (_WIDTH / 2, -_STEP * target)
+        curve = 0.0
     else:
         start = (_WIDTH, -_STEP * source - _HEIGHT / 2)
         end = (_WIDTH, -_STEP * target - _HEIGHT / 2)

@@ -41,7 +41,7 @@ def check_int(subject: str, value: Any, least: int | None = None, most: int | No
 
 
 def check_not_negative(subject: str, value: Any) -> None:
-    """Check that a value is a finite number of 0 or more, and no bool.
+    """Check that a value is a finite number of 0 or more, and not a bool.
 
     Raises:
         ArgumentError: it is not.
@@ -64,7 +64,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_positive(subject: str, value: Any, remedy: str) -> None:
-    """Check that a value is a finite number above 0, and no bool.
+    """Check that a value is a finite number above 0, and not a bool.
 
     Raises:
         ArgumentError: it is not.

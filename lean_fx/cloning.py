@@ -79,7 +79,7 @@ def clone(model: nn.Module) -> nn.Module:
 
 
 def rebind_functions(copied: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Let the functions that the modules of a deep copy hold close over copies (rule 5).
+    """Make the functions that a copied model holds close over the copies (rule 5).
 
     Args:
         copied: what ``copy.deepcopy`` has made; changed in place.

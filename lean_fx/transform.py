@@ -210,7 +210,7 @@ def _applied(made: Plan, model: nn.Module, captured: GraphModule | None) -> nn.M
 
 
 def _own_methods(model: nn.Module) -> list[str]:
-    """The public methods that a model's classes add to torch's, but those that forward uses."""
+    """The public methods that a model's classes add to torch's, except those that forward uses."""
     methods: dict[str, Any] = {}
     for kind in type(model).__mro__:
         if package_of(kind) != "torch":

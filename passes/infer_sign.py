@@ -13,7 +13,7 @@ Values are taken to be real and floating, as everything is that a reduction read
    window may lie in the padding alone and give minus infinity.
 3. Sums, products and minima of non-negative values and numbers are non-negative. So is a quotient
    by a positive number, but not one by a value: 1 / -0.0 is minus infinity. A product of a value
-   with itself is non-negative, and so is a maximum of which one operand is.
+   with itself is non-negative, and so is a maximum if one operand is.
 4. An RNN of ReLUs gives values and hidden states that are never negative; packing and padding
    with 0 or more keep what their input is.
 5. A concatenation or stack is if all its parts are.

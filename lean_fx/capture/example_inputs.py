@@ -71,7 +71,7 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> tuple[Any,
 def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters that take example inputs, in order: those taken by name only are the last.
 
-    With ``*args`` there is no place behind, and these are left out.
+    If forward has ``*args``, nothing can come behind it, and these are left out.
 
     Example:
         >>> [each.name for each in parameters_of(lambda x, *, scale=1.0: x)]

@@ -111,7 +111,7 @@ def refusing_functions(
 def _refusing(
     function: Callable[..., Any], effect: str, refuses: Callable[[], bool]
 ) -> Callable[..., Any]:
-    """A function that raises, while it is to be refused, instead of calling the given one."""
+    """A function as it is given, except that it raises while ``refuses`` is true."""
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:

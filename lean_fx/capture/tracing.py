@@ -247,8 +247,8 @@ class LeanTracer(AskedTracer):
     ) -> Any:
         """Make a node for a leaf; trace into any other module.
 
-        That includes a module that the model's forward has made itself, of no parameters or the
-        model's own.
+        That includes a module that forward itself has made, without parameters or with those of the
+        model.
         """
         if self._is_other_thread():
             return forward(*args, **kwargs)

@@ -96,6 +96,6 @@ def batches(
         # The sampler gives whole batches: one indexing each, not batch_size of them.
         sampler=ShuffledBatches(len(data.train_y), batch_size, seed),
         batch_size=None,
-        # Its own, or each new iterator would draw one of the numbers that dropout is to get.
+        # A generator of its own: each new iterator draws a number, which dropout would then miss.
         generator=torch.Generator(),
     )

@@ -150,7 +150,7 @@ class Space:
 
     @property
     def choices(self) -> dict[str, tuple[Any, ...]]:
-        """What is to be chosen for a configuration, by the names of its fields and options."""
+        """The choices for a configuration, by the names of its fields and options."""
         fields = {
             "arm": self.arms,
             "channels": self.channels,

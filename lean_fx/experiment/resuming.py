@@ -37,7 +37,7 @@ def read_checkpoint(last: Path, made_with: Mapping[str, Any], model: nn.Module) 
         last: the file.
         made_with: what this training is made with; further keys of the checkpoint are not
             compared.
-        model: whose weights are to fit.
+        model: its weights must have the shapes of those in the checkpoint.
 
     Raises:
         ArgumentError: it was made otherwise, or of another model.

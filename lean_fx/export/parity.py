@@ -178,7 +178,7 @@ def rounding_error(program: Any, inputs: tuple[Tensor, ...]) -> float:
 
     Returns:
         The greatest :func:`difference` from the outputs in float64, of three runs in which every
-        value is moved by one unit in the last place by chance (the same chance at every call).
+        value is moved by one unit in the last place at random (the same way at every call).
         0 where that is not known: the graph cannot run in float64, or gives no finite numbers.
     """
     try:

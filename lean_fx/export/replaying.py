@@ -92,7 +92,7 @@ class _InFloat64(_Replay):
 
 
 class _Moved(_Replay):
-    """Every floating-point value moved by one unit in the last place, up or down by chance."""
+    """Every floating-point value moved by one unit in the last place, up or down at random."""
 
     def __init__(self, module: torch.fx.GraphModule, seed: int) -> None:
         super().__init__(module)

@@ -153,7 +153,7 @@ def keep_hooks(captured: GraphModule, root: nn.Module) -> None:
 
 
 def keep_layers(captured: GraphModule, root: nn.Module) -> None:
-    """Keep each layer of which forward reads a parameter; torch.fx would keep only the latter."""
+    """Keep each layer whose parameter forward reads; torch.fx would keep only the parameter."""
     modules = modules_by_name(root)
     for node in captured.graph.nodes:
         owner = str(node.target).rpartition(".")[0]

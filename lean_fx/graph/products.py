@@ -120,7 +120,7 @@ def _sums_shared_axis(given: list[Any]) -> bool:
 
 
 def find_weight(node: Node, source_parameters: Mapping[Node, tuple[str, ...]]) -> Node | None:
-    """The weight that a call multiplies with something that is no weight, or None."""
+    """The weight that a call multiplies with something else, or None."""
     given = [
         each for each in operands(node.target, node.args, node.kwargs) if isinstance(each, Node)
     ]

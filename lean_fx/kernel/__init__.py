@@ -38,7 +38,7 @@ def onnx_kernel() -> str:
 
 
 def uses_kernel(wanted: bool | None) -> bool:
-    """Whether LEAN nodes are to run by the kernel.
+    """Whether the kernel computes LEAN nodes.
 
     Args:
         wanted: True or False; None is True where the kernel is built.

@@ -89,7 +89,7 @@ def _passes(layer: Any) -> bool:
 
 
 def scale_like(made: nn.Module, layer: nn.Module, gain: float) -> None:
-    """Bring a rebuilt layer to the output scale of the old one if scaling its weight has not.
+    """Give a rebuilt layer the output scale of the old one, where scaling its weight did not.
 
     A layer that standardises its weight has a fixed output scale. If another parameter scales the
     output, it is multiplied by the difference.

@@ -31,7 +31,7 @@ class Totals:
         )
 
     def exit(self) -> None:
-        """Nothing is to be closed."""
+        """Do nothing: there is nothing to close."""
 
 
 def make_tracker(country: str, interval_s: float, totals: Totals) -> Any:

@@ -77,7 +77,7 @@ class ProductUses(Watch):
         return result
 
     def _check(self, called: str, given: list[Any]) -> None:
-        """Record a product of a weight with something that is no weight."""
+        """Record a product of a weight with something else."""
         weights = [each for each in given if self._source_parameters.get(each)]
         if not 0 < len(weights) < len(given) or not self._running or self._is_known():
             return

@@ -13,10 +13,10 @@ from lean_fx.reduction.lean import LeanReduction
 def compile_reductions(model: nn.Module, **options: Any) -> nn.Module:
     """Let torch.compile make a kernel of each LEAN reduction, forward and backward.
 
-    Eager PyTorch runs the formulas of :mod:`lean_fx.reduction.functional` as one pass over memory
-    each; a compiler fuses them. The first call takes seconds for every reduction, and again for a
-    new size; then the values are the eager ones, to rounding. A model that ``torch.compile`` takes
-    as a whole needs no more than that.
+    In eager PyTorch each formula of :mod:`lean_fx.reduction.functional` is a pass over memory; a
+    compiler fuses them. The first call takes seconds for every reduction, and again for a new size.
+    The values equal the eager ones up to rounding. If ``torch.compile`` takes the whole model, this
+    function is not needed.
 
     Args:
         model: with one LeanReduction or more. They are compiled in place, as by

@@ -223,7 +223,7 @@ def _reduced(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     seed = seed.to(wide.dtype)
     closed = walk.normalize == "column" and walk.iterations == 1 and seed.dim() == 1
     eager, compiled = _runs_eagerly(x), torch.compiler.is_dynamo_compiling()
-    # An exported program is to run where there is no lean_fx.
+    # An exported program must run where lean_fx is not installed.
     called = not torch.compiler.is_exporting() if compiled else eager and not _is_watched()
     if closed and called and takes(wide):
         out = compiled_walk(wide, seed, axis, walk)
@@ -246,12 +246,12 @@ def _runs_eagerly(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0  # the gradients by hand are those of backward alone
+        and forward_ad._current_level < 0  # the hand-written gradients are for backward only
     )
 
 
 def _is_watched() -> bool:
-    """Whether something sees every operation of torch, such as a counter: it is to see them all."""
+    """Whether a mode, such as a counter, is on: it must see every operation of torch."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

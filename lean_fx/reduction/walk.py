@@ -156,7 +156,7 @@ class _BlockedWalk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seed, y_all, d_all, s_all, t_all, u_all = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this gradient is to be differentiated itself
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
             out = reference_walk(x.flatten(1, 2), seed, 1, ctx.walk).unsqueeze(2)
             return *gradient_with_a_graph(out, (x, seed), grad, ctx.needs_input_grad), None
         grad_x = torch.empty_like(x)
@@ -215,7 +215,7 @@ def _through_absolute_sums(block: Tensor, gd: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, nonnegative: bool) -> list[tuple[slice, ...]]:
-    """Slices of N, or of P where there is no more than one of N; all at once off the CPU."""
+    """Slices of N, or of P if N is 1; a single slice for everything if not on the CPU."""
     count, preserved, reducible, positions = x.shape
     axis, length, others = (0, count, positions) if count > 1 else (3, positions, count)
     each = others * preserved * (reducible if nonnegative else reducible + preserved)

@@ -87,28 +87,28 @@ class FindConsumers(Pass):
         """Go through the graph once, then through the layers that are called more than once."""
         graph = GraphContext.of(graph_module)
         several: dict[int, list[Facts]] = {}
-        own = {product.node: name for name, product in weights_of_products(graph_module).items()}
+        products = weights_of_products(graph_module)
+        weights = {product.node: name for name, product in products.items()}
         for node in graph_module.graph.nodes:
             known = facts(node)
             known.read, known.skip_reason, known.splits = None, None, False
-            known.weight = own.get(node, "")
+            known.weight = weights.get(node, "")
             if node.op != "call_module":
                 if not known.weight:
                     known.weight, known.skip_reason = _check_product(node, graph)
-            else:
-                layer = graph.modules[str(node.target)]
-                known.skip_reason = skip_reason_of(layer, graph.owners)
-                count = graph.calls[id(layer)]
-                kind = kind_of(layer)
-                if not known.skip_reason and kind is not None:
-                    known.read, known.skip_reason = _channels_read(node, layer, kind, graph)
-                    if count > 1:
-                        several.setdefault(id(layer), []).append(known)
-                elif not known.skip_reason and split_attention.can_split(layer):
-                    known.splits = count == 1
-                    known.skip_reason = NO_PART_REDUCED
-                    if count > 1:
-                        known.skip_reason = called_repeatedly(count)
+                continue
+            layer = graph.modules[str(node.target)]
+            known.skip_reason = skip_reason_of(layer, graph.owners)
+            if known.skip_reason:
+                continue
+            kind, count = kind_of(layer), graph.calls[id(layer)]
+            if kind is not None:
+                known.read, known.skip_reason = _channels_read(node, layer, kind, graph)
+                if count > 1:
+                    several.setdefault(id(layer), []).append(known)
+            elif split_attention.can_split(layer):
+                known.splits = count == 1
+                known.skip_reason = NO_PART_REDUCED if count == 1 else called_repeatedly(count)
         for calls in several.values():
             _refuse_unlike_calls(calls)
         return False

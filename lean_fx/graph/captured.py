@@ -79,7 +79,8 @@ its graph; set it on the model, and capture that again
             raise missing(part, name, error) from None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        constants = {name: each for name, each in self._buffers.items() if _is_constant(name)}
+        buffers = self._buffers.items()
+        constants = {name: each for name, each in buffers if name.startswith("_tensor_constant")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in constants.items():
             after = self._buffers[name]
@@ -105,10 +106,6 @@ its graph; set it on the model, and capture that again
             if module._non_persistent_buffers_set
         }
         return _restored, (super().__reduce__(), unsaved, _order(self))
-
-
-def _is_constant(name: str) -> bool:
-    return name.startswith("_tensor_constant")
 
 
 def _restored(reduced: tuple[Any, ...], unsaved: dict[str, list[str]], order: _Order) -> nn.Module:

@@ -63,14 +63,16 @@ def why_not_rebuilt(layer: nn.Module) -> SkipReason | None:
         name = type(layer).__name__
         return SkipReason("unsupported_layer", f"{name} is not a layer that can be rebuilt")
     if not parametrize.is_parametrized(layer):
-        strange = [name for name in _held(layer) if not _WEIGHTS.fullmatch(name)]
+        held = (*layer._parameters, *layer._buffers, *layer._modules)
+        strange = [name for name in held if not _WEIGHTS.fullmatch(name)]
         if strange and base_type(layer) is kind.layer_type and not kind.registered:
             text = f"it holds {strange[0]}, which a rebuilt layer would lose"
             return SkipReason("unsupported_layer", text)
         if not input_weights(layer):
             return SkipReason("weight_computed", "its weight is not a parameter")
     else:
-        known = all(len(each) == 1 and type(each[0]) in _NORMS for each in _parametrized(layer))
+        lists: Any = layer.parametrizations
+        known = all(len(each) == 1 and type(each[0]) in _NORMS for each in lists.values())
         simple = not kind.recurrent and not kind.registered
         if not known or not parametrize.is_parametrized(layer, "weight") or not simple:
             return SkipReason("parametrized", "its weight is parametrized")
@@ -81,14 +83,6 @@ def why_not_rebuilt(layer: nn.Module) -> SkipReason | None:
             text = f"{own} is a subclass of {kind.layer_type.__name__} and may mean more"
             return SkipReason("unsupported_layer", text)
     return None
-
-
-def _held(layer: nn.Module) -> list[str]:
-    return [*layer._parameters, *layer._buffers, *layer._modules]
-
-
-def _parametrized(layer: Any) -> list[Any]:
-    return list(layer.parametrizations.values())
 
 
 def _rebuild_normed(layer: Any, in_channels: int, gain: float) -> nn.Module:

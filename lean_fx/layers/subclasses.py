@@ -78,14 +78,12 @@ def is_channel_linear(layer: nn.Module) -> bool:
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.manual_seed(0)
-                _TESTED[layer] = _passes(_plain(layer))
+                copied = _plain(layer)
+                modes = (copied.train(mode) for mode in (True, False))
+                _TESTED[layer] = all(_same(each) or _affine(each) for each in modes)
         except Exception:  # its forward may raise anything on fewer channels
             _TESTED[layer] = False
     return _TESTED[layer]
-
-
-def _passes(layer: Any) -> bool:
-    return all(_same(layer.train(mode)) or _affine(layer) for mode in (True, False))
 
 
 def scale_like(made: nn.Module, layer: nn.Module, gain: float) -> None:

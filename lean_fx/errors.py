@@ -155,12 +155,12 @@ def require(module: str, *, extra: str = "", purpose: str) -> ModuleType:
         lean_fx.errors.MissingDependencyError: no_such_thing is not installed and training needs \
 it; run: pip install "lean_fx[examples]"
     """
-    if module.partition(".")[0] == "onnxruntime":
+    package = module.partition(".")[0]
+    if package == "onnxruntime":
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
             raise
         wanted = f'"lean_fx[{extra}]"' if extra else package

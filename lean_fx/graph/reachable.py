@@ -51,14 +51,14 @@ class Reachable:
         held: the values, by path.
         versions: the versions of values that can change in place, by path (:func:`version_of`).
         holders: the dicts, lists and sets that hold the values, each with a copy.
-        contents: functions that restore values outside the module that can change in place.
+        backups: functions that restore values outside the module that can change in place.
     """
 
     module: nn.Module
     held: dict[str, Any]
     versions: dict[str, Any]
     holders: list[tuple[Any, Any]]
-    contents: list[Callable[[], Any]]
+    backups: list[Callable[[], Any]]
 
     @classmethod
     def of(cls, module: nn.Module, backup: bool = False) -> Reachable:
@@ -77,7 +77,7 @@ class Reachable:
                 assign(before)
         for holder, contents in self.holders:
             refill(holder, contents)
-        for put_back in self.contents:
+        for put_back in self.backups:
             put_back()
 
 

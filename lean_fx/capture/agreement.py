@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lean_fx.capture.example_inputs import call, copied_inputs
-from lean_fx.capture.fed_by_hooks import is_users
+from lean_fx.capture.fed_by_hooks import is_users_hook
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
 from lean_fx.errors import BranchError
@@ -118,8 +118,9 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     """Remove the user's hooks, which may count or print."""
     for each in module.modules():
         for hooks in CALL_HOOKS:
-            kept = {key: hook for key, hook in getattr(each, hooks).items() if not is_users(hook)}
-            setattr(each, hooks, OrderedDict(kept))
+            every = getattr(each, hooks).items()
+            kept = OrderedDict((key, hook) for key, hook in every if not is_users_hook(hook))
+            setattr(each, hooks, kept)
     return module
 
 

@@ -87,11 +87,13 @@ def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def call(module: nn.Module, inputs: Sequence[Any]) -> Any:
     """Call a module on inputs as :func:`as_inputs` gives them."""
-    args, kwargs = as_called(module, inputs)
+    args, kwargs = call_arguments(module, inputs)
     return module(*args, **kwargs)
 
 
-def as_called(module: nn.Module, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(
+    module: nn.Module, inputs: Sequence[Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call on inputs as :func:`as_inputs` gives them."""
     more: dict[str, Any] = {}
     if inputs and isinstance(inputs[-1], Keywords):

@@ -39,14 +39,14 @@ def fed_by_hooks(root: nn.Module) -> set[str]:
 def _hooks(root: nn.Module) -> Iterator[Any]:
     for module in root.modules():
         for hooks in CALL_HOOKS:
-            yield from (each for each in getattr(module, hooks).values() if is_users(each))
+            yield from (each for each in getattr(module, hooks).values() if is_users_hook(each))
 
 
-def is_users(hook: Any) -> bool:
+def is_users_hook(hook: Any) -> bool:
     """Whether a hook is the user's, that is, neither torch's nor this package's.
 
     Example:
-        >>> is_users(nn.init.zeros_), is_users(print)
+        >>> is_users_hook(nn.init.zeros_), is_users_hook(print)
         (False, True)
     """
     return is_users_code(getattr(hook, "__module__", None) or type(hook).__module__)

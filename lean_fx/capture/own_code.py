@@ -71,7 +71,7 @@ def lost_in_a_graph(module: nn.Module, purpose: Purpose = "graph", *, is_part: b
         >>> lost_in_a_graph(frozen), lost_in_a_graph(nn.BatchNorm2d(4))
         ('has a train of its own, which a graph has not', '')
     """
-    if own := _own_method(module, purpose, is_part):
+    if own := _lost_override(module, purpose, is_part):
         return f"has a {own} of its own, which a graph has not"
     code = code_of_forward(module)
     if any(map(_asks_for_classes, code)):
@@ -95,7 +95,7 @@ def own_loading(module: nn.Module) -> str:
         >>> own_loading(nn.Linear(4, 2))
         ''
     """
-    return next((name for name in _LOADING if _own(module, name)), "")
+    return next((name for name in _LOADING if _override(module, name)), "")
 
 
 def own_call(module: nn.Module) -> str:
@@ -107,22 +107,22 @@ def own_call(module: nn.Module) -> str:
     """
     if "forward" in vars(module):
         return "has a forward set on the object"
-    return OWN_CALL if _own(module, "__call__") else ""
+    return OWN_CALL if _override(module, "__call__") else ""
 
 
-def _own_method(module: nn.Module, purpose: Purpose, is_part: bool) -> str:
+def _lost_override(module: nn.Module, purpose: Purpose, is_part: bool) -> str:
     """The name of an overridden method that a graph would lose; empty if there is none.
 
     With the purpose "facts" only a change of the mode counts.
     """
     if purpose == "facts":
-        own = ((name, _own(module, name)) for name in _MODES)
+        own = ((name, _override(module, name)) for name in _MODES)
         return next((name for name, method in own if method and _changes_attributes(method)), "")
     for name in (_MOVING,) if purpose == "evaluation" else (*_MODES, _MOVING):
-        method = _own(module, name)
+        method = _override(module, name)
         if method and (name in vars(module) or not _only_calls_torch(method, name, module)):
             return name
-    own_state = next((name for name in _STATE if _own(module, name)), "")
+    own_state = next((name for name in _STATE if _override(module, name)), "")
     return own_state or (own_loading(module) if is_part and purpose == "graph" else "")
 
 
@@ -209,7 +209,7 @@ def _has_numbers(value: Any, named: set[str]) -> bool:
     return any(name in named and type(each) in NUMBERS for name, each in fields_of(value))
 
 
-def _own(module: nn.Module, name: str) -> Callable[..., Any] | None:
+def _override(module: nn.Module, name: str) -> Callable[..., Any] | None:
     """A method that is not torch's, of the object or its class; None if torch's runs."""
     if name in vars(module):
         found: Callable[..., Any] = vars(module)[name]

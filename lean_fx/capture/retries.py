@@ -142,7 +142,7 @@ def _trace_with_leaves(
         return copied, LeanTracer(leaves).trace(copied, absent_arguments(root, inputs))
     except Exception:  # the model's own code may raise anything on proxies
         copied, graph, needed = _trace_adding_leaves(root, inputs, leaves)
-    if needed > leaves and not _layers_called(copied, graph):
+    if needed > leaves and not _calls_a_layer(copied, graph):
         names = ", ".join(sorted(needed - leaves))
         raise TraceError(f"{names} cannot be traced, and no layer is elsewhere")
     return _retrace_without_refusals(root, inputs, copied, graph, needed)
@@ -186,7 +186,7 @@ def _retrace_without_refusals(
         if refusing <= leaves:
             break
         other, parts, leaves = _trace_adding_leaves(root, inputs, leaves | refusing)
-        if not _layers_called(other, parts):
+        if not _calls_a_layer(other, parts):
             break
         copied, graph = other, parts
     return copied, graph
@@ -217,5 +217,5 @@ def _is_wrapped(function: Any) -> bool:
     return users and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
 
 
-def _layers_called(root: nn.Module, graph: Graph) -> bool:
+def _calls_a_layer(root: nn.Module, graph: Graph) -> bool:
     return any(kind_of(root.get_submodule(name)) for name in called_modules(graph))

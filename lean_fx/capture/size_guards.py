@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from lean_fx.capture.example_inputs import as_called, copied_inputs
+from lean_fx.capture.example_inputs import call_arguments, copied_inputs
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.errors import BranchError
@@ -114,14 +114,16 @@ def _larger(value: Any, axes: Sequence[int], more: int) -> Any:
 def _run_real(module: nn.Module, inputs: Sequence[Any]) -> None:
     with leaving_state(module), keeping_rng_state():
         without_gradients(
-            lambda: run_on(module, torch.clone, *as_called(module, copied_inputs(inputs)))
+            lambda: run_on(module, torch.clone, *call_arguments(module, copied_inputs(inputs)))
         )
 
 
 def _run(module: nn.Module, inputs: Sequence[Any]) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    given = [fake_of(each, mode) if isinstance(each, Tensor) else each for each in inputs]
+
+    def fake(tensor: Tensor) -> Tensor:
+        return fake_of(tensor, mode)
+
+    given = [fake(each) if isinstance(each, Tensor) else each for each in inputs]
     with mode, fake_errors_unlogged():
-        without_gradients(
-            lambda: run_on(module, lambda tensor: fake_of(tensor, mode), *as_called(module, given))
-        )
+        without_gradients(lambda: run_on(module, fake, *call_arguments(module, given)))

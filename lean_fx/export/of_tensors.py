@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lean_fx.capture.example_inputs import as_called, call
+from lean_fx.capture.example_inputs import call, call_arguments
 
 
 class OfTensors(nn.Module):
@@ -48,7 +48,7 @@ class OfTensors(nn.Module):
 def of_tensors(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
     """A model that takes only tensors, by position, and these; the model itself if it does so."""
     found = tuple(tensors_in(inputs))
-    named = as_called(model, inputs)[1]
+    named = call_arguments(model, inputs)[1]
     plain = len(found) == len(inputs) and all(map(_is_tensor, inputs)) and not named
     return (model, inputs) if plain or not found else (OfTensors(model, inputs), found)
 

@@ -47,7 +47,7 @@ class Arm:
         channels: C' as :func:`lean_fx.leanify` takes it; a tuple is one number for each layer
             behind the first.
         control: ``"narrow"`` or ``"bottleneck"``, of as many parameters as the literal LEAN net,
-            or ``"as_fast"``, of the latency of the ``lean_gated`` net.
+            or ``"as_fast"``, of the latency of the ``lean_damped`` net.
         rates: learning rates to try.
     """
 
@@ -175,8 +175,8 @@ class Net:
         make: makes it with all widths times a factor, for pictures of so many pixels.
         channels: C' of the LEAN nets that the controls are as large or as fast as.
         skip: layers that are left alone.
-        as_fast: the factor at which it is as fast as the ``lean_gated`` net, by
-            ``evidence.py --as-fast`` on one machine; others differ a little.
+        as_fast: the factor at which it is as fast as the ``lean_damped`` net, by
+            ``evidence.py --as-fast`` on an Intel Xeon with AVX-512; other machines differ.
         controls: makes of a control a net of about so many parameters; ``"narrow"`` is the net
             of the nearest factor unless it stands here.
     """
@@ -197,12 +197,14 @@ NETS = {
     "paper": Net(
         lambda factor, pixels: PaperNet(scaled_widths(PAPER_WIDTHS, factor), image_size=pixels),
         channels=10,
+        as_fast=0.5098,
         controls={"narrow": _narrow_paper},
     ),
     "resnet": Net(
         lambda factor, _: narrow_resnet(factor),
         channels=0.25,
         skip=RESNET_SKIP,
+        as_fast=0.5078,
         controls={
             "bottleneck": lambda budget, _: nearest_net(budget, lambda part: ResNet(inner=part))
         },
@@ -211,6 +213,7 @@ NETS = {
         lambda factor, _: narrow_densenet(factor),
         channels=0.25,
         skip=DENSENET_SKIP,
+        as_fast=0.5166,
         controls={
             "narrow": lambda budget, _: nearest_densenet(budget),
             "bottleneck": lambda budget, _: nearest_net(
@@ -218,11 +221,12 @@ NETS = {
             ),
         },
     ),
-    "vgg": Net(lambda factor, _: Vgg(factor), channels=0.25, skip=VGG_SKIP),
+    "vgg": Net(lambda factor, _: Vgg(factor), channels=0.25, skip=VGG_SKIP, as_fast=0.625),
     "mixer": Net(
         lambda factor, pixels: Mixer(pixels, max(1, round(64 * factor))),
         channels=0.25,
         skip=MIXER_SKIP,
+        as_fast=0.9688,
     ),
 }
 

@@ -55,7 +55,7 @@ def time_nets(parts: Sequence[Part], folder: Path, rounds: int = 30) -> None:
 
 
 def as_fast_factors(parts: Sequence[Part]) -> dict[str, float]:
-    """The width of each net at which it is as fast as its ``lean_gated`` net, by bisection.
+    """The width of each net at which it is as fast as its ``lean_damped`` net, by bisection.
 
     Let nothing else run meanwhile.
 
@@ -69,7 +69,7 @@ def as_fast_factors(parts: Sequence[Part]) -> dict[str, float]:
     for part in parts:
         torch.manual_seed(0)
         example, net = torch.randn(2, 3, part.pixels, part.pixels), NETS[part.net]
-        of = make_net(part, Arm("lean_gated", "lean_gated", net.channels), example).eval()
+        of = make_net(part, Arm("lean_damped", "lean_damped", net.channels), example).eval()
         factors: dict[int, float] = {}  # by count of parameters
 
         def make(

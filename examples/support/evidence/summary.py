@@ -19,7 +19,7 @@ from support.evidence.runs import chosen_rate, read_results, score
 from support.script import command_line
 
 _CONTROLS = ("slice", "mean", "grouped_sum", "projection", "narrow", "bottleneck")
-_NARROWER = {"narrow": "the narrower net", "as_fast": "the narrower net as fast as lean_gated"}
+_NARROWER = {"narrow": "the narrower net", "as_fast": "the narrower net as fast as lean_damped"}
 
 
 def report(folder: Path, out: str | Path, commit: str = "") -> str:

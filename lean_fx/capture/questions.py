@@ -33,7 +33,7 @@ def asked_by_model(depth: int) -> bool:
     Args:
         depth: how many frames the call is above the caller of this function.
     """
-    return is_users_code(sys._getframe(depth + 1).f_globals.get("__name__"))
+    return is_users_code(str(sys._getframe(depth + 1).f_globals.get("__name__")))
 
 
 class AskedTracer(Tracer):
@@ -83,7 +83,7 @@ class AskedTracer(Tracer):
         package would keep the proxy, and hand it to the model later.
         """
         home = frame.f_globals
-        return not is_users_code(home.get("__name__")) or id(home) in self.homes
+        return not is_users_code(str(home.get("__name__"))) or id(home) in self.homes
 
 
 def answering(tracer: AskedTracer, homes: Iterable[dict[str, Any]]) -> list[Patch]:

@@ -213,7 +213,7 @@ def _is_wrapped(function: Any) -> bool:
         False
     """
     name, module = getattr(function, "__name__", ""), getattr(function, "__globals__", {})
-    users = is_users_code(module.get("__name__"))
+    users = is_users_code(str(module.get("__name__")))
     return users and (id(module), name) in _symbolic_trace._wrapped_fns_to_patch
 
 

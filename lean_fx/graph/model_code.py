@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -134,14 +134,15 @@ def package_of(named: Any) -> str:
     return str(named.__module__).partition(".")[0]
 
 
-def is_users_code(module: object) -> bool:
+@cache  # torch asks for the type of a value some hundred times in a trace
+def is_users_code(module: str) -> bool:
     """Whether the code in a Python module is the user's, and neither torch's nor lean_fx's.
 
     Args:
-        module: its ``__name__``; anything else counts as the user's.
+        module: its ``__name__``.
 
     Example:
-        >>> is_users_code("my_nets.blocks"), is_users_code("torch.nn"), is_users_code(None)
-        (True, False, True)
+        >>> is_users_code("my_nets.blocks"), is_users_code("torch.nn")
+        (True, False)
     """
-    return str(module).partition(".")[0] not in ("torch", "lean_fx")
+    return module.partition(".")[0] not in ("torch", "lean_fx")

@@ -1,7 +1,9 @@
 """The models that a study compares: sites, narrower nets, layers factored."""
 
+import math
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -81,21 +83,56 @@ def test_the_narrower_net_is_the_nearest_of_all_widths(by):
     assert abs(count(found) - budget) <= abs(count(nearest) - budget)
 
 
-def test_the_narrower_net_of_equal_latency_is_as_fast(monkeypatch):
-    def timed(files, *arrays):  # a clock that no other work disturbs
+def time_by(monkeypatch, latency):
+    """Let a function of the parameters be the clock, which no other work disturbs."""
+
+    def timed(files, *arrays):
         assert [each.shape for each in arrays] == [(1, *X.shape[1:])]
-        return {
-            name: SimpleNamespace(median_ms=file.stat().st_size) for name, file in files.items()
-        }
+        counted = {}
+        for name, file in files.items():
+            weights = onnx.load(file).graph.initializer
+            counted[name] = sum(math.prod(each.dims) for each in weights if each.data_type == 1)
+        return {name: SimpleNamespace(median_ms=latency(n)) for name, n in counted.items()}
 
     monkeypatch.setattr("lean_fx.experiment.budget.time_onnx", timed)
+
+
+def test_the_narrower_net_of_equal_latency_is_as_fast(monkeypatch):
+    time_by(monkeypatch, lambda count: count)
+    found = equal_budget(net, X, of=net(0.6), by="latency", steps=10)
+    assert count_parameters(found) == count_parameters(net(0.6))
+
+
+def test_of_nets_that_are_fast_enough_the_widest_is_taken(monkeypatch):
+    whole = count_parameters(net(0.75))
+    time_by(monkeypatch, lambda count: 1 if count == whole else count)  # a width the runtime likes
     found = equal_budget(net, X, of=net(0.37), by="latency", steps=8)
-    assert abs(count_parameters(found) / count_parameters(net(0.37)) - 1) < 0.05
+    assert count_parameters(found) == whole
+
+
+def test_where_none_is_fast_enough_the_fastest_is_taken(monkeypatch):
+    time_by(monkeypatch, lambda count: count)
+    found = equal_budget(net, X, of=net(0.01), by="latency", steps=4)
+    assert count_parameters(found) == count_parameters(net(0.25))
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, "4"])
+def test_steps_are_checked(steps):
+    with pytest.raises(ArgumentError, match="^equal_budget: steps="):
+        equal_budget(net, X, of=net(0.5), steps=steps)
 
 
 def test_a_width_that_changes_nothing_is_refused():
     with pytest.raises(ArgumentError, match="the same for 11 widths from 0.000977 to 1; give a"):
         equal_budget(lambda _: net(1.0), X, of=net(0.5))
+
+
+def test_a_width_that_changes_no_latency_is_refused(monkeypatch):
+    time_by(monkeypatch, lambda count: count)
+    with pytest.raises(
+        ArgumentError, match="parameters of make.* the same for 3 widths from 0.333"
+    ):
+        equal_budget(lambda _: net(1.0), X, of=net(0.5), by="latency", steps=3)
 
 
 def test_a_factory_that_gives_no_module_is_refused():

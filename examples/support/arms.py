@@ -68,7 +68,7 @@ def as_fast_arm(data: Dataset, lean: nn.Module, folder: str | Path, seed: int = 
             data.train_x[:2].float(),
             of=lean,
             by="latency",
-            steps=6,
+            steps=25,
         )
         known = {"of": repr(lean), "widths": found.widths}
         write_text(file, json.dumps(known))

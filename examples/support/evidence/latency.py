@@ -55,7 +55,7 @@ def time_nets(parts: Sequence[Part], folder: Path, rounds: int = 30) -> None:
 
 
 def as_fast_factors(parts: Sequence[Part]) -> dict[str, float]:
-    """The width of each net at which it is as fast as its ``lean_damped`` net, by bisection.
+    """The width of each net at which it is as fast as its ``lean_damped`` net.
 
     Let nothing else run meanwhile.
 

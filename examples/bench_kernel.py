@@ -1,7 +1,7 @@
 """What the kernel of LEAN nodes is worth in ONNX Runtime, beside their function and a slice.
 
     python examples/bench_kernel.py [--threads 1] [--rounds 40] [--steps 20]
-        [--nets torchvision/mobilenet_v2@96,timm/vit_tiny_patch16_224@224]
+        [--reduction lean_gated] [--nets torchvision/mobilenet_v2@96,timm/vit_tiny_patch16_224@224]
 
 First a single reduction between two 1 x 1 convolutions, then the paper's net with two sets of
 widths, then models of torchvision and timm at batch 1, if --nets names some. All are trained for
@@ -23,7 +23,7 @@ from lean_fx.export.sessions import flushing_denormals, onnx_call
 from lean_fx.files import make_folder, write_text
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import Latency, time_in_turn
-from lean_fx.reduction.controls import SliceReduction
+from lean_fx.reduction.registry import make_reduction
 from support.models import PaperNet
 from support.script import command_line, run_script
 from support.zoo_models import models_at_sizes
@@ -38,8 +38,9 @@ NODES = (
 def node(channels: int, out: int, nonnegative: bool, reduction: str) -> nn.Module:
     """One reduction between convolutions."""
     act = nn.ReLU() if nonnegative else nn.Identity()
-    lean = lean_fx.LeanReduction(channels, out, nonnegative=nonnegative)
-    reduced = lean if reduction == "lean" else SliceReduction(channels, out)
+    reduced = make_reduction(reduction, channels, out, dim=1)
+    if isinstance(reduced, lean_fx.LeanReduction):
+        reduced.nonnegative = nonnegative
     return nn.Sequential(nn.Conv2d(channels, channels, 1), act, reduced, nn.Conv2d(out, out, 1))
 
 
@@ -64,7 +65,7 @@ def times(
     with flushing_denormals():
         calls = {
             name: onnx_call(name, files[file], feed, threads, kernel=name == "kernel")
-            for name, file in (("function", "lean"), ("kernel", "lean"), ("slice", "slice"))
+            for name, file in (("function", "form"), ("kernel", "form"), ("slice", "slice"))
         }
         samples = time_in_turn(calls, rounds=rounds)
     return {name: Latency(each, len(inputs), threads) for name, each in samples.items()}
@@ -87,15 +88,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=20, help="training steps before the export")
+    parser.add_argument("--reduction", default="lean", help="a registered form of LEAN")
     parser.add_argument("--nets", default="", help="names of the zoo, each with @ and a size")
     parser.add_argument("--out", default="runs/bench_kernel")
     args = parser.parse_args()
     folder = make_folder(args.out)
     torch.manual_seed(0)
+    reductions = {"form": args.reduction, "slice": "slice"}
     track = require("rich.progress", extra="examples", purpose="the progress bar").track
 
     lines = [
-        "# The kernel of LEAN nodes in ONNX Runtime\n",
+        f"# The kernel of LEAN nodes in ONNX Runtime: {args.reduction}\n",
         f"```\n{command_line()}\n```\n",
         f"{machine()}; threads {args.threads}; microseconds of a call, median and quartiles of "
         f"{args.rounds} rounds; in brackets the speed, that with a slice being 1.\n",
@@ -107,18 +110,18 @@ def main() -> None:
         sign = "" if nonnegative else ", any sign"
         title = f"node {channels} x {size} x {size} to {out}{sign}"
         x = torch.rand(1, channels, size, size)
-        arms = {name: node(channels, out, nonnegative, name) for name in ("lean", "slice")}
+        arms = {arm: node(channels, out, nonnegative, name) for arm, name in reductions.items()}
         jobs.append((title, arms, x))
     for widths, channels in NETS:
         for batch in (1, 16):
             x, model = torch.rand(batch, 3, 96, 96), PaperNet(widths)
             arms = {
-                name: lean_fx.leanify(model, x, channels=channels, reduction=name)
-                for name in ("lean", "slice")
+                arm: lean_fx.leanify(model, x, channels=channels, reduction=name)
+                for arm, name in reductions.items()
             }
             jobs.append((f"net {widths}, {channels} channels, batch {batch}", arms, x))
     for title, model, x in models_at_sizes(args.nets):
-        arms = {name: lean_fx.leanify(model, x, reduction=name) for name in ("lean", "slice")}
+        arms = {arm: lean_fx.leanify(model, x, reduction=r) for arm, r in reductions.items()}
         jobs.append((title, arms, x))
     with tempfile.TemporaryDirectory() as temporary:
         for title, arms, x in track(jobs, description="models"):

@@ -127,7 +127,7 @@ def test_other_dtypes(dtype, apart, nonnegative, tmp_path):
 def test_two_free_lengths(shape, dim, free, nonnegative):
     module = lean_fx.LeanReduction(12, 4, dim, nonnegative=nonnegative).eval()
     sizes = {0: torch.export.Dim("batch"), free: torch.export.Dim("length")}
-    with lean_fx.reduction.functional.as_onnx_nodes():
+    with lean_fx.reduction.onnx_nodes.as_onnx_nodes():
         program = torch.onnx.export(
             module, (torch.rand(shape),), dynamo=True, dynamic_shapes=(sizes,), verbose=False
         )

@@ -1,5 +1,6 @@
 """The kernel for ONNX Runtime gives what the reduction gives, and is taken for the function."""
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 import lean_fx
 from lean_fx.errors import MissingDependencyError
+from lean_fx.reduction.conditioned import GatedReduction, SimplexReduction
 from lean_fx.reduction.functional import lean_reduction
+from lean_fx.reduction.registry import make_reduction
 from side_by_side import export_side_by_side, run_side_by_side
 
 try:
@@ -37,8 +41,18 @@ def exported(module, x, path, **options):
     return path
 
 
+def drawn(kind, *arguments):
+    """A conditioned form whose every parameter is drawn: the initial ones hide terms."""
+    module = kind(*arguments)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
 def wanted(module, x):
     """The reduction in float64."""
+    if not isinstance(module, lean_fx.LeanReduction):
+        return copy.deepcopy(module).double()(x.double()).detach()
     given = {name: getattr(module, name) for name in ("normalize", "scale", "layout", "iterations")}
     given |= {name: getattr(module, name) for name in ("nonnegative", "damping", "norm_floor")}
     return lean_reduction(x.double(), module.seed.detach().double(), module.dim, **given)
@@ -94,6 +108,7 @@ def test_every_option(nonnegative, tmp_path):
     check_all([make(**each) for each in OPTIONS], [x] * len(OPTIONS), tmp_path / "net.onnx")
 
 
+FORMS = [SimplexReduction, GatedReduction]
 CHANNELS = [(16, 16), (16, 8), (14, 2), (34, 2), (15, 1), (30, 10), (80, 5)]
 
 
@@ -104,16 +119,38 @@ def test_every_number_of_channels(nonnegative, tmp_path):
     check_all(modules, inputs, tmp_path / "net.onnx")
 
 
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_number_of_channels_of_conditioned_forms(kind, tmp_path):
+    inputs = [torch.randn(2, each, 33) for each, _ in CHANNELS]
+    check_all([drawn(kind, *each) for each in CHANNELS], inputs, tmp_path / "net.onnx")
+
+
+def test_a_gate_of_any_height(tmp_path):
+    """tanh, from where it is its argument to where it is 1."""
+    x = torch.ones(1, 2, 400)
+    x[:, 1] = torch.logspace(-6, 3, 200).repeat(2) * torch.tensor([1.0, -1.0]).repeat_interleave(
+        200
+    )
+    gated = GatedReduction(2, 2)
+    with torch.no_grad():
+        gated.weight.fill_(1)
+        gated.gate.copy_(torch.tensor([[0.0], [30.0]]))
+    check(gated, x, tmp_path / "net.onnx", rtol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("shape", "dim"),
     [((5, 12), 1), ((2, 9, 12), -1), ((2, 12, 9), 1), ((3, 12, 3, 3), 1), ((2, 3, 12, 5, 4), 2)],
 )
 def test_any_axis(shape, dim, tmp_path):
-    check(lean_fx.LeanReduction(12, 3, dim=dim), torch.randn(shape), tmp_path / "net.onnx")
+    modules = [lean_fx.LeanReduction(12, 3, dim), *(drawn(kind, 12, 3, dim) for kind in FORMS)]
+    check_all(modules, [torch.randn(shape)] * len(modules), tmp_path / "net.onnx")
 
 
 def test_large_enough_for_several_threads(tmp_path):
-    check(lean_fx.LeanReduction(48, 8), torch.randn(2, 48, 40, 41), tmp_path / "net.onnx")
+    modules = [lean_fx.LeanReduction(48, 8), *(drawn(kind, 48, 8) for kind in FORMS)]
+    inputs = [torch.randn(2, 48, 40, 41)] * len(modules)
+    check_all(modules, inputs, tmp_path / "net.onnx")
 
 
 class In(nn.Module):
@@ -131,9 +168,10 @@ class In(nn.Module):
     ("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
 )
 @pytest.mark.parametrize(("shape", "dim"), [((3, 24, 7, 5), 1), ((5, 9, 24), -1)])
-def test_other_types(dtype, rtol, shape, dim, tmp_path):
+@pytest.mark.parametrize("kind", [lean_fx.LeanReduction, *FORMS])
+def test_other_types(kind, dtype, rtol, shape, dim, tmp_path):
     x = torch.randn(shape).to(dtype).double()
-    module = In(lean_fx.LeanReduction(24, 4, dim), dtype)
+    module = In(drawn(kind, 24, 4, dim), dtype)
     path = exported(module, x, tmp_path / "net.onnx")
     exact = wanted(module.reduction, x)
     (found,) = session(path).run(None, {"input": x.numpy()})
@@ -142,19 +180,20 @@ def test_other_types(dtype, rtol, shape, dim, tmp_path):
     )
 
 
-def test_dead_channels_and_positions_give_zeros(tmp_path):
+@pytest.mark.parametrize("kind", [partial(lean_fx.LeanReduction, nonnegative=True), *FORMS])
+def test_dead_channels_and_positions_give_zeros(kind, tmp_path):
     x = torch.rand(2, 12, 6, 6)
     x[:, 0:4] = 0
     x[0, :, 2, 3] = 0
-    module = lean_fx.LeanReduction(12, 3, nonnegative=True)
-    check(module, x, tmp_path / "net.onnx")
+    check(drawn(kind, 12, 3), x, tmp_path / "net.onnx")
     (found,) = session(tmp_path / "net.onnx").run(None, {"input": x.numpy()})
     assert not found[:, 0].any()
     assert not found[0, :, 2, 3].any()
 
 
-def test_no_batch_and_no_positions(tmp_path):
-    module = lean_fx.LeanReduction(12, 3)
+@pytest.mark.parametrize("kind", [lean_fx.LeanReduction, *FORMS])
+def test_no_batch_and_no_positions(kind, tmp_path):
+    module = kind(12, 3)
     path = exported(
         module,
         torch.rand(2, 12, 6),
@@ -180,6 +219,36 @@ def test_the_function_is_not_run(tmp_path):
         assert ("LEAN" in kinds) == kernel
         assert kernel or len(kinds) > 8
     np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lean_simplex", "lean_gated"])
+def test_the_function_of_a_conditioned_form_is_not_run(name, tmp_path):
+    path = exported(make_reduction(name, 12, 3, 1), torch.rand(2, 12), tmp_path / "net.onnx")
+    optimised = str(tmp_path / "optimised.onnx")
+    session(path, optimized_model_filepath=optimised)
+    (node,) = onnx.load(optimised).graph.node
+    assert node.domain == "lean_fx"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        *((lean_fx.LeanReduction, sizes) for sizes in ([5], [3, 5], [1, 1, 12])),
+        *((SimplexReduction, sizes) for sizes in ([5], [3, 4])),
+        *((GatedReduction, sizes) for sizes in ([3], [3, 5])),
+    ],
+)
+def test_parameters_that_do_not_fit_are_told(kind, sizes, tmp_path):
+    path = exported(kind(12, 3), torch.rand(2, 12), tmp_path / "net.onnx")
+    file = onnx.load(path)
+    (node,) = (node for node in file.graph.node if node.domain == "lean_fx")
+    wrong = numpy_helper.from_array(np.ones(sizes, np.float32), "wrong")
+    file.graph.initializer.append(wrong)
+    node.input[1] = "wrong"
+    onnx.save(file, path)
+    rule = f"lean_fx {node.op_type}: the parameters do not fit the channels of x"
+    with pytest.raises(Exception, match=rule):
+        session(path).run(None, {"input": np.ones((2, 12), np.float32)})
 
 
 def test_a_library_that_is_registered_twice_is_told(tmp_path):

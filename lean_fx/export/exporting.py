@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lean_fx.capture.example_inputs import as_inputs
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, CaptureError, one_line, require, warn
+from lean_fx.export.function_body import DOMAIN, INLINED
 from lean_fx.export.inputs import (
     Axes,
     batch_axes,
@@ -26,7 +27,6 @@ from lean_fx.export.inputs import (
     without_ones,
 )
 from lean_fx.export.int8_accuracy import accuracy_of, check_int8
-from lean_fx.export.lean_function import DOMAIN, INLINED
 from lean_fx.export.of_tensors import of_tensors
 from lean_fx.export.options import (
     Batch,

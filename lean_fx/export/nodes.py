@@ -1,4 +1,4 @@
-"""The LEAN nodes of an exported model: their names, shapes and functions."""
+"""The nodes of reductions in an exported model: their names, shapes and functions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import math
 from typing import Any
 
 from lean_fx.errors import require
-from lean_fx.export.lean_function import DOMAIN, OPERATOR, LeanFunction
+from lean_fx.export.conditioned_function import GatedFunction, SimplexFunction
+from lean_fx.export.function_body import DOMAIN, NodeFunction
+from lean_fx.export.lean_function import LeanFunction
 from lean_fx.graph.rewriting import numbered
 
-#: Where a LEAN node keeps the name that its value has in torch's graph.
+#: Where a node keeps the name that its value has in torch's graph.
 TORCH_NAME = "lean_fx.torch_name"
 
 #: When products of pairs of rows are used: at least so many positions for each row of a sample, and
@@ -22,7 +24,7 @@ _DTYPES = {"FLOAT": "float", "DOUBLE": "double", "FLOAT16": "float16", "BFLOAT16
 
 
 def define_functions(model: Any) -> None:
-    """Give every LEAN node of a model its shapes and its function.
+    """Give every node of a reduction its shapes and its function.
 
     Args:
         model: an ``onnx_ir.Model``; changed in place.
@@ -33,36 +35,50 @@ def define_functions(model: Any) -> None:
     for node in model.graph.all_nodes():
         taken |= {node.name, *(value.name for value in node.outputs)}
     for node in model.graph.all_nodes():
-        if (node.domain, node.op_type) != (DOMAIN, OPERATOR):
+        if node.domain != DOMAIN:
             continue
-        x, seed = node.inputs
-        shape = [size if isinstance(size, int) else None for size in x.shape]
-        given = {name: attribute.value for name, attribute in node.attributes.items()}
-        preserved, axis = seed.shape[0], given.pop("axis")
-        function = LeanFunction(
-            preserved=preserved,
-            reducible=shape[axis] // preserved,
-            rows=axis == len(shape) - 1,
-            matrix=len(seed.shape) == 2,
-            dtype=_DTYPES[x.dtype.name],
-            **{**given, "nonnegative": bool(given["nonnegative"])},
-        )
+        shape = [size if isinstance(size, int) else None for size in node.inputs[0].shape]
+        axis = node.attributes["axis"].value
+        function = _function_of(node, shape, axis)
         shapes = _shapes(shape, axis, function)
         if shapes is None:
             function = dataclasses.replace(function, axis=axis)
         else:
-            function = dataclasses.replace(function, pairs=_suit_pairs(shape[axis + 1 :], function))
+            if isinstance(function, LeanFunction):
+                pairs = _suit_pairs(shape[axis + 1 :], function)
+                function = dataclasses.replace(function, pairs=pairs)
             for name, sizes in zip(("matrix_shape", "output_shape"), shapes, strict=True):
                 node.attributes[name] = ir.AttrInt64s(name, sizes)
         node.overload = function.overload
         (output,) = node.outputs
         node.metadata_props[TORCH_NAME] = output.name
         node.name = _free(_module_of(node) or node.name, taken)
-        output.name = _free(OPERATOR, taken)
+        output.name = _free(function.operator, taken)
         proto = onnx.parser.parse_function(function.text(opset))
         proto.overload = function.overload
         definition = ir.serde.deserialize_function(proto)
         model.functions[definition.identifier()] = definition
+
+
+def _function_of(node: Any, shape: list[int | None], axis: int) -> NodeFunction:
+    """What a node computes, as far as its attributes and the shapes of its inputs say it."""
+    x, first, *_ = node.inputs
+    preserved, channels = first.shape[0], shape[axis]
+    assert channels is not None
+    common = {
+        "preserved": preserved,
+        "reducible": channels // preserved,
+        "rows": axis == len(shape) - 1,
+        "dtype": _DTYPES[x.dtype.name],
+    }
+    if node.op_type == "LEANSimplex":
+        return SimplexFunction(**common)
+    if node.op_type == "LEANGated":
+        return GatedFunction(**common)
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    del given["axis"]
+    given |= {"nonnegative": bool(given["nonnegative"]), "matrix": len(first.shape) == 2}
+    return LeanFunction(**common, **given)
 
 
 def _suit_pairs(behind: list[int | None], function: LeanFunction) -> bool:
@@ -91,7 +107,7 @@ def _module_of(node: Any) -> str:
 
 
 def _shapes(
-    shape: list[int | None], axis: int, function: LeanFunction
+    shape: list[int | None], axis: int, function: NodeFunction
 ) -> tuple[list[int], list[int]] | None:
     """The shapes for reshaping the input and the output; None if two or more sizes are unknown."""
     behind = shape[axis + 1 :]

@@ -19,7 +19,7 @@ from lean_fx.export.pooling import PoolsAnyLength
 from lean_fx.export.recurrent import with_onnx_operators
 from lean_fx.graph.model_code import globals_of
 from lean_fx.graph.patching import patching
-from lean_fx.reduction.functional import as_onnx_nodes
+from lean_fx.reduction.onnx_nodes import as_onnx_nodes
 
 #: The error for models that take or make packed sequences.
 PACKED = (

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from lean_fx.errors import ArgumentError, ExportError, one_line, require
 from lean_fx.export.batches import arrays_by_name, first_output
-from lean_fx.export.lean_function import INLINED
+from lean_fx.export.function_body import INLINED
 from lean_fx.export.sessions import open_session
 from lean_fx.files import replacing
 from lean_fx.locks import SHARED_STATE

@@ -63,7 +63,7 @@ int walk(const Call& call, const T* x, const T* seed, T* out) {
   if (scratch.get() == nullptr) return 1;
   in_parallel(shape.blocks(), parts, [&](int64_t part, int64_t first, int64_t last) {
     T* const own = scratch.get() + part * numbers;
-    lean::Walk<T, T>{shape, options, x, seed, out, own, first, last}.run();
+    lean::Pass<T, T, lean::Walk>{shape, {options, seed}, x, out, own, first, last}.run();
   });
   return 0;
 }

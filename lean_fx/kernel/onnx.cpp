@@ -1,11 +1,14 @@
-// The face for ONNX Runtime: a kernel for the nodes LEAN of the domain lean_fx.
+// The face for ONNX Runtime: kernels for the nodes LEAN, LEANSimplex and LEANGated of the domain
+// lean_fx.
 //
 // ONNX Runtime takes a registered kernel in place of the function that a file holds. Its C API is a
 // table to which functions are only ever appended, so that slots, counted from 0, stay what they
 // are; they are written out here, and no header is needed.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -47,7 +50,9 @@ enum Element { FLOAT = 1, HALF = 10, DOUBLE = 11, BRAIN = 16 };
 
 const Api* api = nullptr;
 
-Status* failure(const char* text) {
+Status* failure(const char* subject, const char* rule) {
+  char text[128];
+  std::snprintf(text, sizeof text, "lean_fx %s: %s", subject, rule);
   return api->call<0, Status*, int, const char*>(1, text);  // CreateStatus, ORT_FAIL
 }
 
@@ -88,15 +93,8 @@ Word word(const Attributes* node, const char* name) {
   return found;
 }
 
-struct Kernel {
-  Options options;
-  int64_t axis = 1;
-};
-
-// Reads the attributes of a node; a text that says what is wrong, or nullptr.
-const char* read(const Attributes* node, Kernel& kernel) {
-  Options& options = kernel.options;
-  kernel.axis = integer(node, "axis", 1);
+// Reads the attributes of a LEAN node; a text that says what is wrong, or nullptr.
+const char* read(const Attributes* node, Options& options) {
   options.iterations = integer(node, "iterations", 1);
   options.nonnegative = integer(node, "nonnegative", 0) != 0;
   options.damping = real(node, "damping");
@@ -108,43 +106,91 @@ const char* read(const Attributes* node, Kernel& kernel) {
   } else if (normalize == "none") {
     options.normalize = lean::Normalize::none;
   } else if (!(normalize == "column")) {
-    return "lean_fx LEAN: normalize is none of column, row and none; export the model anew";
+    return "normalize is none of column, row and none; export the model anew";
   }
   if (scale == "mean") {
     options.scale = lean::Scale::mean;
   } else if (scale == "magnitude") {
     options.scale = lean::Scale::magnitude;
   } else if (!(scale == "sum")) {
-    return "lean_fx LEAN: scale is none of sum, mean and magnitude; export the model anew";
+    return "scale is none of sum, mean and magnitude; export the model anew";
   }
   options.interleaved = layout == "interleaved";
   if (!options.interleaved && !(layout == "contiguous"))
-    return "lean_fx LEAN: layout is neither contiguous nor interleaved; export the model anew";
+    return "layout is neither contiguous nor interleaved; export the model anew";
   return nullptr;
 }
 
-template <typename T, typename W>
+// Operators: the options of a node, the parameters behind x, whether they fit the channels, and the
+// form that reduces.
+struct Lean {
+  static constexpr const char* NAME = "LEAN";
+  static constexpr size_t PARAMETERS = 1;
+  template <typename W>
+  using Form = lean::Walk<W>;
+  Options options;
+
+  const char* read_attributes(const Attributes* node) { return read(node, options); }
+  static bool fits(const Shape&) { return true; }
+  template <typename W>
+  Form<W> form(const std::vector<W>* parameters) const {
+    return {options, parameters[0].data()};
+  }
+};
+
+struct LeanSimplex {
+  static constexpr const char* NAME = "LEANSimplex";
+  static constexpr size_t PARAMETERS = 1;
+  template <typename W>
+  using Form = lean::Simplex<W>;
+
+  const char* read_attributes(const Attributes*) { return nullptr; }
+  static bool fits(const Shape& shape) { return !shape.matrix; }
+  template <typename W>
+  Form<W> form(const std::vector<W>* parameters) const {
+    return {parameters[0].data()};
+  }
+};
+
+struct LeanGated {
+  static constexpr const char* NAME = "LEANGated";
+  static constexpr size_t PARAMETERS = 2;
+  template <typename W>
+  using Form = lean::Gated<W>;
+
+  const char* read_attributes(const Attributes*) { return nullptr; }
+  static bool fits(const Shape& shape) { return shape.matrix; }
+  template <typename W>
+  Form<W> form(const std::vector<W>* parameters) const {
+    return {parameters[0].data(), parameters[1].data()};
+  }
+};
+
+template <typename Op>
+struct Kernel {
+  Op op;
+  int64_t axis = 1;
+};
+
+template <typename Op, typename T, typename W>
 struct Work {
-  Shape shape;
-  const Options* options;
-  const T* x;
-  const W* seed;
-  T* out;
+  using Pass = lean::Pass<T, W, Op::template Form>;
+  Pass pass;
   int64_t blocks_each;
   bool failed;
 
   static void run(void* user, size_t part) {
     Work& work = *static_cast<Work*>(user);
-    const int64_t blocks = work.shape.blocks(), first = work.blocks_each * static_cast<int64_t>(part);
-    const int64_t last = first + work.blocks_each < blocks ? first + work.blocks_each : blocks;
-    const lean::Scratch<W> scratch(work.shape.walk_rows() * lean::LANES);
-    if (scratch.get() == nullptr) {
+    Pass own = work.pass;
+    own.first = work.blocks_each * static_cast<int64_t>(part);
+    own.last = std::min(own.first + work.blocks_each, own.shape.blocks());
+    const lean::Scratch<W> scratch(own.form.rows(own.shape) * lean::LANES);
+    own.scratch = scratch.get();
+    if (own.scratch == nullptr) {
       work.failed = true;
       return;
     }
-    lean::Walk<T, W>{work.shape, *work.options, work.x,  work.seed,
-                     work.out,   scratch.get(), first, last}
-        .run();
+    own.run();
   }
 };
 
@@ -163,56 +209,75 @@ Status* dimensions(const Value* value, std::vector<int64_t>& sizes) {
   return status;
 }
 
-template <typename T, typename W>
-Status* compute(const Kernel& kernel, Context* context) {
-  const Value *x = nullptr, *seed = nullptr;
-  // KernelContext_GetInput
-  Status* status = api->call<90, Status*, const Context*, size_t, const Value**>(context, 0, &x);
-  if (status == nullptr)
-    status = api->call<90, Status*, const Context*, size_t, const Value**>(context, 1, &seed);
-  std::vector<int64_t> sizes, seeds;
-  if (status == nullptr) status = dimensions(x, sizes);
-  if (status == nullptr) status = dimensions(seed, seeds);
-  if (status != nullptr) return status;
+// How x is laid out before and behind its axis of channels, of which the parameters keep some.
+// False if these do not fit.
+template <typename Op>
+bool describe(const std::vector<int64_t>& x, int64_t axis,
+              const std::vector<int64_t> (&parameters)[Op::PARAMETERS], Shape& shape) {
+  const std::vector<int64_t>& first = parameters[0];
+  if (first.empty() || first.size() > 2 || first[0] < 1 || x[axis] % first[0] != 0) return false;
+  shape = {1, 1, first[0], x[axis] / first[0], first.size() == 2};
+  if (!Op::fits(shape) || (shape.matrix && first[1] != shape.reducible)) return false;
+  for (const std::vector<int64_t>& other : parameters)
+    if (other != first) return false;
+  for (int64_t i = 0; i < axis; ++i) shape.before *= x[i];
+  for (size_t i = axis + 1; i < x.size(); ++i) shape.behind *= x[i];
+  return true;
+}
 
+template <typename Op, typename T, typename W>
+Status* compute(const Kernel<Op>& kernel, Context* context) {
+  constexpr size_t PARAMETERS = Op::PARAMETERS;
+  const void* inputs[1 + PARAMETERS];
+  std::vector<int64_t> sizes, parameter_sizes[PARAMETERS];
+  for (size_t index = 0; index <= PARAMETERS; ++index) {
+    const Value* value = nullptr;
+    void* data = nullptr;
+    // KernelContext_GetInput, GetTensorMutableData
+    Status* status =
+        api->call<90, Status*, const Context*, size_t, const Value**>(context, index, &value);
+    if (status == nullptr)
+      status = dimensions(value, index == 0 ? sizes : parameter_sizes[index - 1]);
+    if (status == nullptr) status = api->call<51, Status*, const Value*, void**>(value, &data);
+    if (status != nullptr) return status;
+    inputs[index] = data;
+  }
   const int64_t rank = static_cast<int64_t>(sizes.size());
   const int64_t axis = kernel.axis < 0 ? kernel.axis + rank : kernel.axis;
-  if (axis < 0 || axis >= rank) return failure("lean_fx LEAN: axis is no axis of x");
-  if (seeds.empty() || seeds[0] < 1 || sizes[axis] % seeds[0] != 0)
-    return failure("lean_fx LEAN: the seed does not fit the channels of x");
-  Shape shape{1, 1, seeds[0], sizes[axis] / seeds[0], seeds.size() == 2};
-  if (seeds.size() > 2 || (shape.matrix && seeds[1] != shape.reducible))
-    return failure("lean_fx LEAN: the seed does not fit the channels of x");
-  for (int64_t i = 0; i < axis; ++i) shape.before *= sizes[i];
-  for (int64_t i = axis + 1; i < rank; ++i) shape.behind *= sizes[i];
+  if (axis < 0 || axis >= rank) return failure(Op::NAME, "axis is no axis of x");
+  Shape shape{};
+  if (!describe<Op>(sizes, axis, parameter_sizes, shape))
+    return failure(Op::NAME, "the parameters do not fit the channels of x");
   sizes[axis] = shape.preserved;
   Value* out = nullptr;
+  void* to = nullptr;
   // KernelContext_GetOutput
-  status = api->call<91, Status*, Context*, size_t, const int64_t*, size_t, Value**>(
+  Status* status = api->call<91, Status*, Context*, size_t, const int64_t*, size_t, Value**>(
       context, 0, sizes.data(), sizes.size(), &out);
-  void *from = nullptr, *start = nullptr, *to = nullptr;
-  // GetTensorMutableData
-  if (status == nullptr) status = api->call<51, Status*, const Value*, void**>(x, &from);
-  if (status == nullptr) status = api->call<51, Status*, const Value*, void**>(seed, &start);
   if (status == nullptr) status = api->call<51, Status*, Value*, void**>(out, &to);
   if (status != nullptr) return status;
   if (shape.blocks() == 0 || shape.reducible == 0) return nullptr;
 
-  const T* const given = static_cast<const T*>(start);
-  const std::vector<W> wide(given, given + shape.preserved * (shape.matrix ? shape.reducible : 1));
+  std::vector<W> wide[PARAMETERS];
+  for (size_t index = 0; index < PARAMETERS; ++index) {
+    const T* const given = static_cast<const T*>(inputs[1 + index]);
+    wide[index].assign(given, given + shape.preserved * (shape.matrix ? shape.reducible : 1));
+  }
   // A part is worth a thread's while: about 16,000 numbers.
   const int64_t each = 1 + 1000 / shape.channels();
-  Work<T, W> work{shape, &kernel.options, static_cast<const T*>(from), wide.data(),
-                  static_cast<T*>(to), each, false};
+  Work<Op, T, W> work{{shape, kernel.op.template form<W>(wide), static_cast<const T*>(inputs[0]),
+                       static_cast<T*>(to), nullptr, 0, 0},
+                      each,
+                      false};
   const size_t parts = static_cast<size_t>((shape.blocks() + each - 1) / each);
   if (parts == 1) {
-    Work<T, W>::run(&work, 0);
+    Work<Op, T, W>::run(&work, 0);
   } else {
     // KernelContext_ParallelFor
     status = api->call<274, Status*, const Context*, void (*)(void*, size_t), size_t, size_t, void*>(
-        context, &Work<T, W>::run, parts, 0, &work);
+        context, &Work<Op, T, W>::run, parts, 0, &work);
   }
-  if (status == nullptr && work.failed) return failure("lean_fx LEAN: out of memory");
+  if (status == nullptr && work.failed) return failure(Op::NAME, "out of memory");
   return status;
 }
 
@@ -243,38 +308,40 @@ struct CustomOp {
   void* rest[4];
 };
 
+template <typename Op>
 Status* create(const CustomOp*, const Api*, const Attributes* node, void** made) {
-  Kernel* const kernel = new (std::nothrow) Kernel;
-  if (kernel == nullptr) return failure("lean_fx LEAN: out of memory");
-  if (const char* wrong = read(node, *kernel)) {
+  Kernel<Op>* const kernel = new (std::nothrow) Kernel<Op>;
+  if (kernel == nullptr) return failure(Op::NAME, "out of memory");
+  kernel->axis = integer(node, "axis", 1);
+  if (const char* wrong = kernel->op.read_attributes(node)) {
     delete kernel;
-    return failure(wrong);
+    return failure(Op::NAME, wrong);
   }
   *made = kernel;
   return nullptr;
 }
 
-template <typename T, typename W>
+template <typename Op, typename T, typename W>
 Status* run(void* kernel, Context* context) {
   try {
-    return compute<T, W>(*static_cast<Kernel*>(kernel), context);
+    return compute<Op, T, W>(*static_cast<Kernel<Op>*>(kernel), context);
   } catch (const std::bad_alloc&) {
-    return failure("lean_fx LEAN: out of memory");
+    return failure(Op::NAME, "out of memory");
   }
 }
 
-template <typename T, typename W, Element ELEMENT>
+template <typename Op, typename T, typename W, Element ELEMENT>
 const CustomOp* custom_op() {
   static const CustomOp op = [] {
     CustomOp made{};
     made.version = API_VERSION;
-    made.name = [](const CustomOp*) { return "LEAN"; };
+    made.name = [](const CustomOp*) { return Op::NAME; };
     made.provider = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
     made.input_type = [](const CustomOp*, size_t) { return static_cast<int>(ELEMENT); };
     made.output_type = made.input_type;
-    made.input_count = [](const CustomOp*) -> size_t { return 2; };
+    made.input_count = [](const CustomOp*) -> size_t { return 1 + Op::PARAMETERS; };
     made.output_count = [](const CustomOp*) -> size_t { return 1; };
-    made.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    made.destroy = [](void* kernel) { delete static_cast<Kernel<Op>*>(kernel); };
     made.input_characteristic = [](const CustomOp*, size_t) { return 0; };
     made.output_characteristic = made.input_characteristic;
     made.input_memory = [](const CustomOp*, size_t) { return 0; };
@@ -282,13 +349,26 @@ const CustomOp* custom_op() {
     made.least_outputs = made.least_inputs;
     made.same_inputs = [](const CustomOp*) { return 1; };
     made.same_outputs = made.same_inputs;
-    made.create_v2 = create;
-    made.compute_v2 = run<T, W>;
+    made.create_v2 = create<Op>;
+    made.compute_v2 = run<Op, T, W>;
     made.first_version = [](const CustomOp*) { return 1; };
     made.last_version = [](const CustomOp*) { return 0x7fffffff; };
     return made;
   }();
   return &op;
+}
+
+// Adds an operator, for every type of numbers.
+template <typename Op>
+Status* add(Domain* domain) {
+  for (const CustomOp* op :
+       {custom_op<Op, float, float, FLOAT>(), custom_op<Op, double, double, DOUBLE>(),
+        custom_op<Op, Half, float, HALF>(), custom_op<Op, Brain, float, BRAIN>()}) {
+    // CustomOpDomain_Add
+    Status* status = api->call<27, Status*, Domain*, const CustomOp*>(domain, op);
+    if (status != nullptr) return status;
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -300,16 +380,14 @@ LEAN_EXPORT Status* RegisterCustomOps(SessionOptions* options, const ApiBase* ba
     // Without a table no error can be made; with that of version 1 one can.
     api = base->get(1);
     return api == nullptr ? nullptr
-                          : failure("lean_fx: the kernel needs ONNX Runtime 1.17 or later");
+                          : failure("kernel", "needs ONNX Runtime 1.17 or later");
   }
   Domain* domain = nullptr;
-  // CreateCustomOpDomain, CustomOpDomain_Add, AddCustomOpDomain
+  // CreateCustomOpDomain, AddCustomOpDomain
   Status* status = api->call<26, Status*, const char*, Domain**>("lean_fx", &domain);
-  for (const CustomOp* op :
-       {custom_op<float, float, FLOAT>(), custom_op<double, double, DOUBLE>(),
-        custom_op<Half, float, HALF>(), custom_op<Brain, float, BRAIN>()}) {
-    if (status == nullptr) status = api->call<27, Status*, Domain*, const CustomOp*>(domain, op);
-  }
+  if (status == nullptr) status = add<Lean>(domain);
+  if (status == nullptr) status = add<LeanSimplex>(domain);
+  if (status == nullptr) status = add<LeanGated>(domain);
   if (status == nullptr)
     status = api->call<28, Status*, SessionOptions*, Domain*>(options, domain);
   return status;

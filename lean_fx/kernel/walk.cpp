@@ -2,9 +2,7 @@
 
 #include "walk.h"
 
-#include "block.h"
-#include "halves.h"
-#include "lanes.h"
+#include "pass.h"
 #include "products.h"
 
 namespace lean {
@@ -213,17 +211,10 @@ LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, con
 
 }  // namespace
 
-template <typename T, typename W>
-template <typename Set>
-LEAN_INLINE void Walk<T, W>::on() const {
-  using L = Lanes<W, Set>;
-  for (int64_t index = first; index < last; ++index) {
-    const Block<L> block(shape, index, shape.walk_rows());
-    block.read(x, shape.channels(), scratch);
-    for (int64_t vector = 0; vector < block.vectors(); ++vector)
-      walk_vector<L>(shape, options, seed, scratch + vector * block.apart);
-    block.write(WalkRows<L>(shape, scratch).y.start, shape.preserved, out);
-  }
+template <typename W>
+template <typename L>
+LEAN_INLINE void Walk<W>::reduce(const Shape& shape, W* rows) const {
+  walk_vector<L>(shape, options, seed, rows);
 }
 
 template <typename T>
@@ -250,21 +241,14 @@ LEAN_INLINE void Gradient<T>::on() const {
   }
 }
 
-template <typename T, typename W>
-void Walk<T, W>::run() const {
-  lean::run(*this);
-}
-
 template <typename T>
 void Gradient<T>::run() const {
   lean::run(*this);
 }
 
-template struct Walk<float, float>;
-template struct Walk<double, double>;
-template struct Walk<Half, float>;
-template struct Walk<Brain, float>;
 template struct Gradient<float>;
 template struct Gradient<double>;
 
 }  // namespace lean
+
+LEAN_PASSES(lean::Walk)

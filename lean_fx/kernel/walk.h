@@ -1,5 +1,5 @@
-// LEAN's walk over blocks of positions, as lean_fx/reduction/functional.py defines it, and the
-// gradient of its default form.
+// Reductions over blocks of positions: LEAN's walk, as lean_fx/reduction/functional.py defines it,
+// the forms of lean_fx/reduction/conditioned.py, and the gradient of the walk's default form.
 
 #pragma once
 
@@ -44,7 +44,8 @@ struct Shape {
   bool matrix;        // whether the seed has a value for each channel
   int64_t channels() const { return preserved * reducible; }
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
-  // The rows of a vector that a walk works in, and that its gradient does.
+  // The rows of a vector that a form works in, x in the first and y behind x; and a gradient.
+  int64_t form_rows() const { return channels() + preserved + reducible; }
   int64_t walk_rows() const { return channels() + (2 + MOST) * preserved + 2 * reducible + 1; }
   int64_t gradient_rows(bool nonnegative) const {
     const int64_t affinities = nonnegative ? 0 : preserved * (preserved + MOST) / 2;
@@ -68,14 +69,42 @@ class Scratch {
   T* start_;
 };
 
-// Walks over the blocks first to last of x, in scratch of walk_rows() * LANES numbers; T is what is
-// stored, W what it is computed in.
-template <typename T, typename W>
+// Forms of a reduction, computed in W.
+template <typename W>
 struct Walk {
-  Shape shape;
   Options options;
-  const T* x;
   const W* seed;
+
+  static int64_t rows(const Shape& shape) { return shape.walk_rows(); }
+  template <typename L>
+  void reduce(const Shape& shape, W* rows) const;
+};
+
+template <typename W>
+struct Simplex {
+  const W* v;
+
+  static int64_t rows(const Shape& shape) { return shape.form_rows(); }
+  template <typename L>
+  void reduce(const Shape& shape, W* rows) const;
+};
+
+template <typename W>
+struct Gated {
+  const W *weight, *gate;
+
+  static int64_t rows(const Shape& shape) { return shape.form_rows(); }
+  template <typename L>
+  void reduce(const Shape& shape, W* rows) const;
+};
+
+// Reduces the blocks first to last of x, in scratch of form.rows() * LANES numbers; T is what is
+// stored.
+template <typename T, typename W, template <typename> class Form>
+struct Pass {
+  Shape shape;
+  Form<W> form;
+  const T* x;
   T* out;
   W* scratch;
   int64_t first, last;

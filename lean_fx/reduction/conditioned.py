@@ -13,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from lean_fx.reduction.base import Reduction
+from lean_fx.reduction.onnx_nodes import are_onnx_nodes, onnx_node
 from lean_fx.reduction.reference import without_zeros
 
 # torch.fx's own tracer meets one call, not what is inside: it depends on the rank of x.
@@ -114,14 +115,18 @@ class GatedReduction(Reduction):
 
 def _simplex(x: Tensor, logits: Tensor, dim: int) -> Tensor:
     matrix, i, k = _matrix(x, logits.shape[0], dim)
-    v = _along(logits.to(matrix.dtype).softmax(0), matrix, i)
-    t = (matrix * v).sum(i, keepdim=True)
+    v = logits.to(matrix.dtype).softmax(0)
+    if are_onnx_nodes():
+        return onnx_node("LEANSimplex", x, (v.to(x.dtype),), i)
+    t = (matrix * _along(v, matrix, i)).sum(i, keepdim=True)
     a = t / without_zeros(t.abs().sum(k, keepdim=True))
     return (matrix * a).sum(k).to(x.dtype)
 
 
 def _gated(x: Tensor, weight: Tensor, gate: Tensor, dim: int) -> Tensor:
     matrix, i, k = _matrix(x, weight.shape[0], dim)
+    if are_onnx_nodes():
+        return onnx_node("LEANGated", x, (weight, gate), i)
     weight, gate = (_along(value.to(matrix.dtype), matrix, i) for value in (weight, gate))
     u = (matrix * gate).sum(i, keepdim=True)
     m = without_zeros(matrix.abs().mean((i, k), keepdim=True))

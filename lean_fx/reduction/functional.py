@@ -59,12 +59,12 @@ from lean_fx.checks import check_int
 from lean_fx.errors import ArgumentError, LeanError
 from lean_fx.reduction.compiled_walk import compiled_walk
 from lean_fx.reduction.library import takes
+from lean_fx.reduction.onnx_nodes import are_onnx_nodes, onnx_node
 from lean_fx.reduction.options import Layout, Normalize, Scale, Walk, check_floating
 from lean_fx.reduction.reference import reference_walk
 from lean_fx.reduction.walk import column_walk
 
 _checks_signs = False
-_as_onnx_nodes = False
 
 
 @contextmanager
@@ -88,17 +88,6 @@ leave nonnegative out
         yield
     finally:
         _checks_signs = before
-
-
-@contextmanager
-def as_onnx_nodes() -> Iterator[None]:
-    """Within it, a reduction is one ONNX node LEAN and computes nothing: only for export."""
-    global _as_onnx_nodes
-    before, _as_onnx_nodes = _as_onnx_nodes, True
-    try:
-        yield
-    finally:
-        _as_onnx_nodes = before
 
 
 def lean_reduction(
@@ -163,7 +152,7 @@ def lean_reduction(
     axis = int(dim) % x.dim()
     if _checks_signs and nonnegative:
         _check_signs(x)
-    if _as_onnx_nodes:
+    if are_onnx_nodes():
         return _onnx_node(x, seed, axis, walk)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -199,22 +188,15 @@ def _check_signs(x: Tensor) -> None:
 def _onnx_node(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     """The node of an ONNX graph; options that later versions added are left out where unused."""
     floats = {"damping": float(walk.damping), "norm_floor": float(walk.norm_floor)}
-    return torch.onnx.ops.symbolic(
-        "lean_fx::LEAN",
-        (x, seed),
-        {
-            "axis": axis,
-            "normalize": walk.normalize,
-            "scale": walk.scale,
-            "layout": walk.layout,
-            "iterations": int(walk.iterations),
-            "nonnegative": walk.nonnegative,
-            **{name: value for name, value in floats.items() if value},
-        },
-        dtype=x.dtype,
-        shape=[*x.shape[:axis], seed.shape[0], *x.shape[axis + 1 :]],
-        version=1,
-    )
+    options = {
+        "normalize": walk.normalize,
+        "scale": walk.scale,
+        "layout": walk.layout,
+        "iterations": int(walk.iterations),
+        "nonnegative": walk.nonnegative,
+        **{name: value for name, value in floats.items() if value},
+    }
+    return onnx_node("LEAN", x, (seed,), axis, options)
 
 
 def _reduced(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:

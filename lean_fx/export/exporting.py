@@ -62,7 +62,8 @@ def export_onnx(
     """Write a model to an ONNX file, in eval mode.
 
     Every LEAN reduction becomes one node of the domain ``lean_fx``: ``LEAN``, ``LEANSimplex`` or
-    ``LEANGated``; a function in the same file defines it by standard operators. Inputs are named ``input`` (or ``input_0``, ``input_1``, ...).
+    ``LEANGated``; a function in the same file defines it by standard operators. Inputs are named
+    ``input`` (or ``input_0``, ``input_1``, ...).
     A reduced model's plan is stored in the file (:func:`~lean_fx.plan_of`). The model's mode and
     the CPU's random state are restored. A file at ``path`` is replaced only when the new one is
     complete and computes what the model computes. Weights of more than 1.5 GB do not fit into the

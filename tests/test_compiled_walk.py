@@ -10,7 +10,7 @@ from lean_fx.reduction.compiled_walk import compiled_walk
 from lean_fx.reduction.functional import lean_reduction
 from lean_fx.reduction.library import takes
 from lean_fx.reduction.options import Walk
-from lean_fx.reduction.reference import reference_walk
+from lean_fx.reduction.reference import reference_walk, scaled
 
 if not takes(torch.zeros(1)):
     pytest.skip("lean_fx was installed without a compiler of C++", allow_module_level=True)
@@ -32,47 +32,45 @@ SHAPES = [
 ]
 
 
-def by_library(x, seed, axis, nonnegative, layout, damping, floor):
-    walk = Walk(nonnegative, layout=layout, damping=damping, norm_floor=floor)
-    return compiled_walk(x, seed, axis, walk)
+def by_reference(x, seed, axis, walk):
+    return scaled(reference_walk(x, seed, axis, walk), x, axis, walk)
 
 
-def by_reference(x, seed, axis, nonnegative, layout, damping, floor):
-    walk = Walk(nonnegative, layout=layout, damping=damping, norm_floor=floor)
-    return reference_walk(x, seed, axis, walk)
-
-
-@pytest.mark.parametrize(("damping", "floor"), [(0.0, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize(
+    ("damping", "floor", "scale"), [(0.0, 0.0, "sum"), (0.3, 0.0, "mean"), (0.3, 0.2, "magnitude")]
+)
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
 @pytest.mark.parametrize("nonnegative", [True, False])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_the_reference_in_float64(shape, axis, nonnegative, layout, damping, floor):
+def test_the_reference_in_float64(shape, axis, nonnegative, layout, damping, floor, scale):
     torch.manual_seed(0)
+    walk = Walk(nonnegative, scale=scale, layout=layout, damping=damping, norm_floor=floor)
     for preserved in (1, 4, 6, shape[axis]):
         x = torch.rand(shape, dtype=torch.float64) - (0.0 if nonnegative else 0.5)
         x[x.abs() < 0.1] = 0.0
         seed = torch.randn(preserved, dtype=torch.float64)
         outs, grads = [], []
-        for way in (by_library, by_reference):
+        for way in (compiled_walk, by_reference):
             inputs = [x.clone().requires_grad_(), seed.clone().requires_grad_()]
-            out = way(*inputs, axis, nonnegative, layout, damping, floor)
+            out = way(*inputs, axis, walk)
             outs.append(out)
             weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape)
             grads.append(torch.autograd.grad((out * weights).sum(), inputs))
         torch.testing.assert_close(outs[0], outs[1])
         torch.testing.assert_close(grads[0], grads[1])
-        single = by_library(x.float(), seed.float(), axis, nonnegative, layout, damping, floor)
+        single = compiled_walk(x.float(), seed.float(), axis, walk)
         torch.testing.assert_close(single, outs[1].float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", ["sum", "magnitude"])
 @pytest.mark.parametrize("nonnegative", [True, False])
-def test_gradients_and_those_of_gradients(nonnegative):
+def test_gradients_and_those_of_gradients(nonnegative, scale):
     torch.manual_seed(1)
     x = (torch.rand(2, 6, 3, dtype=torch.float64) + 0.1).requires_grad_()
     seed = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
     def call(x, seed):
-        return compiled_walk(x, seed, 1, Walk(nonnegative))
+        return compiled_walk(x, seed, 1, Walk(nonnegative, scale=scale))
 
     assert torch.autograd.gradcheck(call, (x, seed))
     assert torch.autograd.gradgradcheck(call, (x, seed))
@@ -128,6 +126,7 @@ def test_the_gradient_may_be_expanded_and_x_of_another_layout():
     assert x.grad.isfinite().all()
 
 
+TAKEN = [{}, {"scale": "mean"}, {"scale": "magnitude", "damping": 1.0}]
 LEFT_OUT = [
     {"iterations": 2},
     {"normalize": "row"},
@@ -137,7 +136,7 @@ LEFT_OUT = [
 
 
 @pytest.mark.parametrize(
-    ("nonnegative", "options"), itertools.product([True, False], [{}, *LEFT_OUT]), ids=str
+    ("nonnegative", "options"), itertools.product([True, False], [*TAKEN, *LEFT_OUT]), ids=str
 )
 def test_without_the_library_the_numbers_are_the_same(monkeypatch, nonnegative, options):
     torch.manual_seed(3)
@@ -155,7 +154,7 @@ def test_without_the_library_the_numbers_are_the_same(monkeypatch, nonnegative, 
         out = lean_reduction(*inputs, nonnegative=nonnegative, **options)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert len(calls) == (options == {})
+    assert len(calls) == (options in TAKEN)
 
 
 def test_what_it_is_left_out_of():
@@ -171,11 +170,12 @@ def test_what_it_is_left_out_of():
     assert jacobian.shape == (4, 8)
 
 
-def test_little_is_kept_for_the_gradient():
+@pytest.mark.parametrize("scale", ["sum", "magnitude"])
+def test_little_is_kept_for_the_gradient(scale):
     kept = []
     x, seed = torch.rand(4, 64, 16, 16, requires_grad=True), torch.rand(8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        lean_reduction(x, seed)
+        lean_reduction(x, seed, scale=scale)
     assert sum(each.numel() for each in kept) == x.numel() + seed.numel()
 
 
@@ -199,7 +199,7 @@ def test_counters_see_the_operations():
 
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_the_operators_are_sound(nonnegative):
-    options = (nonnegative, "contiguous", 0.1, 0.2)
+    options = (nonnegative, "magnitude", "contiguous", 0.1, 0.2)
     x, seed = torch.rand(2, 12, 5), torch.rand(4)
     torch.library.opcheck(torch.ops.lean_fx.walk_gradient.default, (x, seed, x[:, :4], *options))
     inputs = (x.requires_grad_(), seed.requires_grad_(), *options)
@@ -252,7 +252,7 @@ def test_an_exported_program_needs_no_library(strict):
 def test_a_call_of_the_operator_is_exported():
     class Calls(torch.nn.Module):
         def forward(self, x, seed):
-            return torch.ops.lean_fx.walk(x, seed, True, "contiguous", 0.0, 0.0)
+            return torch.ops.lean_fx.walk(x, seed, True, "sum", "contiguous", 0.0, 0.0)
 
     x, seed = torch.rand(2, 12, 5), torch.rand(4)
     shapes = {"x": {0: torch.export.Dim("n")}, "seed": None}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lean_fx.reduction.library import run_gradient, run_walk
 from lean_fx.reduction.options import Walk
-from lean_fx.reduction.reference import gradient_with_a_graph, reference_walk
+from lean_fx.reduction.reference import gradient_with_a_graph, reference_walk, scaled
 
 
 def compiled_walk(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
@@ -31,8 +31,8 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     Example:
         >>> from lean_fx.reduction.library import takes
         >>> x, seed = torch.rand(2, 6, 3), torch.tensor([1.0, 2.0])
-        >>> walk = Walk(nonnegative=True)
-        >>> wanted = reference_walk(x, seed, 1, walk)
+        >>> walk = Walk(nonnegative=True, scale="mean")
+        >>> wanted = scaled(reference_walk(x, seed, 1, walk), x, 1, walk)
         >>> not takes(x) or torch.allclose(compiled_walk(x, seed, 1, walk), wanted)
         True
     """
@@ -44,8 +44,8 @@ def compiled_walk(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     eager: Any = _CompiledWalk  # apply is typed from torch 2.14 on
     out: Tensor
     if torch.compiler.is_compiling():
-        options = (walk.nonnegative, walk.layout, walk.damping, walk.norm_floor)
-        out = walk_operator(flat, seed, *options)
+        options = (walk.scale, walk.layout, walk.damping, walk.norm_floor)
+        out = walk_operator(flat, seed, walk.nonnegative, *options)
     else:
         out = eager.apply(flat, seed, walk)
     out = out.reshape(*before, len(seed), *behind)
@@ -57,12 +57,13 @@ def walk_operator(
     x: Tensor,
     seed: Tensor,
     nonnegative: bool,
+    scale: str,
     layout: str,
     damping: float,
     norm_floor: float,
 ) -> Tensor:
     """:func:`~lean_fx.reduction.library.run_walk` as an operator of torch, with a gradient."""
-    return run_walk(x.contiguous(), seed, _walk(nonnegative, layout, damping, norm_floor))
+    return run_walk(x.contiguous(), seed, _walk(nonnegative, scale, layout, damping, norm_floor))
 
 
 @torch.library.custom_op("lean_fx::walk_gradient", mutates_args=())
@@ -71,17 +72,18 @@ def gradient_operator(
     seed: Tensor,
     grad: Tensor,
     nonnegative: bool,
+    scale: str,
     layout: str,
     damping: float,
     norm_floor: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`~lean_fx.reduction.library.run_gradient` as an operator of torch."""
-    walk = _walk(nonnegative, layout, damping, norm_floor)
+    walk = _walk(nonnegative, scale, layout, damping, norm_floor)
     return run_gradient(x.contiguous(), seed, grad, walk)
 
 
-def _walk(nonnegative: bool, layout: Any, damping: float, norm_floor: float) -> Walk:
-    return Walk(nonnegative, layout=layout, damping=damping, norm_floor=norm_floor)
+def _walk(nonnegative: bool, scale: Any, layout: Any, damping: float, norm_floor: float) -> Walk:
+    return Walk(nonnegative, scale=scale, layout=layout, damping=damping, norm_floor=norm_floor)
 
 
 @walk_operator.register_fake
@@ -101,7 +103,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, seed = ctx.saved_tensors
-    return *gradient_operator(x, seed, grad, *ctx.options), None, None, None, None
+    return *gradient_operator(x, seed, grad, *ctx.options), *[None] * len(ctx.options)
 
 
 walk_operator.register_autograd(_back, setup_context=_keep)
@@ -118,6 +120,6 @@ class _CompiledWalk(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seed = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted
-            out = reference_walk(x, seed, 1, ctx.walk)
+            out = scaled(reference_walk(x, seed, 1, ctx.walk), x, 1, ctx.walk)
             return *gradient_with_a_graph(out, (x, seed), grad, ctx.needs_input_grad), None
         return *run_gradient(x, seed, grad, ctx.walk), None

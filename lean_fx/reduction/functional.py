@@ -61,7 +61,7 @@ from lean_fx.reduction.compiled_walk import compiled_walk
 from lean_fx.reduction.library import takes
 from lean_fx.reduction.onnx_nodes import are_onnx_nodes, onnx_node
 from lean_fx.reduction.options import Layout, Normalize, Scale, Walk, check_floating
-from lean_fx.reduction.reference import reference_walk
+from lean_fx.reduction.reference import reference_walk, scaled
 from lean_fx.reduction.walk import column_walk
 
 _checks_signs = False
@@ -208,16 +208,12 @@ def _reduced(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     # An exported program must run where lean_fx is not installed.
     called = not torch.compiler.is_exporting() if compiled else eager and not _is_watched()
     if closed and called and takes(wide):
-        out = compiled_walk(wide, seed, axis, walk)
-    elif closed and (eager or compiled):
+        return compiled_walk(wide, seed, axis, walk).to(x.dtype)
+    if closed and (eager or compiled):
         out = _fused(wide, seed, axis, walk)
     else:
         out = reference_walk(wide, seed, axis, walk if eager else replace(walk, tol=None))
-    if walk.scale != "sum":
-        out = out * seed.shape[0]
-    if walk.scale == "magnitude":
-        out = out * wide.abs().mean(axis, keepdim=True)
-    return out.to(x.dtype)
+    return scaled(out, wide, axis, walk).to(x.dtype)
 
 
 def _runs_eagerly(x: Tensor) -> bool:

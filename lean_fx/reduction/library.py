@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lean_fx.errors import LeanError
 from lean_fx.kernel import library_path
-from lean_fx.reduction.options import Walk
+from lean_fx.reduction.options import Scale, Walk
 
 
 def _load() -> Any:
@@ -27,6 +27,7 @@ def _load() -> Any:
 
 _LIBRARY = _load()
 _IS_BUILT = _LIBRARY is not None  # a constant to torch.compile
+_SCALES = get_args(Scale)  # in the order of Scale in walk.h
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -52,12 +53,12 @@ def takes(x: Tensor) -> bool:
 
 
 def run_walk(x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
-    """The walk of Algorithm 2, one step with a vector seed and ``scale="sum"``.
+    """The walk of Algorithm 2, one step with a vector seed.
 
     Args:
         x: contiguous; :func:`takes` it.
         seed: of the same dtype.
-        walk: its signs, layout, damping and norm floor.
+        walk: its signs, scale, layout, damping and norm floor.
 
     Shape:
         - x: ``[N, C, P]``, C channels at P positions of N samples
@@ -87,8 +88,8 @@ def run_gradient(x: Tensor, seed: Tensor, grad: Tensor, walk: Walk) -> tuple[Ten
 def _call(x: Tensor, seed: Tensor, walk: Walk) -> _Call:
     before, channels, behind = x.shape
     sizes = (before, behind, len(seed), channels // len(seed))
-    interleaved = walk.layout == "interleaved"
-    flags = (interleaved, walk.nonnegative, 0, torch.get_num_threads())
+    interleaved, scale = walk.layout == "interleaved", _SCALES.index(walk.scale)
+    flags = (interleaved, walk.nonnegative, scale, torch.get_num_threads())
     return _Call(*sizes, *flags, walk.damping, walk.norm_floor)
 
 

@@ -72,6 +72,15 @@ def reference_walk(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     return v.squeeze(k)
 
 
+def scaled(out: Tensor, x: Tensor, axis: int, walk: Walk) -> Tensor:
+    """What a walk with ``scale="sum"`` gave for ``x``, at the scale that is asked for."""
+    if walk.scale != "sum":
+        out = out * out.shape[axis]
+    if walk.scale == "magnitude":
+        out = out * x.abs().mean(axis, keepdim=True)
+    return out
+
+
 def gradient_with_a_graph(
     out: Tensor, inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:

@@ -73,7 +73,7 @@ int gradient(const Call& call, const T* x, const T* seed, const T* grad, T* grad
   const Shape shape = call.shape();
   const Options options = call.options();
   const int64_t parts = call.parts(), I = shape.preserved;
-  const int64_t numbers = shape.gradient_rows(options.nonnegative) * lean::LANES;
+  const int64_t numbers = lean::Gradient<T>::numbers(shape, options.nonnegative);
   const lean::Scratch<T> scratch(numbers * parts);
   const lean::Scratch<double> sums(I * parts);
   if (scratch.get() == nullptr || sums.get() == nullptr) return 1;

@@ -7,11 +7,12 @@
 
 namespace lean {
 
-// out(c, j) = sum_k A(j, k) B(c, k), where B has so many rows.
-template <typename L, int ROWS>
+// Takes sum_k A(j, k) B(c, k), where B has so many rows, to a sink, tile by tile.
+template <typename L, int ROWS, typename Sink>
 struct Product {
   static constexpr int TALLEST = ROWS == 1 ? 8 : 4;  // tile that the registers hold
-  Matrix<L> A, B, out;
+  Matrix<L> A, B;
+  Sink sink;
 
   template <typename>
   LEAN_INLINE void on() const {
@@ -44,8 +45,16 @@ struct Product {
         for (int c = 0; c < ROWS; ++c) sums[i][c] += x * B.row(c)[k];
       }
     }
-    for (int c = 0; c < ROWS; ++c)
-      for (int i = 0; i < HEIGHT; ++i) out.row(c)[first + i] = sums[i][c];
+    sink.take(first, sums);
+  }
+};
+
+template <typename L>
+struct Stored {
+  Rows<L> out;
+  template <int HEIGHT>
+  LEAN_INLINE void take(int64_t first, const Vector<L> (&sums)[HEIGHT][1]) const {
+    for (int i = 0; i < HEIGHT; ++i) out[first + i] = sums[i][0];
   }
 };
 
@@ -53,21 +62,7 @@ struct Product {
 template <typename L>
 LEAN_INLINE void multiply(const Matrix<L>& A, Rows<L> v, Rows<L> out) {
   const Matrix<L> row = {v.start, 1, A.width, 0, v.apart};
-  L::Set::run(Product<L, 1>{A, row, {out.start, 1, A.height, 0, out.apart}});
-}
-
-// Rows that are multiplied at once, as many as leave registers for a tile.
-template <typename L>
-constexpr int GROUP = L::Set::BYTES == 64 ? MOST : 2;
-
-// out(c, j) = sum_k A(j, k) B(c, k), where B has a group of rows, or fewer.
-template <typename L>
-LEAN_INLINE void multiply_group(const Matrix<L>& A, const Matrix<L>& B, const Matrix<L>& out) {
-  if (B.height == GROUP<L>) {
-    L::Set::run(Product<L, GROUP<L>>{A, B, out});
-  } else {
-    for (int64_t c = 0; c < B.height; ++c) multiply(A, B.row(c), out.row(c));
-  }
+  L::Set::run(Product<L, 1, Stored<L>>{A, row, {out}});
 }
 
 }  // namespace lean

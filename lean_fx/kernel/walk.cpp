@@ -2,8 +2,8 @@
 
 #include "walk.h"
 
+#include "affinities.h"
 #include "pass.h"
-#include "products.h"
 
 namespace lean {
 namespace {
@@ -11,21 +11,20 @@ namespace {
 // The rows of a vector that a walk works in; y lies behind x.
 template <typename L>
 struct WalkRows {
-  Rows<L> x, y, d, t, u, inverse, group;
+  Rows<L> x, y, d, t, u, inverse;
   LEAN_INLINE WalkRows(const Shape& shape, Number<L>* start)
       : x{start},
         y{x + shape.channels()},
         d{y + shape.preserved},
         t{d + shape.preserved},
         u{t + shape.reducible},
-        inverse{u + shape.reducible},
-        group{inverse + 1} {}
+        inverse{u + shape.reducible} {}
 };
 
 // Those that the gradient works in besides: g arrives, grad_x and gv leave.
 template <typename L>
 struct GradientRows {
-  Rows<L> g, gy, gv, gd, gu, gt, grad_x, weights, affinities;
+  Rows<L> g, gy, gv, gd, gu, gt, grad_x;
   LEAN_INLINE GradientRows(const Shape& shape, Number<L>* start)
       : g{start + shape.walk_rows() * L::WIDTH},
         gy{g + shape.preserved},
@@ -33,39 +32,8 @@ struct GradientRows {
         gd{gv + shape.preserved},
         gu{gd + shape.preserved},
         gt{gu + shape.reducible},
-        grad_x{gt + MOST * shape.reducible},
-        weights{grad_x + shape.channels()},
-        affinities{weights + MOST * shape.preserved} {}
+        grad_x{gt + shape.reducible} {}
 };
-
-// The affinities of the rows from i on, of a group at most, to all from i on: row after row behind
-// those of the groups before, if they are kept.
-template <typename L>
-LEAN_INLINE Matrix<L> affinities_from(int64_t i, int64_t I, Rows<L> affinities, bool kept) {
-  const int64_t width = I - i, height = width < GROUP<L> ? width : GROUP<L>;
-  const int64_t before = kept ? i * (I + I - i + GROUP<L>) / 2 : 0;
-  return {(affinities + before).start, height, width, width, 1};
-}
-
-// d[i] = sum_j |sum_k X[i,k] X[j,k]|. The affinity of two groups is made once, for both.
-template <typename L>
-LEAN_INLINE void affinity_sums(const Matrix<L>& X, Rows<L> d, Rows<L> affinities, bool kept) {
-  for (int64_t i = 0; i < X.height; ++i) d[i] = Vector<L>{};
-  for (int64_t first = 0; first < X.height; first += GROUP<L>) {
-    const Matrix<L> group = affinities_from(first, X.height, affinities, kept);
-    const Matrix<L> rows = X.below(first);
-    multiply_group(rows, {rows.start, group.height, X.width, X.down, X.right}, group);
-    for (int64_t i = 0; i < group.height; ++i) {
-      Vector<L> own = d[first + i] + group.row(i)[i];
-      for (int64_t j = i + 1; j < group.width; ++j) {
-        const Vector<L> affinity = absolute<L>(group.row(i)[j]);
-        d[first + j] += affinity;
-        own += affinity;
-      }
-      d[first + i] = own;
-    }
-  }
-}
 
 // d += damping mean_i d[i], as in the sums of the walk so in their gradient.
 template <typename L>
@@ -93,8 +61,8 @@ LEAN_INLINE Matrix<L> as_matrix(const Shape& shape, const Options& options, Rows
 
 template <typename L>
 LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const Number<L>* seed,
-                             Number<L>* start) {
-  const auto [x, y, d, t, u, inverse, group] = WalkRows<L>(shape, start);
+                             Number<L>* start, Rows<L> affinities = {nullptr}) {
+  const auto [x, y, d, t, u, inverse] = WalkRows<L>(shape, start);
   const int64_t I = shape.preserved, K = shape.reducible;
   const Matrix<L> X = as_matrix(shape, options, x);
   const bool column = options.normalize == Normalize::column;
@@ -105,8 +73,7 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const N
       multiply(X.transposed(), {inverse.start, 0}, t);
       multiply(X, t, d);
     } else {
-      const bool kept = options.for_gradient;
-      affinity_sums(X, d, kept ? GradientRows<L>(shape, start).affinities : group, kept);
+      affinity_sums(X, d, affinities);
     }
     damp(d, I, options.damping);
     for (int64_t i = 0; i < I; ++i) d[i] = without_zeros<L>(d[i]);
@@ -142,37 +109,11 @@ LEAN_INLINE void walk_vector(const Shape& shape, const Options& options, const N
   for (int64_t i = 0; i < I; ++i) y[i] *= factor;
 }
 
-// grad_X[i] += sum_j w[i,j] X[j], w[i,j] = sign(<X_i, X_j>) (gd[i] + gd[j]) = w[j,i], which takes
-// the place of the affinity.
-template <typename L>
-LEAN_INLINE void add_through_affinities(const Matrix<L>& X, Rows<L> gd, Rows<L> affinities,
-                                        Rows<L> weights, Rows<L> sums, const Matrix<L>& grad_X) {
-  const int64_t I = X.height;
-  for (int64_t first = 0; first < I; first += GROUP<L>) {
-    const Matrix<L> group = affinities_from(first, I, affinities, true);
-    const Matrix<L> own = {weights.start, group.height, I, I, 1};
-    for (int64_t before = 0; before < first; before += GROUP<L>) {
-      const Matrix<L> known = affinities_from(before, I, affinities, true);
-      for (int64_t i = 0; i < group.height; ++i)
-        for (int64_t j = 0; j < GROUP<L>; ++j)
-          own.row(i)[before + j] = known.row(j)[first - before + i];
-    }
-    for (int64_t i = 0; i < group.height; ++i)
-      for (int64_t j = 0; j < group.width; ++j)
-        group.row(i)[j] = own.row(i)[first + j] =
-            signed_as<L>(group.row(i)[j], gd[first + i] + gd[first + j]);
-    const Matrix<L> found = {sums.start, group.height, X.width, X.width, 1};
-    multiply_group(X.transposed(), own, found);
-    for (int64_t i = 0; i < group.height; ++i)
-      for (int64_t k = 0; k < X.width; ++k) grad_X.row(first + i)[k] += found.row(i)[k];
-  }
-}
-
 template <typename L>
 LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, const Number<L>* seed,
-                                 Number<L>* start) {
-  const auto [x, y, d, t, u, inverse, group] = WalkRows<L>(shape, start);
-  const auto [g, gy, gv, gd, gu, gt, grad_x, weights, affinities] = GradientRows<L>(shape, start);
+                                 Number<L>* start, Rows<L> affinities) {
+  const auto [x, y, d, t, u, inverse] = WalkRows<L>(shape, start);
+  const auto [g, gy, gv, gd, gu, gt, grad_x] = GradientRows<L>(shape, start);
   const int64_t I = shape.preserved, K = shape.reducible, C = shape.channels();
   const Matrix<L> X = as_matrix(shape, options, x), grad_X = as_matrix(shape, options, grad_x);
 
@@ -206,7 +147,7 @@ LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, con
                     signed_as<L>(row[k], to_magnitude);
     }
   }
-  if (!options.nonnegative) add_through_affinities(X, gd, affinities, weights, gt, grad_X);
+  if (!options.nonnegative) add_through_affinities(X, gd, affinities, grad_X);
 }
 
 }  // namespace
@@ -222,17 +163,17 @@ template <typename Set>
 LEAN_INLINE void Gradient<T>::on() const {
   using L = Lanes<T, Set>;
   const GradientRows<L> own(shape, scratch);
+  const Rows<L> affinities{scratch + shape.gradient_rows() * LANES};
   Options plain = options;
   plain.scale = Scale::sum;
-  plain.for_gradient = true;
   for (int64_t index = first; index < last; ++index) {
-    const Block<L> block(shape, index, shape.gradient_rows(plain.nonnegative));
+    const Block<L> block(shape, index, shape.gradient_rows());
     block.read(x, shape.channels(), scratch);
     block.read(grad, shape.preserved, own.g.start);
     for (int64_t vector = 0; vector < block.vectors(); ++vector) {
       T* const rows = scratch + vector * block.apart;
-      walk_vector<L>(shape, plain, seed, rows);
-      gradient_vector<L>(shape, options, seed, rows);
+      walk_vector<L>(shape, plain, seed, rows, affinities);
+      gradient_vector<L>(shape, options, seed, rows, affinities);
     }
     block.write(own.grad_x.start, shape.channels(), grad_x);
     for (int64_t lane = 0; lane < block.count; ++lane)

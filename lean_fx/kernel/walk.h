@@ -26,14 +26,13 @@ struct Options {
   int64_t iterations = 1;
   double damping = 0;
   double norm_floor = 0;
-  bool for_gradient = false;  // whether the walk leaves the affinities to the gradient
 };
 
 // Positions of a block, which is read and written at once: two cache lines of each channel, as
 // many as the hardware fetches together.
 constexpr int LANES = 32;
 
-// Rows of channels that are multiplied with others at once, at most.
+// Rows whose affinities are made at once, at most.
 constexpr int MOST = 4;
 
 struct Shape {
@@ -46,11 +45,12 @@ struct Shape {
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
   // The rows of a vector that a form works in, x in the first and y behind x; and a gradient.
   int64_t form_rows() const { return channels() + preserved + reducible; }
-  int64_t walk_rows() const { return channels() + (2 + MOST) * preserved + 2 * reducible + 1; }
-  int64_t gradient_rows(bool nonnegative) const {
-    const int64_t affinities = nonnegative ? 0 : preserved * (preserved + MOST) / 2;
-    return walk_rows() + (4 + MOST) * preserved + (1 + MOST) * reducible + channels() + affinities;
+  int64_t walk_rows() const { return channels() + 2 * (preserved + reducible) + 1; }
+  int64_t gradient_rows() const {
+    return walk_rows() + 4 * preserved + 2 * reducible + channels();
   }
+  // Rows that vectors of a gradient work in one after the other, where values have any sign.
+  int64_t affinity_rows() const { return preserved * (preserved + MOST) / 2 + MOST * preserved; }
 };
 
 // Memory for rows, of zeros, where cache lines begin.
@@ -114,8 +114,8 @@ struct Pass {
   void on() const;  // with an instruction set
 };
 
-// The gradient of the default form over the blocks first to last, in scratch of gradient_rows() *
-// LANES numbers: that of x, and what these blocks add to the seed's.
+// The gradient of the default form over the blocks first to last, in scratch of numbers(): that of x,
+// and what these blocks add to the seed's.
 template <typename T>
 struct Gradient {
   Shape shape;
@@ -126,6 +126,9 @@ struct Gradient {
   T* scratch;
   int64_t first, last;
 
+  static int64_t numbers(const Shape& shape, bool nonnegative) {
+    return (shape.gradient_rows() + (nonnegative ? 0 : shape.affinity_rows())) * LANES;
+  }
   void run() const;
   template <typename Set>
   void on() const;  // with an instruction set

@@ -23,19 +23,19 @@ MakeWidth: TypeAlias = Callable[[float], nn.Module]
 _TOO_NARROW = (RuntimeError, ZeroDivisionError)
 
 
-def equal_budget(
+def equal_width(
     make: MakeWidth,
     inputs: Tensor,
     *,
     of: nn.Module,
     by: str = "parameters",
     steps: int | None = None,
-) -> nn.Module:
-    """Return a narrower model that has the budget of another.
+) -> float:
+    """Return the width at which a model has the budget of another.
 
-    By parameters or multiply-adds it is the model of the nearest count. By latency it is the widest
-    that is no slower: some widths suit a runtime better than smaller ones, as ONNX Runtime's
-    convolutions like multiples of 16 channels, and a fair control has such a width.
+    By parameters or multiply-adds it is the width of the nearest count. By latency it is the
+    greatest that is no slower: some widths suit a runtime better than smaller ones, as ONNX
+    Runtime's convolutions like multiples of 16 channels, and a fair control has such a width.
 
     Args:
         make: gives the model of a width in ]0, 1]; a greater width must not give a smaller model.
@@ -48,19 +48,19 @@ def equal_budget(
             so let nothing else run meanwhile.
 
     Returns:
-        A fresh model; at most the whole, where that is below the budget. By latency the fastest,
-        where none is fast enough.
+        A width in ]0, 1]; 1 where the whole is below the budget. By latency the fastest, where none
+        is fast enough.
 
     Raises:
         ArgumentError: the width changes nothing, or an argument is out of its range.
         LeanError: a model cannot be counted, exported or timed.
 
     Example:
-        >>> def make(width: float) -> nn.Module:
-        ...     return nn.Sequential(nn.Linear(8, round(100 * width)), nn.ReLU())
         >>> import torch
-        >>> count_parameters(equal_budget(make, torch.rand(2, 8), of=nn.Linear(8, 50)))
-        450
+        >>> def make(width: float) -> nn.Module:
+        ...     return nn.Linear(8, round(100 * width))
+        >>> equal_width(make, torch.rand(2, 8), of=nn.Linear(8, 50))
+        0.5
     """
     check_choice("equal_budget: by", by, ("parameters", "macs", "latency"))
     if steps is not None:
@@ -70,8 +70,28 @@ def equal_budget(
     return _as_large(make, inputs, of, by, steps or 10)
 
 
-def _as_large(make: MakeWidth, inputs: Tensor, of: nn.Module, by: str, steps: int) -> nn.Module:
-    """The model of the nearest count, by bisection."""
+def equal_budget(
+    make: MakeWidth,
+    inputs: Tensor,
+    *,
+    of: nn.Module,
+    by: str = "parameters",
+    steps: int | None = None,
+) -> nn.Module:
+    """Return a fresh model of the :func:`equal_width`; arguments and errors are those.
+
+    Example:
+        >>> def make(width: float) -> nn.Module:
+        ...     return nn.Sequential(nn.Linear(8, round(100 * width)), nn.ReLU())
+        >>> import torch
+        >>> count_parameters(equal_budget(make, torch.rand(2, 8), of=nn.Linear(8, 50)))
+        450
+    """
+    return _made(make, equal_width(make, inputs, of=of, by=by, steps=steps))
+
+
+def _as_large(make: MakeWidth, inputs: Tensor, of: nn.Module, by: str, steps: int) -> float:
+    """The width of the nearest count, by bisection."""
 
     def count(model: nn.Module) -> int:
         return count_parameters(model) if by == "parameters" else count_macs(model, inputs[:1])
@@ -88,11 +108,11 @@ def _as_large(make: MakeWidth, inputs: Tensor, of: nn.Module, by: str, steps: in
             continue
         low, high = (middle, high) if found[middle] < budget else (low, middle)
     _check_changes(by, found)
-    return _made(make, min(found, key=lambda width: abs(found[width] - budget)))
+    return min(found, key=lambda width: abs(found[width] - budget))
 
 
-def _as_fast(make: MakeWidth, inputs: Tensor, of: nn.Module, steps: int) -> nn.Module:
-    """The widest model that is no slower, from the whole down."""
+def _as_fast(make: MakeWidth, inputs: Tensor, of: nn.Module, steps: int) -> float:
+    """The greatest width that is no slower, from the whole down."""
     counts: dict[float, int] = {}
     shares: dict[float, float] = {}
     with _latency_share(of, inputs) as share:
@@ -111,9 +131,9 @@ def _as_fast(make: MakeWidth, inputs: Tensor, of: nn.Module, steps: int) -> nn.M
                 continue
             shares[width] = share(model)
             if shares[width] <= 1:
-                return _made(make, width)
+                return width
     _check_changes("parameters", counts)
-    return _made(make, min(shares, key=lambda width: shares[width]))
+    return min(shares, key=lambda width: shares[width])
 
 
 def _check_changes(what: str, found: Mapping[float, int]) -> None:

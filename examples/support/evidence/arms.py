@@ -106,21 +106,18 @@ def _plain(channels: int | float, *names: str) -> tuple[Arm, ...]:
 _BASELINE = Arm("baseline")
 _NARROW = Arm("narrow", control="narrow")
 _AS_FAST = Arm("as_fast", control="as_fast")
-_PAPER_ARMS = (_BASELINE, *_forms(10), *_plain(10, "slice", "grouped_sum"), _NARROW, _AS_FAST)
+
+
+def _arms(channels: int | float, *controls: str) -> tuple[Arm, ...]:
+    """The baseline, the LEAN forms and plain controls at one C', and the narrower nets."""
+    return (_BASELINE, *_forms(channels), *_plain(channels, *controls), _NARROW, _AS_FAST)
+
+
+_PAPER_ARMS = _arms(10, "slice", "grouped_sum")
+_PLAIN_ARMS = _arms(0.25, "slice", "mean", "grouped_sum")
 _DEEP_ARMS = (
-    _BASELINE,
-    *_forms(0.25),
-    *_plain(0.25, "slice", "mean", "grouped_sum", "projection"),
-    _NARROW,
-    _AS_FAST,
+    *_arms(0.25, "slice", "mean", "grouped_sum", "projection"),
     Arm("bottleneck", control="bottleneck"),
-)
-_PLAIN_ARMS = (
-    _BASELINE,
-    *_forms(0.25),
-    *_plain(0.25, "slice", "mean", "grouped_sum"),
-    _NARROW,
-    _AS_FAST,
 )
 _SEARCHED = tuple(
     Arm(f"{form} {'/'.join(map(str, channels))}", form, channels, rates=(1e-3, 3e-3))

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 import lean_fx
-from lean_fx.experiment.budget import equal_budget
+from lean_fx.experiment.budget import equal_width
 from lean_fx.export.exporting import export_onnx
 from lean_fx.files import write_text
-from lean_fx.measure.costs import count_parameters
 from lean_fx.measure.machines import machine
 from lean_fx.measure.timing import time_onnx
 from support.evidence.arms import BESIDE, NETS, PARTS, Arm, Net, Part, make_net
@@ -70,20 +69,11 @@ def as_fast_factors(parts: Sequence[Part]) -> dict[str, float]:
         torch.manual_seed(0)
         example, net = torch.randn(2, 3, part.pixels, part.pixels), NETS[part.net]
         of = make_net(part, Arm("lean_damped", "lean_damped", net.channels), example).eval()
-        factors: dict[int, float] = {}  # by count of parameters
 
-        def make(
-            factor: float,
-            net: Net = net,
-            pixels: int = part.pixels,
-            factors: dict[int, float] = factors,
-        ) -> nn.Module:
-            model = net.make(factor, pixels).eval()
-            factors[count_parameters(model)] = factor
-            return model
+        def make(factor: float, net: Net = net, pixels: int = part.pixels) -> nn.Module:
+            return net.make(factor, pixels).eval()
 
-        nearest = equal_budget(make, example, of=of, by="latency")
-        found[part.net] = factors[count_parameters(nearest)]
+        found[part.net] = equal_width(make, example, of=of, by="latency")
         print(f"{part.net}: {found[part.net]:.4f}", flush=True)
     return found
 

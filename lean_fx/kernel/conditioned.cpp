@@ -22,7 +22,7 @@ struct FormRows {
 template <typename L>
 LEAN_INLINE Vector<L> hyperbolic_tangent(Vector<L> x) {
   if constexpr (sizeof(Number<L>) == sizeof(float)) {
-    x = x > 9 ? x * 0 + 9 : (x < -9 ? x * 0 - 9 : x);
+    x = x > 9 ? all<L>(9) : (x < -9 ? all<L>(-9) : x);
     const Vector<L> s = x * x;
     Vector<L> above = all<L>(-2.76076847742355e-16f);
     for (const float next : {2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,

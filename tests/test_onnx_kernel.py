@@ -136,6 +136,10 @@ def test_a_gate_of_any_height(tmp_path):
         gated.weight.fill_(1)
         gated.gate.copy_(torch.tensor([[0.0], [30.0]]))
     check(gated, x, tmp_path / "net.onnx", rtol=2e-6)
+    x = torch.full((2, 2, 3), 3e36)  # u / m is infinite
+    with torch.no_grad():
+        gated.gate.fill_(100)
+    check(gated, x, tmp_path / "net.onnx", rtol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_where_none_is_fast_enough_the_fastest_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("steps", [0, 2.5, "4"])
 def test_steps_are_checked(steps):
-    with pytest.raises(ArgumentError, match="^equal_budget: steps="):
+    with pytest.raises(ArgumentError, match="^equal_width: steps="):
         equal_budget(net, X, of=net(0.5), steps=steps)
 
 

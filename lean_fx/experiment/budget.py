@@ -62,9 +62,9 @@ def equal_width(
         >>> equal_width(make, torch.rand(2, 8), of=nn.Linear(8, 50))
         0.5
     """
-    check_choice("equal_budget: by", by, ("parameters", "macs", "latency"))
+    check_choice("equal_width: by", by, ("parameters", "macs", "latency"))
     if steps is not None:
-        check_int("equal_budget: steps", steps, 1)
+        check_int("equal_width: steps", steps, 1)
     if by == "latency":
         return _as_fast(make, inputs, of, steps or 50)
     return _as_large(make, inputs, of, by, steps or 10)
@@ -139,7 +139,7 @@ def _as_fast(make: MakeWidth, inputs: Tensor, of: nn.Module, steps: int) -> floa
 def _check_changes(what: str, found: Mapping[float, int]) -> None:
     if len(set(found.values())) == 1:
         raise ArgumentError(
-            f"equal_budget: {what} of make(width) are the same for {len(found)} widths from "
+            f"equal_width: {what} of make(width) are the same for {len(found)} widths from "
             f"{min(found):.3g} to 1; give a factory whose width scales the channels"
         )
 

@@ -9,7 +9,7 @@ from lean_fx.export.function_body import FunctionBody, NodeFunction
 
 @dataclass(frozen=True, kw_only=True)
 class SimplexFunction(NodeFunction):
-    """What a node ``LEANSimplex`` computes of ``x`` and the weights ``v``, which sum to 1.
+    """What a node ``LEANSimplex`` computes of ``x`` and ``logits``.
 
     Example:
         >>> SimplexFunction(preserved=10, reducible=5, rows=True, dtype="float").overload
@@ -23,10 +23,10 @@ class SimplexFunction(NodeFunction):
 
     def text(self, opset: int) -> str:
         """The function in ONNX's own text format."""
-        body = FunctionBody(self, planes=not self.rows)
-        x, v = body.begin("x", "v")
+        body = FunctionBody(self, planes=not self.rows, squares=False)
+        x, logits = body.begin("x", "logits")
         body.matrix(x)
-        body.parameter("V", v, [self.preserved, 1])
+        body.parameter("V", body.put("v", f"Softmax<axis = 0>({logits})"), [self.preserved, 1])
         body.put("VX", "Mul(X, V)")
         body.put("t", body.sum("VX", body.i))
         body.put("abs_t", "Abs(t)")
@@ -35,7 +35,7 @@ class SimplexFunction(NodeFunction):
         body.put("a", "Div(t, s)")
         body.put("aX", "Mul(X, a)")
         body.end(body.put("y", body.sum("aX", body.k)))
-        return body.text(opset, ("x", "v"), ("axis",))
+        return body.text(opset, ("x", "logits"), ("axis",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class GatedFunction(NodeFunction):
 
     def text(self, opset: int) -> str:
         """The function in ONNX's own text format."""
-        body = FunctionBody(self, planes=not self.rows)
+        body = FunctionBody(self, planes=not self.rows, squares=False)
         x, weight, gate = body.begin("x", "weight", "gate")
         body.matrix(x)
         matrix = [self.preserved, self.reducible]

@@ -88,7 +88,7 @@ def export_onnx(
         opset: the ONNX opset, 18 or more; None for the exporter's own.
         functions: ``"keep"`` for LEAN nodes; ``"inline"`` for standard operators only. Inline for
             runtimes without functions, or without overloads of functions such as onnx's
-            ``ReferenceEvaluator``: the forms of the reduction are overloads of LEAN.
+            ``ReferenceEvaluator``: nodes of other sizes are overloads of one operator.
         quantize: ``"dynamic"`` or ``"static"`` to also write an INT8 twin beside the file, see
             :func:`~lean_fx.export.quantization.quantize_onnx`.
         calibration: batches of inputs, for ``"static"`` only.

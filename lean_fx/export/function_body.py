@@ -60,16 +60,20 @@ class NodeFunction:
 class FunctionBody:
     """Writes the lines of a function, one value a line.
 
-    ``planes`` is whether the positions stay behind the channels, ``[B, C', C'', P]``; otherwise
-    ``X`` is ``[B, C', C'']`` where the channels come last, and ``[B, P, C', C'']`` where not.
+    Args:
+        form: what is computed.
+        planes: whether positions stay behind the channels, so that ``X`` is ``[B, C', C'', P]``;
+            otherwise it is ``[B, C', C'']`` where the channels come last, and ``[B, P, C', C'']``
+            where not. The attributes ``i`` and ``k`` are its axes of C' and C''.
+        squares: whether divisors are sums of products of values, in which 1e-30 is lost.
     """
 
-    def __init__(self, form: NodeFunction, planes: bool) -> None:
+    def __init__(self, form: NodeFunction, planes: bool, squares: bool) -> None:
         self.form = form
         self.planes = planes
         self.lines: list[str] = []
         self.real = "double" if form.dtype == "double" else "float"
-        # The axes of the preserved and of the reducible channels in X.
+        self.adds_tiny = squares and self.real == "float"
         self.i, self.k = (1, 2) if planes else (-2, -1)
         if planes and form.layout == "interleaved":
             self.i, self.k = 2, 1
@@ -91,7 +95,7 @@ class FunctionBody:
         return name
 
     def begin(self, *inputs: str) -> list[str]:
-        """The names of the inputs in the type that is computed in, and the number ``tiny``."""
+        """The names of the inputs in the type that is computed in; writes ``tiny``, of divisors."""
         names = list(inputs)
         if self.is_half():
             names = [self.put(f"{name}32", f"Cast<to = 1>({name})") for name in inputs]
@@ -100,7 +104,8 @@ class FunctionBody:
             self.put("ten", "Constant<value = double {10}>()")
             self.put("tiny", "Pow(small, ten)")
         else:
-            self.put("tiny", "Constant<value = float {1e-30}>()")
+            tiny = "1e-30" if self.adds_tiny else "1.1754944e-38"
+            self.put("tiny", f"Constant<value = float {{{tiny}}}>()")
         return names
 
     def end(self, value: str) -> None:
@@ -171,8 +176,8 @@ class FunctionBody:
 
     def above_zero(self, sums: str) -> str:
         """Divisors that are not 0."""
-        # ONNX Runtime takes 1e-300 for 0 and an Add of it for nothing; Max is slower than Add.
-        return f"{'Max' if self.real == 'double' else 'Add'}({sums}, tiny)"
+        # Max is slower than Add; but ONNX Runtime takes 1e-300 for 0 and an Add of it for nothing.
+        return f"{'Add' if self.adds_tiny else 'Max'}({sums}, tiny)"
 
     def sum(self, value: str, axis: int, inner: int | None = None) -> str:
         """The sum over an axis, which stays with length 1.

@@ -1,6 +1,6 @@
 """LEAN as a function of standard ONNX operators; formulas of :mod:`lean_fx.reduction.functional`.
 
-There are three forms, chosen by profiling ONNX Runtime's CPU:
+There are three ways to write it, chosen by profiling ONNX Runtime's CPU:
 
 - *planes*, if positions lie behind the channels (images) and no value is negative: products and
   sums over whole planes. Sums over the outer axis are matrix products with ones, since ReduceSum is
@@ -9,8 +9,6 @@ There are three forms, chosen by profiling ONNX Runtime's CPU:
   pairs of rows, which takes C' times the numbers of ``x``.
 - *rows*, if the channels come last, or the maps are small, large or of unknown size: one small
   matrix product for each position.
-
-A tiny number is added to each divisor that may be zero; it is lost in any other divisor.
 """
 
 from __future__ import annotations
@@ -82,7 +80,7 @@ class LeanFunction(NodeFunction):
 
 class _Body(FunctionBody):
     def __init__(self, spec: LeanFunction) -> None:
-        super().__init__(spec, planes=(spec.nonnegative or spec.pairs) and not spec.rows)
+        super().__init__(spec, (spec.nonnegative or spec.pairs) and not spec.rows, squares=True)
         self.spec = spec
 
     def write(self) -> None:

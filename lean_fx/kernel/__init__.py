@@ -1,4 +1,4 @@
-"""The kernel of a LEAN node for ONNX Runtime, compiled when lean_fx is installed."""
+"""The kernel of LEAN nodes for ONNX Runtime, compiled when lean_fx is installed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lean_fx.errors import ArgumentError, MissingDependencyError
 def onnx_kernel() -> str:
     """The path of the library that has ONNX Runtime compute LEAN nodes in one pass.
 
-    A file that :func:`~lean_fx.export_onnx` wrote holds what its LEAN nodes compute as a function
-    of standard operators. A session that has registered the library takes its kernel in place of
-    the function; the file stays the same. It computes in 32 bits what is stored in 16, and gives
-    what the function gives up to rounding.
+    A file that :func:`~lean_fx.export_onnx` wrote holds what its LEAN nodes (``LEAN``,
+    ``LEANSimplex`` and ``LEANGated``) compute as functions of standard operators. A session that
+    has registered the library takes its kernels in place of the functions; the file stays the same.
+    They compute in 32 bits what is stored in 16, and give what the functions give up to rounding.
 
     The library is built when lean_fx is installed, if there is a C++17 compiler with GCC's vector
     extensions, such as g++ or clang. ONNX Runtime 1.17 or later loads it.

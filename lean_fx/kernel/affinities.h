@@ -7,11 +7,12 @@
 
 namespace lean {
 
-// Rows whose affinities are made at once, as many as leave registers for a tile. Those of a group
-// meet one another in both orders, so that an affinity counts for both rows only behind the group.
-// The last rows, too few for a group, are taken one by one, and meet one another alone.
+// A group of rows, as many as leave registers for a tile, is multiplied by itself and by all rows
+// behind it. Within the group each affinity is made twice, once for each of its rows; behind the
+// group it is made once, and added to both. Rows left over at the end are multiplied one by one,
+// each by all of those left.
 template <typename L>
-constexpr int GROUP = L::Set::BYTES == 64 ? MOST : 2;
+constexpr int GROUP = L::Set::BYTES == 64 ? MOST_ROWS : 2;
 
 // Where the affinities of a group are kept, from its first row i on: row after row behind those of
 // the groups before.
@@ -24,9 +25,9 @@ LEAN_INLINE Matrix<L> affinities_from(int64_t i, int64_t I, Rows<L> affinities) 
 // Adds |G[i,j]| to the sums of its rows, and keeps G[i,j] for a gradient.
 template <typename L>
 struct Summed {
-  Rows<L> d;       // of the rows j
-  int64_t own;     // the first row i among them
-  int64_t behind;  // the row from which on they are not of the group
+  Rows<L> d;          // from the first row j on
+  int64_t own;        // where the rows i begin there
+  int64_t group_end;  // where the rows j begin that get their share too
   Matrix<L> affinities;
   bool kept;
 
@@ -43,7 +44,7 @@ struct Summed {
         of_own[c] += affinity;
         of_other += affinity;
       }
-      if (first + i >= behind) d[first + i] += of_other;
+      if (first + i >= group_end) d[first + i] += of_other;
     }
     for (int c = 0; c < ROWS; ++c) d[own + c] += of_own[c];
   }
@@ -84,7 +85,7 @@ template <typename L>
 LEAN_INLINE void add_through_affinities(const Matrix<L>& X, Rows<L> gd, Rows<L> affinities,
                                         const Matrix<L>& grad_X) {
   const int64_t I = X.height;
-  const Rows<L> weights = affinities + I * (I + MOST) / 2;
+  const Rows<L> weights = affinities + I * (I + MOST_ROWS) / 2;
   for (int64_t first = 0; first < I; first += GROUP<L>) {
     const Matrix<L> G = affinities_from(first, I, affinities);
     const Matrix<L> own = {weights.start, G.height, I, I, 1};

@@ -16,7 +16,7 @@ using lean::Shape;
 
 constexpr int64_t LEAST = 1 << 17;  // values for each thread: to start one costs some 20 us
 
-// As Call in eager.py.
+// As _Call in lean_fx/reduction/library.py.
 struct Call {
   int64_t before, behind, preserved, reducible;
   int64_t interleaved, nonnegative, scale, threads;

@@ -137,6 +137,7 @@ LEAN_INLINE void gradient_vector(const Shape& shape, const Options& options, con
   if (options.nonnegative) {
     multiply(X.transposed(), gd, gt);
   } else {
+    // What comes through d is added below.
     for (int64_t k = 0; k < K; ++k) gt[k] = t[k] = Vector<L>{};
   }
   for (int64_t i = 0; i < I; ++i) {

@@ -16,7 +16,7 @@
 namespace lean {
 
 enum class Normalize { column, row, none };
-enum class Scale { sum, mean, magnitude };
+enum class Scale { sum, mean, magnitude };  // in the order of Scale in options.py
 
 struct Options {
   Normalize normalize = Normalize::column;
@@ -33,7 +33,7 @@ struct Options {
 constexpr int LANES = 32;
 
 // Rows whose affinities are made at once, at most.
-constexpr int MOST = 4;
+constexpr int MOST_ROWS = 4;
 
 struct Shape {
   int64_t before;     // positions in front of the channels: x is [before, preserved * reducible,
@@ -43,14 +43,17 @@ struct Shape {
   bool matrix;        // whether the seed has a value for each channel
   int64_t channels() const { return preserved * reducible; }
   int64_t blocks() const { return (before * behind + LANES - 1) / LANES; }
-  // The rows of a vector that a form works in, x in the first and y behind x; and a gradient.
+  // Rows that each vector needs, x first and y behind it: of the forms of conditioned.py, of the
+  // walk, and of its gradient.
   int64_t form_rows() const { return channels() + preserved + reducible; }
   int64_t walk_rows() const { return channels() + 2 * (preserved + reducible) + 1; }
   int64_t gradient_rows() const {
     return walk_rows() + 4 * preserved + 2 * reducible + channels();
   }
-  // Rows that vectors of a gradient work in one after the other, where values have any sign.
-  int64_t affinity_rows() const { return preserved * (preserved + MOST) / 2 + MOST * preserved; }
+  // Rows for the affinities of values of any sign and one group's weights; all vectors share them.
+  int64_t affinity_rows() const {
+    return preserved * (preserved + MOST_ROWS) / 2 + MOST_ROWS * preserved;
+  }
 };
 
 // Memory for rows, of zeros, where cache lines begin.

@@ -3,7 +3,7 @@
 Both weigh the reducible channels by products ``X^T V``, as LEAN does; channel ``i C'' + k`` is
 ``X[i, k]``. Neither divides by a sum that is small where one preserved channel is small, nor, for
 values of 0 or more, by one that cancels. Scaling the input scales the output. A position of zeros
-gives zeros, forward and backward, never NaN. Half-precision values are reduced in float32.
+gives zeros, and never a NaN, forward and backward. Half-precision values are reduced in float32.
 """
 
 from __future__ import annotations
@@ -114,19 +114,19 @@ class GatedReduction(Reduction):
 
 
 def _simplex(x: Tensor, logits: Tensor, dim: int) -> Tensor:
-    matrix, i, k = _matrix(x, logits.shape[0], dim)
-    v = logits.to(matrix.dtype).softmax(0)
     if are_onnx_nodes():
-        return onnx_node("LEANSimplex", x, (v.to(x.dtype),), i)
-    t = (matrix * _along(v, matrix, i)).sum(i, keepdim=True)
+        return onnx_node("LEANSimplex", x, (logits,), dim % x.dim())
+    matrix, i, k = _matrix(x, logits.shape[0], dim)
+    v = _along(logits.to(matrix.dtype).softmax(0), matrix, i)
+    t = (matrix * v).sum(i, keepdim=True)
     a = t / without_zeros(t.abs().sum(k, keepdim=True))
     return (matrix * a).sum(k).to(x.dtype)
 
 
 def _gated(x: Tensor, weight: Tensor, gate: Tensor, dim: int) -> Tensor:
-    matrix, i, k = _matrix(x, weight.shape[0], dim)
     if are_onnx_nodes():
-        return onnx_node("LEANGated", x, (weight, gate), i)
+        return onnx_node("LEANGated", x, (weight, gate), dim % x.dim())
+    matrix, i, k = _matrix(x, weight.shape[0], dim)
     weight, gate = (_along(value.to(matrix.dtype), matrix, i) for value in (weight, gate))
     u = (matrix * gate).sum(i, keepdim=True)
     m = without_zeros(matrix.abs().mean((i, k), keepdim=True))

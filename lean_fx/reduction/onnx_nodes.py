@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-_are_written = False
+
+class _Export(threading.local):
+    """Whether this thread exports; others may run models meanwhile."""
+
+    runs = False
+
+
+_export = _Export()
 
 
 @contextmanager
 def as_onnx_nodes() -> Iterator[None]:
-    """Within it, a reduction is one node of an ONNX graph and computes nothing: only for export."""
-    global _are_written
-    before, _are_written = _are_written, True
+    """Within it, this thread's reductions are nodes of an ONNX graph and compute nothing."""
+    before, _export.runs = _export.runs, True
     try:
         yield
     finally:
-        _are_written = before
+        _export.runs = before
 
 
 def are_onnx_nodes() -> bool:
-    """Whether reductions are nodes now.
+    """Whether this thread's reductions are nodes now.
 
     Example:
         >>> with as_onnx_nodes():
@@ -32,7 +39,7 @@ def are_onnx_nodes() -> bool:
         >>> are_onnx_nodes()
         False
     """
-    return _are_written
+    return _export.runs
 
 
 def onnx_node(
@@ -47,14 +54,15 @@ def onnx_node(
     Args:
         operator: a name in the domain ``lean_fx``.
         x: the values to reduce.
-        parameters: the other inputs; the first has C' along its first axis.
+        parameters: the other inputs, which get the type of ``x``; the first has C' along its first
+            axis.
         axis: the axis of the channels, 0 or more.
         options: the node's other attributes.
     """
     first = parameters[0]
     return torch.onnx.ops.symbolic(
         f"lean_fx::{operator}",
-        (x, *parameters),
+        (x, *(parameter.to(x.dtype) for parameter in parameters)),
         {"axis": axis, **(options or {})},
         dtype=x.dtype,
         shape=[*x.shape[:axis], first.shape[0], *x.shape[axis + 1 :]],

@@ -18,7 +18,7 @@ from support.script import experiment_parser, run_experiment, run_script
 
 def main() -> None:
     """Run the experiment and print its report."""
-    parser = experiment_parser(__doc__.split("\n\n")[0], epochs=30, out="runs/digits")
+    parser = experiment_parser(__doc__.split("\n\n")[0], epochs=40, out="runs/digits")
     args = parser.parse_args()
     data = digits()
 

@@ -24,6 +24,14 @@ class SideBySide(nn.Module):
         return [part(x) for part, x in zip(self.parts, inputs, strict=True)]
 
 
+def drawn(kind: type[nn.Module], *arguments: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A reduction whose every parameter is drawn: the initial ones hide terms."""
+    module = kind(*arguments).to(dtype)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
 def export_side_by_side(
     modules: Sequence[nn.Module], inputs: Sequence[Tensor], path: Path, tolerance: float | None
 ) -> None:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import lean_fx
+import side_by_side
 from graphs import Residual
 from lean_fx.errors import ArgumentError
 from lean_fx.export.sessions import open_session
@@ -21,19 +23,13 @@ from lean_fx.reduction.conditioned import GatedReduction, SimplexReduction
 from lean_fx.reduction.controls import GroupedSumReduction
 from lean_fx.reduction.onnx_nodes import as_onnx_nodes
 from lean_fx.reduction.registry import make_reduction, reduction_factory
-from side_by_side import check_side_by_side
 
 KINDS = [SimplexReduction, GatedReduction]
 NAMES = ["lean_damped", "lean_simplex", "lean_gated"]
 LAYOUTS = [((2, 12), 1), ((2, 12, 3), 1), ((2, 12, 3, 2), -3), ((2, 3, 12), -1), ((3, 12), 1)]
 
 
-def drawn(kind, *arguments):
-    """A reduction in float64 whose every parameter is drawn: the initial ones hide terms."""
-    module = kind(*arguments).double()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
-    return module
+drawn = partial(side_by_side.drawn, dtype=torch.float64)
 
 
 def literal(module, row):
@@ -147,7 +143,7 @@ def test_onnx(tmp_path):
     cases = [(kind, shape, dim) for kind in KINDS for shape, dim in LAYOUTS]
     modules = [drawn(kind, 12, 4, dim).float() for kind, _, dim in cases]
     inputs = [torch.randn(2, *shape[1:]) for _, shape, _ in cases]  # one batch for all
-    check_side_by_side(modules, inputs, tmp_path / "net.onnx")
+    side_by_side.check_side_by_side(modules, inputs, tmp_path / "net.onnx")
     kinds = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
     assert kinds == {"LEANSimplex", "LEANGated"}
 

@@ -17,7 +17,7 @@ from lean_fx.errors import MissingDependencyError
 from lean_fx.reduction.conditioned import GatedReduction, SimplexReduction
 from lean_fx.reduction.functional import lean_reduction
 from lean_fx.reduction.registry import make_reduction
-from side_by_side import export_side_by_side, run_side_by_side
+from side_by_side import drawn, export_side_by_side, run_side_by_side
 
 try:
     KERNEL = lean_fx.onnx_kernel()
@@ -39,14 +39,6 @@ def session(path, *, kernel=True, threads=1, **entries):
 def exported(module, x, path, **options):
     lean_fx.export_onnx(module, path, x, tolerance=None, **options)
     return path
-
-
-def drawn(kind, *arguments):
-    """A conditioned form whose every parameter is drawn: the initial ones hide terms."""
-    module = kind(*arguments)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
-    return module
 
 
 def wanted(module, x):

@@ -16,10 +16,7 @@ class SimplexFunction(NodeFunction):
         '10x5_rows'
     """
 
-    @property
-    def operator(self) -> str:
-        """The name of the node's operator."""
-        return "LEANSimplex"
+    operator = "LEANSimplex"
 
     def text(self, opset: int) -> str:
         """The function in ONNX's own text format."""
@@ -47,10 +44,7 @@ class GatedFunction(NodeFunction):
         '10x5_double'
     """
 
-    @property
-    def operator(self) -> str:
-        """The name of the node's operator."""
-        return "LEANGated"
+    operator = "LEANGated"
 
     def text(self, opset: int) -> str:
         """The function in ONNX's own text format."""

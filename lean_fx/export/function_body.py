@@ -7,6 +7,7 @@ what it computes; a runtime without the kernel inlines it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 DOMAIN = "lean_fx"
 
@@ -19,6 +20,7 @@ class NodeFunction:
     """What a node of the domain computes; nodes with equal fields share one function.
 
     Attributes:
+        operator: the name of the node's operator.
         preserved: C'.
         reducible: C''.
         rows: whether the channels are on the last axis.
@@ -28,17 +30,14 @@ class NodeFunction:
             attributes ``matrix_shape`` and ``output_shape`` hold the shapes.
     """
 
+    operator: ClassVar[str]
+
     preserved: int
     reducible: int
     rows: bool
     dtype: str
     layout: str = "contiguous"
     axis: int | None = None
-
-    @property
-    def operator(self) -> str:
-        """The name of the node's operator."""
-        raise NotImplementedError
 
     @property
     def overload(self) -> str:

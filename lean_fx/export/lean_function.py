@@ -40,6 +40,8 @@ class LeanFunction(NodeFunction):
         '10x5_nonnegative'
     """
 
+    operator = "LEAN"
+
     normalize: str
     scale: str
     iterations: int
@@ -48,11 +50,6 @@ class LeanFunction(NodeFunction):
     damping: float = 0.0
     norm_floor: float = 0.0
     pairs: bool = False
-
-    @property
-    def operator(self) -> str:
-        """The name of the node's operator."""
-        return "LEAN"
 
     def words(self) -> list[str]:
         """What ``overload`` says of the form's own fields."""

@@ -1,5 +1,4 @@
-// Sums of the affinities of the rows of X, G[i,j] = <X_i, X_j> = G[j,i], and their gradient. An
-// affinity is made once, and read once, for both of its rows.
+// Sums of the affinities of the rows of X, G[i,j] = <X_i, X_j> = G[j,i], and their gradient.
 
 #pragma once
 

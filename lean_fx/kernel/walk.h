@@ -117,8 +117,8 @@ struct Pass {
   void on() const;  // with an instruction set
 };
 
-// The gradient of the default form over the blocks first to last, in scratch of numbers(): that of x,
-// and what these blocks add to the seed's.
+// The gradient of the default form over the blocks first to last, in scratch of numbers(): that of
+// x, and what these blocks add to the seed's.
 template <typename T>
 struct Gradient {
   Shape shape;

@@ -14,10 +14,11 @@ template <typename L>
 constexpr int GROUP = L::Set::BYTES == 64 ? MOST_ROWS : 2;
 
 // Where the affinities of a group are kept, from its first row i on: row after row behind those of
-// the groups before.
+// the groups before. Where none are kept, every row is the null pointer.
 template <typename L>
 LEAN_INLINE Matrix<L> affinities_from(int64_t i, int64_t I, Rows<L> affinities) {
   const int64_t width = I - i, height = width < GROUP<L> ? width : GROUP<L>;
+  if (affinities.start == nullptr) return {nullptr, height, width, 0, 1};
   return {(affinities + i * (I + I - i + GROUP<L>) / 2).start, height, width, width, 1};
 }
 

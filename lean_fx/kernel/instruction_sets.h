@@ -20,7 +20,7 @@ namespace lean {
       job.template on<NAME>();                                     \
     }                                                              \
   };
-LEAN_INSTRUCTION_SET(Portable, 32, noinline)
+LEAN_INSTRUCTION_SET(Portable, 16, noinline)
 #if defined(__x86_64__)
 LEAN_INSTRUCTION_SET(Avx2, 32, noinline, target("avx2,fma"))
 LEAN_INSTRUCTION_SET(Avx512, 64, noinline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))
@@ -30,11 +30,12 @@ LEAN_INSTRUCTION_SET(Avx512, 64, noinline, target("avx512f,avx512bw,avx512dq,avx
 template <typename Job>
 void run(const Job& job) {
 #if defined(__x86_64__)
-  if (LEAN_BITS >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Avx512::run(job);
-  if (LEAN_BITS >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return Avx2::run(job);
+  if constexpr (LEAN_BITS >= 512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return Avx512::run(job);
+  if constexpr (LEAN_BITS >= 256)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2::run(job);
 #endif
   Portable::run(job);
 }

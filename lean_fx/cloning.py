@@ -35,6 +35,7 @@ from lean_fx.errors import CaptureError, one_line_with_type
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # closures within closures
 _MANY = 1000  # a longer list is data
+_REFERRING = (nn.Module, weakref.ref, MethodType, FunctionType, list, dict)
 #: The hooks of torch that compute a weight before every call.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -108,7 +109,7 @@ def _rebound(value: Any, memo: Mapping[int, Any], above: tuple[int, ...]) -> Any
         memo: that of the deepcopy.
         above: the ids of what holds the value.
     """
-    if id(value) in above or len(above) > _DEEPEST:
+    if not isinstance(value, _REFERRING) or id(value) in above or len(above) > _DEEPEST:
         return value
     inner = partial(_rebound, memo=memo, above=(*above, id(value)))
     if isinstance(value, nn.Module):
@@ -122,7 +123,7 @@ def _rebound(value: Any, memo: Mapping[int, Any], above: tuple[int, ...]) -> Any
     if isinstance(value, FunctionType) and value.__closure__:
         cells = tuple(_rebound_cell(cell, inner) for cell in value.__closure__)
         return value if cells == value.__closure__ else _with_cells(value, cells)
-    if type(value) in (list, dict, OrderedDict) and len(value) < _MANY:
+    if type(value) in (list, dict, OrderedDict) and 0 < len(value) < _MANY:
         items = enumerate(value) if isinstance(value, list) else value.items()
         flat = {key: each for key, each in items if not isinstance(each, list | dict)}
         changed = {key: new for key, each in flat.items() if (new := inner(each)) is not each}

@@ -188,6 +188,22 @@ def test_the_first_of_16_layers_learns_as_before(norm, reduction):
     assert 0.1 < first_gradient(lean) / first_gradient(model) < 10
 
 
+@pytest.mark.parametrize(
+    ("reduction", "fades"),
+    [("mean", True), ("lean_damped", True), ("lean_simplex", True), ("lean_gated", False)],
+)
+def test_what_tells_inputs_apart_fades_where_channels_are_averaged(reduction, fades):
+    inputs = torch.randn(8, 3, 8, 8)
+    lean = lean_fx.leanify(
+        deep(nn.Sequential, lambda width: nn.GroupNorm(4, width)), inputs, reduction=reduction
+    )
+    *_, last = (module for module in lean.modules() if isinstance(module, nn.GroupNorm))
+    shares = []
+    last.register_forward_hook(lambda *seen: shares.append(seen[2].std(0).mean() / seen[2].std()))
+    lean.train()(inputs)
+    assert (shares[0] < 0.1) == fades
+
+
 @pytest.mark.parametrize("kind", [nn.Sequential, Watched])
 @pytest.mark.parametrize("form", ["graph", "module"])
 @pytest.mark.filterwarnings("ignore:.*each layer reduces its own input")

@@ -19,7 +19,7 @@ from lean_fx.experiment.configurations import Configuration, Space
 from lean_fx.experiment.datasets import digits
 from lean_fx.experiment.study import Study
 from lean_fx.experiment.study_database import Row
-from lean_fx.experiment.study_report import as_json, front, groups, write_report
+from lean_fx.experiment.study_report import as_json, draw_fronts, front, groups, write_report
 from lean_fx.experiment.training import Settings
 from lean_fx.experiment.trials import Job, Outcome, TrialError, run_apart, run_here
 
@@ -203,6 +203,16 @@ def test_the_report_is_whole(quick, tmp_path):
     assert len(lines) == 1 + len(rows)
     for name in ("fronts", "parallel"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("most", "scale"), [(2.0, "linear"), (20.0, "log")])
+def test_costs_that_are_alike_are_drawn_on_a_linear_axis(most, scale):
+    costs = (1.0, most)  # a logarithmic axis of 1 to 2 has labels that overlap
+    rows = [
+        Row(i, "complete", each, Outcome(0.5, 1, int(1000 * cost), int(1000 * cost), 1.0))
+        for i, (each, cost) in enumerate(zip(Space(arms=("slice", "mean")), costs, strict=True))
+    ]
+    assert [axes.get_xscale() for axes in draw_fronts(groups(rows)).axes] == [scale] * 2
 
 
 def test_the_standard_error_is_that_of_the_mean():

@@ -143,6 +143,7 @@ def test_several_workers_run_each_trial_once(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr
     rows = json.loads(done.stdout)
     assert [row["state"] for row in rows] == ["complete"] * 8
     database = sqlite3.connect(tmp_path / "run/study.db")

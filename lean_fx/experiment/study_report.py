@@ -101,7 +101,7 @@ def write_report(study: Study, rows: Sequence[Row], command: str = "") -> Path:
     write_text(folder / "study.csv", as_csv(rows))
     found = groups(rows)
     if found:
-        for name, figure in (("fronts", _fronts(found)), ("parallel", _parallel(study))):
+        for name, figure in (("fronts", draw_fronts(found)), ("parallel", _parallel(study))):
             with replacing(folder / f"{name}.png") as part:
                 figure.savefig(part, format="png", dpi=150)
     write_text(folder / "study.md", as_markdown(study, rows, command))
@@ -196,8 +196,15 @@ def _accuracy(group: Group) -> str:
     return f"{100 * group.accuracy:.1f}{shown}"
 
 
-def _fronts(found: Sequence[Group]) -> Any:
-    """Accuracy over each cost that was measured; the line is the front of all."""
+def draw_fronts(found: Sequence[Group]) -> Any:
+    """Draw accuracy over each cost that was measured; the line is the front of all.
+
+    Args:
+        found: the groups, one or more.
+
+    Returns:
+        A matplotlib figure.
+    """
     costs = {
         "parameters": "parameters",
         "macs": "multiply-adds of a sample",
@@ -220,7 +227,10 @@ def _fronts(found: Sequence[Group]) -> Any:
             )
         line = front([(group.median(field), 100 * group.accuracy) for group in found])
         ax.plot(*zip(*line, strict=True), color="0.6", linewidth=1, zorder=0, label="front")
-        ax.set(xlabel=costs[field], ylabel="accuracy, %", xscale="log")
+        values = [group.median(field) for group in found]
+        alike = max(values) < 4 * min(values)  # labels of a short logarithmic axis overlap
+        scale = "linear" if alike else "log"
+        ax.set(xlabel=costs[field], ylabel="accuracy, %", xscale=scale)
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
     )

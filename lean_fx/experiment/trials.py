@@ -47,6 +47,9 @@ if "forkserver" in multiprocessing.get_all_start_methods():
     _CONTEXT.set_forkserver_preload([__name__])
 
 
+_END_S = 10.0  # that a process may take to end by itself
+
+
 class TrialError(LeanError):
     """A trial failed; the message is the error of its own process."""
 
@@ -191,6 +194,7 @@ def run_apart(job: Job, stop: Stop) -> Outcome:
             if message == "epoch":
                 ours.send(stop(value))
             elif message == "outcome":
+                process.join(_END_S)  # a process that is stopped leaves its semaphores behind
                 return Outcome(**value)
             else:
                 raise TrialError(value)

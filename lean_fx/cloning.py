@@ -35,7 +35,7 @@ from lean_fx.errors import CaptureError, one_line_with_type
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # closures within closures
 _MANY = 1000  # a longer list is data
-_REFERRING = (nn.Module, weakref.ref, MethodType, FunctionType, list, dict)
+_REFERRING: Any = (nn.Module, weakref.ref, MethodType, FunctionType, list, dict)
 #: The hooks of torch that compute a weight before every call.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 

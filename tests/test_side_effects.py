@@ -1,5 +1,6 @@
 """What forward does beyond calls on values stays what it is in a reduced model."""
 
+import collections
 import copy
 import functools
 import random
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 
 import lean_fx
 from lean_fx.capture.capturing import capture
-from lean_fx.errors import CaptureError
+from lean_fx.errors import CaptureError, LeanWarning
 
 X = torch.rand(4, 8)
 
@@ -364,3 +365,66 @@ def test_what_a_hook_stores_is_read_at_every_call(register, nested):
     model(X)
     lean = lean_fx.leanify(model, X, min_channels=10**9)
     torch.testing.assert_close(lean(3 * X), model(3 * X))
+
+
+def doubling(function):
+    @functools.wraps(function)
+    def wrapper(self, *args):
+        return 2 * function(self, *args)
+
+    return wrapper
+
+
+class Wrapped(nn.Module):
+    """Has a forward whose two wrappers have one name, and so have their variables."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    @doubling
+    @doubling
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_wrappers_of_one_name_are_not_mixed_up(form):
+    model = Wrapped()
+    expected = model(X)
+    with pytest.warns(LeanWarning, match="has no layer to reduce"):
+        unreduced = lean_fx.leanify(model, X, min_channels=10**9, form=form)
+    assert torch.equal(unreduced(X), expected)
+    assert torch.equal(model(X), expected)
+
+
+class Making(collections.OrderedDict):
+    """Gives an instance of each class that it holds, as the activations of transformers."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name)()
+
+
+MADE = Making(relu=nn.ReLU)
+
+
+class Chosen(nn.Module):
+    """Makes its activation in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.b(MADE["relu"](self.a(x)))
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.filterwarnings("ignore:.*each layer reduces its own input")
+def test_a_dict_that_makes_what_it_gives_stays_as_it_is(form):
+    model = Chosen()
+    expected = model(X)
+    lean = lean_fx.leanify(model, X, form=form)
+    assert [each.layers for each in lean_fx.plan_of(lean).sites] == [("b",)]
+    assert dict.items(MADE) == {"relu": nn.ReLU}.items()
+    assert torch.equal(model(X), expected)

@@ -33,7 +33,8 @@ from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lean_fx.graph.calls import META_ATTRIBUTES, META_METHODS, asks_for_meta
-from lean_fx.graph.reachable import NUMBERS, Reachable, reachable_from, refill
+from lean_fx.graph.containers import refill
+from lean_fx.graph.reachable import NUMBERS, Reachable, reachable_from
 
 _ABSENT = object()
 _ATTRIBUTE = re.compile(r"\w+")

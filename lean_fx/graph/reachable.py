@@ -7,8 +7,7 @@ and in closure variables, and whatever lists, dicts and objects there hold.
 from __future__ import annotations
 
 import copyreg
-import operator
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lean_fx.cloning import MODULE_ATTRIBUTES
+from lean_fx.graph.containers import CONTAINERS, contents_of, refill
 from lean_fx.graph.model_code import (
     ABSENT,
     LIBRARIES,
@@ -34,12 +34,23 @@ from lean_fx.graph.model_code import (
 from lean_fx.graph.versions import backup_of, version_of
 
 NUMBERS = (bool, int, float, str)
-_CONTAINERS = (list, tuple, dict, deque, set)
 _DEEPEST = 4  # what is deeper inside is not looked into
 _MANY = 1000  # a longer container is data, not state
 
-#: A variable outside a module: its path, its value, and a function that assigns another value.
-_Variable = tuple[str, Any, Callable[[Any], None]]
+
+@dataclass(frozen=True)
+class _Variable:
+    """A variable outside a module.
+
+    Attributes:
+        path: of it, of no other.
+        read: gives its value.
+        assign: gives it another value.
+    """
+
+    path: str
+    read: Callable[[], Any]
+    assign: Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Reachable:
         held: the values, by path.
         versions: the versions of values that can change in place, by path (:func:`version_of`).
         holders: the dicts, lists and sets that hold the values, each with a copy.
+        variables: those outside the module, each with its value.
         backups: functions that restore values outside the module that can change in place.
     """
 
@@ -58,6 +70,7 @@ class Reachable:
     held: dict[str, Any]
     versions: dict[str, Any]
     holders: list[tuple[Any, Any]]
+    variables: list[tuple[_Variable, Any]]
     backups: list[Callable[[], Any]]
 
     @classmethod
@@ -66,15 +79,17 @@ class Reachable:
         with torch._C.DisableTorchFunction():  # else a trace would record what is asked here
             found = _found_by(module)
             versions = {path: version_of(value) for path, value in found.values.items()}
-        copies = [(each, _contents(each)) for each in found.holders]
-        return cls(module, found.values, versions, copies, _backups(module) if backup else [])
+        copies = [(each, contents_of(each)) for each in found.holders]
+        if not backup:
+            return cls(module, found.values, versions, copies, [], [])
+        variables = [(each, each.read()) for each in _variables_of(module)]
+        return cls(module, found.values, versions, copies, variables, _backups(module))
 
     def restore(self) -> None:
         """Restore what was recorded."""
-        for path, value, assign in _variables_of(self.module):
-            before = self.held.get(path, value)
-            if before is not value and type(before) not in _CONTAINERS:
-                assign(before)
+        for variable, before in self.variables:
+            if variable.read() is not before and type(before) not in CONTAINERS:
+                variable.assign(before)
         for holder, contents in self.holders:
             refill(holder, contents)
         for put_back in self.backups:
@@ -151,7 +166,7 @@ class _Found:
             self.holders += holders
             for name, each in items:
                 self._add(name, each, above | {id(value)}, most)
-        if len(self.values) == before and not isinstance(value, _CONTAINERS):
+        if len(self.values) == before and not isinstance(value, CONTAINERS):
             self.values[path] = value
 
 
@@ -159,12 +174,13 @@ def _inside(path: str, value: Any) -> tuple[list[Any], list[tuple[str, Any]]]:
     """What holds the items or attributes of a value, and these by path; empty if it has none."""
     if version_of(value) is not None:
         return [], []
-    if isinstance(value, _CONTAINERS) and len(value) < _MANY:
-        keyed: Iterable[tuple[Any, Any]] = enumerate(value)
+    if isinstance(value, CONTAINERS) and len(value) < _MANY:
+        contents = contents_of(value)
+        keyed: Iterable[tuple[Any, Any]] = enumerate(contents)
         if isinstance(value, dict):
-            keyed = value.items()
+            keyed = contents.items()
         elif isinstance(value, set):
-            keyed = ((each, each) for each in value)
+            keyed = ((each, each) for each in contents)
         holders = [] if isinstance(value, tuple) else [value]
         return holders, [(f"{path}[{key!r}]", each) for key, each in keyed]
     if is_plain_object(value) or isinstance(value, FunctionType):
@@ -182,37 +198,9 @@ def _found_by(module: nn.Module) -> _Found:
     for held in (module._buffers, module._parameters):
         found.holders.append(held)
         found.values.update(held)
-    for path, value, _ in _variables_of(module):
-        found.add(path, value)
+    for variable in _variables_of(module):
+        found.add(variable.path, variable.read())
     return found
-
-
-def _contents(holder: Any) -> Any:
-    return dict(holder) if isinstance(holder, dict) else list(holder)
-
-
-def refill(holder: Any, contents: Any) -> None:
-    """Restore the contents of a dict, list or set, if they have changed.
-
-    If they have not, another thread may be reading it, and must not find it empty.
-    """
-    if _is_as_before(_contents(holder), contents):
-        return
-    if isinstance(holder, dict | set):
-        holder.clear()
-        holder.update(contents)
-    elif isinstance(holder, deque):
-        holder.clear()
-        holder.extend(contents)
-    else:
-        holder[:] = contents
-
-
-def _is_as_before(now: Any, before: Any) -> bool:
-    mine, their = (
-        [*each, *each.values()] if isinstance(each, dict) else each for each in (now, before)
-    )
-    return len(mine) == len(their) and all(map(operator.is_, mine, their))
 
 
 def is_plain_object(value: Any) -> bool:
@@ -238,14 +226,20 @@ def _slots(kind: type) -> list[str]:
 def _backups(module: nn.Module) -> list[Callable[[], Any]]:
     """Functions that restore the contents of variables outside a module."""
     found = _Found()
-    for path, value, _ in _variables_of(module):
-        found.add(path, value)
+    for variable in _variables_of(module):
+        found.add(variable.path, variable.read())
     return [each for value in found.values.values() if (each := backup_of(value))]
 
 
 def _variables_of(module: nn.Module) -> Iterator[_Variable]:
     """The variables outside a module: globals that its code reads, class attributes, closures."""
     kind, seen = type(module), set()
+    paths: Counter[str] = Counter()
+
+    def variable(path: str, read: Callable[[], Any], assign: Callable[[Any], None]) -> _Variable:
+        paths[path] += 1  # functools.wraps gives several functions one name
+        return _Variable(f"{path} ({paths[path]})" if paths[path] > 1 else path, read, assign)
+
     for function in functions_of(module):
         home = function.__globals__
         for name in global_names_in(function.__code__):
@@ -255,25 +249,30 @@ def _variables_of(module: nn.Module) -> Iterator[_Variable]:
                 and _may_be_state(home[name], function)
             ):
                 seen.add((id(home), name))
-                yield f"{home['__name__']}.{name}", home[name], partial(home.__setitem__, name)
+                path = f"{home['__name__']}.{name}"
+                yield variable(path, partial(home.get, name), partial(home.__setitem__, name))
         for place, value in enumerate(function.__defaults__ or ()):
-            if isinstance(value, _CONTAINERS):  # a mutable default lives on
-                yield f"{function.__qualname__}.default_{place}", value, lambda _: None
+            if isinstance(value, CONTAINERS):  # a mutable default lives on
+                path = f"{function.__qualname__}.default_{place}"
+                yield variable(path, partial(_same, value), _same)
         free = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in free:
             value = value_of_cell(cell)
             if value is not ABSENT and _may_be_state(value, function):
-                yield (
-                    f"{function.__qualname__}.{name}",
-                    value,
-                    partial(setattr, cell, "cell_contents"),
-                )
+                path = f"{function.__qualname__}.{name}"
+                assign = partial(setattr, cell, "cell_contents")
+                yield variable(path, partial(value_of_cell, cell), assign)
     for base in reversed(kind.__mro__):  # what a subclass holds counts
         if package_of(base) in LIBRARIES:
             continue
         for name, value in list(vars(base).items()):
             if not name.startswith("__") and _may_be_state(value, base):
-                yield f"{base.__qualname__}.{name}", value, partial(setattr, base, name)
+                path = f"{base.__qualname__}.{name}"
+                yield variable(path, partial(vars(base).get, name), partial(setattr, base, name))
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _may_be_state(value: Any, user: Any) -> bool:
@@ -281,7 +280,7 @@ def _may_be_state(value: Any, user: Any) -> bool:
     kind = type(value)
     if issubclass(kind, Proxy | Tensor) or value is None or kind in NUMBERS:
         return True
-    if isinstance(value, _CONTAINERS) or version_of(value) is not None:
+    if isinstance(value, CONTAINERS) or version_of(value) is not None:
         return True
     if isinstance(value, FunctionType):
         return not isinstance(user, type) and package_of(value) == package_of(user)

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from lean_fx.capture.capturing import capture, clone_graph, unfused_clone
-from lean_fx.capture.example_inputs import as_inputs
+from lean_fx.capture.example_inputs import as_inputs, check_inputs_have_values
 from lean_fx.capture.guards import check_branch
 from lean_fx.capture.size_guards import refusing_modules
 from lean_fx.errors import ArgumentError, CaptureError, warn
@@ -71,6 +71,8 @@ def planned(
     _check_not_exported(model)
     with rebuilding(runs=example_inputs is not None):
         inputs = as_inputs(example_inputs, model) if example_inputs is not None else ()
+        if isinstance(model, nn.Module):  # else capture says what it is
+            check_inputs_have_values(inputs, model)
         captured, error = _captured(model, inputs, options.form)
         if captured is None and options.keep != "all":
             text = f"keep={options.keep!r} needs a graph, keep='all' does not; {error}"

@@ -173,3 +173,22 @@ def test_a_reduced_model_is_never_touched_either(shape, tmp_path):
         assert [(each.requires_grad, each.data_ptr()) for each in lean.parameters()] == learns
     for now, then in zip(values(lean), held, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("ask", [lean_fx.plan, lean_fx.leanify])
+@pytest.mark.parametrize("named", [False, True])
+def test_an_input_without_values(ask, named):
+    given = X.to("meta")
+    with pytest.raises(ArgumentError) as caught:
+        ask(mlp(), {"input": given} if named else given)
+    assert str(caught.value) == (
+        "example_inputs: 'input' is on the meta device and has no values, and the model has some "
+        "on cpu; give the input there"
+    )
+
+
+@pytest.mark.parametrize("model", [3, nn.Linear])
+@pytest.mark.parametrize("inputs", [None, X])
+def test_what_is_no_model(model, inputs):
+    with pytest.raises(ArgumentError, match="^model=.* is not a torch.nn.Module; give the model"):
+        lean_fx.plan(model, inputs)

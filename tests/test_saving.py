@@ -333,3 +333,13 @@ def test_what_is_no_path_is_refused(path):
             call()
     with pytest.raises(lean_fx.DataError, match="is not a path; give a file that lean_fx.save"):
         lean_fx.load("a\0b", net)
+
+
+def test_a_model_that_is_reduced_already(tmp_path):
+    model, inputs = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.rand(2, 8)
+    lean = lean_fx.leanify(model, inputs, form="module")
+    lean_fx.save(lean, tmp_path / "net.safetensors")
+    with pytest.raises(
+        lean_fx.PlanError, match=r"'2' cannot be rebuilt \(it holds reduction, which a"
+    ):
+        lean_fx.load(tmp_path / "net.safetensors", lean, inputs)

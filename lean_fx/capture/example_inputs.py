@@ -85,6 +85,25 @@ def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     return found
 
 
+def check_inputs_have_values(inputs: tuple[Any, ...], model: nn.Module) -> None:
+    """Check that inputs have values if the model has.
+
+    Raises:
+        ArgumentError: one is on the meta device; names it.
+    """
+    state = [*model.parameters(), *model.buffers()]
+    if not state or any(each.is_meta for each in state):
+        return
+    places = [each.name for each in parameters_of(model.forward)]
+    for index, given in enumerate(inputs):
+        if any(isinstance(each, Tensor) and each.is_meta for each in pytree.tree_leaves(given)):
+            name = places[index] if index < len(places) else index
+            raise ArgumentError(
+                f"example_inputs: {name!r} is on the meta device and has no values, and the model "
+                f"has some on {state[0].device}; give the input there"
+            )
+
+
 def call(module: nn.Module, inputs: Sequence[Any]) -> Any:
     """Call a module on inputs as :func:`as_inputs` gives them."""
     args, kwargs = call_arguments(module, inputs)

@@ -34,10 +34,12 @@ def check_layer(layer: nn.Module | None, consumer: Consumer, site: Site) -> None
     """
     subject, remedy = f"plan: layer {consumer.layer!r}", "make the plan anew from this model"
     layer = None if layer is None else as_parametrization(layer)
-    if layer is None or why_not_rebuilt(layer) or base_type(layer).__name__ != consumer.kind:
+    if layer is None or base_type(layer).__name__ != consumer.kind:
         raise PlanError(
             f"{subject} is a {type(layer).__name__}, but the plan says {consumer.kind}; {remedy}"
         )
+    if why := why_not_rebuilt(layer):
+        raise PlanError(f"{subject} cannot be rebuilt ({why}); {remedy}")
     if is_altered(layer):
         raise PlanError(f"{subject} has hooks, which a rebuilt layer would lose; remove them")
     there = (input_channels(layer), groups_of(layer))

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lean_fx.errors import ArgumentError
+from lean_fx.model_checks import first_without_values
 
 
 class Keywords(dict[str, Any]):
@@ -92,7 +93,7 @@ def check_inputs_have_values(inputs: tuple[Any, ...], model: nn.Module) -> None:
         ArgumentError: one is on the meta device; names it.
     """
     state = [*model.parameters(), *model.buffers()]
-    if not state or any(each.is_meta for each in state):
+    if not state or first_without_values(model):
         return
     places = [each.name for each in parameters_of(model.forward)]
     for index, given in enumerate(inputs):

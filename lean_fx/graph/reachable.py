@@ -83,7 +83,7 @@ class Reachable:
         if not backup:
             return cls(module, found.values, versions, copies, [], [])
         variables = [(each, each.read()) for each in _variables_of(module)]
-        return cls(module, found.values, versions, copies, variables, _backups(module))
+        return cls(module, found.values, versions, copies, variables, _backups(variables))
 
     def restore(self) -> None:
         """Restore what was recorded."""
@@ -223,11 +223,11 @@ def _slots(kind: type) -> list[str]:
     return slots
 
 
-def _backups(module: nn.Module) -> list[Callable[[], Any]]:
+def _backups(variables: list[tuple[_Variable, Any]]) -> list[Callable[[], Any]]:
     """Functions that restore the contents of variables outside a module."""
     found = _Found()
-    for variable in _variables_of(module):
-        found.add(variable.path, variable.read())
+    for variable, value in variables:
+        found.add(variable.path, value)
     return [each for value in found.values.values() if (each := backup_of(value))]
 
 

@@ -100,13 +100,26 @@ def cannot_run(node: Node, env: Mapping[Node, Any], error: Exception) -> Argumen
         value = env.get(argument) if isinstance(argument, Node) else None
         return value.shape if isinstance(value, torch.Tensor) else argument
 
-    shapes = str(map_aggregate(node.args, shape_or_self)).replace("torch.Size", "")
+    shapes = ", ".join(str(each) for each in map_aggregate(node.args, shape_or_self))
+    shapes = shapes.replace("torch.Size([", "[").replace("])", "]")
+    names = [repr(each) for each in _inputs_behind(node)]
+    read = f" on what comes from {' and '.join(names)}" if names else ""
     reason = one_line(error).removesuffix(".")
     return ArgumentError(
-        f"example_inputs: the model cannot run on them: {what}"
-        f"{shapes.replace('([', '[').replace('])', ']')} failed "
-        f"({reason}); give inputs of the shape and dtype that the model takes"
+        f"example_inputs: the model cannot run on them: {what}({shapes}) failed{read} ({reason}); "
+        "give inputs of the shape and dtype that the model takes"
     )
+
+
+def _inputs_behind(node: Node) -> list[str]:
+    """The names of the model's inputs that a node reads, or that others read for it."""
+    todo, seen = [node], {node}
+    while todo:
+        new = [each for each in todo.pop().all_input_nodes if each not in seen]
+        seen.update(new)
+        todo += new
+    order = node.graph.find_nodes(op="placeholder")
+    return [str(each.target) for each in order if each in seen]
 
 
 def _fake_input(value: torch.Tensor, place: int, mode: FakeTensorMode) -> torch.Tensor:

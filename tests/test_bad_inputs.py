@@ -49,14 +49,20 @@ DTYPE = "mat1 and mat2 must have the same dtype, but got "
     [
         (
             X.long(),
-            f"a([2, 4],) failed ({DTYPE}Long and Float); give inputs of the shape and dtype",
+            f"a([2, 4]) failed on what comes from 'x' ({DTYPE}Long and Float); give inputs of the shape and dtype",
         ),
-        (X.double(), f"a([2, 4],) failed ({DTYPE}Double and Float); "),
-        (X > 0, f"a([2, 4],) failed ({DTYPE}Bool and Float); "),
-        (torch.rand(2, 5), "a([2, 5],) failed (a and b must have same reduction dim"),
-        (torch.tensor(1.0), "a([],) failed (both arguments to linear need to be at least 1D"),
-        ((None,), "a(None,) failed ("),
-        (["x"], "a(x,) failed ("),
+        (X.double(), f"a([2, 4]) failed on what comes from 'x' ({DTYPE}Double and Float); "),
+        (X > 0, f"a([2, 4]) failed on what comes from 'x' ({DTYPE}Bool and Float); "),
+        (
+            torch.rand(2, 5),
+            "a([2, 5]) failed on what comes from 'x' (a and b must have same reduction dim",
+        ),
+        (
+            torch.tensor(1.0),
+            "a([]) failed on what comes from 'x' (both arguments to linear need to be at least 1D",
+        ),
+        ((None,), "a(None) failed ("),
+        (["x"], "a(x) failed on what comes from 'x' ("),
         ((X, X), "example_inputs: 2 given, but the model takes 1 (x); give one tensor, or a tuple"),
     ],
 )
@@ -73,7 +79,10 @@ def test_inputs_that_do_not_fit(inputs, text, tmp_path, capfd):
 def test_a_model_whose_parts_do_not_fit_each_other():
     model = Net()
     model.b.half()
-    refused(lambda: lean_fx.plan(model, X), f"b([2, 32],) failed ({DTYPE}Float and Half); ")
+    refused(
+        lambda: lean_fx.plan(model, X),
+        f"b([2, 32]) failed on what comes from 'x' ({DTYPE}Float and Half); ",
+    )
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
@@ -137,6 +146,38 @@ def test_any_number_of_inputs():
     refused(lambda: lean_fx.plan(Named(), (X, X)), "Named cannot run on them")
 
 
+class Told(nn.Module):
+    """Reads names and numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.a, self.b = nn.Embedding(9, 32), nn.Linear(4, 32), nn.Linear(32, 8)
+
+    def forward(self, names, numbers):
+        return self.b(F.relu(self.words(names) + self.a(numbers)))
+
+
+class Looping(Told):
+    """No graph: it asks for a value."""
+
+    def forward(self, names, numbers):
+        while numbers.sum() > 9:
+            numbers = numbers / 2
+        return super().forward(names, numbers)
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+@pytest.mark.parametrize("wrong", ["names", "numbers"])
+def test_an_input_of_another_dtype_is_told_by_its_name(wrong, form):
+    given = {"names": torch.zeros(2, dtype=torch.int64), "numbers": X}
+    given[wrong] = given[wrong].double()
+    text = f"failed on what comes from '{wrong}' ("
+    refused(lambda: lean_fx.leanify(Told(), given, form=form), text)
+    kinds = [f"{name} {str(each.dtype)[6:]}{list(each.shape)}" for name, each in given.items()]
+    text = f"example_inputs: Looping cannot run on them, {', '.join(kinds)} ("
+    refused(lambda: lean_fx.leanify(Looping(), given, form=form), text)
+
+
 @dataclass
 class Result:
     y: Tensor
@@ -196,12 +237,15 @@ def sequences(*shapes, **options):
     [
         (
             sequences((3, 30), (2, 30)),
-            "first(packed,) failed (input.size(-1) must be equal to input",
+            "first(packed) failed on what comes from 'packed' (input.size(-1) must be equal to input",
         ),
-        (sequences((3, 32, 2), (2, 32, 2)), "first(packed,) failed (input must have 2 dimensions"),
+        (
+            sequences((3, 32, 2), (2, 32, 2)),
+            "first(packed) failed on what comes from 'packed' (input must have 2 dimensions",
+        ),
         (
             sequences((3, 32), dtype=torch.int64),
-            "first(packed,) failed (RNN input dtype (torch.int",
+            "first(packed) failed on what comes from 'packed' (RNN input dtype (torch.int",
         ),
         (
             PackedSequence(torch.rand(0, 32), torch.zeros(0, dtype=torch.int64)),
@@ -217,9 +261,12 @@ def test_packed_sequences_that_do_not_fit(inputs, text):
 @pytest.mark.parametrize(
     ("lengths", "text"),
     [
-        ([5, 0], "failed (Length of all samples has to be greater than 0"),
-        ([9, 3], "gru(pack_padded_sequence,) failed ("),
-        ([5, 3, 2], "pack_padded_sequence([2, 5, 32], [3]) failed ("),
+        (
+            [5, 0],
+            "failed on what comes from 'x' and 'lengths' (Length of all samples has to be greater than 0",
+        ),
+        ([9, 3], "gru(pack_padded_sequence) failed on what comes from 'x' and 'lengths' ("),
+        ([5, 3, 2], "pack_padded_sequence([2, 5, 32], [3]) failed on what comes from 'x' and "),
     ],
 )
 def test_lengths_that_do_not_fit(lengths, text):

@@ -173,7 +173,8 @@ def test_channels_are_tracked_without_shapes():
     [
         (
             (torch.rand(2, 4, 8, 8),),
-            "example_inputs: the model cannot run on them: stem([2, 4, 8, 8],) failed (",
+            "example_inputs: the model cannot run on them: stem([2, 4, 8, 8]) failed on what comes "
+            "from 'x' (",
         ),
         (
             (torch.rand(2, 3, 8, 8), torch.rand(1)),

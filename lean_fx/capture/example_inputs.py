@@ -95,14 +95,43 @@ def check_inputs_have_values(inputs: tuple[Any, ...], model: nn.Module) -> None:
     state = [*model.parameters(), *model.buffers()]
     if not state or first_without_values(model):
         return
-    places = [each.name for each in parameters_of(model.forward)]
-    for index, given in enumerate(inputs):
+    for name, given in named_inputs(model, inputs):
         if any(isinstance(each, Tensor) and each.is_meta for each in pytree.tree_leaves(given)):
-            name = places[index] if index < len(places) else index
             raise ArgumentError(
                 f"example_inputs: {name!r} is on the meta device and has no values, and the model "
                 f"has some on {state[0].device}; give the input there"
             )
+
+
+def named_inputs(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Inputs as :func:`as_inputs` gives them, each with its name, or its place if it has none.
+
+    Example:
+        >>> named_inputs(nn.Linear(1, 1), (2.0, Keywords(scale=3.0)))
+        [('input', 2.0), ('scale', 3.0)]
+    """
+    given, more = list(inputs), Keywords()
+    if given and isinstance(given[-1], Keywords):
+        more = given.pop()
+    places = [each.name for each in parameters_of(model.forward)]
+    places += [str(place) for place in range(len(places), len(given))]
+    return [*zip(places, given, strict=False), *more.items()]
+
+
+def described_inputs(model: nn.Module, inputs: Sequence[Any]) -> str:
+    """The names of inputs, and the dtypes and shapes of tensors, for a message.
+
+    Example:
+        >>> described_inputs(nn.Linear(4, 1), (Tensor(2, 3),))
+        'input float32[2, 3]'
+    """
+
+    def described(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return type(value).__name__
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+    return ", ".join(f"{name} {described(value)}" for name, value in named_inputs(model, inputs))
 
 
 def call(module: nn.Module, inputs: Sequence[Any]) -> Any:

@@ -27,7 +27,7 @@ from torch._C import _functorch as functorch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lean_fx.capture.example_inputs import call, copied_inputs
+from lean_fx.capture.example_inputs import call, copied_inputs, described_inputs
 from lean_fx.capture.side_effects import keeping_rng_state
 from lean_fx.cloning import clone
 from lean_fx.errors import ArgumentError, one_line, one_line_with_type
@@ -203,10 +203,10 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Seen],
         with keeping_rng_state(), leaving_state(model):
             return _seen(model, inputs)
     except Exception as error:
-        reason = one_line(error)
+        given, reason = described_inputs(model, inputs), one_line(error)
         raise ArgumentError(
-            f"example_inputs: {type(model).__name__} cannot run on them ({reason}); give inputs of "
-            "the shape and dtype that the model takes"
+            f"example_inputs: {type(model).__name__} cannot run on them, {given} ({reason}); give "
+            "inputs of the shape and dtype that the model takes"
         ) from error
 
 

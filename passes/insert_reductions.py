@@ -41,8 +41,8 @@ Rules:
    ``reshape`` that holds the new one, or -1.
 4. A site whose reduction is there already is left alone.
 5. A rebuilt layer starts at the output variance of the layer that it replaces. ``MeasureScale`` has
-   measured the root mean square of the value. That of the reduction's output is measured on a
-   random sample with the same root mean square.
+   measured the root mean square of the value. What the reduction makes of it is measured on a
+   random sample with the same root mean square (:mod:`lean_fx.layers.gains`).
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ from lean_fx.graph.flattens import view_sizes
 from lean_fx.graph.rewriting import add_module
 from lean_fx.graph.site_reductions import check_layer, reduction_for
 from lean_fx.graph.sites import Consumer, Site
+from lean_fx.layers.gains import Gains
 from lean_fx.layers.rebuild import rebuild
 from lean_fx.passes.base import Pass
 from lean_fx.passes.find_consumers import reads_reduction
@@ -103,8 +104,8 @@ class InsertReductions(Pass):
             # The plan may have been made from another model, or by hand.
             nonnegative = site.nonnegative and facts(nodes[site.value]).nonnegative
             made.append(reduction_for(site, self.reduction, layer, nonnegative))
-        for site, (module, gain) in zip(todo, made, strict=True):
-            _insert(graph_module, site, module.train(graph_module.training), gain, nodes)
+        for site, (module, gains) in zip(todo, made, strict=True):
+            _insert(graph_module, site, module.train(graph_module.training), gains, nodes)
         if todo:
             forget_facts(graph_module)
         return bool(todo)
@@ -159,7 +160,7 @@ def _insert(
     graph_module: GraphModule,
     site: Site,
     module: nn.Module,
-    gain: float,
+    gains: Gains,
     nodes: Mapping[str, Node],
 ) -> None:
     graph = graph_module.graph
@@ -185,7 +186,7 @@ def _insert(
         assert before is not None
         call.replace_input_with(before, source)
         layer = graph_module.get_submodule(consumer.layer)
-        graph_module.set_submodule(consumer.layer, rebuild(layer, features, gain))
+        graph_module.set_submodule(consumer.layer, rebuild(layer, features, gains))
     for step in reversed(carried):
         if carried[step] is not nodes[step]:
             _erase_unused(nodes[step])

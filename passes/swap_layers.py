@@ -34,6 +34,7 @@ from lean_fx.graph.facts import facts
 from lean_fx.graph.rewriting import become
 from lean_fx.graph.site_reductions import check_layer, reduction_for
 from lean_fx.graph.sites import Site
+from lean_fx.layers.gains import Gains
 from lean_fx.layers.input_hooks import ReduceFlattened, reduce_first, reduce_within
 from lean_fx.layers.rebuild import rebuild
 from lean_fx.layers.shared_inputs import ReduceOnce
@@ -114,7 +115,7 @@ def swap_layers(
         for consumer in site.consumers:
             check_layer(modules.get(consumer.layer), consumer, site)
 
-    def made(site: Site) -> tuple[nn.Module, float]:
+    def made(site: Site) -> tuple[nn.Module, Gains]:
         nonnegative = site.nonnegative and all(name in proved for name in site.layers)
         return reduction_for(site, reduction, modules[site.layers[0]], nonnegative)
 
@@ -126,14 +127,14 @@ def swap_layers(
         _swap(model, *each)
 
 
-def _swap(model: nn.Module, site: Site, reduction: nn.Module, gain: float) -> None:
+def _swap(model: nn.Module, site: Site, reduction: nn.Module, gains: Gains) -> None:
     assert site.out_channels is not None
     readers = sum(consumer.features_per_channel == 1 for consumer in site.consumers)
     once = ReduceOnce(readers) if readers > 1 else reduce_first
     for consumer in site.consumers:
         features = consumer.features_per_channel
         layer = model.get_submodule(consumer.layer)
-        become(layer, rebuild(layer, site.out_channels * features * site.groups, gain))
+        become(layer, rebuild(layer, site.out_channels * features * site.groups, gains))
         layer.add_module("reduction", reduction)
         if consumer.applied_by is not None:
             _reduce_within(model, consumer.applied_by, consumer.layer)

@@ -9,6 +9,7 @@ from torch import nn
 
 import lean_fx
 from lean_fx.errors import ArgumentError, PlanError
+from lean_fx.layers.gains import Gains
 from lean_fx.layers.kinds import KINDS, kind_of
 from lean_fx.layers.rebuild import rebuild
 
@@ -120,7 +121,7 @@ def test_numbers_by_hand():
 def test_the_scale_of_a_layer_is_kept(registering):
     registering(Turned, **TURNED)
     layer = Turned(64, 512)
-    made = rebuild(layer, 16, gain=3.0)
+    made = rebuild(layer, 16, gains=Gains(3.0))
     x = torch.randn(500, 64)
     torch.testing.assert_close(made(x[:, :16] / 3).std(), layer(x).std(), rtol=0.05, atol=0)
 

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import lean_fx
 from graphs import reasons
+from lean_fx.layers.gains import Gains
 from lean_fx.layers.legacy_norms import as_parametrization
 from lean_fx.layers.rebuild import rebuild
 
@@ -76,7 +77,7 @@ def test_the_scale_is_that_of_the_layer():
     layer = nn.utils.weight_norm(nn.Linear(512, 256))
     with torch.no_grad():
         layer.weight_g.mul_(3)
-    made = rebuild(layer, 64, gain=2.0)
+    made = rebuild(layer, 64, gains=Gains(2.0))
     wanted = 3 * 2 * 8**0.5 * nn.Linear(512, 256).weight.std()
     torch.testing.assert_close(made.weight.std(), wanted, rtol=0.05, atol=0.0)
 

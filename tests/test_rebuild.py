@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lean_fx.errors import PassError
+from lean_fx.layers.gains import Gains
 from lean_fx.layers.kinds import input_channels, input_weights
 from lean_fx.layers.rebuild import rebuild
 
@@ -63,7 +64,7 @@ def test_all_of_a_recurrent_layer_but_its_input_weights_stays(layer):
     with torch.no_grad():
         for value in layer.parameters():
             value.mul_(3)  # an initialisation that is not torch's own
-    made = rebuild(layer, 4, gain=2.0)
+    made = rebuild(layer, 4, gains=Gains(2.0))
     assert str(made) == str(layer).replace("(8, 6", "(4, 6")
     assert vars(made).get("dropout") == vars(layer).get("dropout")
     drawn = input_weights(layer)
@@ -87,6 +88,6 @@ def test_the_scale_of_a_cell_of_rectified_units_is_that_of_its_weights():
         cell = nn.RNNCell(8, 6, nonlinearity="relu")
         nn.init.zeros_(cell.bias_ih)
         nn.init.zeros_(cell.bias_hh)
-        made = rebuild(cell, 4, gain=2.0)
+        made = rebuild(cell, 4, gains=Gains(2.0))
         wanted = cell.weight_ih.square().mean().sqrt() * 2 * 2**0.5
         torch.testing.assert_close(made.weight_ih.square().mean().sqrt(), wanted)

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 import lean_fx
 from graphs import Kinds, MyConv, SameConv, StandardConv
 from lean_fx.errors import PassError
+from lean_fx.layers.gains import Gains
 from lean_fx.layers.rebuild import rebuild
 from lean_fx.layers.subclasses import is_channel_linear
 
@@ -142,7 +143,7 @@ def test_layers_inside_of_a_layer_are_in_the_plan(form):
 def test_a_standardised_weight_keeps_the_scale_of_the_layer():
     torch.manual_seed(0)
     layer = StandardConv(64, 32, 3)
-    made = rebuild(layer, 16, gain=3.0)
+    made = rebuild(layer, 16, gains=Gains(3.0))
     x = torch.randn(4, 64, 16, 16)
     wanted = (layer(x) - layer.bias.view(-1, 1, 1)).std()
     found = (made(x[:, :16] / 3) - made.bias.view(-1, 1, 1)).std()

@@ -10,6 +10,7 @@ from torch import nn
 from lean_fx.errors import LeanError, PlanError, one_line
 from lean_fx.graph.calls import is_altered, modules_by_name
 from lean_fx.graph.sites import Consumer, Site
+from lean_fx.layers.gains import Gains, gains_between
 from lean_fx.layers.kinds import (
     KINDS,
     base_type,
@@ -80,7 +81,7 @@ def check_registered(model: nn.Module, sites: Iterable[Site]) -> None:
 
 def reduction_for(
     site: Site, reduction: str | ReductionFactory, layer: nn.Module, nonnegative: bool
-) -> tuple[nn.Module, float]:
+) -> tuple[nn.Module, Gains]:
     """Make the reduction of a site.
 
     Args:
@@ -91,8 +92,7 @@ def reduction_for(
         nonnegative: what is promised of the value.
 
     Returns:
-        The reduction, and how many times larger the value is than what it gives, by root mean
-        squares.
+        The reduction, and how many times larger the value is than what it gives.
 
     Raises:
         PlanError: it gives another number of channels than the site's.
@@ -103,28 +103,28 @@ def reduction_for(
     module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
     if isinstance(module, LeanReduction):
         module.nonnegative |= nonnegative
-    return module, _gain(module, site)
+    return module, _gains(module, site)
 
 
-def _gain(module: nn.Module, site: Site) -> float:
+def _gains(module: nn.Module, site: Site) -> Gains:
     """How many times larger the value is than the reduction's output, on a random sample."""
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors) or not site.rms:
-        return 1.0
+        return Gains()
     like = tensors[0] if tensors else torch.empty(0)
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(_POSITIONS, site.in_channels, generator=generator) * site.rms
+    values = torch.randn(_POSITIONS, site.in_channels, generator=generator) * site.rms
     if site.nonnegative:
-        sample = sample.relu() * 2**0.5
+        values = values.relu() * 2**0.5
     rank = max(2, site.reduced_dim + 1, -site.reduced_dim)
     axis, sizes = site.reduced_dim % rank, [1] * rank
     sizes[axis], sizes[0 if axis else 1] = site.in_channels, _POSITIONS
-    sample = (sample if axis else sample.T).reshape(sizes)
+    sample = (values if axis else values.T).reshape(sizes)
     try:
         with torch.no_grad():
-            reduced = module(sample.to(device=like.device, dtype=like.dtype)).float()
+            reduced = module(sample.to(device=like.device, dtype=like.dtype)).float().cpu()
     except (RuntimeError, ValueError, IndexError, TypeError):
-        return 1.0  # a user's own reduction that takes values of another rank only
+        return Gains()  # a user's own reduction that takes values of another rank only
     wanted = list(sample.shape)
     wanted[site.reduced_dim] = site.out_channels or 0
     if list(reduced.shape) != wanted:
@@ -132,5 +132,10 @@ def _gain(module: nn.Module, site: Site) -> float:
             f"plan: {type(module).__name__} makes {list(reduced.shape)} of {list(sample.shape)}, "
             f"not {wanted}; a reduction gives out_channels along dim"
         )
-    rms = float(reduced.square().mean().sqrt())
-    return site.rms / rms if rms else 1.0
+    if not reduced.any():
+        return Gains()
+    gains = gains_between(
+        values, reduced.movedim(axis, -1).flatten(0, -2), channels_last=site.dim == -1
+    )
+    flattened = any(consumer.features_per_channel > 1 for consumer in site.consumers)
+    return Gains(gains.whole) if flattened and site.dim not in (1, -1) else gains

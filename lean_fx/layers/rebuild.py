@@ -4,13 +4,13 @@ Only the number of input channels changes. The new layer is a copy with narrower
 from a user's own function (:func:`~lean_fx.layers.kinds.register_layer`).
 
 The net is trained from scratch, so the weights that multiply the input are drawn by torch's own
-rule. They are then scaled so that the outputs keep their variance: for an input that is ``gain``
-times smaller, with a fan-in that is ``k`` times smaller, their root mean square becomes
-``rms(old) gain sqrt(k)``. The biases of conv and linear layers are drawn too, with the root mean
-square of the old ones. Everything else keeps its values, and with them any special initialisation:
-the recurrent weights, biases and further layers of a recurrent layer (orthogonal weights, a forget
-gate's bias of 1), and the other parameters of a subclass (:mod:`lean_fx.layers.subclasses`) or of a
-registered type.
+rule. They are then scaled so that the outputs keep their variance: with a fan-in that is ``k``
+times smaller, to a root mean square of ``rms(old) sqrt(k)``, and then by how much smaller the input
+has become (:mod:`lean_fx.layers.gains`). The biases of conv and linear layers are drawn too, with
+the root mean square of the old ones. Everything else keeps its values, and with them any special
+initialisation: the recurrent weights, biases and further layers of a recurrent layer (orthogonal
+weights, a forget gate's bias of 1), and the other parameters of a subclass
+(:mod:`lean_fx.layers.subclasses`) or of a registered type.
 
 A layer with torch's weight norm or spectral norm is rebuilt without it, and then gets it again, as
 a parametrization.
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lean_fx.errors import PassError, one_line_with_type
+from lean_fx.layers.gains import Gains, scaled
 from lean_fx.layers.kinds import (
     LayerKind,
     base_type,
     first_weight,
+    groups_of,
     input_channels,
     input_weights,
     kind_of,
@@ -44,6 +46,8 @@ from lean_fx.skip_reason import SkipReason
 
 #: What torch's own layers hold.
 _WEIGHTS = re.compile(r"(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
+
+_AS_LARGE = Gains()
 
 #: Parametrizations that a rebuilt layer can get anew.
 _NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
@@ -85,7 +89,7 @@ def why_not_rebuilt(layer: nn.Module) -> SkipReason | None:
     return None
 
 
-def _rebuild_normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
+def _rebuild_normed(layer: Any, in_channels: int, gains: Gains) -> nn.Module:
     """Rebuild a layer with a norm of its weight: without the norm first, then add it again."""
     still = copy.deepcopy(layer).eval()  # the power iteration of spectral norm rests in eval mode
     # remove_parametrizations would change the class, which copies share.
@@ -94,7 +98,7 @@ def _rebuild_normed(layer: Any, in_channels: int, gain: float) -> nn.Module:
     del bare.parametrizations
     bare.weight = nn.Parameter(still.weight.detach())
     bare._load_state_dict_pre_hooks = OrderedDict()  # of the norm
-    made = rebuild(bare, in_channels, gain)
+    made = rebuild(bare, in_channels, gains)
     norm = layer.parametrizations.weight[0]
     if isinstance(norm, parametrizations._WeightNorm):
         parametrizations.weight_norm(made, dim=norm.dim)
@@ -118,15 +122,16 @@ def _root_mean_square(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32)).square().mean().sqrt()
 
 
-def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
+def rebuild(layer: nn.Module, in_channels: int, gains: Gains = _AS_LARGE) -> nn.Module:
     """Make ``layer`` anew for ``in_channels`` input channels (or features).
 
     Args:
         layer: a Conv, ConvTranspose, Linear, RNN, LSTM, GRU or a cell of these, of exactly that
             type or of a subclass that keeps its meaning, or of a registered type; not changed.
         in_channels: 1 or more, a multiple of the layer's groups.
-        gain: how many times larger what the old layer read was than what the new one reads, by
-            root mean squares; above 0.
+        gains: how many times larger what the old layer read was than what the new one reads. A
+            layer of a subclass or of a registered type, which may arrange its weight in another
+            way, is scaled by ``gains.whole``.
 
     Returns:
         A layer of the same type and settings (or a
@@ -149,19 +154,22 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
     if reason:
         raise PassError(f"rebuild: {reason}")
     if parametrize.is_parametrized(layer):
-        return _rebuild_normed(layer, in_channels, gain)
+        return _rebuild_normed(layer, in_channels, gains)
     kind = known_kind_of(layer)
     exact = type(layer) is kind.layer_type
     copied = kind.rebuild is None or not exact
     made = _narrow_copy(layer, in_channels) if copied else _renewed(layer, kind, in_channels)
     drawn = exact and not kind.recurrent and not kind.registered
     weights = input_weights(layer)
-    factor = gain * (input_channels(layer) / in_channels) ** 0.5
+    if not exact or kind.registered:
+        gains = Gains(gains.whole)
+    factor = (input_channels(layer) / in_channels) ** 0.5
     for name, parameter in layer.named_parameters():
         new = made.get_parameter(name)
         if not parameter.is_meta:
             if name in weights:
                 _rescale(new, parameter, factor)
+                new.data.copy_(_scaled(new, made, gains))
             elif drawn:
                 nn.init.uniform_(new, -1, 1)
                 _rescale(new, parameter, 1.0)
@@ -169,8 +177,15 @@ def rebuild(layer: nn.Module, in_channels: int, gain: float = 1.0) -> nn.Module:
                 new.data.copy_(parameter)
         new.requires_grad_(parameter.requires_grad)
     if copied and not drawn and not kind.recurrent:
-        scale_like(made, layer, gain)
+        scale_like(made, layer, gains.whole)
     return with_safe_backward(made.train(layer.training))
+
+
+def _scaled(weight: Tensor, layer: nn.Module, gains: Gains) -> Tensor:
+    """A weight of a layer, scaled."""
+    if getattr(layer, "transposed", False):
+        return scaled(weight, gains, axis=0, groups=groups_of(layer))
+    return scaled(weight, gains, axis=1)
 
 
 def _narrow_copy(layer: nn.Module, in_channels: int) -> nn.Module:

@@ -134,8 +134,7 @@ def _gains(module: nn.Module, site: Site) -> Gains:
         )
     if not reduced.any():
         return Gains()
-    gains = gains_between(
-        values, reduced.movedim(axis, -1).flatten(0, -2), channels_last=site.dim == -1
-    )
+    rows = reduced.movedim(axis, -1).flatten(0, -2)
+    gains = gains_between(site.rms, values, rows, channels_last=site.dim == -1)
     flattened = any(consumer.features_per_channel > 1 for consumer in site.consumers)
     return Gains(gains.whole) if flattened and site.dim not in (1, -1) else gains

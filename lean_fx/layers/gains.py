@@ -41,10 +41,18 @@ class Gains:
     channels_last: bool = False
 
 
-def gains_between(values: Tensor, reduced: Tensor, *, channels_last: bool = False) -> Gains:
-    """The gains from ``reduced`` to ``values``.
+def gains_between(
+    rms: float, values: Tensor, reduced: Tensor, *, channels_last: bool = False
+) -> Gains:
+    """The gains from what a reduction makes to what it reads.
 
     If an element of either is below 0, ``whole`` is all: a mean of the channels near 0 is chance.
+
+    Args:
+        rms: the root mean square of what the reduction reads.
+        values: a sample of that.
+        reduced: what it makes of the sample.
+        channels_last: of the gains.
 
     Shape:
         - values: ``[N, C]``.
@@ -52,11 +60,11 @@ def gains_between(values: Tensor, reduced: Tensor, *, channels_last: bool = Fals
 
     Example:
         >>> values = torch.rand(1000, 64)
-        >>> gains = gains_between(values, values.view(1000, 16, 4).mean(2))
+        >>> gains = gains_between(0.577, values, values.view(1000, 16, 4).mean(2))
         >>> f"{gains.whole:.1f} {gains.shared:.1f} {gains.apart:.1f}"
         '1.1 1.0 2.0'
     """
-    whole = float((values.square().mean() / reduced.square().mean()).sqrt())
+    whole = rms / float(reduced.square().mean().sqrt())
     channels = reduced.shape[1]
     if channels == 1 or values.min() < 0 or reduced.min() < 0:
         return Gains(whole)

@@ -18,7 +18,10 @@ from support.script import experiment_parser, run_experiment, run_script
 
 def main() -> None:
     """Run the experiment and print its report."""
-    parser = experiment_parser(__doc__.split("\n\n")[0], epochs=40, out="runs/digits")
+    description = __doc__.split("\n\n")[0]
+    parser = experiment_parser(
+        description, epochs=40, out="runs/digits", reduction="lean_gated", rate_epochs=12
+    )
     args = parser.parse_args()
     data = digits()
 

@@ -74,7 +74,7 @@ def test_a_comparison_end_to_end(epochs, tmp_path, capfd, monkeypatch):
     assert Report.from_json((tmp_path / "report.json").read_text()) == report
     assert "conv2" in report.arms[1].plan
     (note,) = report.notes
-    tried = "Learning rates, chosen of 1e-06, 0.01 on a fifth of the train split: "
+    tried = "Learning rates, chosen of 1e-06, 0.01 on a fifth of the train split in 1 epochs: "
     assert re.fullmatch(
         rf"{tried}baseline (1e-06|0.01), lean (1e-06|0.01), narrow 18/35/53 (1e-06|0.01)\.", note
     )

@@ -44,8 +44,10 @@ def experiment_parser(
     out: str,
     *,
     channels: int = 10,
+    reduction: str = "lean",
     seeds: str = "0",
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2),
+    rate_epochs: int | None = None,
     schedule: str = "cosine",
 ) -> argparse.ArgumentParser:
     """A parser with the options of the main job: baseline, LEAN and control on some data.
@@ -55,17 +57,22 @@ def experiment_parser(
         epochs: a default, like the rest.
         out: folder for the nets and the report.
         channels: C' of every reduction.
+        reduction: a registered name.
         seeds: numbers, separated by commas.
         rates: of which each net chooses one; without any, all train at Adam's usual one.
+        rate_epochs: of the trainings that choose; as many as ``epochs`` by default.
         schedule: of the rate.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--channels", type=int, default=channels, help="C' of every reduction")
-    parser.add_argument("--reduction", default="lean", help="lean, or another registered name")
+    parser.add_argument("--reduction", default=reduction, help="lean, or another registered name")
     parser.add_argument("--seeds", default=seeds, help="seeds, separated by commas")
     parser.add_argument(
         "--rates", type=float, nargs="*", default=rates, help="learning rates for each to choose of"
+    )
+    parser.add_argument(
+        "--rate-epochs", type=int, default=rate_epochs, help="to choose the rate (default: all)"
     )
     parser.add_argument("--schedule", default=schedule, help="of the rate: constant or cosine")
     parser.add_argument("--out", default=out, help="folder for the nets and the report")
@@ -100,6 +107,7 @@ def run_experiment(
         title=title,
         command=command_line(),
         rates=args.rates,
+        rate_epochs=args.rate_epochs,
     )
     show(report, args.out)
 

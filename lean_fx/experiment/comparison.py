@@ -43,6 +43,7 @@ def run(
     title: str,
     command: str,
     rates: Sequence[float] = (),
+    rate_epochs: int | None = None,
     country: str = "USA",
 ) -> Report:
     """Train the models with every seed, export, time and meter those of the first, and report.
@@ -61,6 +62,7 @@ def run(
         rates: learning rates, of which each model gets its own by
             :func:`~lean_fx.experiment.rates.choose_rate`, with the first seed; without any, all
             train at that of the settings.
+        rate_epochs: of the trainings that choose; those of the settings by default.
         country: ISO 3166 code of three letters; sets the carbon intensity of a joule.
 
     Returns:
@@ -79,7 +81,10 @@ def run(
     settings_of = {seed: dataclasses.replace(settings, seed=seed) for seed in arms}
     target = make_folder(folder)
     first_seed, first = next(iter(arms.items()))
-    chosen = _chosen_rates(first, data, settings_of[first_seed], rates, target)
+    choosing = settings_of[first_seed]
+    if rate_epochs is not None:
+        choosing = dataclasses.replace(choosing, epochs=rate_epochs)
+    chosen = _chosen_rates(first, data, choosing, rates, target)
     runs = _trained(arms, data, settings_of, chosen, target, country)
     leave_to_first_process()
     _say("metering the test, exporting to ONNX, timing in ONNX Runtime")
@@ -89,7 +94,7 @@ def run(
         arms=_measured_arms(first, data, runs, target, country),
         machine=machine(),
         seeds=tuple(arms),
-        notes=(*_notes(processes()), *_rates_note(chosen, rates)),
+        notes=(*_notes(processes()), *_rates_note(chosen, rates, choosing.epochs)),
     )
     report.save(target)
     return report
@@ -216,12 +221,15 @@ def _notes(here: Processes) -> tuple[str, ...]:
     return (f"Training: {here.count} processes{where}.",)
 
 
-def _rates_note(chosen: Mapping[str, float], rates: Sequence[float]) -> tuple[str, ...]:
+def _rates_note(
+    chosen: Mapping[str, float], rates: Sequence[float], epochs: int
+) -> tuple[str, ...]:
     if not chosen:
         return ()
     tried = ", ".join(f"{rate:g}" for rate in sorted(rates))
     each = ", ".join(f"{name} {rate:g}" for name, rate in chosen.items())
-    return (f"Learning rates, chosen of {tried} on a fifth of the train split: {each}.",)
+    part = f"a fifth of the train split in {epochs} epochs"
+    return (f"Learning rates, chosen of {tried} on {part}: {each}.",)
 
 
 def _slug(name: str) -> str:

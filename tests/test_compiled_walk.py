@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lean_fx.errors import ArgumentError
 from lean_fx.reduction.compiled_walk import compiled_walk
 from lean_fx.reduction.functional import lean_reduction
 from lean_fx.reduction.library import takes
@@ -259,3 +260,39 @@ def test_a_call_of_the_operator_is_exported():
     program = torch.export.export(Calls(), (x, seed), dynamic_shapes=shapes)
     more = torch.rand(7, 12, 5)
     torch.testing.assert_close(program.module()(more, seed), lean_reduction(more, seed))
+
+
+def test_a_seed_on_another_device_is_an_error():
+    with pytest.raises(RuntimeError, match="device"):
+        lean_reduction(torch.randn(2, 6, 5), torch.ones(3, device="meta"))
+
+
+def test_tensors_whose_numbers_are_not_in_memory_as_they_read():
+    x, seed = torch.randn(2, 6, 5, requires_grad=True), torch.randn(3, requires_grad=True)
+    out, grad = lean_reduction(x, seed), torch.randn(2, 3, 5)
+    turned = lean_reduction(torch._neg_view(x), torch._neg_view(seed))
+    torch.testing.assert_close(turned, lean_reduction(-x, -seed))
+    wanted = torch.autograd.grad(out, (x, seed), -grad, retain_graph=True)
+    found = torch.autograd.grad(out, (x, seed), torch._neg_view(grad), retain_graph=True)
+    torch.testing.assert_close(found, wanted)
+    nothing = torch._efficientzerotensor((2, 3, 5))
+    assert not any(each.any() for each in torch.autograd.grad(out, (x, seed), nothing))
+    none = torch._efficientzerotensor((2, 6, 5))
+    torch.testing.assert_close(lean_reduction(none, seed), lean_reduction(none.clone(), seed))
+
+
+@pytest.mark.parametrize(
+    ("x", "seed"),
+    [
+        (torch.rand(2, 6, 5).double(), torch.rand(3)),
+        (torch.rand(2, 6, 5), torch.rand(4)),
+        (torch.rand(2, 6, 5), torch.rand(3, 2)),
+        (torch.rand(2, 6, 5).half(), torch.rand(3).half()),
+    ],
+    ids=["dtypes", "divisor", "matrix", "half"],
+)
+def test_the_operator_refuses_a_seed_that_does_not_fit(x, seed):
+    with pytest.raises(
+        ArgumentError, match=r"^lean_fx::walk: seed=\[.*\] of torch\..* does not fit"
+    ):
+        torch.ops.lean_fx.walk(x, seed, True, "sum", "contiguous", 0.0, 0.0)

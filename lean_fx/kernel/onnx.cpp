@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -71,12 +72,20 @@ int64_t integer(const Attributes* node, const char* name, int64_t otherwise) {
   return absent ? otherwise : value;
 }
 
-float real(const Attributes* node, const char* name) {
+// The shortest decimal that is an attribute's float32: the number that its user wrote, which float64
+// takes whole.
+double real(const Attributes* node, const char* name) {
   float value = 0;
   // KernelInfoGetAttribute_float
   const bool absent =
       ignored(api->call<85, Status*, const Attributes*, const char*, float*>(node, name, &value));
-  return absent ? 0 : value;
+  if (absent) return 0;
+  char text[32];
+  for (int digits = 1; digits <= 9; ++digits) {
+    std::snprintf(text, sizeof text, "%.*g", digits, static_cast<double>(value));
+    if (std::strtof(text, nullptr) == value) break;
+  }
+  return std::strtod(text, nullptr);
 }
 
 struct Word {
@@ -123,7 +132,9 @@ const char* read(const Attributes* node, Options& options) {
 }
 
 // Operators: the options of a node, the number of parameters behind x, whether they fit the
-// channels, and the form that reduces; it may change the parameters.
+// channels, and the form that reduces; it may change the parameters. ONNX Runtime chooses a kernel by
+// the name alone, whatever other attributes a node has and whatever the version of the domain: an
+// option that is added later needs a node of another name, which then runs by its function.
 struct Lean {
   static constexpr const char* NAME = "LEAN";
   static constexpr size_t PARAMETERS = 1;

@@ -63,7 +63,7 @@ def walk_operator(
     norm_floor: float,
 ) -> Tensor:
     """:func:`~lean_fx.reduction.library.run_walk` as an operator of torch, with a gradient."""
-    return run_walk(x.contiguous(), seed, _walk(nonnegative, scale, layout, damping, norm_floor))
+    return run_walk(x, seed, _walk(nonnegative, scale, layout, damping, norm_floor))
 
 
 @torch.library.custom_op("lean_fx::walk_gradient", mutates_args=())
@@ -79,7 +79,7 @@ def gradient_operator(
 ) -> tuple[Tensor, Tensor]:
     """:func:`~lean_fx.reduction.library.run_gradient` as an operator of torch."""
     walk = _walk(nonnegative, scale, layout, damping, norm_floor)
-    return run_gradient(x.contiguous(), seed, grad, walk)
+    return run_gradient(x, seed, grad, walk)
 
 
 def _walk(nonnegative: bool, scale: Any, layout: Any, damping: float, norm_floor: float) -> Walk:

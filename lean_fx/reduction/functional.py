@@ -204,10 +204,11 @@ def _reduced(x: Tensor, seed: Tensor, axis: int, walk: Walk) -> Tensor:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seed = seed.to(wide.dtype)
     closed = walk.normalize == "column" and walk.iterations == 1 and seed.dim() == 1
-    eager, compiled = _runs_eagerly(x), torch.compiler.is_dynamo_compiling()
+    eager = _runs_eagerly(x) and _runs_eagerly(seed)
+    compiled = torch.compiler.is_dynamo_compiling()
     # An exported program must run where lean_fx is not installed.
     called = not torch.compiler.is_exporting() if compiled else eager and not _is_watched()
-    if closed and called and takes(wide):
+    if closed and called and takes(wide) and takes(seed):
         return compiled_walk(wide, seed, axis, walk).to(x.dtype)
     if closed and (eager or compiled):
         out = _fused(wide, seed, axis, walk)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lean_fx.errors import LeanError
+from lean_fx.errors import ArgumentError, LeanError
 from lean_fx.kernel import library_path
 from lean_fx.reduction.options import Scale, Walk
 
@@ -56,7 +56,7 @@ def run_walk(x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
     """The walk of Algorithm 2, one step with a vector seed.
 
     Args:
-        x: contiguous; :func:`takes` it.
+        x: :func:`takes` it.
         seed: of the same dtype.
         walk: its signs, scale, layout, damping and norm floor.
 
@@ -64,9 +64,14 @@ def run_walk(x: Tensor, seed: Tensor, walk: Walk) -> Tensor:
         - x: ``[N, C, P]``, C channels at P positions of N samples
         - seed: ``[C']``
         - output: ``[N, C', P]``
+
+    Raises:
+        ArgumentError: the seed does not fit.
     """
+    x, seed = _in_memory(x), _in_memory(seed)
+    call = _call(x, seed, walk)
     out = x.new_empty(x.shape[0], len(seed), x.shape[2])
-    _run("walk", _call(x, seed, walk), x, seed.contiguous(), out)
+    _run("walk", call, x, seed, out)
     return out
 
 
@@ -79,14 +84,27 @@ def run_gradient(x: Tensor, seed: Tensor, grad: Tensor, walk: Walk) -> tuple[Ten
         - grad: ``[N, C', P]``
         - output: ``[N, C, P]`` and ``[C']``
     """
+    x, seed, grad = _in_memory(x), _in_memory(seed), _in_memory(grad)
     grad_x, grad_seed = torch.empty_like(x), torch.empty_like(seed)
-    given = (x, seed.contiguous(), grad.contiguous())
-    _run("gradient", _call(x, seed, walk), *given, grad_x, grad_seed)
+    _run("gradient", _call(x, seed, walk), x, seed, grad, grad_x, grad_seed)
     return grad_x, grad_seed
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """A tensor whose numbers lie in memory, in their order and with their signs."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return tensor.resolve_neg().contiguous()
 
 
 def _call(x: Tensor, seed: Tensor, walk: Walk) -> _Call:
     before, channels, behind = x.shape
+    if not takes(x) or x.dtype != seed.dtype or seed.dim() != 1 or channels % len(seed):
+        raise ArgumentError(
+            f"lean_fx::walk: seed={list(seed.shape)} of {seed.dtype} does not fit x="
+            f"{list(x.shape)} of {x.dtype}; give float32 or float64 of both, and C' seeds that "
+            "divide the channels, which are on axis 1"
+        )
     sizes = (before, behind, len(seed), channels // len(seed))
     interleaved, scale = walk.layout == "interleaved", _SCALES.index(walk.scale)
     flags = (interleaved, walk.nonnegative, scale, torch.get_num_threads())

@@ -194,7 +194,8 @@ CASES = {
         F.cross_entropy,
         {"conv2": (16, 4), "fc": (32, 4), "head": (64, 8)},
         {"conv1": below(1)},
-        0.5,
+        0.1,
+        reduction="lean_damped",  # literal LEAN's training hangs on rounding here
     ),
 }
 

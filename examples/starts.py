@@ -34,6 +34,7 @@ from lean_fx.layers.gains import Gains, gains_between
 from lean_fx.measure.machines import machine
 from support.evidence.pictures import small_stl10
 from support.evidence.plain_nets import Vgg
+from support.evidence.rows import mean_and_error, with_error
 from support.models import PaperNet
 from support.script import command_line, run_script
 
@@ -100,14 +101,8 @@ def accuracy(task: Task, reduction: str, start: str, rate: float, seed: int, fol
 
 
 def shown(values: list[float]) -> str:
-    """Mean and standard error.
-
-    Example:
-        >>> shown([1.0, 3.0])
-        '2.0 ± 1.0'
-    """
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {error:.1f}"
+    """Mean and standard error."""
+    return with_error(*mean_and_error(values))
 
 
 def table(found: dict[tuple[str, ...], dict[float, list[float]]]) -> list[str]:

@@ -92,3 +92,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     squares = sum((value - mean) ** 2 for value in values)
     return mean, math.sqrt(squares / (len(values) - 1) / len(values))
+
+
+def with_error(mean: float, error: float) -> str:
+    """A mean and its standard error, if there is one, as a table shows them.
+
+    Example:
+        >>> with_error(*mean_and_error([1.0, 3.0])), with_error(*mean_and_error([1.0]))
+        ('2.0 ± 1.0', '1.0')
+    """
+    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"

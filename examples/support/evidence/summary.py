@@ -14,7 +14,7 @@ from lean_fx.files import make_folder, write_text
 from support.evidence.arms import BESIDE, LIMIT, PARTS, Part
 from support.evidence.curves import draw_curves, draw_fronts
 from support.evidence.latency import read_latencies, shares
-from support.evidence.rows import COSTS, Row, rows_of
+from support.evidence.rows import COSTS, Row, rows_of, with_error
 from support.evidence.runs import chosen_rate, read_results, score
 from support.script import command_line
 
@@ -143,7 +143,11 @@ def _table(rows: Sequence[Row]) -> list[str]:
         cells = ["", "", ""]
         if row.finals:
             (mean, error), (train, _) = row.last(), row.last("train_accuracy")
-            cells = [_pm(mean, error), f"{train:.1f}", f"{100 * mean / base:.1f}" if base else ""]
+            cells = [
+                with_error(mean, error),
+                f"{train:.1f}",
+                f"{100 * mean / base:.1f}" if base else "",
+            ]
         latency = "" if math.isnan(row.latency) else f"{row.latency:.2f}"
         lines.append(
             f"| {row.arm} | {row.parameters:,} | {row.macs / 1e6:.2f} | {latency} | {shown} "
@@ -193,16 +197,12 @@ def _against(row: Row, other: Row) -> str:
     if math.isnan(width):
         return f"ends {gap:+.1f} points (one seed) from"
     word = "ties with" if abs(gap) <= 2 * width else "is above" if gap > 0 else "is below"
-    return f"({_pm(gap, width)} points) {word}"
+    return f"({with_error(gap, width)} points) {word}"
 
 
 def _baseline(rows: Sequence[Row]) -> float:
     found = [row.last()[0] for row in rows if row.arm == "baseline" and row.finals]
     return found[0] if found else 0.0
-
-
-def _pm(mean: float, error: float) -> str:
-    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
 
 
 def _listed(values: Sequence[int]) -> str:
